@@ -1,0 +1,524 @@
+"""The command line: parse, call one function of one stage, render. Each command imports its stage when it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from . import __version__
+from .errors import ArtifactError, DeepDistillError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .distill.teach import TeachSettings
+    from .quantize.quantize import QuantizeReport
+
+app = typer.Typer(
+    name="deepdistill",
+    help="Put a large teacher's reasoning into a small model that runs on a laptop, and measure every hop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEMO_PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
+
+Stage = Literal["traces", "training"]
+Problems = Annotated[str, typer.Option(help="gym:NAME?param=value&…, or a .jsonl, .csv or .parquet file.")]
+Out = Annotated[Path | None, typer.Option(help="Where to write.")]
+Seed = Annotated[int, typer.Option(help="Of the problems, the sampling and the training.", min=0)]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
+Concurrency = Annotated[int, typer.Option(help="Requests in flight to an endpoint.", min=1)]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences that a model in process answers at once.", min=1)]
+ServerModel = Annotated[str | None, typer.Option("--model", help="The model's name on the server, if it has several.")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line and return its exit code: 0 done, 1 error, 2 usage, 3 a gate was not met, 130 Ctrl-C."""
+    try:
+        app(args=argv)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    except DeepDistillError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"hint: {error.hint}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        print(f"error: {error}\nhint: what was written before stays; make room and run again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"deepdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Take what every command shares."""
+
+
+@app.command()
+def demo(
+    out: Out = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny student, in under 90 seconds: the path, no skill.")
+    ] = False,
+    student: Annotated[str | None, typer.Option(help="smollm2, pocket, hf:ORG/NAME or a folder.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Of training.", min=0.01)] = None,
+    seed: Seed = 0,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
+    from .distill.student import student_dir
+    from .distill.teach import TeachSettings, teach
+
+    pupil = student or ("pocket" if quick else "smollm2")
+    full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
+    boxed = minutes if minutes is not None else (0.4 if quick else 11.5)
+    settings = TeachSettings(
+        problems=DEMO_PROBLEMS,
+        student=pupil,
+        n_traces=1000 if quick else 6000,
+        n_eval=50 if quick else 200,
+        eval_max_tokens=96 if quick else 512,
+        seed=seed,
+        training={"minutes": boxed, "epochs": 100, "full": full, **({"lr": 3e-3} if full else {})},
+    )
+    folder = out or Path("runs") / ("demo-quick" if quick else "demo")
+    started = time.monotonic()
+    with _Progress(quiet) as progress, _resumable(folder):
+        result = teach(settings, folder, offline=offline, on_progress=progress)
+        report = _export(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
+        scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
+    question, thinking, answer = _ask(report.path, settings)
+    minutes_taken = (time.monotonic() - started) / 60
+    sizes = {
+        "base": _weight_bytes(student_dir(pupil, offline)),
+        "student": _weight_bytes(folder / "student"),
+        "gguf": report.path.stat().st_size,
+    }
+    _print_hops(scores, sizes)
+    print(*report.summary(), sep="\n")
+    print(f"\nquestion: {question}")
+    _console().print(thinking.strip(), style="dim", markup=False, highlight=False)
+    print(
+        f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html"
+    )
+    print(f"next: deepdistill chat {folder}")
+    if json_output:
+        print(json.dumps({"run": str(folder), "gguf": str(report.path), "minutes": minutes_taken, "scores": scores}))
+
+
+@app.command()
+def teach(
+    problems: Problems,
+    teacher: Annotated[
+        str, typer.Option(help="pocket, https://HOST/v1, hf:ORG/NAME, a checkpoint folder or a .gguf file.")
+    ] = "pocket",
+    student: Annotated[str, typer.Option(help="smollm2, pocket, hf:ORG/NAME or a checkpoint folder.")] = "smollm2",
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/STUDENT-PROBLEMS if not given.")] = None,
+    n_traces: Annotated[int, typer.Option(help="Training problems to ask the teacher.", min=1)] = 2000,
+    n_eval: Annotated[int, typer.Option(help="Held-out problems to score on.", min=1)] = 200,
+    temperature: Annotated[float | None, typer.Option(help="Of the teacher; 0 for pocket, else 0.6.", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the teacher; 1 for pocket, else 0.95.", min=0, max=1)] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="A trace's limit; 512 for pocket, else 4096.", min=1)] = None,
+    eval_max_tokens: Annotated[int, typer.Option(help="An answer's limit when scoring.", min=1)] = 512,
+    model: ServerModel = None,
+    traces: Annotated[Path | None, typer.Option(help="Train on this traces.jsonl and ask no teacher.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
+    lora_rank: Annotated[int, typer.Option(min=1)] = 32,
+    lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; 6e-4 for LoRA, 1e-4 for --full.", min=0)] = None,
+    train_batch_size: Annotated[int, typer.Option(help="Rows a training step.", min=1)] = 16,
+    epochs: Annotated[int, typer.Option(help="Passes over the traces, at most.", min=1)] = 3,
+    minutes: Annotated[
+        float | None, typer.Option(help="Box the training time; the learning rate follows the clock.", min=0.01)
+    ] = None,
+    max_length: Annotated[
+        int, typer.Option(help="Tokens of a training row, at most; longer ones are counted.", min=16)
+    ] = 1024,
+    stop_after: Annotated[Stage | None, typer.Option(help="End early, after this stage.")] = None,
+    concurrency: Concurrency = 8,
+    batch_size: BatchSize = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.", min=0.1)] = 600.0,
+    seed: Seed = 0,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
+    from .distill.run import run_name
+    from .distill.teach import TeachSettings
+    from .distill.teach import teach as run_teach
+
+    settings = TeachSettings(
+        problems=problems,
+        teacher=teacher,
+        student=student,
+        n_traces=n_traces,
+        n_eval=n_eval,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        eval_max_tokens=eval_max_tokens,
+        teacher_model=model,
+        seed=seed,
+        traces=str(traces) if traces else None,
+        training={
+            "full": full,
+            "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
+            "lr": lr,
+            "batch_size": train_batch_size,
+            "epochs": epochs,
+            "minutes": minutes,
+            "max_length": max_length,
+        },
+    )
+    folder = out or Path("runs") / run_name(student, problems)
+    with _Progress(quiet) as progress, _resumable(folder):
+        result = run_teach(
+            settings,
+            folder,
+            concurrency=concurrency,
+            batch_size=batch_size,
+            timeout_s=timeout,
+            offline=offline,
+            stop_after=stop_after,
+            on_progress=progress,
+        )
+    kept, total = result.curation["kept"], result.curation["traces"]
+    print(f"{kept} of {total} traces train; all of them are in {folder}/traces.jsonl")
+    if result.scores:
+        _print_hops(result.scores, {})
+        print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
+    if json_output:
+        print(json.dumps(dataclasses.asdict(result), default=str))
+
+
+@app.command()
+def quantize(
+    student: Annotated[Path, typer.Argument(help="A run folder, or a Hugging Face checkpoint folder.")],
+    type_: Annotated[
+        str, typer.Option("--type", help="F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q4_K_M Q4_K_S Q4_0 IQ4_XS Q3_K_M Q2_K.")
+    ] = "Q8_0",
+    out: Annotated[Path | None, typer.Option(help="The file to write; beside the student if not given.")] = None,
+    problems: Annotated[
+        str | None, typer.Option(help="Whose test questions the proofs ask; the run's own if not given.")
+    ] = None,
+    proofs: Annotated[bool, typer.Option(help="Prove the file against the checkpoint after writing it.")] = True,
+    json_output: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Student -> GGUF, every tensor's true type reported, and proofs that nothing else changed."""
+    folder, settings = _run_of(student)
+    checkpoint = folder / "student" if folder else student
+    if folder and not checkpoint.is_dir():
+        raise ArtifactError(f"{folder} holds no trained student", f"deepdistill teach --out {folder} … makes one")
+    name = checkpoint.resolve().name
+    target = out or (folder or checkpoint.resolve().parent) / f"{name}-{type_.upper()}.gguf"
+    with _Progress(quiet) as progress:
+        report = _export(checkpoint, target, type_, problems, settings, progress, proofs)
+    size = report.path.stat().st_size
+    print(f"{report.path}: {size / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits a weight")
+    for line in report.summary():
+        print(line)
+    print(f"next: deepdistill chat {report.path}")
+    if json_output:
+        print(json.dumps(dataclasses.asdict(report), default=str))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None, typer.Argument(help="A .gguf file, a run folder, hf:ORG/REPO[:FILE]; else the newest run.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Ask once and leave; piped input comes after it.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="An answer's limit, thinking included.", min=1)] = 2048,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of context; the model's own if not given.", min=16)
+    ] = None,
+    seed: Seed = 0,
+    json_output: AsJson = False,
+    offline: Offline = False,
+) -> None:
+    """Talk to a GGUF, its thinking visible and apart; one-shot with -p, and in pipes."""
+    from .localrun.chat import chat as run_chat
+    from .localrun.chat import find_model
+    from .localrun.generation import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    code = run_chat(
+        find_model(model, offline=offline),
+        system=system,
+        thinking=think,
+        sampling=sampling,
+        n_ctx=context,
+        prompt=prompt,
+        json_output=json_output,
+    )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[
+        str,
+        typer.Argument(help="pocket, smollm2, a run, a checkpoint folder, a .gguf, hf:ORG/NAME or https://HOST/v1."),
+    ],
+    problems: Problems = DEMO_PROBLEMS,
+    n: Annotated[int, typer.Option("--n", help="Held-out problems.", min=1)] = 200,
+    seed: Seed = 0,
+    max_tokens: Annotated[int, typer.Option(help="An answer's limit, thinking included.", min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
+    answers: Annotated[
+        Path | None, typer.Option(help="Write every question, answer and verdict to this JSONL file.")
+    ] = None,
+    server_model: ServerModel = None,
+    concurrency: Concurrency = 8,
+    batch_size: BatchSize = None,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """Accuracy with its interval, closed thinking, loops and tokens an answer, on held-out problems."""
+    from .distill.evaluate import evaluate, format_score
+    from .distill.grade import Grader
+    from .distill.problems import load_problems
+    from .distill.student import student_dir
+    from .distill.teachers import open_teacher
+    from .localrun.generation import Sampling
+
+    held_out = load_problems(problems, "test", n, seed)
+    spec = str(student_dir(model)) if model == "smollm2" else model
+    folder, _ = _run_of(Path(model))
+    with (
+        _Progress(quiet) as progress,
+        open_teacher(
+            str(folder / "student") if folder else spec,
+            batch_size=batch_size,
+            concurrency=concurrency,
+            model=server_model,
+            offline=offline,
+        ) as teacher,
+        Grader() as grader,
+    ):
+        for source in {p.source for p in held_out}:
+            teacher.accepts(source)
+        score = evaluate(
+            teacher,
+            held_out,
+            grader,
+            Sampling(temperature=temperature, seed=seed, max_tokens=max_tokens),
+            lambda done, right: progress("answers", done, len(held_out), f"{right} right"),
+            answers,
+        )
+    if score.n < n:
+        print(f"note: the test part of {problems} holds {score.n} problems, not {n}", file=sys.stderr)
+    closed = "" if score.closed is None else f", thinking closed {100 * score.closed:.1f} %"
+    print(
+        f"{model}: {100 * score.accuracy:.1f} % of {score.n} (95 % interval {format_score(score.interval)} %){closed}, "
+        f"looped {100 * score.looped:.1f} %, {score.tokens_per_answer:.0f} tokens an answer, "
+        f"{score.tokens_per_s:.0f} tokens/s"
+    )
+    if json_output:
+        print(json.dumps({"model": model, "problems": problems, "seed": seed} | score.to_json()))
+
+
+def _run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
+    """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
+    if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
+        return None, None  # nothing to import a stage for
+    from .distill.run import find_run
+    from .distill.teach import TeachSettings
+
+    folder = find_run(path)
+    return folder, TeachSettings.of_run(folder) if folder else None
+
+
+def _export(
+    checkpoint: Path,
+    target: Path,
+    type_: str,
+    problems: str | None,
+    settings: TeachSettings | None,
+    progress: _Progress,
+    proofs: bool = True,
+) -> QuantizeReport:
+    """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
+    from .quantize.quantize import quantize as run_quantize
+
+    metadata = {"deepdistill.version": __version__}
+    if settings:
+        metadata |= {"deepdistill.recipe": json.dumps(dataclasses.asdict(settings))}
+    report = run_quantize(checkpoint, target, type_, metadata=metadata, on_progress=progress)
+    if not proofs:
+        return report
+    from .distill.problems import load_problems
+
+    spec = problems or (settings.problems if settings else DEMO_PROBLEMS)
+    questions = [p.question for p in load_problems(spec, "test", 20, settings.seed if settings else 0)]
+    return report.proved(questions, on_progress=progress)
+
+
+def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: _Progress) -> dict[str, Any]:
+    """Score a GGUF on the problems that its run was scored on, with the same limits."""
+    from .distill.evaluate import evaluate
+    from .distill.grade import Grader
+    from .distill.problems import load_problems
+    from .distill.teachers import open_teacher
+    from .localrun.generation import Sampling
+
+    held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
+    with open_teacher(str(path)) as model, Grader() as grader:
+        score = evaluate(
+            model,
+            held_out,
+            grader,
+            Sampling(max_tokens=settings.eval_max_tokens),
+            lambda done, right: progress("scoring the GGUF", done, len(held_out), f"{right} right"),
+            folder / "answers" / "gguf.jsonl",
+        )
+    return score.to_json()
+
+
+class _resumable:
+    """On Ctrl-C, say that nothing is lost and how to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:
+            print(
+                f"\nstopped; {self._folder} keeps what was done: the same command goes on from there", file=sys.stderr
+            )
+
+
+class _Progress:
+    """Draw each stage as a bar with time left on standard error; without a terminal, a plain line now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._quiet, self._tasks = quiet, dict[str, TaskID]()
+        console = Console(stderr=True)
+        self._plain = not console.is_terminal
+        self._said: dict[str, float] = {}
+        self._bars = Progress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            disable=quiet or self._plain,
+        )
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        if self._quiet:
+            return
+        if self._plain:
+            if done >= total or time.monotonic() - self._said.get(stage, -1e9) > 15:
+                self._said[stage] = time.monotonic() if done < total else float("inf")
+                print(f"{stage}: {100 * done / max(total, 1e-9):.0f} %  {note}", file=sys.stderr, flush=True)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
+        self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
+
+
+def _print_hops(scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
+    """Print one table of the hops: accuracy with its interval, closure, loops, tokens, size."""
+    from rich.table import Table
+
+    table = Table(
+        "", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s", *(["size"] if sizes else [])
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for hop, score in scores.items():
+        closed = "–" if score["closed"] is None else f"{100 * score['closed']:.1f} %"
+        low, high = score["interval"]
+        cells = [
+            hop,
+            f"{100 * score['accuracy']:.1f} %",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            closed,
+            f"{100 * score['looped']:.1f} %",
+            f"{score['tokens_per_answer']:.0f}",
+            f"{score['tokens_per_s']:.0f}",
+        ]
+        table.add_row(*cells, *([f"{sizes[hop] / 1e6:.1f} MB"] if sizes else []))
+    _console().print(table)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
+    """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
+    from .distill.problems import load_problems
+    from .localrun.engine import Engine
+    from .localrun.generation import Sampling
+
+    question = load_problems(settings.problems, "test", 1, settings.seed)[0].question
+    with Engine(gguf, n_ctx=1024) as engine:
+        prompt = engine.render([{"role": "user", "content": question}])
+        steps = list(engine.stream(prompt, Sampling(max_tokens=settings.eval_max_tokens)))
+    parts = {part: "".join(step.text for step in steps if step.part == part) for part in ("thinking", "answer")}
+    return question, parts["thinking"], parts["answer"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Problems, teachers, traces, verification, student training and evaluation."""

@@ -1,0 +1,148 @@
+"""Measure a pocket teacher and write its card: `python -m deepdistill.distill.pocket.card DIR`.
+
+The questions come from the test bucket of the split, which the recipe never draws from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import torch
+
+from ...localrun.generation import Sampling
+from ..evaluate import Score, evaluate, format_score, messages_of
+from ..grade import Grader
+from ..problems import load_problems
+from ..run import write_text
+from ..teachers.transformers_model import TransformersTeacher
+from .chains import FAMILIES
+from .recipe import TRAINING_PARAMS, ExpertBalance
+
+
+def spec_of(family: str) -> str:
+    """Return the problem spec of a family as the teacher was trained on it."""
+    params = TRAINING_PARAMS[family]
+    return f"gym:{family}" + (f"?{urlencode(params)}" if params else "")
+
+
+def score_families(teacher: TransformersTeacher, n: int) -> dict[str, Score]:
+    """Return the teacher's score on n held-out problems of every family."""
+    with Grader() as grader:
+        return {
+            family: evaluate(teacher, load_problems(spec_of(family), "test", n), grader, Sampling())
+            for family in FAMILIES
+        }
+
+
+def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:
+    """Return n held-out questions of every family with the teacher's own answers, as the template renders them."""
+    texts = []
+    for family in FAMILIES:
+        conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n)]
+        for index, completion in teacher.generate(conversations, Sampling()):
+            turn = {"role": "assistant", "content": completion.content}
+            turn["reasoning_content"] = completion.reasoning_content or ""
+            texts.append(teacher.tokenizer.apply_chat_template([*conversations[index], turn], tokenize=False))
+    return texts
+
+
+@torch.inference_mode()
+def expert_load(teacher: TransformersTeacher, texts: list[str]) -> torch.Tensor:
+    """Return how often each expert was chosen `[layers, experts]` over the mean of its layer, on these texts."""
+    balance = ExpertBalance(teacher.model)
+    for text in texts:
+        teacher.model(torch.tensor([teacher.tokenizer(text).input_ids]))
+    share: torch.Tensor = balance.load / balance.load.mean(dim=1, keepdim=True)
+    return share
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Return (all parameters, those that work on one token)."""
+    config = model.config
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name)
+    return total, total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
+
+
+def kv_bytes_per_token(config: Any, bytes_per_value: int = 4) -> tuple[int, int]:
+    """Return the KV-cache bytes a token with latent attention, and with plain attention of the same heads."""
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    plain = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    return latent * config.num_hidden_layers * bytes_per_value, plain * config.num_hidden_layers * bytes_per_value
+
+
+def write_card(folder: Path, n: int) -> str:
+    """Measure the teacher in a folder, write its README.md and return it."""
+    teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
+    scores = score_families(teacher, n)
+    load = expert_load(teacher, held_out_texts(teacher, 100))
+    total, active = count_parameters(teacher.model)
+    config = teacher.model.config
+    latent, plain = kv_bytes_per_token(config)
+    stages = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+    lines = [
+        "---",
+        "license: mit",
+        "---",
+        "# The pocket teacher",
+        "",
+        "A DeepSeek-V3 (multi-head latent attention, sparse experts balanced without an auxiliary loss, shared expert)",
+        "small enough for any CPU. It answers four families of reasoning-gym problems with a worked chain of short",
+        "steps. It is trained on the training bucket of deepdistill's split alone. It knows nothing else.",
+        "",
+        f"## Scores, greedy, on {n} held-out problems a family",
+        "",
+        "| problems | accuracy | 95 % interval | tokens an answer |",
+        "|---|---|---|---|",
+    ]
+    for family, score in scores.items():
+        lines.append(
+            f"| `{spec_of(family)}` | {100 * score.accuracy:.1f} % | {format_score(score.interval)} % "
+            f"| {score.tokens_per_answer:.0f} |"
+        )
+    lines += [
+        "",
+        "## Size",
+        "",
+        f"{total:,} parameters, {active:,} active on a token ({config.n_routed_experts} routed experts of which "
+        f"{config.num_experts_per_tok} work, {config.n_shared_experts} shared). KV cache: {latent} bytes a token in "
+        f"float32, against {plain} with plain multi-head attention ({plain / latent:.1f} times as much).",
+        "",
+        f"Expert load on held-out text: the busiest expert of any layer gets {load.max():.2f} times the mean, "
+        f"the idlest {load.min():.2f} times.",
+        "",
+        "## How it was made",
+        "",
+        "`python -m deepdistill.distill.pocket.recipe --out DIR`, then with `--start` from the stage before:",
+        "",
+        "| stage | settings | steps | minutes | threads | loss: first, middle, last |",
+        "|---|---|---|---|---|---|",
+    ]
+    for number, stage in enumerate(stages, 1):
+        curve, recipe = stage["curve"], stage["recipe"]
+        losses = ", ".join(f"{curve[i]['loss']:.4f}" for i in (0, len(curve) // 2, -1))
+        lines.append(
+            f"| {number} | seed {recipe['seed']}, peak lr {recipe['peak_lr']}, boxed to {recipe['minutes']:g} min "
+            f"| {curve[-1]['step']} | {curve[-1]['minutes']} | {stage['threads']} | {losses} |"
+        )
+    lines += ["", "The whole curve of every stage is in curve.json.", "", f"Card: `python -m {__spec__.name} DIR`.", ""]
+    text = "\n".join(lines)
+    write_text(folder / "README.md", text)
+    return text
+
+
+def main() -> None:
+    """Parse the command line, measure, write README.md into the folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--n", type=int, default=500, help="held-out problems a family")
+    arguments = parser.parse_args()
+    print(write_card(arguments.folder, arguments.n))
+
+
+if __name__ == "__main__":
+    main()

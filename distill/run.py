@@ -1,0 +1,107 @@
+"""The run folder: one recipe, its artifacts, and a lock so that one process at a time works in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from ..errors import ArtifactError
+
+
+class Run:
+    """A folder of a run, held while work goes on in it; use it as a context manager.
+
+    Raises on entry:
+        ArtifactError: another process holds it, or it was made with another recipe.
+    """
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        self.folder, self._recipe = folder, json.loads(json.dumps(recipe))
+        self.traces_path = folder / "traces.jsonl"
+        self.checkpoints_dir = folder / "checkpoints"
+        self.student_dir = folder / "student"
+        self.report_path = folder / "report.html"
+        self._lock = FileLock(folder / ".lock", timeout=0)
+
+    def __enter__(self) -> Self:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ArtifactError(f"{self.folder} is a file", "give another folder with --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise ArtifactError(
+                f"{self.folder} is in use by another deepdistill", "wait for it, or work in another folder with --out"
+            ) from error
+        except OSError as error:
+            raise ArtifactError(f"cannot work in {self.folder}: {error}", "give another folder with --out") from error
+        try:
+            self._check_recipe()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def _check_recipe(self) -> None:
+        kept = self.load("recipe.json")
+        if kept is None:
+            self.save("recipe.json", self._recipe)
+            return
+        changed = [key for key in sorted({*kept, *self._recipe}) if kept.get(key) != self._recipe.get(key)]
+        if changed:
+            was = ", ".join(f"{key} was {kept.get(key)!r}, is {self._recipe.get(key)!r}" for key in changed[:3])
+            raise ArtifactError(
+                f"{self.folder} holds a run with another recipe: {was}",
+                "give another folder with --out, or the same settings",
+            )
+
+    def load(self, name: str) -> Any:
+        """Return a JSON artifact of the run, or None if there is none yet."""
+        path = self.folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} is broken: {error}", "move it away to have it made again") from error
+
+    def save(self, name: str, value: Any) -> None:
+        """Write a JSON artifact beside its place and rename it."""
+        write_text(self.folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def find_run(path: Path) -> Path | None:
+    """Return the run folder that a path is, or that it is the student of; None if neither."""
+    folder = path.parent if path.name == "student" else path
+    return folder if (folder / "recipe.json").is_file() else None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it, so that a half-written one is never seen.
+
+    Raises:
+        ArtifactError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error}", "free some disk space and run again") from error
+
+
+def run_name(student: str, problems: str) -> str:
+    """Return a run's name from what it teaches: `smollm2-chain_sum`."""
+    subject = Path(problems.partition("?")[0].removeprefix("gym:")).stem
+    pupil = Path(student.removeprefix("hf:")).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{pupil}-{subject}").strip("-")

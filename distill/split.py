@@ -1,0 +1,33 @@
+"""The one split that every seed, source and command agrees on: a fixed hash of the question.
+
+A question's bucket depends on nothing but its words, so a training set can never contain a question of an evaluation,
+whatever seed, file or order either was drawn with. The pocket teacher was trained on the `train` bucket too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from typing import Literal
+
+Bucket = Literal["train", "validation", "test"]
+
+_TRAIN_SHARE, _VALIDATION_SHARE = 80, 5  # per cent; the rest is `test`
+
+
+def normalise_question(question: str) -> str:
+    """Return the question as the split sees it: NFKC, lower case, every run of white space one space."""
+    return " ".join(unicodedata.normalize("NFKC", question).lower().split())
+
+
+def question_hash(question: str) -> str:
+    """Return the hex SHA-256 of the normalised question."""
+    return hashlib.sha256(normalise_question(question).encode()).hexdigest()
+
+
+def bucket_of(question: str) -> Bucket:
+    """Return the bucket a question belongs to: 80 % train, 5 % validation, 15 % test."""
+    share = int(question_hash(question)[:8], 16) % 100
+    if share < _TRAIN_SHARE:
+        return "train"
+    return "validation" if share < _TRAIN_SHARE + _VALIDATION_SHARE else "test"

@@ -1,0 +1,64 @@
+"""Choose the next token of every row: greedy, or by inverse-transform sampling with the row's own random number.
+
+A row's number comes from its own seed, so that a completion does not depend on which rows it shared a batch with
+(but for rounding), and a resumed run samples what the interrupted one would have.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...localrun.generation import Sampling
+
+_NUCLEUS = 1024  # tokens looked at for top-p; where they hold less than p, the whole vocabulary is sorted
+
+
+def draw_uniforms(sampling: Sampling, index: int, n: int) -> torch.Tensor | None:
+    """Return the n random numbers `[n]` of request `index`, from seed `sampling.seed + index`; None if greedy."""
+    if sampling.temperature <= 0:
+        return None
+    generator = torch.Generator().manual_seed(sampling.seed + index)
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None) -> torch.Tensor:
+    """Return one token a row `[B]` from logits `[B, V]`; `uniforms` `[B]` in [0, 1) unless greedy.
+
+    Filters apply as in llama.cpp and vLLM: top-k, then top-p, then min-p, on the tempered distribution.
+    """
+    if sampling.temperature <= 0 or uniforms is None:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / sampling.temperature, dim=-1)  # [B, V]
+    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if not filtered:
+        return _invert(probs, uniforms)
+    probs, tokens = _sorted_head(probs, sampling)  # [B, K] descending
+    if sampling.top_p < 1:
+        total = probs.sum(-1, keepdim=True) if sampling.top_k > 0 else 1.0
+        probs = probs * (probs.cumsum(-1) - probs < sampling.top_p * total)
+    if sampling.min_p > 0:
+        probs = probs * (probs >= sampling.min_p * probs[:, :1])
+    return tokens.gather(1, _invert(probs, uniforms)[:, None])[:, 0]
+
+
+def _sorted_head(probs: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the most probable tokens in descending order: as many as any filter can leave."""
+    n_vocab = probs.shape[-1]
+    if sampling.top_k > 0:
+        top = torch.topk(probs, min(sampling.top_k, n_vocab))
+        return top.values, top.indices
+    top = torch.topk(probs, min(_NUCLEUS, n_vocab))
+    # What lies beyond the head is dropped anyway if the head holds p, or if min-p drops the head's last token.
+    enough = (top.values.sum(-1) >= sampling.top_p) | (top.values[:, -1] < sampling.min_p * top.values[:, 0])
+    if bool(enough.all()):
+        return top.values, top.indices
+    everything = torch.sort(probs, descending=True)
+    return everything.values, everything.indices
+
+
+def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Return the index `[B]` at which the cumulative sum of `probs` `[B, K]` (any scale) passes `uniforms`."""
+    cumulative = probs.double().cumsum(-1)
+    target = (uniforms * cumulative[:, -1])[:, None]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return index.clamp(max=probs.shape[-1] - 1)

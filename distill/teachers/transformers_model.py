@@ -1,0 +1,313 @@
+"""A Hugging Face checkpoint as a teacher or as the model under evaluation: a folder, a hub id, or the pocket teacher.
+
+Prompts are rendered with the checkpoint's own chat template, and generation stops at its own end-of-turn tokens. No
+code from a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jinja2.exceptions import TemplateError
+from safetensors import SafetensorError
+
+from ...errors import ModelError, TeacherError, UsageError
+from ...localrun.generation import Completion, Message, Sampling
+from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
+from ..device import best_device, has_fast_bf16
+from ..quiet import quiet_transformers
+from .base import Backend, Teacher
+from .decode import BatchDecoder, Row, make_row
+
+_FP32_BELOW = 20_000_000  # parameters: smaller models gain nothing from bf16 and lose digits
+_HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
+
+
+class TransformersTeacher(Teacher):
+    """A causal language model of `transformers`, decoded in batches of `batch_size` rows."""
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        name: str | None = None,
+        backend: Backend = "transformers",
+        device: str = "auto",
+        batch_size: int | None = None,
+        offline: bool = False,
+    ) -> None:
+        """Load a folder or a hub id.
+
+        Raises:
+            ModelError: it is not there, incomplete, corrupt, or of an architecture unknown to transformers.
+            UsageError: there is no such device.
+        """
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"a batch holds at least one row, not {batch_size}")
+        self.name, self.backend = name or str(source), backend
+        self.device = _device(device)
+        is_folder = isinstance(source, Path) or Path(source).is_dir()
+        if is_folder:
+            check_folder(Path(source))
+        self.tokenizer = load_tokenizer(source, offline or is_folder)
+        self.model = _load_model(source, self.device, offline or is_folder)
+        commit = getattr(self.model.config, "_commit_hash", None)
+        self.revision = weights_hash(Path(source)) if is_folder else commit
+        self.eos_ids = _eos_ids(self.model, self.tokenizer)
+        self.n_ctx: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.n_parallel = batch_size or _default_batch_size(self.model, self.device)
+
+    def generate(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield (index, completion) as rows end; prompts that leave no room in the context come back as errors."""
+        prompts = [self.render(messages) for messages in conversations]
+        ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
+        rows = []
+        for index, prompt_ids in enumerate(ids):
+            room = sampling.max_tokens if self.n_ctx is None else self.n_ctx - len(prompt_ids)
+            if room < 1 or not prompt_ids:
+                yield index, _refused(len(prompt_ids), self.n_ctx)
+            else:
+                rows.append(make_row(index, prompt_ids, max(1, min(room, sampling.max_tokens)), sampling))
+        pad = self.tokenizer.pad_token_id
+        decoder = BatchDecoder(
+            self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad
+        )
+        try:
+            for row in decoder.run(rows, sampling):
+                yield row.index, self._completion(row, prompt_opens_thinking(prompts[row.index]))
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{self.name} ran out of memory with {self.n_parallel} rows", "lower --batch-size"
+            ) from error
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt that the checkpoint's chat template makes of a conversation.
+
+        Raises:
+            ModelError: it has no chat template, or the template refuses the conversation.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ModelError(
+                f"{self.name} has no chat template", "use an instruction-tuned model, or add chat_template.jinja to it"
+            )
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {self.name} refuses the conversation: {error}") from error
+        return prompt
+
+    def accepts(self, problem_source: str) -> None:
+        """Refuse what the pocket teacher never learned; any other model may try anything."""
+        if self.backend == "pocket":
+            check_pocket_source(problem_source)
+
+    def close(self) -> None:
+        """Free the weights."""
+        self.model = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _completion(self, row: Row, starts_inside: bool) -> Completion:
+        kept = row.tokens[:-1] if row.ended else row.tokens
+        reasoning, content, closed = split_thinking(self._decode(kept), starts_inside)
+        n_reasoning = 0 if closed is None else len(kept)
+        if closed:
+            n_reasoning = self._count_through_close(kept)
+        return Completion(
+            content=content,
+            reasoning_content=reasoning,
+            closed=closed,
+            finish_reason="stop" if row.ended else "length",
+            prompt_tokens=len(row.prompt),
+            completion_tokens=len(row.tokens),
+            reasoning_tokens=n_reasoning,
+            seconds=row.seconds,
+            token_ids=tuple(row.tokens),
+        )
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        # `<think>` may be a special token, so special tokens stay in the text.
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _count_through_close(self, ids: Sequence[int]) -> int:
+        """Return how many tokens it takes until the text holds the closing tag, by bisection."""
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high) // 2
+            if CLOSE in self._decode(ids[:middle]):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+
+def check_pocket_source(problem_source: str) -> None:
+    """Return if the pocket teacher has learned problems of this source.
+
+    Every setting counts, reasoning-gym's own default where the source gives none; what the table of families does not
+    bound must stand at its default.
+
+    Raises:
+        TeacherError: it has not; the hint lists its families with their settings.
+        UsageError: reasoning-gym knows no such data set or parameter.
+    """
+    from ..pocket.chains import FAMILIES
+    from ..problems import with_params
+
+    families = "; ".join(
+        f"gym:{name} with " + ", ".join(f"{key} {low} to {high}" for key, (low, high) in ranges.items())
+        for name, (_, ranges) in FAMILIES.items()
+    )
+    hint = f"it answers {families}. For anything else give another --teacher"
+    if not problem_source.startswith("gym:"):
+        raise TeacherError(f"the pocket teacher does not answer {problem_source}", hint)
+    name, config = with_params(problem_source)
+    if name not in FAMILIES:
+        raise TeacherError(f"the pocket teacher has not learned gym:{name}", hint)
+    ranges, (_, defaults) = FAMILIES[name][1], with_params(f"gym:{name}")
+    for key, value in config.items():
+        if key in ("seed", "size"):
+            continue
+        low, high = ranges.get(key, (None, None))
+        inside = value == defaults[key] if low is None or high is None else low <= value <= high
+        if not inside:
+            raise TeacherError(f"the pocket teacher has not learned gym:{name} with {key}={value}", hint)
+
+
+def check_folder(path: Path) -> None:
+    """Return if a folder holds a config, a tokenizer and weights.
+
+    Raises:
+        ModelError: it does not, or it is a LoRA adapter.
+    """
+    if not path.is_dir():
+        raise ModelError(f"no model folder at {path}")
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        raise ModelError(f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model folder: it has no config.json")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(
+            f"{path} has no tokenizer", "copy tokenizer.json and tokenizer_config.json from the base model"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path} has no weights", "it needs model.safetensors or its shards")
+
+
+def weights_hash(path: Path) -> str:
+    """Return a short hash of a checkpoint: the configs whole, of each weight file its size and 16 spread blocks."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}:".encode())
+        with file.open("rb") as data:
+            for i in range(_HASHED_BLOCKS if file.suffix == ".safetensors" else 1):
+                data.seek((size - _BLOCK_BYTES) * i // (_HASHED_BLOCKS - 1) if size > _BLOCK_BYTES else 0)
+                digest.update(data.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"there is no device {name!r} here", "use auto, cpu or cuda") from error
+    return device
+
+
+def _dtype(n_parameters: int, device: torch.device) -> torch.dtype:
+    """Return the fastest type that keeps the answers: bf16 only where the hardware multiplies it."""
+    if n_parameters < _FP32_BELOW:
+        return torch.float32
+    if has_fast_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def _default_batch_size(model: Any, device: torch.device) -> int:
+    if device.type == "cuda":
+        return 128
+    return 256 if model.num_parameters() < _FP32_BELOW else 48
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def _refused(n_prompt: int, n_ctx: int | None) -> Completion:
+    error = "the prompt is empty" if not n_prompt else f"the prompt's {n_prompt} tokens fill the context of {n_ctx}"
+    return Completion("", None, None, "error", n_prompt, 0, 0, 0.0, error=error)
+
+
+def load_tokenizer(source: str | Path, offline: bool = True) -> Any:
+    """Return the tokenizer of a checkpoint folder, or of a hub id.
+
+    Raises:
+        ModelError: there is none, or it is corrupt.
+    """
+    quiet_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
+        raise _model_error(source, "tokenizer", error, offline) from error
+
+
+def _load_model(source: str | Path, device: torch.device, offline: bool) -> Any:
+    quiet_transformers()
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto",
+            local_files_only=offline,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        raise _model_error(source, "model", error, offline) from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if missing:
+        # transformers would fill these with random numbers and carry on.
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, {missing[0]} first", "the checkpoint is incomplete"
+        )
+    try:
+        return model.to(device=device, dtype=_dtype(model.num_parameters(), device)).eval()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{source} does not fit in the memory of {device}", "give --device cpu or a smaller model"
+        ) from error
+
+
+def _model_error(source: str | Path, part: str, error: Exception, offline: bool) -> ModelError:
+    """Translate what transformers, safetensors and the hub raise into one line and a hint."""
+    text = " ".join(str(error).split())
+    if isinstance(error, SafetensorError) or ("safetensors" in text.lower() and "header" in text.lower()):
+        return ModelError(f"the weights of {source} are corrupt: {text[:200]}", "copy or download them again")
+    if isinstance(error, (ValueError, KeyError)) and (
+        "model_type" in text or "model type" in text or "Unrecognized" in text
+    ):
+        return ModelError(
+            f"transformers {transformers.__version__} does not know the architecture of {source}",
+            "a newer transformers may; or serve the model elsewhere and give its https://…/v1 as the teacher",
+        )
+    if isinstance(error, OSError) and not Path(source).exists():
+        if offline or os.environ.get("HF_HUB_OFFLINE"):
+            return ModelError(f"{source} is not in the local cache", "leave out --offline to download it")
+        return ModelError(f"cannot get {source} from the hub: {text[:200]}", "check the id and the connection")
+    return ModelError(f"cannot load the {part} of {source}: {text[:300]}")

@@ -1,0 +1,110 @@
+"""Find the GGUF that a user means: a path, a run folder, the newest run, or a file on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError, ModelError, UsageError
+
+_HUB_SPEC = re.compile(r"hf:(?P<repo>[^/:\s]+/[^/:\s]+)(?::(?P<file>.+))?")
+
+
+def find_model(spec: str | None, runs_dir: Path = Path("runs"), *, offline: bool = False) -> Path:
+    """Return the path of the GGUF that `spec` names.
+
+    `spec` is a file, a folder (its newest GGUF), `hf:ORG/REPO[:FILE]` (FILE: a name, or a part of one such as Q8_0), or
+    None for the newest GGUF of all runs.
+
+    Raises:
+        ArtifactError: there is none.
+        ModelError: the hub cannot give it.
+        UsageError: an hf: spec that is none.
+    """
+    if spec is None:
+        found = _newest(runs_dir.rglob("*.gguf")) if runs_dir.is_dir() else None
+        if found is None:
+            raise ArtifactError(
+                f"no model given, and no run in {runs_dir}/ has a GGUF yet",
+                "name a .gguf file or hf:ORG/REPO, or make one: deepdistill demo",
+            )
+        return found
+    if spec.startswith("hf:"):
+        return _from_hub(spec, offline)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.exists():
+        return path
+    hint = f"to download from the hub: hf:{spec}" if re.fullmatch(r"[\w.-]+/[\w.-]+", spec) else ""
+    raise ArtifactError(f"no model at {spec}", hint or "give a .gguf file, a run folder or hf:ORG/REPO[:FILE]")
+
+
+def _in_folder(folder: Path) -> Path:
+    found = _newest(folder.rglob("*.gguf"))
+    if found is None:
+        has_weights = any(folder.rglob("*.safetensors"))
+        raise ArtifactError(
+            f"{folder} holds no GGUF file",
+            f"make one: deepdistill quantize {folder}" if has_weights else "give a .gguf file or a run folder",
+        )
+    return found
+
+
+def _newest(paths: Iterable[Path]) -> Path | None:
+    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _from_hub(spec: str, offline: bool) -> Path:
+    """Download a file, or take it from the hub's cache."""
+    parsed = _HUB_SPEC.fullmatch(spec)
+    if not parsed:
+        raise UsageError(f"{spec!r} names no hub repository", "write hf:ORG/REPO or hf:ORG/REPO:FILE")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ModelError(
+            f"{spec} needs huggingface_hub, which is not installed", "pip install huggingface_hub"
+        ) from error
+    repo = parsed["repo"]
+    try:
+        if offline:
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*.gguf", local_files_only=True))
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+            return folder / _choose(names, parsed["file"], repo)
+        name = _choose(huggingface_hub.list_repo_files(repo), parsed["file"], repo)
+        return Path(huggingface_hub.hf_hub_download(repo, name))
+    except (OSError, ValueError, RuntimeError) as error:  # the hub's and its HTTP library's errors are among these
+        raise _hub_error(spec, error, offline) from error
+    except Exception as error:  # httpx's transport errors are not
+        if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore", "huggingface_hub")):
+            raise _hub_error(spec, error, offline) from error
+        raise
+
+
+def _choose(names: Iterable[str], wanted: str | None, repo: str) -> str:
+    """Return the one file of a repository that is meant."""
+    models = sorted(n for n in names if n.endswith(".gguf") and "mmproj" not in n and not re.search(r"-of-\d+\.", n))
+    if wanted in models:
+        return str(wanted)
+    fitting = [name for name in models if wanted is None or wanted.lower() in Path(name).name.lower()]
+    if len(fitting) == 1:
+        return fitting[0]
+    listed = ", ".join(models) or "none"
+    what = f"no GGUF file like {wanted}" if not fitting else f"{len(fitting)} GGUF files that could be meant"
+    raise ModelError(f"{repo} has {what if models else 'no GGUF file'}", f"name one: hf:{repo}:FILE. It has: {listed}")
+
+
+def _hub_error(spec: str, error: Any, offline: bool) -> ModelError:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if offline:
+        return ModelError(f"{spec} is not in the hub's cache", "run once without --offline")
+    if status in (401, 403, 404):
+        return ModelError(
+            f"the hub does not give {spec} (HTTP {status})",
+            "check the name; for a private or gated repository log in with: hf auth login",
+        )
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ModelError(f"cannot download {spec}: {reason[0]}", "check the network; with --offline the cache is used")

@@ -1,0 +1,173 @@
+"""ggml's own quantizers, through ctypes: float rows in, the bytes that stand in a GGUF tensor out.
+
+The library is the one that the installed llama-cpp-python brings, so a file made here holds byte for byte what
+llama.cpp's quantizer would write. ctypes releases the GIL: rows are quantized on all cores by plain threads.
+ggml aborts the whole process on a bad argument, so everything is checked before it is called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+
+from ..errors import ModelError
+
+_HINT = (
+    "pip install llama-cpp-python (needs a C++ compiler), or without one: pip install llama-cpp-python "
+    "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu"
+)
+_CHUNK = 1 << 20  # elements a task: long enough to hide Python's overhead, short enough to share among cores
+# They are useless or refused without an importance matrix.
+_NEED_IMATRIX = frozenset(
+    {
+        GGMLQuantizationType.IQ1_S,
+        GGMLQuantizationType.IQ1_M,
+        GGMLQuantizationType.IQ2_XXS,
+        GGMLQuantizationType.IQ2_XS,
+        GGMLQuantizationType.IQ2_S,
+        GGMLQuantizationType.IQ3_XXS,
+    }
+)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Load libggml-base and declare what is called, after checking that its types are those that `gguf` names."""
+    path = _library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, result, arguments in (
+            ("ggml_blck_size", ctypes.c_int64, [ctypes.c_int]),
+            ("ggml_type_size", ctypes.c_size_t, [ctypes.c_int]),
+            ("ggml_row_size", ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
+            ("ggml_type_name", ctypes.c_char_p, [ctypes.c_int]),
+            (
+                "ggml_quantize_chunk",
+                ctypes.c_size_t,
+                [
+                    ctypes.c_int,
+                    ctypes.c_void_p,
+                    ctypes.c_void_p,
+                    ctypes.c_int64,
+                    ctypes.c_int64,
+                    ctypes.c_int64,
+                    ctypes.c_void_p,
+                ],
+            ),
+        ):
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise ModelError(f"the ggml of llama-cpp-python cannot be used: {error}", _HINT) from error
+    for type_ in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.BF16):
+        name = library.ggml_type_name(type_) or b"?"
+        if name.decode().upper() != type_.name:
+            raise ModelError(
+                f"llama-cpp-python numbers ggml's types differently: {type_.name} is {name!r} there", _HINT
+            )
+    return library
+
+
+def _library_path() -> Path:
+    name = {"win32": "ggml-base.dll", "darwin": "libggml-base.dylib"}.get(sys.platform, "libggml-base.so")
+    override = os.environ.get("LLAMA_CPP_LIB_PATH")  # llama-cpp-python reads it too
+    spec = importlib.util.find_spec("llama_cpp")
+    if not override and (spec is None or not spec.origin):
+        raise ModelError("llama-cpp-python is not installed", _HINT)
+    folder = Path(override) if override else Path(str(spec.origin if spec else "")).parent / "lib"
+    path = folder / name
+    if not path.is_file():
+        raise ModelError(f"llama-cpp-python has no {name} in {folder}", _HINT)
+    return path
+
+
+def type_name(type_: GGMLQuantizationType) -> str:
+    """Return ggml's own name of a type, such as `q4_K`."""
+    return str(_library().ggml_type_name(int(type_)).decode())
+
+
+def block_size(type_: GGMLQuantizationType) -> int:
+    """Return how many elements one block holds: a row must be a multiple of it."""
+    return int(_library().ggml_blck_size(int(type_)))
+
+
+def type_size(type_: GGMLQuantizationType) -> int:
+    """Return the bytes of one block."""
+    return int(_library().ggml_type_size(int(type_)))
+
+
+def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
+    """Return the bytes of one row.
+
+    Raises:
+        ValueError: a row of this length has no whole number of blocks.
+    """
+    if n_per_row <= 0 or n_per_row % block_size(type_):
+        raise ValueError(f"a row of {n_per_row} is no multiple of {type_.name}'s block of {block_size(type_)}")
+    return int(_library().ggml_row_size(int(type_), n_per_row))
+
+
+def quantize_rows(
+    data: npt.NDArray[np.float32],
+    type_: GGMLQuantizationType,
+    imatrix: npt.NDArray[np.float32] | None = None,
+    pool: Executor | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Return `[n_rows, row bytes]` of `[n_rows, n_per_row]`, with a weight per column `[n_per_row]` if there is one.
+
+    The bytes do not depend on the pool: rows are quantized one by one.
+
+    Raises:
+        ValueError: the array is not 2-D float32 with whole blocks, not finite, or the type needs an imatrix.
+    """
+    if data.ndim != 2 or data.dtype != np.float32:
+        raise ValueError(f"quantize_rows takes 2-D float32, not {data.ndim}-D {data.dtype}")
+    n_rows, n_per_row = data.shape
+    if imatrix is not None and (imatrix.shape != (n_per_row,) or imatrix.dtype != np.float32):
+        raise ValueError(f"the imatrix must be float32 [{n_per_row}], not {imatrix.dtype} {list(imatrix.shape)}")
+    if imatrix is None and type_ in _NEED_IMATRIX:
+        raise ValueError(f"{type_.name} needs an importance matrix")
+    out = np.empty((n_rows, row_size(type_, n_per_row)), dtype=np.uint8)
+    data = np.ascontiguousarray(data)
+    weights = None if imatrix is None else np.ascontiguousarray(imatrix)
+    step = max(1, _CHUNK // n_per_row)
+    starts = range(0, n_rows, step)
+
+    def run(start: int) -> None:
+        _quantize_into(type_, data[start : start + step], out[start : start + step], weights)
+
+    for _ in map(run, starts) if pool is None else pool.map(run, starts):
+        pass
+    return out
+
+
+def _quantize_into(
+    type_: GGMLQuantizationType,
+    rows: npt.NDArray[np.float32],
+    out: npt.NDArray[np.uint8],
+    weights: npt.NDArray[np.float32] | None,
+) -> None:
+    if not np.isfinite(rows).all():
+        raise ValueError("NaN or infinite values")
+    pointer = None if weights is None else weights.ctypes.data
+    quantize = _library().ggml_quantize_chunk
+    n_bytes = quantize(int(type_), rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], pointer)
+    if n_bytes != out.nbytes:
+        raise RuntimeError(f"ggml wrote {n_bytes} bytes of {type_.name} where {out.nbytes} were due")
+
+
+def parts_of(n_rows: int, n_per_row: int, n_elements: int) -> Iterator[slice]:
+    """Yield row ranges of at most about n_elements each, so that a large tensor is never whole in memory."""
+    step = max(1, n_elements // n_per_row)
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))

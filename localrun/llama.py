@@ -1,0 +1,300 @@
+"""The one place that touches llama.cpp's C interface: load a file, decode a batch, sample, turn text into tokens.
+
+Structs start from the library's own defaults, since their fields change between releases, and a few of those defaults
+are checked: bindings that do not fit their library would read nonsense. llama.cpp's log is kept, not shown: what it
+calls an error is the reason when a call fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections import deque
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArtifactError, ModelError
+from .generation import Sampling
+
+try:
+    import llama_cpp
+except (ImportError, OSError, RuntimeError) as error:  # not installed, or built for another machine
+    raise ModelError(
+        f"llama-cpp-python does not work here: {error}",
+        "pip install llama-cpp-python (it needs a C++ compiler), or without one: pip install llama-cpp-python "
+        "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu",
+    ) from error
+
+_log: deque[tuple[int, str]] = deque(maxlen=200)
+_ERROR, _CONTINUED = 4, 5  # ggml_log_level
+_KV_FULL = 1  # llama_decode: no room in the KV cache
+_NOT_THE_FILE = re.compile(r"unknown|unsupported|not supported|alloc|memory", re.I)  # reasons that no new copy mends
+
+
+class Entry(NamedTuple):
+    """One token of a batch; `wanted` asks for its logits."""
+
+    token: int
+    position: int
+    sequence: int
+    wanted: bool
+
+
+@llama_cpp.llama_log_callback
+def _keep_log(level: int, text: bytes, _data: Any) -> None:
+    if level == _CONTINUED and _log:
+        level, before = _log.pop()
+        _log.append((level, before + text.decode("utf-8", "replace")))
+    else:
+        _log.append((level, text.decode("utf-8", "replace")))
+
+
+def _reason() -> str:
+    """Return what llama.cpp said went wrong since the log was last cleared."""
+    lines = [text.strip() for level, text in _log if level == _ERROR and text.strip()]
+    if not lines:
+        return "llama.cpp gives no reason"
+    printable = "".join(letter if letter.isprintable() else "?" for letter in lines[0])
+    return re.sub(r"^\w+: ", "", printable)  # the function's name tells a user nothing
+
+
+@cache
+def _start_library() -> None:
+    """Keep the log, start the backend, and check that the bindings fit the library.
+
+    Raises:
+        ModelError: they do not.
+    """
+    llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    context, model = llama_cpp.llama_context_default_params(), llama_cpp.llama_model_default_params()
+    # From the front, the middle and the end of each struct: a field more or less shifts what comes after it.
+    seen = (context.n_ubatch, context.rope_scaling_type, context.type_k, context.n_seq_max, model.vocab_only)
+    if seen != (512, -1, 1, 1, False):
+        raise ModelError(
+            f"llama-cpp-python {llama_cpp.__version__} does not fit the llama.cpp library that it loads",
+            "reinstall it: pip install --force-reinstall llama-cpp-python; and unset LLAMA_CPP_LIB_PATH",
+        )
+
+
+class Model:
+    """A loaded GGUF: its weights, vocabulary and metadata."""
+
+    def __init__(self, path: Path) -> None:
+        """Load a file.
+
+        Raises:
+            ArtifactError: it is missing, cut short, corrupt or no GGUF.
+            ModelError: this llama.cpp cannot run it; the reason is its own.
+        """
+        _check_file(path)
+        _start_library()
+        self.path = path
+        _log.clear()
+        self._handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
+        if not self._handle:
+            raise _load_error(path, _reason())
+        self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._handle))
+        self.metadata = self._read_metadata()
+        self._pieces: dict[int, bytes] = {}
+
+    @property
+    def handle(self) -> Any:
+        """The loaded model; the C functions would crash on one that was freed."""
+        if not self._handle:
+            raise ValueError("the model is closed")
+        return self._handle
+
+    @property
+    def vocab(self) -> Any:
+        """The vocabulary, which lives as long as the model."""
+        return self._vocab if self.handle else None
+
+    def _read_metadata(self) -> dict[str, str]:
+        read: dict[str, str] = {}
+        for i in range(llama_cpp.llama_model_meta_count(self.handle)):
+            key = _text_of(llama_cpp.llama_model_meta_key_by_index, self.handle, i)
+            read[key] = _text_of(llama_cpp.llama_model_meta_val_str_by_index, self.handle, i)
+        return read
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the tokens of a rendered prompt: special tokens parsed, BOS put first where the file asks for it."""
+        data = text.encode("utf-8", "replace")
+        tokens = self._tokenize(data, len(data) + 8)
+        bos = int(llama_cpp.llama_vocab_bos(self.vocab))
+        wants_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab)) and bos >= 0
+        return [bos, *tokens] if wants_bos and tokens[:1] != [bos] else tokens
+
+    def _tokenize(self, data: bytes, size: int) -> list[int]:
+        buffer = (llama_cpp.llama_token * size)()
+        n = llama_cpp.llama_tokenize(self.vocab, data, len(data), buffer, size, False, True)
+        return list(buffer[:n]) if n >= 0 else self._tokenize(data, -n)  # it returns how many it needs, negative
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of one token, special tokens as they are written.
+
+        Raises:
+            ModelError: the vocabulary has no such token.
+        """
+        if token not in self._pieces:
+            if not 0 <= token < self.n_vocab:
+                raise ModelError(f"{self.path} has no token {token}: its vocabulary holds {self.n_vocab}")
+            self._pieces[token] = self._read_piece(token, 64)
+        return self._pieces[token]
+
+    def _read_piece(self, token: int, size: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size)
+        n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, True)
+        return buffer.raw[:n] if n >= 0 else self._read_piece(token, -n)
+
+    @cached_property
+    def eog(self) -> frozenset[int]:
+        """The tokens that end generation."""
+        return frozenset(t for t in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(self.vocab, t))
+
+    def close(self) -> None:
+        """Free the weights. More than one call does no harm."""
+        if self._handle:
+            llama_cpp.llama_model_free(self._handle)
+            self._handle = self._vocab = None
+
+
+class Context:
+    """A KV cache that all sequences share, and one batch that is used again and again."""
+
+    def __init__(self, model: Model, n_ctx: int, n_seq: int, n_threads: int, n_batch: int) -> None:
+        """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once.
+
+        Raises:
+            ModelError: not enough memory.
+        """
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = n_ctx, n_seq
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_threads = params.n_threads_batch = n_threads
+        params.kv_unified = True
+        if hasattr(params, "n_outputs_max_per_seq"):
+            params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
+        params.no_perf = True
+        # Flash attention stays at the default, which is automatic.
+        _log.clear()
+        self.model, self.n_batch = model, n_batch
+        self._handle = llama_cpp.llama_init_from_model(model.handle, params)
+        if not self._handle:
+            raise ModelError(f"no room for {n_ctx} tokens of context: {_reason()}", "give a smaller --context")
+        self.n_ctx = int(llama_cpp.llama_n_ctx(self._handle))
+        self._memory = llama_cpp.llama_get_memory(self._handle)
+        self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
+        for i in range(n_batch):
+            self._batch.n_seq_id[i] = 1
+
+    @property
+    def handle(self) -> Any:
+        """The context; the C functions would crash on one that was freed."""
+        if not self._handle:
+            raise ValueError("the context is closed")
+        return self._handle
+
+    def decode(self, entries: Sequence[Entry]) -> bool:
+        """Run a batch of at most n_batch entries; return False, with nothing changed, if the KV cache is full.
+
+        Raises:
+            ModelError: llama.cpp failed.
+        """
+        handle, batch = self.handle, self._batch
+        assert len(entries) <= self.n_batch, "the batch would overflow"
+        batch.n_tokens = len(entries)
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
+            batch.seq_id[i][0] = sequence
+        _log.clear()
+        code = llama_cpp.llama_decode(handle, batch)
+        if code not in (0, _KV_FULL):
+            raise ModelError(
+                f"llama.cpp cannot decode (code {code}): {_reason()}", "give a smaller --context, or free some memory"
+            )
+        return bool(code == 0)
+
+    def logits(self, index: int) -> npt.NDArray[np.float32]:
+        """Return the logits `[V]` of one entry of the last batch: a view that the next batch overwrites."""
+        row = llama_cpp.llama_get_logits_ith(self.handle, index)
+        return np.ctypeslib.as_array(row, shape=(self.model.n_vocab,))
+
+    def forget(self, sequence: int, start: int = 0) -> int:
+        """Drop a sequence's cache from a position on; return how many of its tokens stay."""
+        assert self.handle
+        if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1):
+            llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)  # a recurrent state cannot be cut, only dropped
+        return min(start, int(llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)) + 1)
+
+    def close(self) -> None:
+        """Free the cache. More than one call does no harm."""
+        if self._handle:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_free(self._handle)
+            self._handle = None
+
+
+class Sampler:
+    """llama.cpp's own sampler chain: top-k, top-p, min-p, temperature, then a seeded draw; greedy at temperature 0."""
+
+    def __init__(self, sampling: Sampling, seed: int) -> None:
+        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        if sampling.temperature <= 0:
+            stages = [llama_cpp.llama_sampler_init_greedy()]
+        else:
+            stages = [llama_cpp.llama_sampler_init_top_k(sampling.top_k)] if sampling.top_k > 0 else []
+            stages += [llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p < 1 else []
+            stages += [llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p > 0 else []
+            stages += [llama_cpp.llama_sampler_init_temp(sampling.temperature)]
+            stages += [llama_cpp.llama_sampler_init_dist(seed % 0xFFFFFFFF)]  # 0xFFFFFFFF itself means a random seed
+        for stage in stages:
+            llama_cpp.llama_sampler_chain_add(self._chain, stage)
+
+    def sample(self, context: Context, index: int) -> int:
+        """Return the token chosen from one entry's logits of the last batch."""
+        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
+
+    def close(self) -> None:
+        """Free the chain. More than one call does no harm."""
+        if self._chain:
+            llama_cpp.llama_sampler_free(self._chain)
+            self._chain = None
+
+
+def _text_of(call: Any, handle: Any, index: int) -> str:
+    size = 256
+    while True:
+        buffer = ctypes.create_string_buffer(size)
+        n = call(handle, index, buffer, size)
+        if n < size:
+            return buffer.value.decode("utf-8", "replace")
+        size = n + 1
+
+
+def _check_file(path: Path) -> None:
+    """Tell a missing or foreign file apart before llama.cpp reads it."""
+    if not path.is_file():
+        raise ArtifactError(f"no GGUF file at {path}", "deepdistill quantize makes one from a checkpoint folder")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise ArtifactError(f"{path} is not a GGUF file", "deepdistill quantize makes one from a checkpoint folder")
+
+
+def _load_error(path: Path, reason: str) -> ArtifactError | ModelError:
+    reason = re.sub(r"^error loading model: ", "", reason)
+    if _NOT_THE_FILE.search(reason):
+        return ModelError(f"cannot load {path}: {reason}", "a newer llama-cpp-python may know it")
+    return ArtifactError(f"{path} is corrupt or cut short: {reason}", "download or quantize it again")

@@ -1,0 +1,76 @@
+"""Render a chat template as transformers does: the same jinja settings, helpers and sandbox.
+
+A template comes with a downloaded file, so it is foreign code: it runs in jinja's sandbox and may raise anything.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NoReturn
+
+from jinja2 import Template, nodes
+from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..errors import ModelError
+from .generation import Message
+
+
+def render(source: str, messages: Sequence[Message], thinking: bool, bos_token: str = "", eos_token: str = "") -> str:
+    """Return the prompt that asks for the next assistant turn.
+
+    Raises:
+        ModelError: the template is broken or refuses the conversation.
+    """
+    try:
+        return _compile(source).render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+            bos_token=bos_token,
+            eos_token=eos_token,
+        )
+    except Exception as error:  # a foreign template: whatever it does wrong is the model's fault
+        raise ModelError(f"the model's chat template refuses the conversation: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _compile(source: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+class _Generation(Extension):
+    """Accept `{% generation %}` blocks, with which trainers mark the assistant's tokens; here their text is all."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,82 @@
+"""Where a model comes from: its licence and base model, read from the model card or the config, for the file's metadata."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from gguf import GGUFWriter
+from gguf.metadata import Metadata
+
+from ..errors import ArtifactError
+from .checkpoint import Checkpoint
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """A model's name, licence (with its name and link where it is no standard one) and base models (`ORG/NAME`)."""
+
+    name: str
+    licence: str | None
+    licence_name: str | None
+    licence_link: str | None
+    base_models: tuple[str, ...]
+
+
+def read_provenance(checkpoint: Checkpoint) -> Provenance:
+    """Read README.md's front matter; what it does not say is taken from config.json.
+
+    Raises:
+        ArtifactError: the front matter is no YAML.
+    """
+    try:
+        card: dict[str, Any] = Metadata.load_model_card(checkpoint.folder)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ArtifactError(f"the front matter of {checkpoint.folder}/README.md is broken: {first}") from error
+    licence = card.get("license") or checkpoint.config.get("license")
+    if isinstance(licence, list):
+        licence = ", ".join(map(str, licence))
+    bases = card.get("base_model") or checkpoint.config.get("base_model") or _origin(checkpoint.config)
+    bases = [bases] if isinstance(bases, str) else bases or []
+    return Provenance(
+        name=str(card.get("model_name") or checkpoint.folder.resolve().name),
+        licence=str(licence) if licence else None,
+        licence_name=_text(card.get("license_name")),
+        licence_link=_text(card.get("license_link")),
+        base_models=tuple(map(str, bases)),
+    )
+
+
+def _text(value: Any) -> str | None:
+    return str(value) if value else None
+
+
+def _origin(config: dict[str, Any]) -> str | None:
+    """Return the hub name that the config remembers, if it is one."""
+    name = config.get("_name_or_path") or ""
+    return name if _REPOSITORY.fullmatch(name) else None
+
+
+def write_provenance(provenance: Provenance, writer: GGUFWriter) -> None:
+    """Add it to a file's metadata, under llama.cpp's names."""
+    writer.add_name(provenance.name)
+    if provenance.licence:
+        writer.add_license(provenance.licence)
+    if provenance.licence_name:
+        writer.add_license_name(provenance.licence_name)
+    if provenance.licence_link:
+        writer.add_license_link(provenance.licence_link)
+    if not provenance.base_models:
+        return
+    writer.add_base_model_count(len(provenance.base_models))
+    for i, base in enumerate(provenance.base_models):
+        organization, _, name = base.rpartition("/")
+        writer.add_base_model_name(i, name)
+        if _REPOSITORY.fullmatch(base):
+            writer.add_base_model_organization(i, organization)
+            writer.add_base_model_repo_url(i, f"https://huggingface.co/{base}")

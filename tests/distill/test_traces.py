@@ -1,0 +1,182 @@
+"""The trace store: what was appended is there after any death, and nothing else ever is."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepdistill.distill.grade import Grade
+from deepdistill.distill.problems import Problem
+from deepdistill.distill.teachers.base import TeacherInfo
+from deepdistill.distill.traces import Trace, TraceStore, trace_id
+from deepdistill.errors import ArtifactError
+from deepdistill.localrun.generation import Completion, Sampling
+
+INFO = TeacherInfo("pocket", "pocket", "abc")
+
+
+def make(index: int, content: str = "42", reasoning: str | None = "40+2=42") -> Trace:
+    problem = Problem(f"p{index}", f"question {index}?", "42", "test", "math")
+    completion = Completion(content, reasoning, True, "stop", 10, 5, 3, 0.5)
+    return Trace.make(problem, completion, Grade("42", "right", "grader", 1.0), INFO, "pocket", Sampling(), 0)
+
+
+def test_a_trace_has_the_fields_of_the_format() -> None:
+    record = json.loads(make(1).to_json())
+    assert record["usage"] == {"prompt": 10, "completion": 5, "reasoning": 3}
+    assert record["teacher"] == {"name": "pocket", "backend": "pocket", "revision": "abc"}
+    assert record["messages"] == [{"role": "user", "content": "question 1?"}]
+    assert (record["verdict"], record["verdict_by"], record["cost_usd"]) == ("right", "grader", None)
+    assert (record["reasoning_content"], record["content"]) == ("40+2=42", "42")
+
+
+@given(st.text(), st.one_of(st.none(), st.text()))
+@settings(max_examples=100, deadline=None)
+def test_json_and_back(content: str, reasoning: str | None) -> None:
+    trace = make(0, content, reasoning)
+    line = trace.to_json()
+    assert "\n" not in line
+    assert Trace.from_json(line) == trace
+
+
+def test_ids_tell_requests_apart_and_stay_the_same() -> None:
+    base = trace_id("p", "pocket", Sampling(), 0)
+    others = [
+        trace_id("q", "pocket", Sampling(), 0),
+        trace_id("p", "hf:a/b", Sampling(), 0),
+        trace_id("p", "pocket", Sampling(temperature=0.5), 0),
+        trace_id("p", "pocket", Sampling(), 1),
+    ]
+    assert len({base, *others}) == 5
+    assert base == trace_id("p", "pocket", Sampling(), 0)
+    assert base == "8452e10804b33bd49eb5da229ab4d978", "traces of older runs would be asked for again"
+
+
+def test_append_and_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "traces.jsonl"
+    with TraceStore(path) as store:
+        for i in range(3):
+            store.append(make(i))
+        store.append(make(1))
+        assert len(store) == 3
+        assert store.has(make(2).id)
+        assert not store.has(make(3).id)
+        assert list(store) == [make(0), make(1), make(2)]
+    with TraceStore(path) as store:
+        assert store.cut_bytes == 0
+        store.append(make(3))
+    assert list(TraceStore.read(path)) == [make(i) for i in range(4)]
+
+
+def test_a_last_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    whole = [(make(i, "naïve – 42 ✓").to_json() + "\n").encode() for i in range(3)]
+    kept = b"".join(whole[:2])
+    for cut in range(len(whole[2])):
+        path.write_bytes(kept + whole[2][:cut])
+        assert len(list(TraceStore.read(path))) == 2, "reading alone leaves it out"
+        assert path.stat().st_size == len(kept) + cut, "and leaves it alone"
+        with TraceStore(path) as store:
+            assert (len(store), store.cut_bytes) == (2, cut)
+            if cut % 50 == 49:
+                store.append(make(7))
+        assert [t.problem_id for t in TraceStore.read(path)] == ["p0", "p1"] + ["p7"] * (cut % 50 == 49)
+
+
+@given(st.binary(min_size=1, max_size=40).filter(lambda b: b"\n" not in b and b.strip()), st.integers(0, 2))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_broken_line_is_named_and_nothing_is_overwritten(tmp_path: Path, junk: bytes, at: int) -> None:
+    path = tmp_path / "traces.jsonl"
+    lines = [(make(i).to_json() + "\n").encode() for i in range(3)]
+    lines.insert(at, junk + b"\n")
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(ArtifactError, match=rf"traces\.jsonl:{at + 1} is broken"):
+        TraceStore(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_line_that_is_json_but_no_trace_is_broken_too(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    record = json.loads(make(0).to_json())
+    for bad in ({}, record | {"verdict": "maybe"}, record | {"usage": 3}, {k: record[k] for k in list(record)[1:]}):
+        path.write_text(json.dumps(bad) + "\n", encoding="utf-8")
+        with pytest.raises(ArtifactError, match=":1 is broken"):
+            TraceStore(path)
+
+
+def test_fields_of_a_newer_version_are_read_over() -> None:
+    assert Trace.from_json(json.dumps(json.loads(make(0).to_json()) | {"later": 1})) == make(0)
+
+
+def test_a_missing_file_and_a_folder_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="cannot read"):
+        list(TraceStore.read(tmp_path / "none.jsonl"))
+    with pytest.raises(ArtifactError):
+        TraceStore(tmp_path)
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "traces.jsonl"
+    real = os.write
+    with TraceStore(path) as store:
+        store.append(make(0))
+        calls = iter([40])
+
+        def full(file: int, data: bytes) -> int:
+            room = next(calls, None)
+            if room is None:
+                raise OSError(28, "No space left on device")
+            return real(file, data[:room])
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(ArtifactError, match="No space left"):
+            store.append(make(1))
+        monkeypatch.setattr(os, "write", real)
+        assert not store.has(make(1).id)
+        store.append(replace(make(1), content="again"))
+    assert [t.content for t in TraceStore.read(path)] == ["42", "again"]
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from deepdistill.distill.traces import TraceStore
+sys.path.insert(0, {tests!r})
+from test_traces import make
+with TraceStore(Path({path!r})) as store:
+    start = len(store)
+    print("open", start, flush=True)
+    for i in range(start, 10**6):
+        store.append(make(i, "x" * (i * 37 % 9000)))
+        print(i, flush=True)
+"""
+
+
+def test_kill_9_at_random_moments_loses_nothing_that_was_appended(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    script = WRITER.format(tests=str(Path(__file__).parent), path=str(path))
+    rng, stored = random.Random(0), 0
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline().split() == ["open", str(stored)]
+            time.sleep(rng.uniform(0.005, 0.1))
+            writer.send_signal(signal.SIGKILL)
+            said = [int(line) for line in writer.stdout.read().split("\n")[:-1]]
+        with TraceStore(path) as store:
+            traces = list(store)
+            assert [t.problem_id for t in traces] == [f"p{i}" for i in range(len(traces))]
+            assert len(traces) - 1 in (max(said, default=stored - 1), max(said, default=stored - 1) + 1)
+            stored = len(traces)
+    assert stored > 10

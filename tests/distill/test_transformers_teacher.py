@@ -1,0 +1,348 @@
+"""The batched decoder against `model.generate` one prompt at a time, and every way a model folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepdistill.distill.pocket.recipe import make_tokenizer
+from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers.choose import choose, draw_uniforms
+from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source
+from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
+from deepdistill.localrun.generation import Message, Sampling
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96}
+MODELS: dict[str, Callable[[int], Any]] = {
+    "llama": lambda v: transformers.LlamaConfig(vocab_size=v, num_hidden_layers=2, num_key_value_heads=2, **SMALL),
+    "deepseek_v3": lambda v: transformers.DeepseekV3Config(
+        vocab_size=v,
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        **SMALL,
+    ),
+    # Its cache forgets columns by itself, so that rows cannot be cut out and put in.
+    "sliding": lambda v: transformers.MistralConfig(
+        vocab_size=v, num_hidden_layers=2, num_key_value_heads=2, sliding_window=16, **SMALL
+    ),
+}
+
+
+def write_model(folder: Path, kind: str) -> Path:
+    """Write a model with random weights, with end-of-turn tokens that make its answers end at different lengths."""
+    tokenizer = make_tokenizer(["State the final answer: 12 + 30 = 42, twelve woodlouses and 8 tigers"] * 3, 300)
+    torch.manual_seed(0)
+    config = MODELS[kind](len(tokenizer))
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, None, tokenizer.eos_token_id
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 1.0)
+    model.generation_config.eos_token_id = -1
+    model.generation_config.pad_token_id = 0
+    model.eval()
+    answers = []
+    for messages in ask(8) + ask(8, seed=1, shared=""):
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+        answers.append(model.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist())
+    early = {token for answer in answers for token in answer[:2]}
+    ends = {tokenizer.eos_token_id}
+    for i, answer in enumerate(answers):
+        ends |= set([token for token in answer[1 + i :] if token not in early][:1])
+    model.generation_config.eos_token_id = sorted(ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: write_model(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def teacher(request: pytest.FixtureRequest, folders: dict[str, Path]) -> TransformersTeacher:
+    return TransformersTeacher(folders[request.param], device="cpu", batch_size=4)
+
+
+@pytest.fixture
+def llama(folders: dict[str, Path]) -> TransformersTeacher:
+    return TransformersTeacher(folders["llama"], device="cpu", batch_size=4)
+
+
+def ask(n: int, seed: int = 0, shared: str = "State the final answer: ") -> list[list[Message]]:
+    """Return conversations of very different lengths."""
+    rng = random.Random(seed)
+    questions = [shared + " + ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 9))) for _ in range(n)]
+    return [[{"role": "user", "content": question}] for question in questions]
+
+
+def generated_alone(teacher: TransformersTeacher, messages: list[Message], max_tokens: int) -> tuple[int, ...]:
+    ids = teacher.tokenizer(teacher.render(messages), add_special_tokens=False, return_tensors="pt").input_ids
+    output = teacher.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+    )
+    return tuple(output[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("shared", ["State the final answer: ", ""])
+def test_greedy_equals_generate_one_prompt_at_a_time(teacher: TransformersTeacher, shared: str) -> None:
+    conversations = ask(11, shared=shared)
+    answers = dict(teacher.generate(conversations, Sampling(max_tokens=24)))
+    assert sorted(answers) == list(range(11))
+    lengths = set()
+    for i, messages in enumerate(conversations):
+        expected = generated_alone(teacher, messages, 24)
+        assert answers[i].token_ids == expected
+        assert answers[i].completion_tokens == len(expected)
+        assert answers[i].prompt_tokens == len(teacher.tokenizer(teacher.render(messages)).input_ids)
+        assert answers[i].finish_reason == ("stop" if expected[-1] in teacher.eos_ids else "length")
+        lengths.add(len(expected))
+    assert len(lengths) > 3, "rows must end at different steps, or nothing was refilled"
+
+
+def test_samples_depend_on_seed_and_index_but_not_on_the_batch(llama: TransformersTeacher) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=7, max_tokens=12)
+
+    def sample(batch_size: int, sampling: Sampling) -> list[Any]:
+        llama.n_parallel = batch_size
+        answers = dict(llama.generate(ask(9), sampling))
+        return [answers[i].token_ids for i in range(9)]
+
+    alone = sample(1, sampling)
+    assert alone == sample(4, sampling) == sample(9, sampling)
+    assert alone != sample(4, Sampling(temperature=1.0, top_p=0.95, seed=8, max_tokens=12))
+    same = [ask(1)[0]] * 6
+    assert len({answer.token_ids for _, answer in llama.generate(same, sampling)}) > 1
+
+
+def test_closing_the_iterator_stops_and_the_teacher_answers_again(llama: TransformersTeacher) -> None:
+    answers = llama.generate(ask(9), Sampling(max_tokens=24))
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert len(list(llama.generate(ask(9), Sampling(max_tokens=24)))) == 9
+    assert list(llama.generate([], Sampling())) == []
+
+
+def test_the_context_bounds_prompt_and_answer(llama: TransformersTeacher) -> None:
+    long = [{"role": "user", "content": "12 " * 200}]
+    answers = dict(llama.generate([long, *ask(2)], Sampling(max_tokens=500)))
+    assert answers[0].finish_reason == "error"
+    assert "context of 96" in (answers[0].error or "")
+    for i in (1, 2):
+        assert answers[i].prompt_tokens + answers[i].completion_tokens <= 96
+
+
+def test_thinking_is_told_from_the_answer(llama: TransformersTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "12+30=42\n</think>\n\n42<|im_end|>"
+    wanted = llama.tokenizer(text, add_special_tokens=False).input_ids
+    monkeypatch.setattr(llama, "eos_ids", frozenset([wanted[-1]]))
+    monkeypatch.setattr(llama, "model", Parrot(llama.model, wanted))
+    ((_, answer),) = llama.generate(ask(1), Sampling(max_tokens=64))
+    assert (answer.reasoning_content, answer.content, answer.closed) == ("12+30=42", "42", True)
+    close = llama.tokenizer.convert_tokens_to_ids("</think>")
+    assert answer.reasoning_tokens == wanted.index(close) + 1
+    assert (answer.completion_tokens, answer.finish_reason) == (len(wanted), "stop")
+    ((_, cut),) = llama.generate(ask(1), Sampling(max_tokens=4))
+    assert (cut.content, cut.closed, cut.finish_reason, cut.reasoning_tokens) == ("", False, "length", 4)
+
+
+class Parrot:
+    """A model that says what it was told, whatever it is asked."""
+
+    def __init__(self, model: Any, tokens: list[int]) -> None:
+        self.config, self.device, self.tokens, self.n = model.config, model.device, tokens, 0
+
+    def __call__(self, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
+        rows, width = input_ids.shape
+        states = torch.zeros(rows, 1, width, 1)
+        for i in range(len(past_key_values.layers)):
+            past_key_values.update(states, states, i)
+        self.n = 0 if width > 1 else self.n + 1
+        logits = torch.nn.functional.one_hot(torch.tensor([[self.tokens[self.n]]] * rows), self.config.vocab_size)
+        return type("Output", (), {"logits": logits.float()})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.floats(0.1, 2.0),
+    st.sampled_from([0, 1, 5, 100]),
+    st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    st.sampled_from([0.0, 0.05, 0.5]),
+)
+def test_choose_against_a_naive_loop(seed: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits, uniforms = rng.normal(0, 2, (4, 50)), rng.random(4)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    chosen = choose(torch.tensor(logits), sampling, torch.tensor(uniforms))
+    for row, u, token in zip(logits, uniforms, chosen.tolist(), strict=True):
+        kept = naive_filter(row, temperature, top_k, top_p, min_p)
+        in_order = sorted(kept, key=lambda t: -kept[t]) if top_k or top_p < 1 or min_p else sorted(kept)
+        total, passed, expected = sum(kept.values()), 0.0, in_order[-1]
+        for candidate in in_order:
+            passed += kept[candidate] / total
+            if passed > u:
+                expected = candidate
+                break
+        assert token == expected or abs(passed - u) < 1e-5 or token in kept
+        assert token in kept
+
+
+def naive_filter(row: Any, temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
+    """Return the tokens that the filters leave, with their probabilities."""
+    exponents = np.exp((row - row.max()) / temperature)
+    probabilities = exponents / exponents.sum()
+    order = [int(t) for t in np.argsort(-probabilities)]
+    order = order[:top_k] if top_k else order
+    mass, kept, passed = sum(probabilities[t] for t in order), [], 0.0
+    for token in order:
+        if passed >= top_p * mass - 1e-9 and kept:
+            break
+        kept.append(token)
+        passed += probabilities[token]
+    return {t: float(probabilities[t]) for t in kept if probabilities[t] >= min_p * probabilities[order[0]] - 1e-9}
+
+
+def test_choose_draws_from_the_distribution() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, 4)
+    uniforms = draw_uniforms(Sampling(temperature=1.0), 3, 20_000)
+    for sampling in (Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.99)):
+        shares = torch.bincount(choose(logits, sampling, uniforms), minlength=4) / 20_000
+        assert torch.allclose(shares, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.015)
+
+
+def test_a_wide_nucleus_is_not_cut_short() -> None:
+    """Where the head that is sorted first holds less than top-p, the whole vocabulary counts."""
+    logits, sampling = torch.zeros(1, 5000), Sampling(temperature=1.0, top_p=0.9)
+    seen = {int(choose(logits, sampling, torch.tensor([u], dtype=torch.float64))) for u in np.linspace(0, 0.999, 3000)}
+    assert len(seen) > 2500
+
+
+def broken(source: Path, target: Path, name: str, content: bytes | None) -> Path:
+    """Copy a model folder with one file replaced, or removed."""
+    shutil.copytree(source, target)
+    (target / name).unlink()
+    if content is not None:
+        (target / name).write_bytes(content)
+    return target
+
+
+def test_bad_folders_give_one_line_and_a_hint(folders: dict[str, Path], tmp_path: Path) -> None:
+    llama = folders["llama"]
+    config = json.loads((llama / "config.json").read_text())
+    unknown = json.dumps(config | {"model_type": "warp_drive", "architectures": ["WarpDriveForCausalLM"]}).encode()
+    deeper = json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}).encode()
+    weights = (llama / "model.safetensors").read_bytes()
+    cases = [
+        ("config.json", None, "no config.json"),
+        ("tokenizer.json", None, "no tokenizer"),
+        ("tokenizer.json", b"{", "cannot load the tokenizer"),
+        ("model.safetensors", None, "no weights"),
+        ("model.safetensors", weights[: len(weights) // 2], "corrupt"),
+        ("model.safetensors", b"", "corrupt"),
+        ("config.json", unknown, "does not know the architecture"),
+        ("config.json", b"{", "cannot load"),
+        ("config.json", deeper, "lacks 9 of its weights"),
+    ]
+    for i, (name, content, expected) in enumerate(cases):
+        folder = broken(llama, tmp_path / str(i), name, content)
+        with pytest.raises(ModelError) as caught:
+            open_teacher(str(folder), device="cpu")
+        assert expected in caught.value.message, (name, content and content[:20], caught.value.message)
+        assert "\n" not in caught.value.message
+
+
+def test_a_model_without_chat_template(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = broken(folders["llama"], tmp_path / "plain", "chat_template.jinja", None)
+    with open_teacher(str(folder), device="cpu") as teacher, pytest.raises(ModelError, match="no chat template"):
+        list(teacher.generate(ask(1), Sampling()))
+
+
+@pytest.mark.parametrize("spec", ["no/such/folder", "pockett", "ftp://host/v1", ""])
+def test_unknown_specs(spec: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        open_teacher(spec)
+    assert "pocket" in caught.value.hint
+
+
+def test_what_is_not_there() -> None:
+    with pytest.raises(ModelError, match="no GGUF file"):
+        open_teacher("none.gguf")
+    with pytest.raises(ModelError, match="not in the local cache"):
+        open_teacher("hf:deepdistill-tests/none", offline=True)
+    with pytest.raises(UsageError, match="offline"):
+        open_teacher("https://example.org/v1", offline=True)
+
+
+def test_options_that_cannot_be(folders: dict[str, Path]) -> None:
+    for options in ({"batch_size": 0}, {"device": "abacus"}):
+        with pytest.raises(UsageError):
+            TransformersTeacher(folders["llama"], **options)  # type: ignore[arg-type]
+
+
+def test_the_revision_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    from deepdistill.distill.teachers.transformers_model import weights_hash
+
+    copy = shutil.copytree(folders["llama"], tmp_path / "copy")
+    assert weights_hash(copy) == weights_hash(folders["llama"])
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert weights_hash(copy) != weights_hash(folders["llama"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2",
+        "gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=5&seed=9",
+        "gym:simple_geometry",
+        "gym:count_bits?max_n=500",
+    ],
+)
+def test_pocket_takes_what_it_has_learned(source: str) -> None:
+    check_pocket_source(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("gym:chain_sum", "max_terms=6"),  # reasoning-gym's own default
+        ("gym:chain_sum?max_terms=4&max_digits=3", "max_digits=3"),
+        ("gym:chain_sum?max_terms=4&max_digits=2&allow_negation=true", "allow_negation=True"),
+        ("gym:gsm_symbolic", "gym:gsm_symbolic"),
+        ("problems.jsonl", "problems.jsonl"),
+    ],
+)
+def test_pocket_refuses_the_rest_and_says_what_it_answers(source: str, named: str) -> None:
+    with pytest.raises(TeacherError) as caught:
+        check_pocket_source(source)
+    assert named in caught.value.message
+    assert "gym:chain_sum with min_terms 2 to 4" in caught.value.hint
+
+
+def test_pocket_leaves_unknown_parameters_to_the_problems() -> None:
+    with pytest.raises(DeepDistillError, match="min_term"):
+        check_pocket_source("gym:chain_sum?min_term=2")

@@ -1,0 +1,252 @@
+"""The engine against llama-cpp-python's own loop, against itself in other orders, and against broken files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
+from deepdistill.localrun.engine import Engine, Step
+from deepdistill.localrun.generation import Completion, Sampling
+
+GREEDY, LONG = Sampling(max_tokens=40), Sampling(max_tokens=120)
+QUESTIONS = [f"what is {i} + {i * i}? {'so ' * (7 * i)}" for i in range(11)]
+
+
+def tokens_of(steps: list[Step]) -> list[int]:
+    return [step.token for step in steps if step.token >= 0]
+
+
+def text_of(steps: list[Step], part: str) -> str:
+    return "".join(step.text for step in steps if step.part == part)
+
+
+@pytest.fixture(scope="module")
+def peer(random_gguf: Path) -> Iterator[llama_cpp.Llama]:
+    peer = llama_cpp.Llama(str(random_gguf), n_ctx=512, n_threads=1, logits_all=True, verbose=False)
+    yield peer
+    peer.close()
+
+
+def prompt_of(engine: Engine, question: str) -> str:
+    return engine.render([{"role": "user", "content": question}])
+
+
+def fresh(path: Path, prompt: str, sampling: Sampling) -> list[Step]:
+    with Engine(path, n_threads=1) as engine:
+        return list(engine.stream(prompt, sampling))
+
+
+@pytest.mark.parametrize("question", QUESTIONS[:4])
+def test_greedy_stream_equals_the_peers_loop(random_engine: Engine, peer: llama_cpp.Llama, question: str) -> None:
+    prompt = random_engine.tokenize(prompt_of(random_engine, question))
+    wanted = []
+    for token in peer.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0, reset=True):
+        wanted.append(token)
+        if token == peer.token_eos() or len(wanted) == GREEDY.max_tokens:
+            break
+    steps = list(random_engine.stream(prompt, GREEDY))
+    assert tokens_of(steps) == wanted
+    assert len(set(wanted)) > 5, "a model that repeats one token proves nothing"
+    assert steps[-1].finish_reason == ("stop" if wanted[-1] == peer.token_eos() else "length")
+    assert [step.finish_reason for step in steps[:-1]] == [None] * (len(steps) - 1)
+    assert (steps[-1].n_prompt, steps[-1].n_generated) == (len(prompt), len(wanted))
+
+
+def test_logits_equal_the_peers_and_lead_to_the_streams_next_token(
+    random_engine: Engine, peer: llama_cpp.Llama
+) -> None:
+    prompt = random_engine.tokenize(prompt_of(random_engine, "why?"))
+    made = tokens_of(list(random_engine.stream(prompt, GREEDY)))
+    rows = random_engine.logits(prompt + made[:-1])
+    assert rows.shape == (len(prompt) + len(made) - 1, random_engine.n_vocab)
+    assert rows.argmax(axis=1)[len(prompt) - 1 :].tolist() == made
+    peer.reset()
+    peer.eval(prompt)
+    np.testing.assert_allclose(rows[: len(prompt)], peer.scores[: len(prompt)], atol=0.05)  # other kernels, f16 cache
+
+
+def test_logits_of_a_long_sequence_go_over_batches(random_gguf: Path) -> None:
+    tokens = [3 + i * i % 250 for i in range(700)]  # a batch holds 512
+    with Engine(random_gguf, n_ctx=1024, n_threads=1) as engine:
+        whole, start = engine.logits(tokens), engine.logits(tokens[:600])
+        np.testing.assert_allclose(whole[:600], start, atol=0.05)
+        with pytest.raises(ModelError, match="do not fit"):
+            engine.logits(tokens * 2)
+
+
+def test_many_at_once_equal_one_at_a_time(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
+        prompts = [prompt_of(engine, question) for question in QUESTIONS]
+        done = dict(engine.generate_many(prompts, LONG))
+        assert sorted(done) == list(range(len(prompts))), "more prompts than places: each place is filled again"
+        assert {completion.finish_reason for completion in done.values()} == {"stop", "length"}
+        for index, prompt in enumerate(prompts):
+            assert_same(done[index], list(engine.stream(prompt, LONG)))
+
+
+def test_request_i_is_drawn_with_the_seed_plus_i(random_gguf: Path) -> None:
+    drawn = Sampling(temperature=1.0, seed=5, max_tokens=1)
+    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
+        prompts = [prompt_of(engine, question) for question in QUESTIONS]
+        done = dict(engine.generate_many(prompts, drawn))
+
+        def n_equal(shift: int) -> int:
+            return sum(
+                done[i].token_ids
+                == tuple(tokens_of(list(engine.stream(prompt, dataclasses.replace(drawn, seed=5 + i + shift)))))
+                for i, prompt in enumerate(prompts)
+            )
+
+        # Rounding differs with the batch, and now and then tips a draw.
+        assert n_equal(0) >= len(prompts) - 2
+        assert n_equal(1) < len(prompts) // 2
+
+
+def assert_same(completion: Completion, steps: list[Step]) -> None:
+    assert completion.token_ids == tuple(tokens_of(steps))
+    assert completion.finish_reason == steps[-1].finish_reason
+    assert (completion.reasoning_content or "") == text_of(steps, "thinking")
+    assert completion.content == text_of(steps, "answer")
+    assert completion.closed == (steps[-1].part == "answer")
+    assert (completion.prompt_tokens, completion.completion_tokens, completion.reasoning_tokens) == (
+        steps[-1].n_prompt,
+        steps[-1].n_generated,
+        steps[-1].n_reasoning,
+    )
+
+
+def test_many_share_a_small_context_without_losing_one(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_ctx=256, n_seq=4, n_threads=1) as engine:
+        prompts = [prompt_of(engine, f"{i} {'and ' * 15}") for i in range(6)] + [prompt_of(engine, "long " * 400), ""]
+        done = dict(engine.generate_many(prompts, Sampling(max_tokens=100)))
+        assert sorted(done) == list(range(8))
+        assert [done[i].finish_reason for i in (6, 7)] == ["error", "error"]
+        assert f"context holds {engine.n_ctx}" in (done[6].error or "")
+        for i in range(6):
+            assert done[i].token_ids == tuple(tokens_of(fresh(random_gguf, prompts[i], Sampling(max_tokens=100))))
+
+
+def test_seed_decides_the_draw(random_engine: Engine) -> None:
+    prompt = prompt_of(random_engine, "draw")
+    runs = [
+        tokens_of(list(random_engine.stream(prompt, Sampling(1.0, seed=seed, max_tokens=20)))) for seed in (1, 2, 1)
+    ]
+    assert runs[0] == runs[2] != runs[1]
+
+
+def test_the_kept_cache_changes_nothing(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_threads=1) as engine:
+        first = prompt_of(engine, "one " * 50)
+        stopped = engine.stream(first, GREEDY)
+        for _ in range(3):
+            next(stopped)
+        stopped.close()  # as Ctrl-C does
+        grown = first + "so 1+1\n</think>\n\n2<|im_end|>\n" + prompt_of(engine, "and then?")
+        for prompt in (grown, first, grown, grown, prompt_of(engine, "another")):
+            assert tokens_of(list(engine.stream(prompt, GREEDY))) == tokens_of(fresh(random_gguf, prompt, GREEDY))
+
+
+def test_the_kept_cache_saves_the_prefill(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(random_gguf, n_threads=1) as engine:
+        prompt = prompt_of(engine, "one " * 100)
+        list(engine.stream(prompt, Sampling(max_tokens=1)))
+        batches: list[int] = []
+        decode = engine._context.decode
+        monkeypatch.setattr(engine._context, "decode", lambda entries: batches.append(len(entries)) or decode(entries))
+        list(engine.stream(prompt + "ab", Sampling(max_tokens=1)))
+    assert batches == [2]
+
+
+def test_a_prompt_too_long_is_refused_and_a_long_answer_is_cut_at_the_context(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_ctx=256, n_threads=1) as engine:
+        with pytest.raises(ModelError, match=rf"takes \d+ tokens and the context holds {engine.n_ctx}"):
+            list(engine.stream(prompt_of(engine, "x" * 300), GREEDY))
+        with pytest.raises(ModelError, match="empty"):
+            list(engine.stream("", GREEDY))
+        tokens = engine.tokenize(prompt_of(engine, "x" * 200))
+        last = list(engine.stream(tokens, Sampling(temperature=1.0, seed=3, max_tokens=10_000)))[-1]
+        assert last.finish_reason == "length"
+        assert last.n_prompt + last.n_generated == engine.n_ctx
+
+
+@settings(deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text())
+def test_text_survives_its_tokens(random_engine: Engine, text: str) -> None:
+    assert random_engine.detokenize(random_engine.tokenize(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "日本語 ünïcode 🦙🏽‍♀️", "a\x00b", "<|im_start|>user\n<|im_end|>", "   \n\t 12 "])
+def test_odd_text_survives_its_tokens(random_engine: Engine, text: str) -> None:
+    assert random_engine.detokenize(random_engine.tokenize(text)) == text
+
+
+def test_streamed_text_is_that_of_the_tokens_even_where_a_character_takes_several(random_engine: Engine) -> None:
+    steps = list(
+        random_engine.stream(prompt_of(random_engine, "🦙"), Sampling(temperature=1.0, seed=1, max_tokens=200))
+    )
+    made = [token for token in tokens_of(steps) if not token in random_engine.eog]
+    thinking, answer = text_of(steps, "thinking"), text_of(steps, "answer")
+    assert answer == ""
+    assert len(made) > 50
+    assert thinking.strip("\n") == random_engine.detokenize(made).strip("\n")
+
+
+def test_a_lone_surrogate_is_no_crash(random_engine: Engine) -> None:
+    assert random_engine.detokenize(random_engine.tokenize("a\udcffb")) == "a?b"
+
+
+def one_line(error: DeepDistillError) -> str:
+    assert "\n" not in error.message + error.hint
+    assert error.hint, error.message
+    return error.message
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.01, 0.03, 0.1, 0.5, 0.9, 0.999999])
+def test_a_file_cut_short_is_told(random_gguf: Path, tmp_path: Path, share: float) -> None:
+    whole = random_gguf.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole[: max(5, int(len(whole) * share))])
+    with pytest.raises(ArtifactError) as caught:
+        Engine(cut)
+    assert "cut short" in one_line(caught.value)
+
+
+def test_files_that_are_no_gguf(tmp_path: Path, random_gguf: Path) -> None:
+    (tmp_path / "text.gguf").write_text("hello, I am no model")
+    (tmp_path / "empty.gguf").write_bytes(b"")
+    for name, said in [
+        ("text.gguf", "not a GGUF"),
+        ("empty.gguf", "not a GGUF"),
+        ("none.gguf", "no GGUF file at"),
+        (".", "no GGUF file at"),
+    ]:
+        with pytest.raises(ArtifactError, match=said):
+            Engine(tmp_path / name)
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(random_gguf.read_bytes().replace(b"llama", b"lhama"))
+    with pytest.raises(ModelError, match="lhama") as caught:
+        Engine(strange)
+    one_line(caught.value)
+
+
+def test_without_llama_cpp_there_is_a_hint(random_gguf: Path) -> None:
+    code = (
+        "import sys\nsys.modules['llama_cpp'] = None\nfrom deepdistill.cli import main\n"
+        f"sys.exit(main(['chat', {str(random_gguf)!r}, '-p', 'hi']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: llama-cpp-python does not work here")
+    assert "--extra-index-url" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,272 @@
+"""The house stays as it was planned: who imports whom, what ships, how fast and by which names the commands answer."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("distill", "quantize", "localrun")
+COMMANDS_NOW = {"demo", "teach", "quantize", "chat", "eval"}
+COMMANDS_EVER = COMMANDS_NOW | {"bench", "inspect", "export", "plan", "doctor"}
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
+SHARED_FLAGS = {"problems", "teacher", "student", "out", "seed", "json", "offline", "quiet"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module as the package's own dotted path (`distill.traces`) or a library's (`torch.nn`)."""
+
+    importer: str  # dotted path of the module, relative to the package
+    target: str
+    relative: bool
+    at_load: bool  # runs when the module is loaded: outside functions and TYPE_CHECKING
+
+    @property
+    def stage(self) -> str:
+        return self.importer.split(".")[0]
+
+    @property
+    def top(self) -> str:
+        return self.target.split(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.importer} imports {self.target}"
+
+
+def package_files() -> list[Path]:
+    return sorted(ROOT.glob("*.py")) + [path for stage in STAGES for path in sorted((ROOT / stage).rglob("*.py"))]
+
+
+def statements(tree: ast.AST, at_load: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Yield every import of a module, those inside functions and conditions too."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node, at_load
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from statements(node, False)
+        else:
+            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from statements(node, at_load and not inside)
+
+
+def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
+    parts = path.relative_to(root).with_suffix("").parts
+    importer = ".".join(parts)
+    for node, at_load in statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif node.level == 0:
+            targets = [node.module or ""]
+        else:
+            base = ".".join((*parts[: len(parts) - node.level], *([node.module] if node.module else [])))
+            # `from . import traces` names a module, `from .traces import Trace` does not: both begin with the module.
+            targets = [base] if node.module else [f"{base}.{alias.name}".strip(".") for alias in node.names]
+        relative = isinstance(node, ast.ImportFrom) and node.level > 0
+        yield from (Import(importer, target, relative, at_load) for target in targets)
+
+
+@cache
+def all_imports() -> tuple[Import, ...]:
+    return tuple(found for path in package_files() for found in imports_of(path))
+
+
+def faults(*found: Import) -> list[str]:
+    return sorted({str(one) for one in found})
+
+
+def test_reader_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "quantize").mkdir()
+    module = tmp_path / "quantize" / "a.py"
+    module.write_text(
+        "from typing import TYPE_CHECKING\nfrom ..errors import E\nfrom . import b\nfrom .. import distill\n"
+        "if TYPE_CHECKING:\n    import x\ndef f():\n    try:\n        import torch.nn\n    except ImportError: ...\n"
+    )
+    assert [(one.target, one.relative, one.at_load) for one in imports_of(module, tmp_path)] == [
+        ("typing", False, True),
+        ("errors", True, True),
+        ("quantize.b", True, True),
+        ("distill", True, True),
+        ("x", False, False),
+        ("torch.nn", False, False),
+    ]
+
+
+def test_inside_the_package_imports_are_relative() -> None:
+    own = {"deepdistill", *STAGES, "cli", "errors"}
+    assert faults(*(one for one in all_imports() if not one.relative and one.top in own)) == []
+
+
+def test_tests_import_the_installed_package() -> None:
+    found = [one for path in sorted((ROOT / "tests").rglob("*.py")) for one in imports_of(path)]
+    assert faults(*(one for one in found if one.relative or one.top in {*STAGES, "cli", "errors"})) == []
+    assert list((ROOT / "tests").rglob("__init__.py")) == [], "tests are no package"
+
+
+def test_stages_import_only_what_they_may() -> None:
+    may: dict[str, set[str]] = {
+        "localrun": {"localrun", "errors", "__version__"},
+        "distill": {"distill", "localrun", "errors", "__version__"},
+        "quantize": {"quantize", "localrun", "errors", "__version__"},
+        "cli": {"distill", "quantize", "localrun", "errors", "__version__"},
+        "__main__": {"cli"},
+        "__init__": set(),
+        "errors": set(),
+    }
+    assert faults(*(one for one in all_imports() if one.relative and one.top not in may[one.stage])) == []
+
+
+def test_localrun_never_imports_torch() -> None:
+    assert faults(*(one for one in all_imports() if one.stage == "localrun" and one.top in HEAVY)) == []
+
+
+def test_llama_cpp_and_ctypes_stand_in_localrun_alone() -> None:
+    low_level = {"ctypes", "llama_cpp"}
+    assert faults(*(one for one in all_imports() if one.top in low_level and one.stage != "localrun")) == []
+
+
+def test_posix_only_modules_stand_in_one_place() -> None:
+    assert len({one.importer for one in all_imports() if one.top in POSIX_ONLY}) <= 1
+
+
+def test_cli_imports_stages_only_inside_commands() -> None:
+    early = (one for one in all_imports() if one.importer == "cli" and one.at_load and one.top in STAGES)
+    assert faults(*early) == []
+
+
+def run_python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quantize_and_localrun_load_without_torch() -> None:
+    modules = [
+        ".".join(("deepdistill", *path.relative_to(ROOT).with_suffix("").parts))
+        for path in package_files()
+        if path.relative_to(ROOT).parts[0] in {"quantize", "localrun"} and not path.stem.startswith("__")
+    ]
+    assert modules
+    code = (
+        "import importlib, sys\n"
+        f"for name in {sorted(HEAVY)!r}: sys.modules[name] = None\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(len(sys.argv) - 1)"
+    )
+    assert run_python(code, *modules).strip() == str(len(modules))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["teach", "--help"]])
+def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom deepdistill.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print('LOADED', *sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    loaded = run_python(code, *arguments).splitlines()[-1].split()
+    assert loaded[0] == "LOADED"
+    heavy = HEAVY | {"llama_cpp", "numpy", "tokenizers", "safetensors", "reasoning_gym", "pyarrow", "httpx"}
+    assert heavy.intersection(loaded) == set()
+
+
+@cache
+def setuptools_settings() -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    return settings
+
+
+def test_listed_packages_are_those_on_disk() -> None:
+    folders = {path.parent for stage in STAGES for path in (ROOT / stage).rglob("*.py")}
+    on_disk = {".".join(("deepdistill", *folder.relative_to(ROOT).parts)) for folder in folders}
+    assert set(setuptools_settings()["packages"]) == {"deepdistill", *on_disk}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_every_data_file_ships() -> None:
+    shipped = {
+        path
+        for package, patterns in setuptools_settings()["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    on_disk = {
+        path
+        for stage in STAGES
+        for path in (ROOT / stage).rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+    assert sorted(map(str, (on_disk | {ROOT / "py.typed"}) - shipped)) == []
+
+
+def test_root_holds_only_the_modules_that_should_ship() -> None:
+    assert {path.stem for path in ROOT.glob("*.py")} == {"__init__", "__main__", "cli", "errors"}
+
+
+def commands() -> dict[str, Any]:
+    from deepdistill.cli import app
+
+    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return {name: command for name, command in found.items() if not command.hidden}
+
+
+def options() -> Iterator[tuple[str, Any]]:
+    for name, command in commands().items():
+        yield from ((name, parameter) for parameter in command.params if parameter.param_type_name == "option")
+
+
+def test_commands_have_the_planned_names() -> None:
+    assert COMMANDS_NOW <= set(commands()) <= COMMANDS_EVER
+    assert [name for name, command in commands().items() if not command.help] == []
+
+
+def test_flags_are_spelled_like_their_fields() -> None:
+    odd = []
+    for command, option in options():
+        field = option.name.strip("_").replace("_", "-")
+        flags = {flag.removeprefix("--") for flag in option.opts}
+        # A field may say more than its flag where the word is taken: `json_output`, `server_model`.
+        if not any(field == flag or field.startswith(f"{flag}-") or field.endswith(f"-{flag}") for flag in flags):
+            odd.append(f"{command} {option.opts}: field {option.name}")
+    assert odd == []
+
+
+def flag_types() -> Iterator[tuple[str, str, object]]:
+    """Yield each command's name, and every flag with its type: the field's annotation without `None`."""
+    from deepdistill.cli import app
+
+    hints = {
+        registered.name or registered.callback.__name__: get_type_hints(registered.callback)
+        for registered in app.registered_commands
+        if registered.callback is not None
+    }
+    for command, option in options():
+        if option.name in hints[command]:  # all but --help
+            hint = hints[command][option.name]
+            kinds = set(get_args(hint) or (hint,)) - {type(None)}
+            yield command, option.opts[0], kinds.pop() if len(kinds) == 1 else hint
+
+
+def test_flags_mean_the_same_everywhere() -> None:
+    kinds: dict[str, dict[object, set[str]]] = {}
+    for command, flag, kind in flag_types():
+        kinds.setdefault(flag.removeprefix("--"), {}).setdefault(kind, set()).add(command)
+    assert {flag: kind for flag, kind in kinds.items() if len(kind) > 1} == {}
+    assert kinds.keys() >= SHARED_FLAGS
+    assert {flag: set(kinds[flag]) for flag in ("json", "offline", "quiet", "seed")} == {
+        "json": {bool},
+        "offline": {bool},
+        "quiet": {bool},
+        "seed": {int},
+    }
+    assert kinds["json"][bool] >= COMMANDS_NOW, "every command answers in JSON"
