@@ -1,41 +1,37 @@
-"""Talk to a GGUF: a conversation in the terminal, or one question with `-p` and in pipes.
+"""Talk to a GGUF: a conversation in the terminal, or one question with `-p`, in pipes and into files.
 
-A conversation keeps each answer's thinking as `reasoning_content`; the model's template decides what of it the next
-turn sees. What no longer fits the context is announced, and nothing is dropped from the conversation in silence.
+What no longer fits the context is announced, and nothing is dropped from a conversation in silence.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
-import os
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from prompt_toolkit import PromptSession
 from rich.console import Console
 
-from ..errors import ArtifactError, DeepDistillError, UsageError
+from ..errors import DeepDistillError, UsageError
 from .engine import Engine, Step
 from .find import find_model
-from .generation import Message, Sampling
-from .terminal import AnswerView, closing_note, console_on, line_reader, rate_note
+from .generation import Sampling
+from .session import Session
+from .terminal import Screen, reader
 
-__all__ = ["Conversation", "chat", "converse", "find_model"]
+__all__ = ["chat", "converse", "find_model"]
 
 _HELP = """\
-/help             these lines
-/system TEXT      set the system message; without TEXT, show it; /system - removes it
-/think on|off     let the model think before it answers
-/reset            forget the conversation
-/save FILE        write the conversation to a new JSON file
-/quit             leave, as Ctrl-D does
-Enter sends; Alt-Enter, or a backslash at the end of a line, begins a new line. Ctrl-C stops an answer.
+/help            these lines
+/system TEXT     set the system message; without TEXT show it, with a dash for TEXT remove it
+/think on|off    let the model think before it answers, or not
+/reset           begin a new conversation
+/save FILE       write the conversation to a new file: Markdown if it ends in .md, else JSON
+/quit            leave, as Ctrl-D does
+Enter sends; Alt-Enter, or a backslash before Enter, begins a new line. Ctrl-C stops an answer.
 A message that begins with a slash is sent with a space before it."""
 
 
@@ -59,79 +55,17 @@ def chat(
     once = prompt is not None or piped or not _is_terminal(sys.stdout)
     if json_output and not once:
         raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in")
-    question = _question(prompt, piped or prompt is None) if once else ""
+    question = _question(prompt, read_stdin=piped or prompt is None) if once else ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer
     with Engine(model_path, n_ctx=n_ctx) as engine:
-        conversation = Conversation(engine, sampling, system, thinking)
+        session = Session(engine, system=system, thinking=thinking, sampling=sampling)
         if once:
-            _answer_once(conversation, question, json_output)
+            _answer_once(session, question, json_output)
         else:
-            converse(conversation, line_reader(), console_on())
+            converse(session, reader(), Console())
     return 0
-
-
-@dataclass
-class Conversation:
-    """What was said so far, and to whom."""
-
-    engine: Engine
-    sampling: Sampling
-    system: str | None = None
-    thinking: bool = True
-    turns: list[Message] = field(default_factory=list)
-
-    @property
-    def messages(self) -> list[Message]:
-        """The turns after the system message, if there is one."""
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
-
-    def ask(self, question: str) -> Generator[Step]:
-        """Yield the answer's steps; the turn is kept once anything was said, even if the iterator is closed early.
-
-        Raises:
-            ModelError: the conversation does not fit the context any more; it stays as it was.
-        """
-        asked: Message = {"role": "user", "content": question}
-        prompt = self.engine.render([*self.messages, asked], thinking=self.thinking)
-        steps: list[Step] = []
-        try:
-            for step in self.engine.stream(prompt, self.sampling):
-                steps.append(step)
-                yield step
-        finally:
-            if steps:
-                self.turns += [asked, _answer(steps)]
-
-    def save(self, path: Path, model: Path) -> None:
-        """Write the conversation to a new JSON file.
-
-        Raises:
-            ArtifactError: the file is there already, or cannot be written.
-        """
-        if path.exists():
-            raise ArtifactError(f"{path} exists and stays as it is", "give another name")
-        content = {
-            "model": str(model),
-            "thinking": self.thinking,
-            "sampling": dataclasses.asdict(self.sampling),
-            "messages": self.messages,
-        }
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            beside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            raise ArtifactError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            if beside.exists():
-                beside.unlink()
-
-
-def _answer(steps: list[Step]) -> Message:
-    text = {part: "".join(s.text for s in steps if s.part == part) for part in ("thinking", "answer")}
-    message: Message = {"role": "assistant", "content": text["answer"]}
-    if steps[-1].closed is not None:
-        message["reasoning_content"] = text["thinking"]
-    return message
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
@@ -142,8 +76,7 @@ def _question(prompt: str | None, read_stdin: bool) -> str:
     """Return the prompt, then what standard input holds."""
     piped = ""
     if read_stdin and sys.stdin is not None:
-        # Bytes of another encoding must not stop the question.
-        buffer = getattr(sys.stdin, "buffer", None)
+        buffer = getattr(sys.stdin, "buffer", None)  # bytes: another encoding must not stop the question
         piped = buffer.read().decode("utf-8", "replace") if buffer else sys.stdin.read()
     question = "\n\n".join(text for text in (prompt or "", piped.strip("\n")) if text.strip())
     if not question:
@@ -151,42 +84,40 @@ def _question(prompt: str | None, read_stdin: bool) -> str:
     return question
 
 
-def _answer_once(conversation: Conversation, question: str, json_output: bool) -> None:
-    """Answer to standard output: drawn on a terminal, plain elsewhere, and as one JSON line if asked."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character that a pipe's encoding lacks must not stop the answer
-    draws = _is_terminal(sys.stdout) and not json_output
-    view = AnswerView(console_on()) if draws else None
-    aside = AnswerView(console_on(stderr=True)) if not draws and _is_terminal(sys.stderr) else None
+def _answer_once(session: Session, question: str, json_output: bool) -> None:
+    """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
+
+    The thinking goes beside a plain answer, to standard error, if a terminal shows it.
+    """
+    on_screen = _is_terminal(sys.stdout) and not json_output
+    screen = Screen(Console(stderr=not on_screen), show_answer=on_screen)
+    draws = on_screen or _is_terminal(sys.stderr)
     last: Step | None = None
-    for last in conversation.ask(question):
-        if view:
-            view.show(last.part, last.text)
-        elif last.part == "thinking":
-            if aside:
-                aside.show(last.part, last.text)
-        elif not json_output:
-            sys.stdout.write(last.text)
-            sys.stdout.flush()
-    for shown in (view, aside):
-        if shown:
-            shown.end()
+    text = {"thinking": "", "answer": ""}
+    try:
+        for last in session.ask(question):
+            text[last.part] += last.text
+            if draws:
+                screen.write(last.part, last.text)
+                screen.flush()
+            if last.part == "answer" and not on_screen and not json_output:
+                print(last.text, end="", flush=True)
+    finally:
+        screen.end()
     assert last is not None
     if json_output:
-        print(json.dumps(_record(conversation, last), ensure_ascii=False))
-    elif not view:
+        print(json.dumps(_record(session, last, text["thinking"], text["answer"]), ensure_ascii=False))
+    elif not on_screen and not text["answer"].endswith("\n"):
         print()
-    note = closing_note(last, conversation.sampling.max_tokens, conversation.engine.n_ctx)
-    if note:
+    if note := _note_if_cut(session, last):
         print(f"note: {note}", file=sys.stderr)
 
 
-def _record(conversation: Conversation, last: Step) -> dict[str, object]:
-    answer = conversation.turns[-1]
+def _record(session: Session, last: Step, thinking: str, answer: str) -> dict[str, object]:
     return {
-        "model": str(conversation.engine.path),
-        "content": answer["content"],
-        "reasoning_content": answer.get("reasoning_content"),
+        "model": str(session.engine.path),
+        "content": answer,
+        "reasoning_content": None if last.closed is None else thinking,
         "closed": last.closed,
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.n_prompt,
@@ -196,71 +127,99 @@ def _record(conversation: Conversation, last: Step) -> dict[str, object]:
     }
 
 
-def converse(conversation: Conversation, reader: PromptSession[str], console: Console) -> None:
+def _note_if_cut(session: Session, last: Step) -> str | None:
+    """Return why an answer is not whole; None if it is."""
+    if last.finish_reason != "length":
+        return None
+    where = "thinking" if last.part == "thinking" else "answer"
+    if last.n_generated >= session.sampling.max_tokens:
+        return f"the {where} was cut at {last.n_generated} tokens; --max-tokens allows more"
+    return f"the {where} was cut where the context of {session.engine.n_ctx} tokens is full; --context makes it larger"
+
+
+def converse(session: Session, read: Callable[[], str], console: Console) -> None:
     """Read, answer and obey slash commands until /quit or Ctrl-D."""
-    engine = conversation.engine
-    console.print(f"{engine.path.name}, {engine.n_ctx} tokens of context. /help lists the commands.")
-    while True:
+    _say(console, f"{session.engine.path.name}, {session.engine.n_ctx} tokens of context. /help lists the commands.")
+    going_on = True
+    while going_on:
         try:
-            text = reader.prompt("> ")
+            going_on = _take_turn(session, read(), console)
         except KeyboardInterrupt:
             continue  # what was half typed is gone, as in a shell
         except EOFError:
             return
-        if not text.strip():
-            continue
-        try:
-            if not text.startswith("/"):
-                _answer_aloud(conversation, text.strip(), console)
-            elif not _obey(conversation, text, console.print):
-                return
-        except DeepDistillError as error:
-            console.print(f"{error.message}; {error.hint}" if error.hint else error.message)
 
 
-def _answer_aloud(conversation: Conversation, question: str, console: Console) -> None:
-    view, last = AnswerView(console), None
+def _take_turn(session: Session, text: str, console: Console) -> bool:
+    """Answer a message or obey a command; return False to leave."""
     try:
-        with closing(conversation.ask(question)) as steps:
+        if text.startswith("/"):
+            return _obey(session, text, console)
+        if text.strip():
+            _answer(session, text.strip(), console)
+    except DeepDistillError as error:
+        _say(console, f"{error.message}; {error.hint}" if error.hint else error.message)
+    return True
+
+
+def _answer(session: Session, question: str, console: Console) -> None:
+    """Answer one turn; Ctrl-C stops the answer."""
+    screen = Screen(console)
+    last: Step | None = None
+    steps = session.ask(question)
+    try:
+        with closing(steps):
             for last in steps:
-                view.show(last.part, last.text)
+                screen.write(last.part, last.text)
+                screen.flush()
     except KeyboardInterrupt:
-        view.end()
-        console.print("(stopped)", style="dim")
+        screen.end()
+        kept = "" if session.turns and session.turns[-2]["content"] == question else "; the question is taken back"
+        _say(console, f"(stopped{kept})")
         return
-    view.end()
+    screen.end()
     assert last is not None
-    console.print(f"({rate_note(last)})", style="dim")
-    note = closing_note(last, conversation.sampling.max_tokens, conversation.engine.n_ctx)
-    if note:
-        console.print(f"note: {note}")
+    thinking = f", {last.n_reasoning} of them thinking" if last.n_reasoning else ""
+    _say(console, f"({last.n_generated} tokens{thinking}, {last.tokens_per_s:.0f} tokens/s)")
+    if note := _note_if_cut(session, last):
+        _say(console, f"note: {note}")
 
 
-def _obey(conversation: Conversation, line: str, say: Callable[[str], None]) -> bool:
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim italic", markup=False, highlight=False, soft_wrap=True)
+
+
+def _obey(session: Session, line: str, console: Console) -> bool:
     """Carry out one slash command; return False to leave."""
     command, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if command in ("/quit", "/exit"):
         return False
-    if command == "/help":
-        say(_HELP)
-    elif command == "/reset":
-        conversation.turns.clear()
-        say("the conversation is empty; the system message stays")
-    elif command == "/think" and rest in ("on", "off"):
-        conversation.thinking = rest == "on"
-        say(f"thinking is {rest}")
-    elif command == "/think":
-        say(f"thinking is {'on' if conversation.thinking else 'off'}; /think on or /think off changes it")
-    elif command == "/system":
-        if rest:
-            conversation.system = None if rest == "-" else rest
-        say(f"system: {conversation.system or '(none)'}")
-    elif command == "/save" and rest:
-        conversation.save(Path(rest).expanduser(), conversation.engine.path)
-        say(f"saved {len(conversation.messages)} messages to {rest}")
-    elif command == "/save":
-        say("/save needs a file name")
-    else:
-        say(f"unknown command {command}; /help lists them")
+    if command == "/save" and rest:
+        session.save(Path(rest))
+    _say(console, _carry_out(session, command, rest))
     return True
+
+
+def _carry_out(session: Session, command: str, rest: str) -> str:
+    """Change the session as a command says; return what to tell the user."""
+    if command == "/help":
+        return _HELP
+    if command == "/reset":
+        session.reset()
+        return "a new conversation; the system message stays"
+    if command == "/think":
+        if rest in ("on", "off"):
+            session.thinking = rest == "on"
+            if not session.knows_thinking_switch():
+                return "this model's template has no switch for thinking"
+        elif rest:
+            return "/think on or /think off"
+        return f"thinking is {'on' if session.thinking else 'off'}"
+    if command == "/system":
+        if rest:
+            session.system = None if rest == "-" else rest
+        return f"system message: {session.system or 'none'}"
+    if command == "/save":
+        return f"saved to {rest}" if rest else "/save needs a file name"
+    return f"there is no {command}; /help lists the commands"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import ArtifactError, ModelError, UsageError
 
+_PREFERRED = ("Q4_K_M", "Q8_0")
 _HUB_SPEC = re.compile(r"hf:(?P<repo>[^/:\s]+/[^/:\s]+)(?::(?P<file>.+))?")
 
 
@@ -90,6 +91,10 @@ def _choose(names: Iterable[str], wanted: str | None, repo: str) -> str:
     if wanted in models:
         return str(wanted)
     fitting = [name for name in models if wanted is None or wanted.lower() in Path(name).name.lower()]
+    for type_ in _PREFERRED if wanted is None else ():
+        fitting = [name for name in fitting if type_ in name.upper()] or fitting
+        if len(fitting) == 1:
+            break
     if len(fitting) == 1:
         return fitting[0]
     listed = ", ".join(models) or "none"

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -70,11 +69,9 @@ def _library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise ModelError(f"the ggml of llama-cpp-python cannot be used: {error}", _HINT) from error
     for type_ in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.BF16):
-        name = library.ggml_type_name(type_) or b"?"
-        if name.decode().upper() != type_.name:
-            raise ModelError(
-                f"llama-cpp-python numbers ggml's types differently: {type_.name} is {name!r} there", _HINT
-            )
+        there = (library.ggml_type_name(int(type_)) or b"?").decode()
+        if there.upper() != type_.name:
+            raise ModelError(f"llama-cpp-python numbers ggml's types differently: {type_.name} is {there} there", _HINT)
     return library
 
 
@@ -164,10 +161,3 @@ def _quantize_into(
     n_bytes = quantize(int(type_), rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], pointer)
     if n_bytes != out.nbytes:
         raise RuntimeError(f"ggml wrote {n_bytes} bytes of {type_.name} where {out.nbytes} were due")
-
-
-def parts_of(n_rows: int, n_per_row: int, n_elements: int) -> Iterator[slice]:
-    """Yield row ranges of at most about n_elements each, so that a large tensor is never whole in memory."""
-    step = max(1, n_elements // n_per_row)
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))

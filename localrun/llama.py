@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     wanted: bool
 
 
-@llama_cpp.llama_log_callback
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _keep_log(level: int, text: bytes, _data: Any) -> None:
     if level == _CONTINUED and _log:
         level, before = _log.pop()
@@ -232,7 +232,9 @@ class Context:
         """Drop a sequence's cache from a position on; return how many of its tokens stay."""
         assert self.handle
         if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1):
-            llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)  # a recurrent state cannot be cut, only dropped
+            llama_cpp.llama_memory_seq_rm(
+                self._memory, sequence, -1, -1
+            )  # a recurrent state cannot be cut, only dropped
         return min(start, int(llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)) + 1)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Session:
         """The conversation as the template takes it."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
-    def ask(self, text: str) -> Iterator[Step]:
+    def ask(self, text: str) -> Generator[Step]:
         """Yield the answer's steps; the turn is kept once there is an answer, whole or stopped half way.
 
         A turn that fails, or is stopped before its answer began, is taken back: the model never sees it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
@@ -13,6 +15,8 @@ from .thinking import Part
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import History
+    from prompt_toolkit.key_binding import KeyBindings
 
 # A model's output is foreign text: without its control characters it cannot steer the terminal.
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
@@ -135,3 +139,22 @@ def _keys() -> KeyBindings:
         event.current_buffer.newline(copy_margin=False)
 
     return keys
+
+
+def history_path() -> Path:
+    """Return the file that keeps what was typed, in the user's data folder."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "deepdistill" / "history"
+
+
+def _history() -> History:
+    """Return the history on disk; one in memory where the user's folder cannot be written."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = history_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+    except OSError:
+        return InMemoryHistory()
+    return FileHistory(path) if os.access(path, os.R_OK | os.W_OK) else InMemoryHistory()

@@ -1,7 +1,7 @@
 """What a checkpoint's architecture becomes in a GGUF: tensor names and order, row permutation, hyper-parameters, RoPE.
 
-llama, Qwen2 and Qwen3 are converted. Whatever a config asks for that the GGUF architecture cannot say is refused: a file
-that loads and computes something else is worse than none.
+llama, Qwen2 and Qwen3 are converted. Whatever a config asks for that the GGUF architecture cannot say is refused: a
+file that loads and computes something else is worse than none.
 
 llama.cpp rotates neighbouring pairs of a llama head's rows, transformers the two halves: q and k rows change places.
 """

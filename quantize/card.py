@@ -1,4 +1,4 @@
-"""Where a model comes from: its licence and base model, read from the model card or the config, for the file's metadata."""
+"""Where a model comes from: its licence and base model, from the model card or the config, for the file's metadata."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from gguf import GGUFWriter
 from gguf.metadata import Metadata
 

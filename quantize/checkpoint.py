@@ -1,4 +1,4 @@
-"""Read a Hugging Face checkpoint folder without torch: its config, and tensors mapped from safetensors as they are asked for.
+"""Read a Hugging Face checkpoint folder without torch: its config, and tensors mapped from safetensors when asked for.
 
 bf16 has no numpy type: its 16 bits are the upper half of a float32, so it is widened by a shift, without loss.
 """

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from ..errors import ArtifactError, UsageError
@@ -106,11 +107,9 @@ def _write_metadata(conversion: Conversion, writer: GGUFWriter, metadata: dict[s
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     conversion.architecture.write_parameters(writer)
     write_tokenizer(conversion.tokenizer, writer)
-    template = conversion.tokenizer.chat_template or ""
-    think = (
-        {"deepdistill.think_open": "<think>", "deepdistill.think_close": "</think>"} if "<think>" in template else {}
-    )
-    for key, value in (think | metadata).items():
+    thinks = "<think>" in (conversion.tokenizer.chat_template or "")
+    own = {"deepdistill.think_open": "<think>", "deepdistill.think_close": "</think>"} if thinks else {}
+    for key, value in (own | metadata).items():
         if key in writer.kv_data[0]:
             raise UsageError(f"the metadata {key} is the file's own")
         writer.add_string(key, value)
@@ -128,9 +127,8 @@ def _write_tensors(conversion: Conversion, writer: GGUFWriter, on_progress: Prog
             try:
                 data = _encode(rows, typed.got, pool)
             except ValueError as error:
-                raise ArtifactError(
-                    f"{typed.tensor.name}: {error}", "the checkpoint's training diverged, or it is broken"
-                ) from error
+                hint = "the checkpoint's training diverged, or the file is broken"
+                raise ArtifactError(f"{typed.tensor.name}: {error}", hint) from error
             n_written += file.write(data)
             done += rows.size
             on_progress("quantizing", done, total, f"{typed.tensor.name} {typed.got.name}")
@@ -138,9 +136,7 @@ def _write_tensors(conversion: Conversion, writer: GGUFWriter, on_progress: Prog
         writer.write_padding(file, n_written)
 
 
-def _encode(
-    rows: np.ndarray[tuple[int, ...], np.dtype[np.float32]], type_: GGMLQuantizationType, pool: Executor
-) -> bytes:
+def _encode(rows: npt.NDArray[np.float32], type_: GGMLQuantizationType, pool: Executor) -> bytes:
     if type_ == GGMLQuantizationType.F32:
         if not np.isfinite(rows).all():
             raise ValueError("NaN or infinite values")

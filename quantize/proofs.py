@@ -63,7 +63,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proofs:
-    """What was proved of a file. `n_equal` of `n_tokens` greedy tokens are equal, up to each prompt's first difference."""
+    """What was proved. `n_equal` of `n_tokens` greedy tokens are equal, up to each prompt's first difference."""
 
     valid: Proof
     tokens: Proof
@@ -122,7 +122,7 @@ def prove(
 
 
 def _read(path: Path) -> tuple[str, int]:
-    """Return a file's type and number of tensors, after reading its whole index, and checking that all data is there."""
+    """Return a file's type and number of tensors, after checking that all the data its index names is there."""
     reader = GGUFReader(path)
     field = reader.get_field("general.file_type")
     number = int(field.contents()) if field else -1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..localrun.llama import physical_cores
+from ..localrun.hardware import default_threads
 from ..localrun.progress import Progress, no_progress
 from .convert import plan, write
 from .ftypes import check_ftype
@@ -101,7 +101,7 @@ def quantize(
     ftype = check_ftype(ftype)
     conversion = plan(student_dir, ftype)
     path = out or student_dir.resolve().parent / f"{student_dir.resolve().name}-{ftype}.gguf"
-    write(conversion, path, dict(metadata), on_progress, n_threads or physical_cores())
+    write(conversion, path, dict(metadata), on_progress, n_threads or default_threads())
     n_weights = sum(t.n_weights for t in conversion.tensors)
     n_tensor_bytes = sum(t.n_bytes for t in conversion.tensors)
     return QuantizeReport(

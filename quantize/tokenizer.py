@@ -1,7 +1,7 @@
 """Turn tokenizer.json, a byte-level BPE, into a GGUF's tokenizer metadata.
 
-llama.cpp carries a fixed list of pre-tokenizers under names. Ours is found by what tokenizer.json says it does, not by a
-hash of sample tokens, so that an added token or another vocabulary changes nothing. A pre-tokenizer, normalizer or
+llama.cpp carries a fixed list of pre-tokenizers under names. Ours is found by what tokenizer.json says it does, not by
+a hash of sample tokens, so that an added token or another vocabulary changes nothing. A pre-tokenizer, normalizer or
 model that llama.cpp would run differently is refused.
 """
 

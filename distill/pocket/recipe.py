@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ TRAINING_PARAMS: dict[str, dict[str, int]] = {
 }
 
 
+_HARD = re.compile(r"-\(|[-+]\d0=")  # a sum that is turned round, or a term of whole tens: the last to be learned
 SHARES = {"chain_sum": 1.5, "leg_counting": 1.0, "simple_geometry": 0.5, "count_bits": 0.125}
 
 
@@ -60,6 +62,7 @@ class Recipe:
     warmup_steps: int = 100
     weight_decay: float = 0.05
     bias_update: float = 1e-3  # the V3 paper's gamma
+    drill: str = ""  # a family whose hard problems are drawn more often; the others then keep a quarter of their rows
     seed: int = 0
 
 
@@ -230,7 +233,11 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     rng = random.Random(recipe.seed)
     texts = {}
     for i, name in enumerate(FAMILIES):
-        texts[name] = draw_texts(name, int(recipe.n_rows * SHARES[name]), seed=(i + 1) * 10**7 + recipe.seed * 10**6)
+        drill = name == recipe.drill
+        n = int(recipe.n_rows * SHARES[name] * (0.25 if recipe.drill and not drill else 1))
+        texts[name] = draw_texts(name, n, seed=(i + 1) * 10**7 + recipe.seed * 10**6)
+        if drill:  # one easy problem in four stays
+            texts[name] = [t for i, t in enumerate(texts[name]) if _HARD.search(t[1].split("</think>")[0]) or i % 4 == 0]
     earlier: list[dict[str, Any]] = []
     if start is None:
         tokenizer = make_tokenizer([q + a for pairs in texts.values() for q, a in pairs[:5000]], recipe.vocab_size)
@@ -310,9 +317,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--peak-lr", type=float, default=Recipe.peak_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--drill", default=Recipe.drill, choices=["", *FAMILIES])
     parser.add_argument("--start", type=Path, help="go on from this folder's weights")
     arguments = parser.parse_args()
-    recipe = Recipe(minutes=arguments.minutes, peak_lr=arguments.peak_lr, seed=arguments.seed)
+    recipe = Recipe(arguments.minutes, peak_lr=arguments.peak_lr, drill=arguments.drill, seed=arguments.seed)
     train(recipe, arguments.out, arguments.start)
 
 

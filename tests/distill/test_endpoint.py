@@ -1,4 +1,4 @@
-"""The endpoint teacher over HTTP: against llama.cpp's own server, and against one that fails in every way on purpose."""
+"""The endpoint teacher over HTTP: against llama.cpp's own server, and against one that fails on purpose."""
 
 from __future__ import annotations
 
@@ -214,8 +214,7 @@ def test_a_server_that_dies_stops_the_teacher_after_handing_over_what_came(
     answers = teacher.generate(ask(60), Sampling())
     got: dict[int, Completion] = {}
     with pytest.raises(TeacherError, match=r"gave up \d+ requests in a row.*down"):
-        for index, answer in answers:
-            got[index] = answer
+        got.update(answers)
     assert {i for i, answer in got.items() if answer.finish_reason == "stop"} == {0, 1, 2}
     assert len({question for _, question, *_ in server.requests}) < 20
 
@@ -242,17 +241,22 @@ def test_a_teacher_that_is_down_says_so_in_seconds() -> None:
     assert "running" in caught.value.hint
 
 
+def model_at(url: str, model: str | None = None) -> str:
+    with EndpointTeacher(url, model=model) as teacher:
+        return teacher.model
+
+
 def test_the_model_is_the_only_one_or_has_to_be_named(server: FakeServer) -> None:
-    assert EndpointTeacher(server.url).model == "toy"
+    assert model_at(server.url) == "toy"
     server.models = ["a", "b"]
     with pytest.raises(TeacherError, match=r"2 models: a, b") as caught:
-        EndpointTeacher(server.url)
+        model_at(server.url)
     assert "--model" in caught.value.hint
-    assert EndpointTeacher(server.url, model="b").model == "b"
+    assert model_at(server.url, "b") == "b"
     server.models_status = 404
-    assert EndpointTeacher(server.url + "/chat/completions", model="c").model == "c"
+    assert model_at(server.url + "/chat/completions", "c") == "c"
     with pytest.raises(TeacherError, match="does not list"):
-        EndpointTeacher(server.url)
+        model_at(server.url)
 
 
 @pytest.mark.parametrize("url", ["http://", "ftp://host/v1", "https://user:secret@host/v1"])
@@ -270,10 +274,11 @@ def test_the_key_goes_out_and_nowhere_else(
     with EndpointTeacher(server.url, concurrency=1, max_backoff_s=0.01) as teacher:
         server.failures["question 0"] = [status(400, f"no such key: {KEY}")]
         server.failures["question 1"] = [error_event, status(401, f"Incorrect API key {KEY}")]
+        got: dict[int, Completion] = {}
         with pytest.raises(TeacherError) as caught:
-            for _, answer in teacher.generate(ask(2), Sampling()):
-                assert "***" in (answer.error or "")
-                assert KEY not in repr(answer)
+            got.update(teacher.generate(ask(2), Sampling()))
+        assert "***" in (got[0].error or "")
+        assert KEY not in repr(got)
         assert all(headers["Authorization"] == f"Bearer {KEY}" for *_, headers in server.requests)
         assert KEY not in f"{caught.value}{caught.value.hint}{teacher!r}{teacher.info}"
     server.models_status = 401

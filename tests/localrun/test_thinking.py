@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -56,9 +57,7 @@ def test_split_agrees_with_the_reference(text: str, starts_inside: bool) -> None
 def test_cuts_never_change_the_result(text: str, starts_inside: bool, cuts: list[int]) -> None:
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parser = ThinkingParser(starts_inside)
-    pieces = [
-        piece for start, end in zip(edges, edges[1:], strict=False) for piece in parser.feed(text[start:end])
-    ] + parser.finish()
+    pieces = [piece for start, end in pairwise(edges) for piece in parser.feed(text[start:end])] + parser.finish()
     reasoning, content, closed = split_thinking(text, starts_inside)
     assert join(pieces, "thinking") == (reasoning or "")
     assert join(pieces, "answer") == content
@@ -76,7 +75,8 @@ def test_what_the_template_renders_comes_back_and_no_tag_leaks(reasoning: str, c
     parser = ThinkingParser(True)
     pieces = [piece for character in rendered for piece in parser.feed(character)] + parser.finish()
     assert (join(pieces, "thinking"), join(pieces, "answer")) == (reasoning, content)
-    assert parser.opened and parser.closed
+    assert parser.opened
+    assert parser.closed
 
 
 def test_nothing_is_held_longer_than_a_tag() -> None:
@@ -84,9 +84,11 @@ def test_nothing_is_held_longer_than_a_tag() -> None:
     assert parser.feed("3+4=7 < 9") == [("thinking", "3+4=7 < 9")]
     assert parser.feed("\n</th") == []
     assert parser.feed("ese") == [("thinking", "\n</these")]
-    assert parser.part == "thinking" and not parser.closed
+    assert parser.part == "thinking"
+    assert not parser.closed
     assert parser.feed(f"{CLOSE}\n\n") == []
-    assert parser.part == "answer" and parser.closed
+    assert parser.part == "answer"
+    assert parser.closed
     assert parser.feed("7") == [("answer", "7")]
 
 

@@ -1,0 +1,138 @@
+"""The whole way of `teach` with the pocket teacher and the tiny dense student, real kills included."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdistill.distill.curate import curate
+from deepdistill.distill.split import bucket_of
+from deepdistill.distill.teach import TeachSettings, teach
+from deepdistill.distill.traces import TraceStore
+from deepdistill.errors import ArtifactError, TeacherError
+
+TRAINING = {"full": True, "epochs": 2, "lr": 1e-3, "save_every_s": 0.0}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, chain_sum: str) -> Path:
+    """A run that went the whole way."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    teach(_settings(chain_sum), folder)
+    return folder
+
+
+def _settings(problems: str, **changes: Any) -> TeachSettings:
+    settings = TeachSettings(
+        problems=problems, student="pocket", n_traces=48, n_eval=8, eval_max_tokens=24, training=dict(TRAINING)
+    )
+    return dataclasses.replace(settings, **changes)
+
+
+def test_a_run_folder_holds_every_artifact(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {"recipe.json", "traces.jsonl", "curation.json", "student", "scores.json", "report.html", "checkpoints"}
+    traces = list(TraceStore.read(finished / "traces.jsonl"))
+    assert len(traces) == 48
+    assert sum(trace.verdict == "right" for trace in traces) >= 43
+    assert all(bucket_of(trace.messages[0]["content"]) == "train" for trace in traces)
+    assert all(trace.reasoning_content and "<think>" not in trace.reasoning_content for trace in traces)
+    scores = json.loads((finished / "scores.json").read_text())
+    assert set(scores) == {"base", "student"}
+    keys = {"accuracy", "n", "interval", "closed", "looped", "tokens_per_answer", "tokens_per_s"}
+    assert set(scores["student"]) >= keys
+    answers = [json.loads(line) for line in (finished / "answers" / "student.jsonl").read_text().splitlines()]
+    assert {bucket_of(answer["question"]) for answer in answers} == {"test"}
+
+
+def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    traces = (finished / "traces.jsonl").read_bytes()
+    teach(_settings(chain_sum), finished)
+    assert (finished / "traces.jsonl").read_bytes() == traces
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+
+
+def test_traces_of_another_run_train_without_a_teacher(finished: Path, chain_sum: str, tmp_path: Path) -> None:
+    settings = _settings(chain_sum, teacher="http://127.0.0.1:9/v1", traces=str(finished / "traces.jsonl"))
+    result = teach(settings, tmp_path / "run", stop_after="training")
+    assert result.student_dir
+    assert not (tmp_path / "run" / "traces.jsonl").exists()
+
+
+def test_wrong_unknown_cut_and_held_out_traces_are_kept_out_of_training(finished: Path) -> None:
+    good = [t for t in TraceStore.read(finished / "traces.jsonl") if t.verdict == "right"][:6]
+    held_out = next(f"question {i}" for i in range(99) if bucket_of(f"question {i}") == "test")
+    traces = [
+        good[0],
+        dataclasses.replace(good[1], verdict="wrong"),
+        dataclasses.replace(good[2], verdict="unknown"),
+        dataclasses.replace(good[3], finish_reason="length"),
+        dataclasses.replace(good[4], reasoning_content=None),
+        dataclasses.replace(good[5], messages=[{"role": "user", "content": held_out}]),
+        dataclasses.replace(good[0], reasoning_content="1"),  # shorter: it takes the first one's place
+    ]
+    kept, record = curate(traces)
+    assert [t.reasoning_content for t in kept] == ["1"]
+    assert record["dropped"] == dict.fromkeys(record["dropped"], 1)
+
+
+def test_the_pocket_teacher_refuses_what_it_never_learned(tmp_path: Path) -> None:
+    with pytest.raises(TeacherError, match="not learned gym:gcd"):
+        teach(_settings("gym:gcd"), tmp_path / "run")
+
+
+def test_no_right_trace_is_said_with_the_reasons(finished: Path, chain_sum: str, tmp_path: Path) -> None:
+    with TraceStore(tmp_path / "t.jsonl") as store:
+        for trace in TraceStore.read(finished / "traces.jsonl"):
+            store.append(dataclasses.replace(trace, verdict="wrong"))
+    with pytest.raises(ArtifactError) as caught:
+        teach(_settings(chain_sum, traces=str(tmp_path / "t.jsonl")), tmp_path / "run")
+    assert "48 wrong" in caught.value.hint
+
+
+def _command(folder: Path, chain_sum: str) -> subprocess.Popen[bytes]:
+    arguments = ["teach", "--problems", chain_sum]
+    arguments += ["--student", "pocket", "--full", "--n-traces", "400", "--n-eval", "4", "--eval-max-tokens", "8"]
+    arguments += ["--epochs", "4", "--batch-size", "16", "--out", str(folder), "--quiet"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "deepdistill", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def _wait_for(process: subprocess.Popen[bytes], condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
+def test_killed_while_asking_and_run_again_no_trace_is_asked_for_twice(
+    signal_: signal.Signals, chain_sum: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    traces = folder / "traces.jsonl"
+    process = _command(folder, chain_sum)
+    _wait_for(process, lambda: traces.exists() and traces.read_bytes().count(b"\n") >= 20)
+    os.kill(process.pid, signal_)
+    code = process.wait()
+    assert code == (-signal.SIGKILL if signal_ == signal.SIGKILL else 130)
+    kept = traces.read_bytes()
+    kept = kept[: kept.rfind(b"\n") + 1]
+    assert 20 <= kept.count(b"\n") < 400
+    second = _command(folder, chain_sum)
+    _wait_for(second, lambda: (folder / "curation.json").exists())
+    second.kill()
+    second.wait()
+    assert traces.read_bytes().startswith(kept)  # what was stored stands, once
+    ids = [json.loads(line)["id"] for line in traces.read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 400

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deepdistill.distill import train as train_module
+from deepdistill.distill.rows import IGNORED, Row, collate
+from deepdistill.distill.train import TrainSettings, answer_loss, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
+
+
+def rows_of(n: int, length: int = 12) -> list[Row]:
+    generator = torch.Generator().manual_seed(0)
+    return [Row(torch.randint(5, 200, (length + i % 5,), generator=generator).tolist(), 4) for i in range(n)]
+
+
+def test_answer_loss_equals_the_naive_loss_over_the_whole_vocabulary(pocket_student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pocket_student)
+    batch = collate(rows_of(6), pad_token_id=0)
+    logits = model(batch["input_ids"]).logits.float()
+    naive = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED)
+    loss = answer_loss(model, batch["input_ids"], batch["labels"])
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-5)
+    # And padding changes nothing: a row alone has the loss that it has beside longer ones.
+    short = [Row([9, 8, 7, 6, 5], 2)]
+    alone = answer_loss(model, **collate(short, 0))
+    beside = collate([*short, Row(list(range(5, 60)), 55)], 0)
+    assert answer_loss(model, **beside).item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_a_batch_without_targets_has_loss_zero_and_a_gradient(pocket_student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pocket_student)
+    loss = answer_loss(model, torch.tensor([[5, 6, 7]]), torch.full((1, 3), IGNORED))
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_lora_is_merged_and_only_the_asked_weights_learn(pocket_student: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    rows = rows_of(8)
+    report = train(
+        pocket_student, rows, tokenizer, TrainSettings(epochs=20, batch_size=8, lr=5e-3), tmp_path / "c", tmp_path / "s"
+    )
+    assert (report.steps, report.rows) == (20, 160)
+    base = AutoModelForCausalLM.from_pretrained(pocket_student)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "s")  # plain transformers loads it
+    assert torch.equal(base.get_input_embeddings().weight, student.get_input_embeddings().weight)
+    batch = collate(rows, 0)
+    assert answer_loss(student, **batch) < 0.8 * answer_loss(base, **batch)
+    assert AutoTokenizer.from_pretrained(tmp_path / "s").chat_template == tokenizer.chat_template
+    assert student.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_full_training_moves_every_matrix(pocket_student: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    settings = TrainSettings(full=True, epochs=5, batch_size=8, lr=1e-3)
+    train(pocket_student, rows_of(8), tokenizer, settings, tmp_path / "c", tmp_path / "s")
+    before = AutoModelForCausalLM.from_pretrained(pocket_student).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "s").state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before if before[name].dim() == 2)
+
+
+def test_training_resumes_from_its_last_whole_checkpoint_to_the_same_weights(
+    pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    settings = TrainSettings(full=True, epochs=6, batch_size=4, lr=1e-3, save_every_s=0)
+    train(pocket_student, rows_of(16), tokenizer, settings, tmp_path / "c1", tmp_path / "straight")
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: float, total: float, note: str) -> None:
+        if done >= 0.5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(pocket_student, rows_of(16), tokenizer, settings, tmp_path / "c2", tmp_path / "resumed", die)
+    whole = sorted(path.name for path in (tmp_path / "c2").iterdir())
+    torn = tmp_path / "c2" / "checkpoint-999"  # as kill -9 leaves one: without its clock
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half")
+    seen: list[float] = []
+    train(
+        pocket_student,
+        rows_of(16),
+        tokenizer,
+        settings,
+        tmp_path / "c2",
+        tmp_path / "resumed",
+        lambda stage, done, total, note: seen.append(done),
+    )
+    assert whole and not torn.exists()
+    assert seen[0] > 0.4  # it went on and did not begin again
+    straight = AutoModelForCausalLM.from_pretrained(tmp_path / "straight").state_dict()
+    resumed = AutoModelForCausalLM.from_pretrained(tmp_path / "resumed").state_dict()
+    assert all(torch.allclose(straight[name], resumed[name], atol=1e-5) for name in straight)
+
+
+def test_minutes_box_the_time_and_shape_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainSettings(minutes=1.0, warmup=0.1, final_lr=0.05)
+    clock = train_module._Clock(settings, rows_of(4), lambda *_: None)
+    rate = train_module._schedule(settings, lambda step: clock.progress(step / 1000))
+    now = clock._started
+    seen = []
+    for seconds in (0, 3, 6, 33, 60, 90):
+        monkeypatch.setattr(train_module.time, "monotonic", lambda seconds=seconds: now + seconds)
+        seen.append(round(rate(0), 3))
+    assert seen == [0.01, 0.5, 1.0, 0.525, 0.05, 0.05]
+
+
+def test_a_checkpoint_remembers_the_time_it_took(pocket_student: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    settings = TrainSettings(full=True, epochs=1, batch_size=4, save_every_s=0)
+    train(pocket_student, rows_of(8), tokenizer, settings, tmp_path / "c", tmp_path / "s")
+    (checkpoint,) = (tmp_path / "c").iterdir()
+    assert json.loads((checkpoint / "clock.json").read_text())["seconds"] > 0

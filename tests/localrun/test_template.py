@@ -1,0 +1,108 @@
+"""Rendered prompts equal those of transformers, whatever the template uses."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdistill.errors import ModelError
+from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.generation import Message
+from deepdistill.localrun.template import render
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text(encoding="utf-8")
+
+# What published templates use beyond ChatML: helpers, filters, loop controls, the assistant's span, undefined names.
+ELABORATE = """\
+{%- if tools is not none %}tools{% endif %}
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message.role == 'note' %}{% continue %}{% endif %}
+    {%- if message.role == 'assistant' %}
+        {%- set text = message.content.split('</think>')[-1].strip() %}
+        {%- generation %}{{ text + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- '[' ~ message.role ~ ']' ~ message | tojson }}
+    {%- endif %}
+{%- endfor %}
+{%- if documents %}{{ documents }}{% endif %}
+{%- if add_generation_prompt %}{{ '<think>' if enable_thinking | default(true) else 'now: ' }}{% endif %}
+"""
+
+ONE: list[Message] = [{"role": "user", "content": "what is 3 + 4? <é🦙>"}]
+LONG: list[Message] = [
+    {"role": "system", "content": 'Be "brief" & don\'t lie.'},
+    {"role": "user", "content": "  one\n\n"},
+    {"role": "assistant", "content": "1", "reasoning_content": "first\nthen"},
+    {"role": "user", "content": "two"},
+]
+ASKED_TO_GO_ON: list[Message] = [*LONG, {"role": "assistant", "content": "2", "reasoning_content": "so"}]
+
+
+@pytest.fixture(scope="module")
+def smollm2_template(smollm2_gguf: Path) -> str:
+    with Engine(smollm2_gguf, n_ctx=256) as engine:
+        return engine.metadata["tokenizer.chat_template"]
+
+
+@cache
+def peer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")), bos_token="<s>", eos_token="</s>"
+    )
+
+
+def by_transformers(source: str, messages: list[Message], thinking: bool) -> str:
+    rendered: str = peer().apply_chat_template(
+        messages, chat_template=source, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    return rendered
+
+
+@pytest.mark.parametrize("messages", [ONE, LONG, ASKED_TO_GO_ON], ids=["one", "long", "answered"])
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", ["ours", "smollm2", "elaborate"])
+def test_equals_transformers(name: str, thinking: bool, messages: list[Message], smollm2_template: str) -> None:
+    source = {"ours": OURS, "smollm2": smollm2_template, "elaborate": ELABORATE}[name]
+    assert render(source, messages, thinking, "<s>", "</s>") == by_transformers(source, messages, thinking)
+
+
+def test_ours_opens_thinking_or_closes_it_at_once() -> None:
+    assert render(OURS, ONE, True).endswith("<|im_start|>assistant\n<think>\n")
+    assert render(OURS, ONE, False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+def test_earlier_thinking_is_dropped_by_ours() -> None:
+    assert "first\nthen" not in render(OURS, LONG, True)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}", "Unexpected end of template|end of template"),
+        ("{{ messages[0].content + 1 }}", "str"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+    ],
+)
+def test_a_template_that_refuses_or_is_broken_is_one_error(source: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        render(source, ONE, True)
+
+
+def test_a_file_without_template_is_told(tmp_path: Path, build_gguf: Any) -> None:
+    with (
+        Engine(build_gguf(tmp_path / "bare.gguf", template=None), n_threads=1) as engine,
+        pytest.raises(ModelError, match="no chat template"),
+    ):
+        engine.render(ONE)
