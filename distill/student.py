@@ -46,22 +46,8 @@ def student_dir(spec: str, offline: bool = False) -> Path:
     path = Path(spec)
     if not path.is_dir():
         raise UsageError(f"no student {spec!r}", "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder")
-    check_checkpoint(path)
+    _check(path)
     return path
-
-
-def check_checkpoint(path: Path) -> None:
-    """Raise ModelError, saying what is missing, unless the folder holds a config, a tokenizer and weights."""
-    if (path / "adapter_config.json").exists():
-        raise ModelError(f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first")
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path} is not a model folder: it has no config.json")
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
-        raise ModelError(
-            f"{path} has no tokenizer", "copy tokenizer.json and tokenizer_config.json from the base model"
-        )
-    if not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise ModelError(f"{path} has no weights", "it needs model.safetensors")
 
 
 def teach_template(tokenizer: Any) -> None:
@@ -84,6 +70,12 @@ def teach_template(tokenizer: Any) -> None:
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check(path: Path) -> None:
+    from .teachers.transformers_model import check_folder
+
+    check_folder(path)
 
 
 def _cached(name: str, write: Any) -> Path:
@@ -185,5 +177,5 @@ def _download(repository: str, offline: bool) -> Path:
         raise ModelError(
             f"cannot get {repository} from the hub: {first}", "check the name; gated models need HF_TOKEN"
         ) from error
-    check_checkpoint(path)
+    _check(path)
     return path

@@ -263,10 +263,9 @@ def _save_merged(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        stored = model.config.dtype if not hasattr(model, "peft_config") else None
-        if hasattr(model, "merge_and_unload"):
-            model = model.float().merge_and_unload()
-        stored = _stored_dtype(base_dir) or stored or torch.float32
+        if hasattr(model, "peft_config"):
+            model = _merged(model, base_dir)
+        stored = _stored_dtype(base_dir) or torch.float32
         model.config.use_cache = True
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -285,6 +284,16 @@ def _save_merged(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _merged(adapted: Any, base_dir: Path) -> Any:
+    """Return the base model as it stands on disk, in fp32, with the adapter's deltas added."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    fresh = get_peft_model(base, adapted.peft_config["default"])
+    set_peft_model_state_dict(fresh, get_peft_model_state_dict(adapted))
+    return fresh.to("cpu").merge_and_unload()  # type: ignore[operator]
 
 
 def _stored_dtype(folder: Path) -> torch.dtype | None:

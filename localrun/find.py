@@ -75,7 +75,9 @@ def _from_hub(spec: str, offline: bool) -> Path:
             folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns="*.gguf", local_files_only=True))
             names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
             return folder / _choose(names, parsed["file"], repo)
-        name = _choose(huggingface_hub.list_repo_files(repo), parsed["file"], repo)
+        # Not list_repo_files, which tries for half a minute before it says that there is no network.
+        names = [file.rfilename for file in huggingface_hub.model_info(repo).siblings or []]
+        name = _choose(names, parsed["file"], repo)
         return Path(huggingface_hub.hf_hub_download(repo, name))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's and its HTTP library's errors are among these
         raise _hub_error(spec, error, offline) from error
@@ -97,9 +99,10 @@ def _choose(names: Iterable[str], wanted: str | None, repo: str) -> str:
             break
     if len(fitting) == 1:
         return fitting[0]
-    listed = ", ".join(models) or "none"
-    what = f"no GGUF file like {wanted}" if not fitting else f"{len(fitting)} GGUF files that could be meant"
-    raise ModelError(f"{repo} has {what if models else 'no GGUF file'}", f"name one: hf:{repo}:FILE. It has: {listed}")
+    if not models:
+        raise ModelError(f"{repo} has no GGUF file", "look for a repository of the same name that ends in -GGUF")
+    what = f"{len(fitting)} GGUF files that could be meant" if fitting else f"no GGUF file like {wanted}"
+    raise ModelError(f"{repo} has {what}", f"name one: hf:{repo}:FILE. It has: {', '.join(models)}")
 
 
 def _hub_error(spec: str, error: Any, offline: bool) -> ModelError:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader
 
 from ..errors import DeepDistillError
 from ..localrun.engine import Engine
 from ..localrun.generation import Message
 from ..localrun.progress import Progress, no_progress
 from .ftypes import FTYPES, UNQUANTIZED
+from .readback import read_gguf
 
 STRESS = (
     "Hello world! It's 3 o'clock, I'LL wait; they've said 'stone'.\n\n\n  two spaces   three\t\ttabs \n \r\n end  "
@@ -101,13 +101,15 @@ def prove(
     Never raises for a bad file: that is what `valid` says.
     """
     try:
-        ftype, n_tensors = _read(gguf_path)
+        header = read_gguf(gguf_path)
         engine = Engine(gguf_path, n_ctx=4096)
-    except (DeepDistillError, ValueError, OSError, IndexError, KeyError) as error:
+    except DeepDistillError as error:
         skipped = Proof(None, "the file does not load")
         return Proofs(Proof(False, str(error)), skipped, skipped, skipped)
     with engine:
-        valid = Proof(True, f"{n_tensors} tensors read back, loaded by llama.cpp")
+        number = header.metadata.get("general.file_type")
+        ftype = next((name for name, (one, _) in FTYPES.items() if one == number), "its type")
+        valid = Proof(True, f"{len(header.tensors)} tensors read back, loaded by llama.cpp")
         if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
             skipped = Proof(None, "transformers is not installed")
             return Proofs(valid, skipped, skipped, skipped)
@@ -119,17 +121,6 @@ def prove(
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             skipped = Proof(None, f"transformers cannot run {student_dir}: {first}")
             return Proofs(valid, skipped, skipped, skipped)
-
-
-def _read(path: Path) -> tuple[str, int]:
-    """Return a file's type and number of tensors, after checking that all the data its index names is there."""
-    reader = GGUFReader(path)
-    field = reader.get_field("general.file_type")
-    number = int(field.contents()) if field else -1
-    end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-    if not reader.tensors or end > path.stat().st_size:
-        raise ValueError("it is cut short")
-    return next((name for name, (one, _) in FTYPES.items() if one == number), "?"), len(reader.tensors)
 
 
 def _against_transformers(

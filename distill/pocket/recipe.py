@@ -237,7 +237,9 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
         n = int(recipe.n_rows * SHARES[name] * (0.25 if recipe.drill and not drill else 1))
         texts[name] = draw_texts(name, n, seed=(i + 1) * 10**7 + recipe.seed * 10**6)
         if drill:  # one easy problem in four stays
-            texts[name] = [t for i, t in enumerate(texts[name]) if _HARD.search(t[1].split("</think>")[0]) or i % 4 == 0]
+            texts[name] = [
+                t for i, t in enumerate(texts[name]) if _HARD.search(t[1].split("</think>")[0]) or i % 4 == 0
+            ]
     earlier: list[dict[str, Any]] = []
     if start is None:
         tokenizer = make_tokenizer([q + a for pairs in texts.values() for q, a in pairs[:5000]], recipe.vocab_size)

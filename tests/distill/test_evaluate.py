@@ -15,9 +15,10 @@ DONE = Completion("42", "6*7=42", True, "stop", 10, 5, 3, 0.1, (1, 2, 3, 4, 5))
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (27, 200), (100, 200), (200, 200)])
 def test_wilson_interval_solves_its_own_equation(right: int, n: int) -> None:
-    # The interval's ends are the shares p whose normal test just accepts the observed share: (x - p)^2 = z^2 p(1-p)/n.
+    # The interval's ends are the shares p whose normal test just accepts the observed share x:
+    # (x - p)^2 = z^2 p(1-p)/n.
     for p in wilson_interval(right, n):
-        if 0 < p < 1:
+        if 1e-9 < p < 1 - 1e-9:
             assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
 
 

@@ -40,7 +40,15 @@ def _settings(problems: str, **changes: Any) -> TeachSettings:
 
 def test_a_run_folder_holds_every_artifact(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
-    assert names >= {"recipe.json", "traces.jsonl", "curation.json", "student", "scores.json", "report.html", "checkpoints"}
+    assert names >= {
+        "recipe.json",
+        "traces.jsonl",
+        "curation.json",
+        "student",
+        "scores.json",
+        "report.html",
+        "checkpoints",
+    }
     traces = list(TraceStore.read(finished / "traces.jsonl"))
     assert len(traces) == 48
     assert sum(trace.verdict == "right" for trace in traces) >= 43

@@ -90,8 +90,8 @@ class Hub(BaseHTTPRequestHandler):
             repo = "/".join(parts[2:4])
             if repo not in self.files:
                 return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-            tree = [{"type": "file", "path": name, "size": 4, "oid": COMMIT} for name in self.files[repo]]
-            return self.reply(200, json.dumps(tree).encode())
+            siblings = [{"rfilename": name} for name in self.files[repo]]
+            return self.reply(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
         return self.reply(200, self.path.encode(), {"X-Repo-Commit": COMMIT, "ETag": f'"{abs(hash(self.path)):040x}"'})
 
     def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
