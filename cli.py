@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import ArtifactError, DeepDistillError
+from .errors import ArtifactError, DeepDistillError, GateError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,7 +105,8 @@ def demo(
         n_eval=50 if quick else 200,
         eval_max_tokens=96 if quick else 512,
         seed=seed,
-        training={"minutes": boxed, "epochs": 100, "full": full, **({"lr": 3e-3} if full else {})},
+        training={"minutes": boxed, "epochs": 100}
+        | ({"full": True, "lr": 3e-3} if full else {"lora_first_layer": 10 if pupil == "smollm2" else 0}),
     )
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
@@ -124,9 +125,7 @@ def demo(
     print(*report.summary(), sep="\n")
     print(f"\nquestion: {question}")
     _console().print(thinking.strip(), style="dim", markup=False, highlight=False)
-    print(
-        f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html"
-    )
+    print(f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html")
     print(f"next: deepdistill chat {folder}")
     if json_output:
         print(json.dumps({"run": str(folder), "gguf": str(report.path), "minutes": minutes_taken, "scores": scores}))
@@ -151,6 +150,9 @@ def teach(
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 32,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
+    lora_first_layer: Annotated[
+        int, typer.Option(help="Leave the layers below without an adapter: faster.", min=0)
+    ] = 0,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; 6e-4 for LoRA, 1e-4 for --full.", min=0)] = None,
     train_batch_size: Annotated[int, typer.Option(help="Rows a training step.", min=1)] = 16,
     epochs: Annotated[int, typer.Option(help="Passes over the traces, at most.", min=1)] = 3,
@@ -191,6 +193,7 @@ def teach(
             "full": full,
             "lora_rank": lora_rank,
             "lora_alpha": lora_alpha,
+            "lora_first_layer": lora_first_layer,
             "lr": lr,
             "batch_size": train_batch_size,
             "epochs": epochs,
@@ -249,6 +252,8 @@ def quantize(
     print(f"next: deepdistill chat {report.path}")
     if json_output:
         print(json.dumps(dataclasses.asdict(report), default=str))
+    if report.proofs and report.proofs.failed:
+        raise GateError(f"{report.path} does not do what its checkpoint does", "the proofs above say where they differ")
 
 
 @app.command()

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 def quiet_transformers() -> None:
     """Silence transformers' progress bars and everything below an error."""
+    import warnings
+
     from transformers.utils import logging
 
+    # peft asks transformers by a name that is going away; nobody who runs deepdistill can do anything about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -7,6 +7,7 @@ model that llama.cpp would run differently is refused.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
     plain = pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
     if kind == "Split" and plain and "Regex" in pre_tokenizer["pattern"]:
         return [("split", pre_tokenizer["pattern"]["Regex"])]
-    return [(str(kind), {name: value for name, value in pre_tokenizer.items() if name != "type"})]
+    return [(str(kind), json.dumps({name: value for name, value in pre_tokenizer.items() if name != "type"}))]
 
 
 def _describe(steps: tuple[tuple[str, Any], ...]) -> str:

@@ -85,9 +85,8 @@ def test_demo_quick_goes_the_whole_way(capsys: pytest.CaptureFixture[str], tmp_p
     # And the pieces of the same run, by hand: another type, and the chat's answer to a question.
     assert main(["quantize", str(out), "--type", "F32", "--json", "--quiet"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["proofs"]["greedy"] == [20, 20]
-    assert report["proofs"]["same_tokens"]
-    assert report["proofs"]["same_prompt"]
+    assert all(report["proofs"][name]["holds"] for name in ("valid", "tokens", "template", "greedy"))
+    assert report["proofs"]["n_tokens"] == 20 * 64
     assert main(["chat", str(out), "-p", "What is 4 + 3?", "--max-tokens", "20", "--json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"content", "reasoning_content", "finish_reason"} <= set(said)

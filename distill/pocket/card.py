@@ -22,6 +22,8 @@ from ..teachers.transformers_model import TransformersTeacher
 from .chains import FAMILIES
 from .recipe import TRAINING_PARAMS, ExpertBalance
 
+SEED = 20_000_000  # held-out problems that nobody looked at while the recipe was made
+
 
 def spec_of(family: str) -> str:
     """Return the problem spec of a family as the teacher was trained on it."""
@@ -33,7 +35,7 @@ def score_families(teacher: TransformersTeacher, n: int) -> dict[str, Score]:
     """Return the teacher's score on n held-out problems of every family."""
     with Grader() as grader:
         return {
-            family: evaluate(teacher, load_problems(spec_of(family), "test", n), grader, Sampling())
+            family: evaluate(teacher, load_problems(spec_of(family), "test", n, SEED), grader, Sampling())
             for family in FAMILIES
         }
 
@@ -42,7 +44,7 @@ def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:
     """Return n held-out questions of every family with the teacher's own answers, as the template renders them."""
     texts = []
     for family in FAMILIES:
-        conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n)]
+        conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n, SEED)]
         for index, completion in teacher.generate(conversations, Sampling()):
             turn = {"role": "assistant", "content": completion.content}
             turn["reasoning_content"] = completion.reasoning_content or ""
@@ -125,10 +127,12 @@ def write_card(folder: Path, n: int) -> str:
     for number, stage in enumerate(stages, 1):
         curve, recipe = stage["curve"], stage["recipe"]
         losses = ", ".join(f"{curve[i]['loss']:.4f}" for i in (0, len(curve) // 2, -1))
+        drill = f", drill {recipe['drill']}" if recipe.get("drill") else ""
         lines.append(
-            f"| {number} | seed {recipe['seed']}, peak lr {recipe['peak_lr']}, boxed to {recipe['minutes']:g} min "
+            f"| {number} | seed {recipe['seed']}, peak lr {recipe['peak_lr']:g}, {recipe['minutes']:g} min{drill} "
             f"| {curve[-1]['step']} | {curve[-1]['minutes']} | {stage['threads']} | {losses} |"
         )
+    lines += [f"\nStage {number}: {stage['note']}" for number, stage in enumerate(stages, 1) if "note" in stage]
     lines += ["", "The whole curve of every stage is in curve.json.", "", f"Card: `python -m {__spec__.name} DIR`.", ""]
     text = "\n".join(lines)
     write_text(folder / "README.md", text)

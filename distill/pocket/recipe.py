@@ -172,9 +172,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> DeepseekV3
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> list[Row]:
     """Tokenise (question, completion) pairs; the prompt is the chat template's own."""
-    turn = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "\0"}], add_generation_prompt=True, tokenize=False
-    )
+    slot = [{"role": "user", "content": "\0"}]
+    turn = str(tokenizer.apply_chat_template(slot, add_generation_prompt=True, tokenize=False))
     prompts = tokenizer([turn.replace("\0", question) for question, _ in pairs]).input_ids
     completions = tokenizer([completion for _, completion in pairs]).input_ids
     return [(a + b, len(a)) for a, b in zip(prompts, completions, strict=True)]

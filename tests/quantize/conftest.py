@@ -1,0 +1,126 @@
+"""Tiny checkpoints with random weights, written by transformers as a student's folder is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers.utils import logging
+
+from deepdistill.quantize.proofs import STRESS
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
+CARD = "---\nlicense: apache-2.0\nbase_model: some-org/Some-Base-1B\n---\nA test model.\n"
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = (
+    r"\p{N}{1,3}",
+    r"[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def split(*patterns: str) -> Any:
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def pre_tokenizer(name: str) -> Any:
+    """Return what llama.cpp calls by this name, as tokenizer.json says it."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return {
+        "gpt-2": lambda: gpt2,
+        "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2]),
+        "qwen2": lambda: split(WORDS % ""),
+        "llama-bpe": lambda: split(WORDS % "{1,3}"),
+        "smaug-bpe": lambda: split(WORDS % "{1,3}"),
+        "deepseek-v3": lambda: split(*DEEPSEEK),
+    }[name]()
+
+
+def make_tokenizer(pre: str = "smollm", n_vocab: int = 400) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the stress text, so that merges reach across whatever is left whole."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_vocab,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([STRESS * 3], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=TEMPLATE,
+    )
+    fast.add_tokens(["<think>", "</think>"])
+    return fast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """Return a function that writes a checkpoint; settings beside the named ones go to its config."""
+
+    def make(arch: str = "llama", pre: str = "smollm", dtype: str = "float32", **settings: Any) -> Path:
+        folder = tmp_path_factory.mktemp(f"{arch}-student")
+        tokenizer = make_tokenizer(pre)
+        sizes = {
+            "vocab_size": len(tokenizer) + 6,  # padded, as many models are
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+            "initializer_range": 0.15,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+        if arch == "qwen3":
+            sizes["head_dim"] = 32
+        torch.manual_seed(7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = AutoModelForCausalLM.from_config(CONFIGS[arch](**(sizes | settings)))
+            with torch.no_grad():
+                for name, weight in model.named_parameters():  # biases and norms start as constants, which hide errors
+                    if name.endswith("bias") or "norm" in name:
+                        weight += 0.2 * torch.randn_like(weight)
+            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(CARD)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student(make_checkpoint: MakeCheckpoint) -> Path:
+    """A tiny llama in bfloat16. Tests copy it before they break it."""
+    return make_checkpoint(dtype="bfloat16")
