@@ -25,7 +25,7 @@ _HINT = (
     "pip install llama-cpp-python (needs a C++ compiler), or without one: pip install llama-cpp-python "
     "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu"
 )
-_CHUNK = 1 << 20  # elements a task: long enough to hide Python's overhead, short enough to share among cores
+_CHUNK = 1 << 18  # elements a task: long enough to hide Python's overhead, short enough to share among cores
 # They are useless or refused without an importance matrix.
 _NEED_IMATRIX = frozenset(
     {
@@ -143,7 +143,7 @@ def quantize_rows(
     def run(start: int) -> None:
         _quantize_into(type_, data[start : start + step], out[start : start + step], weights)
 
-    for _ in map(run, starts) if pool is None else pool.map(run, starts):
+    for _ in map(run, starts) if pool is None or len(starts) == 1 else pool.map(run, starts):
         pass
     return out
 
