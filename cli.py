@@ -478,11 +478,11 @@ class _Progress:
 
 def _print_hops(scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
     """Print one table of the hops: accuracy with its interval, closure, loops, tokens, size."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(
-        "", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s", *(["size"] if sizes else [])
-    )
+    heads = ["", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s"] + (["size"] if sizes else [])
+    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
     for hop, score in scores.items():

