@@ -106,7 +106,7 @@ def demo(
         eval_max_tokens=96 if quick else 512,
         seed=seed,
         training={"minutes": boxed, "epochs": 100}
-        | ({"full": True, "lr": 3e-3} if full else {"lora_first_layer": 10 if pupil == "smollm2" else 0}),
+        | ({"full": True, "lr": 3e-3} if full else {"batch_size": 4}),  # small steps: see docs/experiments.md
     )
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
@@ -214,7 +214,7 @@ def teach(
             on_progress=progress,
         )
     kept, total = result.curation["kept"], result.curation["traces"]
-    print(f"{kept} of {total} traces train; all of them are in {folder}/traces.jsonl")
+    print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
     if result.scores:
         _print_hops(result.scores, {})
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")

@@ -144,3 +144,36 @@ def test_killed_while_asking_and_run_again_no_trace_is_asked_for_twice(
     assert traces.read_bytes().startswith(kept)  # what was stored stands, once
     ids = [json.loads(line)["id"] for line in traces.read_text().splitlines()]
     assert len(ids) == len(set(ids)) == 400
+
+
+def test_killed_while_training_it_goes_on_from_the_last_checkpoint(
+    finished: Path, chain_sum: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = _settings(chain_sum, traces=str(finished / "traces.jsonl"), training={**TRAINING, "epochs": 40})
+    code = (
+        "import json, sys; from pathlib import Path\n"
+        "from deepdistill.distill.teach import TeachSettings, teach\n"
+        "teach(TeachSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), stop_after='training')\n"
+    )
+    arguments = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(settings)), str(folder)]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def saved() -> list[int]:
+        return [int(p.parent.name.split("-")[1]) for p in folder.glob("checkpoints/checkpoint-*/clock.json")]
+
+    _wait_for(process, lambda: max(saved(), default=0) >= 10)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "student").exists()
+    reached = max(saved())
+    done: list[float] = []
+    result = teach(
+        settings,
+        folder,
+        stop_after="training",
+        on_progress=lambda stage, part, whole, note: done.append(part) if stage == "training" else None,
+    )
+    assert result.training
+    assert len(done) == result.training["steps"] - reached  # not one step twice
+    assert (folder / "student" / "model.safetensors").exists()
