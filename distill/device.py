@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import torch
 
+from ..errors import UsageError
 
-def best_device() -> torch.device:
-    """Return the CUDA device where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL_MODEL = 20_000_000  # parameters: smaller models gain nothing from bf16 and lose digits
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """Return the named device; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"there is no device {name!r} here", "use auto, cpu or cuda") from error
+    return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -16,3 +31,12 @@ def has_fast_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.backends.cpu.get_cpu_capability() if torch.backends.mkldnn.is_available() else ""
     return "AVX512" in capabilities and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def inference_dtype(n_parameters: int, device: torch.device) -> torch.dtype:
+    """Return the fastest number format that keeps a model's answers: bf16 only where the hardware multiplies it."""
+    if n_parameters < SMALL_MODEL:
+        return torch.float32
+    if has_fast_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32

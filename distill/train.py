@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..errors import ArtifactError, ModelError, UsageError
 from ..localrun.progress import Progress, no_progress
-from .device import best_device, has_fast_bf16
+from .device import choose_device, has_fast_bf16
 from .quiet import quiet_transformers
 from .rows import IGNORED, Row, collate, order_rows
 
@@ -87,7 +87,7 @@ def train(
         ModelError: the weights cannot be loaded.
         ArtifactError: the disk is full.
     """
-    device = best_device()
+    device = choose_device()
     ordered = order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
     model = _load(base_dir, settings, device)
     clock = _Clock(settings, ordered, on_progress)

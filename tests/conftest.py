@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -31,3 +37,64 @@ def pocket_student() -> Path:
     from deepdistill.distill.student import student_dir
 
     return student_dir("pocket")
+
+
+_COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    """The few answers of the Hugging Face hub that a download needs."""
+
+    repositories: dict[str, dict[str, bytes]]
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        is_api = parts[:2] == ["api", "models"]
+        files = self.repositories.get("/".join(parts[2:4] if is_api else parts[:2]))
+        if files is None:
+            self._reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+        elif is_api and parts[4:5] == ["tree"]:
+            tree = [{"type": "file", "path": name, "size": len(body), "oid": "0"} for name, body in files.items()]
+            self._reply(200, json.dumps(tree).encode())
+        elif is_api:
+            siblings = [{"rfilename": name} for name in files]
+            self._reply(200, json.dumps({"id": "/".join(parts[2:4]), "sha": _COMMIT, "siblings": siblings}).encode())
+        elif (name := "/".join(parts[4:])) in files:
+            etag = hashlib.sha256(files[name]).hexdigest()
+            self._reply(200, files[name], {"X-Repo-Commit": _COMMIT, "ETag": f'"{etag}"'})
+        else:
+            self._reply(404, b"", {"X-Error-Code": "EntryNotFound"})
+
+    def _reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _serve_hub(repositories: dict[str, dict[str, bytes]]) -> Iterator[str]:
+    handler = type("Handler", (_HubHandler,), {"repositories": repositories})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def hub() -> Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]:
+    """Serve repositories of files as the model hub does; the context is the endpoint's address."""
+    return _serve_hub

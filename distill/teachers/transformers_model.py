@@ -20,12 +20,11 @@ from safetensors import SafetensorError
 from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.generation import Completion, Message, Sampling
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
-from ..device import best_device, has_fast_bf16
+from ..device import SMALL_MODEL, choose_device, inference_dtype
 from ..quiet import quiet_transformers
 from .base import Backend, Teacher
 from .decode import BatchDecoder, Row, make_row
 
-_FP32_BELOW = 20_000_000  # parameters: smaller models gain nothing from bf16 and lose digits
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
 
 
@@ -51,7 +50,7 @@ class TransformersTeacher(Teacher):
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"a batch holds at least one row, not {batch_size}")
         self.name, self.backend = name or str(source), backend
-        self.device = _device(device)
+        self.device = choose_device(device)
         is_folder = isinstance(source, Path) or Path(source).is_dir()
         if is_folder:
             check_folder(Path(source))
@@ -216,30 +215,10 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"there is no device {name!r} here", "use auto, cpu or cuda") from error
-    return device
-
-
-def _dtype(n_parameters: int, device: torch.device) -> torch.dtype:
-    """Return the fastest type that keeps the answers: bf16 only where the hardware multiplies it."""
-    if n_parameters < _FP32_BELOW:
-        return torch.float32
-    if has_fast_bf16(device):
-        return torch.bfloat16
-    return torch.float16 if device.type == "cuda" else torch.float32
-
-
 def _default_batch_size(model: Any, device: torch.device) -> int:
     if device.type == "cuda":
         return 128
-    return 256 if model.num_parameters() < _FP32_BELOW else 48
+    return 256 if model.num_parameters() < SMALL_MODEL else 48
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -287,7 +266,7 @@ def _load_model(source: str | Path, device: torch.device, offline: bool) -> Any:
             f"{source} lacks {len(missing)} of its weights, {missing[0]} first", "the checkpoint is incomplete"
         )
     try:
-        return model.to(device=device, dtype=_dtype(model.num_parameters(), device)).eval()
+        return model.to(device=device, dtype=inference_dtype(model.num_parameters(), device)).eval()
     except torch.OutOfMemoryError as error:
         raise ModelError(
             f"{source} does not fit in the memory of {device}", "give --device cpu or a smaller model"

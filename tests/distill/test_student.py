@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -72,3 +77,26 @@ def test_a_hub_student_without_the_network_says_so() -> None:
     with pytest.raises(ModelError, match="cannot get nobody/nothing") as caught:
         student_dir("hf:nobody/nothing", offline=True)
     assert "--offline" in caught.value.hint
+
+
+def test_a_hub_student_is_downloaded_once(
+    pocket_student: Path, tmp_path: Path, hub: Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]
+) -> None:
+    files = {file.name: file.read_bytes() for file in pocket_student.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+    code = (
+        "import sys; from deepdistill.distill.student import student_dir as s; print(s(sys.argv[1], len(sys.argv) > 2))"
+    )
+
+    def ask(*arguments: str) -> Path:  # in a process of its own: the hub's library reads its settings once
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    with hub({"org/student": files}) as endpoint:
+        folder = ask("hf:org/student")
+    assert ask("hf:org/student", "offline") == folder
+    assert {f.name for f in folder.iterdir()} == set(files) - {"pytorch_model.bin"}, "no pickle is ever fetched"
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+    AutoModelForCausalLM.from_pretrained(folder)

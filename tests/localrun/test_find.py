@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ import pytest
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
 from deepdistill.localrun.chat import find_model
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+Hub = Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]
 
 
 def write(path: Path, age: int = 0) -> Path:
@@ -76,49 +73,6 @@ def test_a_name_like_a_repository_is_pointed_to_the_hub(tmp_path: Path, monkeypa
     assert "hf:org/repo" in caught.value.hint
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The three answers of the hub that a download needs."""
-
-    files: dict[str, list[str]]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            repo = "/".join(parts[2:4])
-            if repo not in self.files:
-                return self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
-            siblings = [{"rfilename": name} for name in self.files[repo]]
-            return self.reply(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
-        return self.reply(200, self.path.encode(), {"X-Repo-Commit": COMMIT, "ETag": f'"{abs(hash(self.path)):040x}"'})
-
-    def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def hub(files: dict[str, list[str]]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("ThisHub", (Hub,), {"files": files}))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 def find_on(endpoint: str, home: Path, spec: str, offline: bool = False) -> str:
     """Find a model in a process of its own: the hub's library reads its settings once."""
     code = (
@@ -146,11 +100,12 @@ def find_on(endpoint: str, home: Path, spec: str, offline: bool = False) -> str:
     return done.stdout.strip()
 
 
-def test_the_hub_gives_a_file_once_and_the_cache_gives_it_offline(tmp_path: Path) -> None:
+def test_the_hub_gives_a_file_once_and_the_cache_gives_it_offline(tmp_path: Path, hub: Hub) -> None:
     names = ["README.md", "m-Q2_K.gguf", "m-Q4_K_M.gguf", "m-Q8_0.gguf", "mmproj-m-Q4_K_M.gguf"]
-    with hub({"org/many": names, "org/one": ["only.gguf"], "org/none": ["model.safetensors"]}) as endpoint:
+    many = {name: f"this is {name}".encode() for name in names}
+    with hub({"org/many": many, "org/one": {"only.gguf": b"GGUF"}, "org/none": {"model.safetensors": b""}}) as endpoint:
         chosen = Path(find_on(endpoint, tmp_path, "hf:org/many"))
-        assert chosen.read_text() == f"/org/many/resolve/main/{chosen.name}"
+        assert chosen.read_text() == f"this is {chosen.name}"
         assert chosen.name == "m-Q4_K_M.gguf", "of several the one that most people want"
         assert Path(find_on(endpoint, tmp_path, "hf:org/many:m-Q2_K.gguf")).name == "m-Q2_K.gguf"
         assert Path(find_on(endpoint, tmp_path, "hf:org/one")).name == "only.gguf"
