@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +31,8 @@ from .device import choose_device, has_fast_bf16
 from .quiet import quiet_transformers
 from .rows import IGNORED, Row, collate, order_rows
 
+# torch's and safetensors' ways to say so
+_DISK_FULL = re.compile(r"No space left|File too large|inline_container|PytorchStreamWriter|os error")
 _CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
 
 
@@ -101,8 +106,9 @@ def train(
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints_dir))
-    _save_merged(trainer.model, base_dir, tokenizer, out)
+    with _disk_errors(checkpoints_dir):
+        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints_dir))
+        _save_merged(trainer.model, base_dir, tokenizer, out)
     return clock.report(trainer.state.global_step)
 
 
@@ -284,12 +290,24 @@ def _save_merged(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
                 shutil.copy(base_dir / card, temporary / card)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
-    except OSError as error:
-        raise ArtifactError(
-            f"cannot write the student to {out}: {error}", "free some disk space and run again"
-        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Translate what a full or unwritable disk makes Python, torch and safetensors raise."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        text = str(error)
+        if not isinstance(error, OSError) and not _DISK_FULL.search(text):
+            raise
+        reason = text if isinstance(error, OSError) else "the disk is full, or files may not grow so large"
+        raise ArtifactError(
+            f"cannot write in {folder.parent}: {reason}",
+            "free some disk space; the same command goes on from the last whole checkpoint",
+        ) from error
 
 
 def _linears(model: Any, first_layer: int) -> list[str]:

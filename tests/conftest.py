@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,12 @@ CHAIN_SUM = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 def chain_sum() -> str:
     """The problems of the demo."""
     return CHAIN_SUM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interruptible() -> None:
+    """Undo an ignored SIGINT, which a background shell hands down: what tests start would not see Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -110,7 +110,7 @@ def test_no_right_trace_is_said_with_the_reasons(finished: Path, chain_sum: str,
 
 def _command(folder: Path, chain_sum: str) -> subprocess.Popen[bytes]:
     arguments = ["teach", "--problems", chain_sum]
-    arguments += ["--student", "pocket", "--full", "--n-traces", "400", "--n-eval", "4", "--eval-max-tokens", "8"]
+    arguments += ["--student", "pocket", "--full", "--n-traces", "200", "--n-eval", "4", "--eval-max-tokens", "8"]
     arguments += ["--epochs", "4", "--batch-size", "16", "--out", str(folder), "--quiet"]
     return subprocess.Popen(
         [sys.executable, "-m", "deepdistill", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -118,7 +118,7 @@ def _command(folder: Path, chain_sum: str) -> subprocess.Popen[bytes]:
 
 
 def _wait_for(process: subprocess.Popen[bytes], condition: Any) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # the machine may be busy
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -136,14 +136,14 @@ def test_killed_while_asking_and_run_again_no_trace_is_asked_for_twice(
     assert code == (-signal.SIGKILL if signal_ == signal.SIGKILL else 130)
     kept = traces.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
-    assert 20 <= kept.count(b"\n") < 400
+    assert 20 <= kept.count(b"\n") < 200
     second = _command(folder, chain_sum)
     _wait_for(second, lambda: (folder / "curation.json").exists())
     second.kill()
     second.wait()
     assert traces.read_bytes().startswith(kept)  # what was stored stands, once
     ids = [json.loads(line)["id"] for line in traces.read_text().splitlines()]
-    assert len(ids) == len(set(ids)) == 400
+    assert len(ids) == len(set(ids)) == 200
 
 
 def test_killed_while_training_it_goes_on_from_the_last_checkpoint(

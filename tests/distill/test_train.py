@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,35 @@ def test_a_checkpoint_remembers_the_time_it_took(pocket_student: Path, tmp_path:
     train(pocket_student, rows_of(8), tokenizer, settings, tmp_path / "c", tmp_path / "s")
     (checkpoint,) = (tmp_path / "c").iterdir()
     assert json.loads((checkpoint / "clock.json").read_text())["seconds"] > 0
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line_and_keeps_the_last(
+    pocket_student: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files fails the same writes as a full disk does, and asks for no rights."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
+        "from deepdistill.distill.rows import Row\n"
+        "from deepdistill.distill.train import TrainSettings, train\n"
+        "from deepdistill.errors import ArtifactError\n"
+        "base, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "rows = [Row(list(range(5, 25)), 4)] * 8\n"
+        "settings = TrainSettings(full=True, epochs=1, batch_size=4, save_every_s=0)\n"
+        "try:\n    train(base, rows, AutoTokenizer.from_pretrained(base), settings, out / 'c', out / 's')\n"
+        "except ArtifactError as error:\n    print(error.message, error.hint, sep=' | ')"
+    )
+    n_bytes = (pocket_student / "model.safetensors").stat().st_size
+    for limit in (n_bytes // 2, int(n_bytes * 1.5)):  # the weights do not fit; they do, and the optimizer's state not
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(pocket_student), str(tmp_path), str(limit)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"cannot write in {tmp_path}: ")
+        assert "free some disk space" in done.stdout
+        assert not (tmp_path / "s").exists()
