@@ -21,9 +21,9 @@ import numpy as np
 from ..errors import DeepDistillError
 from ..localrun.engine import Engine
 from ..localrun.generation import Message
+from ..localrun.header import read_gguf
 from ..localrun.progress import Progress, no_progress
 from .ftypes import FTYPES, UNQUANTIZED
-from .readback import read_gguf
 
 STRESS = (
     "Hello world! It's 3 o'clock, I'LL wait; they've said 'stone'.\n\n\n  two spaces   three\t\ttabs \n \r\n end  "

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.header import read_gguf
 from deepdistill.quantize import architecture, convert
 from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.readback import read_gguf
 
 T = 120  # tokens: past the original context of the scaled models below
 

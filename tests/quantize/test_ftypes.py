@@ -12,10 +12,10 @@ import llama_cpp
 import pytest
 
 from deepdistill.errors import UsageError
+from deepdistill.localrun.header import read_gguf
 from deepdistill.quantize import ftypes
 from deepdistill.quantize.ftypes import FTYPES, Shape, check_ftype, choose
 from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.readback import read_gguf
 
 MODELS: dict[str, dict[str, Any]] = {
     # 16 layers: an eighth is two, a sixteenth one, so that every rule about early layers is met

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
 from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.header import read_gguf
 from deepdistill.quantize.proofs import STRESS
 from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.readback import read_gguf
 
 PRE = ["gpt-2", "smollm", "qwen2", "llama-bpe", "smaug-bpe", "deepseek-v3"]
 

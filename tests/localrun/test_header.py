@@ -8,13 +8,12 @@ import gguf
 import pytest
 
 from deepdistill.errors import ArtifactError
-from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.readback import read_gguf
+from deepdistill.localrun.header import read_gguf
 
 
-def test_it_reads_what_ggufs_reader_does(student: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    quantize(student, path, "Q4_K_M", metadata={"deepdistill.note": "Grüße"})
+@pytest.mark.parametrize("model", ["random_gguf", "smollm2_gguf"])  # F32 alone; Q4_1 and Q6_K
+def test_it_reads_what_ggufs_reader_does(model: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(model)
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
     for tensor in theirs.tensors:
         found = ours.tensors[tensor.name]
@@ -26,10 +25,9 @@ def test_it_reads_what_ggufs_reader_does(student: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.99])
-def test_a_file_cut_anywhere_is_told(student: Path, tmp_path: Path, share: float) -> None:
+def test_a_file_cut_anywhere_is_told(random_gguf: Path, tmp_path: Path, share: float) -> None:
     path = tmp_path / "model.gguf"
-    quantize(student, path)
-    data = path.read_bytes()
+    data = random_gguf.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ArtifactError, match=r"no whole GGUF file|cut short"):
         read_gguf(path)
