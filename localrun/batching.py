@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ModelError
-from .generation import Completion, Sampling
-from .llama import Context, Entry, Sampler
-from .reading import Reading
-from .thinking import prompt_opens_thinking
+from .generation import Completion, Guidance, Sampling
+from .llama import Context, Entry
+from .thinking import Tags
+from .turn import Turn
+
+_LEAST_PREFIX = 16  # tokens; a shorter shared prefix is not worth a pass of its own
 
 
 @dataclass
@@ -27,9 +29,7 @@ class _Request:
     index: int
     tokens: list[int]  # of the prompt, then generated
     n_prompt: int
-    limit: int  # tokens, prompt included
-    reading: Reading
-    sampler: Sampler
+    turn: Turn
     started: float = field(default_factory=time.monotonic)
     n_cached: int = 0  # of its tokens, in the KV cache
 
@@ -39,13 +39,23 @@ class _Request:
 
 
 def complete_all(
-    context: Context, prompts: Sequence[str], sampling: Sampling, *, n_seq: int, n_ctx: int
+    context: Context,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    guidance: Guidance,
+    *,
+    n_seq: int,
+    n_ctx: int,
+    tags: Tags | None,
 ) -> Iterator[tuple[int, Completion]]:
     """Yield (index, completion) as each ends; see `Engine.generate_many`. The sequences' KV cache has to be empty.
 
     Raises:
         ModelError: llama.cpp failed.
+        UsageError: the grammar does not parse.
     """
+    tokenized = [context.model.tokenize(prompt) for prompt in prompts]
+    n_shared = _prefill_shared(context, [tokens for tokens in tokenized if 0 < len(tokens) < n_ctx], n_seq)
     waiting = deque(enumerate(prompts))
     paused: list[_Request] = []
     running: dict[int, _Request] = {}  # by slot, the oldest first
@@ -54,43 +64,55 @@ def complete_all(
             while (waiting or paused) and len(running) < n_seq:
                 if not paused:
                     index, prompt = waiting.popleft()
-                    tokens = context.model.tokenize(prompt)
+                    tokens = tokenized[index]
                     if not 0 < len(tokens) < n_ctx:
                         yield index, _refused(len(tokens), n_ctx)
                         continue
-                    paused.append(_open(context, index, tokens, prompt, sampling, n_ctx))
-                used = sum(len(request.tokens) for request in running.values())
-                if running and used + len(running) + len(paused[-1].tokens) >= context.n_ctx:
+                    limit = min(sampling.max_tokens, n_ctx - len(tokens))
+                    seed = sampling.seed + index
+                    turn = Turn(context.model, prompt, sampling, guidance, seed=seed, limit=limit, tags=tags)
+                    paused.append(_Request(index, list(tokens), len(tokens), turn))
+                used = n_shared + sum(len(request.tokens) - n_shared for request in running.values())
+                if running and used + len(running) + len(paused[-1].tokens) - n_shared >= context.n_ctx:
                     break
                 slot = next(i for i in range(n_seq) if i not in running)
                 running[slot] = paused.pop()
+                if n_shared:
+                    context.share(n_seq, slot, n_shared)
+                    running[slot].n_cached = n_shared
             at = _run_round(context, running, paused)
             for slot, index in at.items():
                 request = running[slot]
-                token = request.sampler.sample(context, index)
+                token = request.turn.next_token(context, index)
                 request.tokens.append(token)
-                ended = token in context.model.eog
-                if not ended:
-                    request.reading.add(token)
-                if ended or len(request.tokens) >= request.limit:
+                request.turn.add(token)
+                if request.turn.finish_reason is not None:
                     del running[slot]
                     context.forget(slot)
-                    request.sampler.close()
-                    yield request.index, _completion(request, ended)
+                    request.turn.close()
+                    yield request.index, _completion(request)
     finally:
         for request in [*running.values(), *paused]:
-            request.sampler.close()
+            request.turn.close()
 
 
-def _open(context: Context, index: int, tokens: list[int], prompt: str, sampling: Sampling, n_ctx: int) -> _Request:
-    return _Request(
-        index,
-        tokens,
-        len(tokens),
-        min(len(tokens) + sampling.max_tokens, n_ctx),
-        Reading(prompt_opens_thinking(prompt), context.model.piece),
-        Sampler(sampling, sampling.seed + index),
-    )
+def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) -> int:
+    """Compute what all prompts begin with in sequence n_seq; return how many tokens that is."""
+    if n_seq < 2 or len(prompts) < 2 or context.model.is_recurrent:
+        return 0
+    first, last = min(prompts), max(prompts)  # the two that differ earliest
+    limit = min(map(len, prompts)) - 1  # every sequence needs logits of its own
+    n = next((i for i in range(limit) if first[i] != last[i]), limit)
+    if n < _LEAST_PREFIX:
+        return 0
+    for start in range(0, n, context.n_batch):
+        entries = [
+            Entry(t, start + i, n_seq, False) for i, t in enumerate(first[start : min(n, start + context.n_batch)])
+        ]
+        if not context.decode(entries):
+            context.forget(n_seq)
+            return 0
+    return n
 
 
 def _run_round(context: Context, running: dict[int, _Request], paused: list[_Request]) -> dict[int, int]:
@@ -127,15 +149,15 @@ def _plan(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict
     return entries, at, n_cached
 
 
-def _completion(request: _Request, ended: bool) -> Completion:
-    reading = request.reading
-    reading.finish()
-    generated = request.tokens[request.n_prompt :]
+def _completion(request: _Request) -> Completion:
+    reading, reason = request.turn.reading, request.turn.finish_reason
+    assert reason is not None
+    generated = request.turn.tokens
     return Completion(
-        content=reading.content,
+        content=request.turn.answer,
         reasoning_content=reading.reasoning,
         closed=reading.closed,
-        finish_reason="stop" if ended else "length",
+        finish_reason=reason,
         prompt_tokens=request.n_prompt,
         completion_tokens=len(generated),
         reasoning_tokens=reading.n_reasoning,

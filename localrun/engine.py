@@ -1,11 +1,14 @@
 """Run a GGUF: one stream of steps at linear cost, many sequences in one batch, or the logits of a text.
 
 What the KV cache holds from the last call is kept as far as the new prompt begins with it, so that a conversation's
-next turn computes only what is new. Left out on purpose: speculation, grammars and sessions on disk.
+next turn computes only what is new; `save_state` keeps it on disk for another day.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,17 +19,19 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError
+from ..errors import ArtifactError, ModelError
 from . import template
 from .batching import complete_all
-from .generation import Completion, FinishReason, Message, Sampling
+from .drafts import Latch, NgramDrafts, Propose
+from .generation import FREE, Completion, FinishReason, Guidance, Message, Sampling
 from .hardware import default_threads
-from .llama import Context, Entry, Model, Sampler
-from .reading import Reading
-from .thinking import Part, prompt_opens_thinking
+from .llama import Context, Entry, Model, llama_version
+from .thinking import Part, Think, steer_thinking, tags_of
+from .turn import Turn
 
 _MAX_DEFAULT_CTX = 4096  # memory grows with it; a longer context is asked for
 _N_BATCH = 512  # tokens that one call decodes at most
+_STATE_MAGIC = b"deepdistill-state-1\n"
 _ROOM_PER_SEQUENCE = 512  # tokens of KV cache for each of many sequences, on average
 
 
@@ -36,7 +41,7 @@ class Step:
 
     `token` is -1 where a token ends the thinking and begins the answer: its first text comes in a step before its own.
     `n_generated` and `n_reasoning` count tokens, the one that ends the turn included. `finish_reason` is set on the
-    last step alone.
+    last step alone. `note` says what the thinking budget or the loop guard has just done.
     """
 
     token: int
@@ -49,18 +54,28 @@ class Step:
     prompt_per_s: float  # tokens/s of the part of the prompt that the KV cache did not hold
     tokens_per_s: float
     finish_reason: FinishReason | None = None
+    note: str | None = None
+    n_drafted_right: int = 0  # tokens so far that were guessed and only checked
 
 
 class Engine:
     """A GGUF ready to answer. Close it, or use it as a context manager. It does one thing at a time."""
 
     def __init__(
-        self, path: str | Path, *, n_ctx: int | None = None, n_threads: int | None = None, n_seq: int = 1
+        self,
+        path: str | Path,
+        *,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_seq: int = 1,
+        kv_type: str = "f16",
+        draft_path: str | Path | None = None,
     ) -> None:
         """Load a file, with a context of n_ctx tokens for any one sequence.
 
         n_ctx None takes the model's own context, at most 4,096. With n_seq > 1 the sequences share a KV cache of
-        n_ctx or of 512 tokens a sequence, whichever is more.
+        n_ctx or of 512 tokens a sequence, whichever is more. `kv_type` is one of `llama.KV_TYPES`. The model in
+        `draft_path`, of the same vocabulary, guesses tokens where a turn speculates.
 
         Raises:
             ArtifactError, ModelError: see `llama.Model` and `llama.Context`.
@@ -71,8 +86,14 @@ class Engine:
         self.n_ctx = n_ctx or min(self.n_ctx_train or _MAX_DEFAULT_CTX, _MAX_DEFAULT_CTX)
         self.n_seq, self.n_threads = n_seq, n_threads or default_threads()
         n_cells = max(self.n_ctx, _ROOM_PER_SEQUENCE * n_seq if n_seq > 1 else 0)
+        self.tags, self.kv_type = tags_of(self.metadata), kv_type
+        self._draft: Engine | None = None
         try:
-            self._context = Context(self.model, n_cells, n_seq, self.n_threads, max(_N_BATCH, n_seq))
+            # One sequence more than asked for holds what all prompts begin with.
+            n_sequences = n_seq + 1 if n_seq > 1 else 1
+            self._context = Context(self.model, n_cells, n_sequences, self.n_threads, max(_N_BATCH, n_seq), kv_type)
+            if draft_path is not None:
+                self._draft = _open_draft(Path(draft_path), self.model, self.n_ctx, self.n_threads)
         except BaseException:
             self.model.close()
             raise
@@ -101,6 +122,14 @@ class Engine:
         bos, eos = (self._special_text(name) for name in ("bos", "eos"))
         return template.render(source, messages, thinking, bos, eos)
 
+    def prompt(self, messages: Sequence[Message], think: Think = "auto") -> str:
+        """Return the rendered conversation with its thinking opened (`on`) or closed (`off`) if the template did not.
+
+        Raises:
+            ModelError: see `render`.
+        """
+        return steer_thinking(self.render(messages, thinking=think != "off"), think, self.tags)
+
     def _special_text(self, name: str) -> str:
         token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
         return self.detokenize([int(token)]) if token is not None else ""
@@ -113,55 +142,85 @@ class Engine:
         """Return the text of tokens, special tokens as they are written."""
         return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling) -> Iterator[Step]:
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling, guidance: Guidance = FREE) -> Iterator[Step]:
         """Yield a step a token until the model ends its turn, the limit, or the end of the context.
 
         Raises:
             ModelError: the prompt does not fit the context.
+            UsageError: the grammar does not parse.
         """
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
         text = prompt if isinstance(prompt, str) else self.detokenize(tokens[-32:])
         self._check_fits(len(tokens))
-        turn = self._turn = object()
+        owner = self._turn = object()
         started = time.monotonic()
         n_new, at = self._prefill(tokens)
         prompt_per_s = n_new / max(time.monotonic() - started, 1e-9)
-        started, n = time.monotonic(), 0
+        started = time.monotonic()
         limit = min(sampling.max_tokens, self.n_ctx - len(tokens))
-        reading = Reading(prompt_opens_thinking(text), self.model.piece)
-        sampler = Sampler(sampling, sampling.seed)
-        finish: FinishReason | None = None
+        turn = Turn(self.model, text, sampling, guidance, seed=sampling.seed, limit=limit, tags=self.tags)
+        propose: Propose | None = None
+        if guidance.speculate and not self.model.is_recurrent:
+            propose = self._draft._propose if self._draft else NgramDrafts()
+        latch, draft, said = Latch(), list[int](), list(tokens)
+        spent, n_kept = 0.0, len(tokens)  # of the last batch: its seconds; how long the cache is without its draft
         try:
-            while finish is None:
-                token = sampler.sample(self._context, at)
-                n += 1
-                if token in self.eog:
-                    finish, pieces = "stop", reading.finish()
-                else:
-                    pieces = reading.add(token)
-                    if n >= limit:
-                        finish, pieces = "length", pieces + reading.finish()
+            while turn.finish_reason is None:
+                token = turn.next_token(self._context, at)
+                said.append(token)
+                pieces = turn.add(token)
+                reading, n = turn.reading, len(turn.tokens)
                 rate = n / max(time.monotonic() - started, 1e-9)
                 counts = (len(tokens), n, reading.n_reasoning, reading.closed, prompt_per_s, rate)
+                guessed = at < len(draft) and draft[at] == token
                 *earlier, (part, out) = pieces or [(reading.part, "")]
                 for part_before, out_before in earlier:
                     yield Step(-1, out_before, part_before, *counts)
-                yield Step(token, out, part, *counts, finish)
-                if self._turn is not turn:
+                n_right = latch.n_accepted + at + guessed
+                yield Step(token, out, part, *counts, turn.finish_reason, turn.take_note(), n_right)
+                if self._turn is not owner:
                     raise RuntimeError("another call took over this engine in the middle of a stream")
-                if finish is None:
-                    self._extend([token])
-                    at = 0
+                if guessed:
+                    at += 1
+                    n_kept += 1
+                    continue
+                self._cut(n_kept)
+                if n > 1:
+                    latch.record(len(draft), at, spent)
+                if turn.finish_reason is not None:
+                    break
+                draft = []
+                if propose and turn.can_speculate and (wanted := latch.n_wanted()):
+                    draft = propose(said, min(wanted, limit - n, self.n_ctx - len(said)))
+                began = time.monotonic()
+                self._extend([token, *draft], every=bool(draft))
+                spent, n_kept, at = time.monotonic() - began, n_kept + 1, 0
         finally:
-            sampler.close()
+            turn.close()
+            if self._turn is owner:
+                self._cut(n_kept)
+
+    def _cut(self, n: int) -> None:
+        """Drop from the cache what was guessed wrong."""
+        if len(self._cached) > n:
+            del self._cached[self._context.forget(0, n) :]
+
+    def _propose(self, tokens: Sequence[int], n: int) -> list[int]:
+        """Return the n tokens that this model, as the draft of another, finds most likely next."""
+        if len(tokens) + n >= self.n_ctx:
+            return []
+        _, at = self._prefill(list(tokens))
+        proposed: list[int] = []
+        while True:
+            token = int(self._context.logits(at).argmax())
+            proposed.append(token)
+            if len(proposed) >= n or token in self.eog:
+                return proposed
+            at = self._extend([token])
 
     def _prefill(self, tokens: list[int]) -> tuple[int, int]:
         """Bring sequence 0 to `tokens`; return how many were computed and where the last one's logits stand."""
-        same = 0
-        for ours, wanted in zip(self._cached, tokens[:-1], strict=False):  # the last token is always run for its logits
-            if ours != wanted:
-                break
-            same += 1
+        same = _n_same(self._cached, tokens[:-1])  # the last token is always run for its logits
         del self._cached[self._context.forget(0, same) :]
         fresh, at = tokens[len(self._cached) :], 0
         for start in range(0, len(fresh), _N_BATCH):
@@ -185,16 +244,21 @@ class Engine:
                 "give a larger --context, or begin a new conversation",
             )
 
-    def generate_many(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+    def generate_many(
+        self, prompts: Sequence[str], sampling: Sampling, guidance: Guidance = FREE
+    ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as each ends, with up to n_seq sequences in one batch, refilled as they end.
 
+        What all prompts begin with is computed once. Speculation is not for batches: they are busy already.
         Request i is sampled with seed `sampling.seed + i`. A prompt that does not fit comes back with an error.
         Closing the iterator stops the work.
         """
         turn = self._turn = object()
         self._clear()
         try:
-            for finished in complete_all(self._context, prompts, sampling, n_seq=self.n_seq, n_ctx=self.n_ctx):
+            for finished in complete_all(
+                self._context, prompts, sampling, guidance, n_seq=self.n_seq, n_ctx=self.n_ctx, tags=self.tags
+            ):
                 yield finished
                 if self._turn is not turn:
                     raise RuntimeError("another call took over this engine in the middle of a batch")
@@ -220,12 +284,55 @@ class Engine:
         return rows
 
     def _clear(self) -> None:
-        for slot in range(self.n_seq):
+        for slot in range(self.n_seq + 1 if self.n_seq > 1 else 1):
             self._context.forget(slot)
         self._cached = []
 
+    def save_state(self, path: Path) -> None:
+        """Write what the KV cache holds of the last stream, so that another process need not compute it again.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        header = json.dumps(self._state_key() | {"tokens": self._cached}).encode()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with temporary.open("wb") as file:
+                file.write(_STATE_MAGIC + struct.pack("<Q", len(header)) + header)
+                file.write(self._context.read_state(0))
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot write {path}: {error.strerror}", "free some disk space") from error
+
+    def load_state(self, path: Path) -> int:
+        """Return how many tokens of a saved state the cache now holds; 0 if it is missing, broken or another model's."""
+        self._turn = object()
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_STATE_MAGIC)) != _STATE_MAGIC:
+                    return 0
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+                tokens = header.pop("tokens")
+                if header != self._state_key() or len(tokens) > self.n_ctx:
+                    return 0
+                state = file.read()
+        except (OSError, ValueError, struct.error, KeyError, AttributeError):
+            return 0
+        self._clear()
+        if not self._context.write_state(0, state):
+            return 0
+        self._cached = tokens
+        return len(tokens)
+
+    def _state_key(self) -> dict[str, object]:
+        """What a state has to agree with to be of use."""
+        return {"model": self.model.hash, "kv_type": self.kv_type, "llama": llama_version()}
+
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""
+        if self._draft:
+            self._draft.close()
         self._context.close()
         self.model.close()
 
@@ -236,3 +343,20 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _n_same(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with in common."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+def _open_draft(path: Path, model: Model, n_ctx: int, n_threads: int) -> Engine:
+    draft = Engine(path, n_ctx=n_ctx, n_threads=n_threads)
+    probes = range(0, model.n_vocab, max(1, model.n_vocab // 64))
+    if draft.n_vocab != model.n_vocab or any(draft.model.piece(t) != model.piece(t) for t in probes):
+        draft.close()
+        raise ModelError(f"{path} has another vocabulary than {model.path}", "a draft model has to share it")
+    return draft

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "loop", "error"]
 Message = dict[str, str]
 """One turn: `role`, `content`, and `reasoning_content` where an assistant's thinking is kept."""
 
@@ -23,11 +23,41 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """What a turn is held to beyond sampling; by default nothing, so that a model is measured as it is.
+
+    With a budget or the guard, thinking ends early enough that an answer fits, and there always is one.
+    """
+
+    think_budget: int | None = None
+    """Tokens of thinking, at most; before they are spent a short hint is put there, then the closing tag."""
+    loop_guard: bool = False
+    """Notice text that goes in circles: DRY sampling first, then the thinking is wound down, or the answer ended."""
+    grammar: str | None = None
+    """GBNF with a `root`, which holds once the thinking has closed."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer and are not part of it; in the thinking they mean nothing."""
+    speculate: bool = False
+    """Draft tokens from what was said before, or with the draft model, and check them in one batch."""
+    dry_multiplier: float = 0.0
+    repeat_penalty: float = 1.0
+
+    @property
+    def ensures_answer(self) -> bool:
+        """Whether the thinking is made to leave room for an answer."""
+        return self.loop_guard or self.think_budget is not None
+
+
+FREE = Guidance()
+
+
+@dataclass(frozen=True)
 class Completion:
     """One finished answer, thinking apart.
 
-    `closed` is None if the model never opened its thinking, else whether it closed it. `token_ids` holds what was
-    generated, thinking included, where the backend knows it. `seconds` is wall time from the request's start.
+    `closed` is None if the model never opened its thinking, else whether it closed it. `finish_reason` is "loop" where
+    the loop guard ended it. `token_ids` holds what was generated, thinking included, where the backend knows it.
+    `seconds` is wall time from the request's start.
     """
 
     content: str

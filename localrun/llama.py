@@ -8,6 +8,7 @@ calls an error is the reason when a call fails.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 from collections import deque
@@ -19,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArtifactError, ModelError
-from .generation import Sampling
+from ..errors import ArtifactError, ModelError, UsageError
 
 try:
     import llama_cpp
@@ -30,6 +30,9 @@ except (ImportError, OSError, RuntimeError) as error:  # not installed, or built
         "pip install llama-cpp-python (it needs a C++ compiler), or without one: pip install llama-cpp-python "
         "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu",
     ) from error
+
+KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml_type
+_BLOCK_BYTES = 1 << 20
 
 _log: deque[tuple[int, str]] = deque(maxlen=200)
 _ERROR, _CONTINUED = 4, 5  # ggml_log_level
@@ -83,6 +86,11 @@ def _start_library() -> None:
         )
 
 
+def llama_version() -> str:
+    """Return the version of the installed bindings, and with it of llama.cpp."""
+    return str(llama_cpp.__version__)
+
+
 class Model:
     """A loaded GGUF: its weights, vocabulary and metadata."""
 
@@ -125,10 +133,31 @@ class Model:
             read[key] = _text_of(llama_cpp.llama_model_meta_val_str_by_index, self.handle, i)
         return read
 
-    def tokenize(self, text: str) -> list[int]:
-        """Return the tokens of a rendered prompt: special tokens parsed, BOS put first where the file asks for it."""
+    @cached_property
+    def hash(self) -> str:
+        """A short hash of the file: its size, its beginning (the metadata), middle and end."""
+        size = self.path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with self.path.open("rb") as data:
+            for start in (0, size // 2, max(0, size - _BLOCK_BYTES)):
+                data.seek(start)
+                digest.update(data.read(_BLOCK_BYTES))
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether a part of its state cannot be cut or shared, as in Mamba and hybrids of it."""
+        return bool(llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle))
+
+    def tokenize(self, text: str, whole: bool = True) -> list[int]:
+        """Return the tokens of a rendered prompt: special tokens parsed, BOS put first where the file asks for it.
+
+        A text that is not `whole` goes on after another: it gets no BOS.
+        """
         data = text.encode("utf-8", "replace")
         tokens = self._tokenize(data, len(data) + 8)
+        if not whole:
+            return tokens
         bos = int(llama_cpp.llama_vocab_bos(self.vocab))
         wants_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.vocab)) and bos >= 0
         return [bos, *tokens] if wants_bos and tokens[:1] != [bos] else tokens
@@ -170,17 +199,23 @@ class Model:
 class Context:
     """A KV cache that all sequences share, and one batch that is used again and again."""
 
-    def __init__(self, model: Model, n_ctx: int, n_seq: int, n_threads: int, n_batch: int) -> None:
-        """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once.
+    def __init__(
+        self, model: Model, n_ctx: int, n_seq: int, n_threads: int, n_batch: int, kv_type: str = "f16"
+    ) -> None:
+        """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once, cached in one of `KV_TYPES`.
 
         Raises:
-            ModelError: not enough memory.
+            ModelError: not enough memory, or the model cannot have such a cache.
+            UsageError: there is no such type of cache.
         """
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"no KV type {kv_type!r}", f"one of {' '.join(KV_TYPES)}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_seq
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = True
+        params.type_k = params.type_v = KV_TYPES[kv_type]
         if hasattr(params, "n_outputs_max_per_seq"):
             params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
         params.no_perf = True
@@ -189,7 +224,8 @@ class Context:
         self.model, self.n_batch = model, n_batch
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
-            raise ModelError(f"no room for {n_ctx} tokens of context: {_reason()}", "give a smaller --context")
+            hint = "give a smaller --context" if kv_type == "f16" else "give a smaller --context, or --kv-type f16"
+            raise ModelError(f"no room for {n_ctx} tokens of {kv_type} context: {_reason()}", hint)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._handle))
         self._memory = llama_cpp.llama_get_memory(self._handle)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
@@ -237,39 +273,31 @@ class Context:
             )  # a recurrent state cannot be cut, only dropped
         return min(start, int(llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)) + 1)
 
+    def share(self, source: int, target: int, n: int) -> None:
+        """Let a sequence begin with the first n tokens of another; their cells are shared, not copied."""
+        assert self.handle
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, 0, n)
+
+    def read_state(self, sequence: int) -> bytes:
+        """Return a sequence's part of the cache."""
+        size = int(llama_cpp.llama_state_seq_get_size(self.handle, sequence))
+        buffer = (ctypes.c_uint8 * size)()
+        n = int(llama_cpp.llama_state_seq_get_data(self.handle, buffer, size, sequence))
+        return bytes(memoryview(buffer)[:n])
+
+    def write_state(self, sequence: int, state: bytes) -> bool:
+        """Put a sequence's part of the cache back; return False if this context cannot take it."""
+        self.forget(sequence)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        _log.clear()
+        return bool(llama_cpp.llama_state_seq_set_data(self.handle, buffer, len(state), sequence))
+
     def close(self) -> None:
         """Free the cache. More than one call does no harm."""
         if self._handle:
             llama_cpp.llama_batch_free(self._batch)
             llama_cpp.llama_free(self._handle)
             self._handle = None
-
-
-class Sampler:
-    """llama.cpp's own sampler chain: top-k, top-p, min-p, temperature, then a seeded draw; greedy at temperature 0."""
-
-    def __init__(self, sampling: Sampling, seed: int) -> None:
-        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        if sampling.temperature <= 0:
-            stages = [llama_cpp.llama_sampler_init_greedy()]
-        else:
-            stages = [llama_cpp.llama_sampler_init_top_k(sampling.top_k)] if sampling.top_k > 0 else []
-            stages += [llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p < 1 else []
-            stages += [llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p > 0 else []
-            stages += [llama_cpp.llama_sampler_init_temp(sampling.temperature)]
-            stages += [llama_cpp.llama_sampler_init_dist(seed % 0xFFFFFFFF)]  # 0xFFFFFFFF itself means a random seed
-        for stage in stages:
-            llama_cpp.llama_sampler_chain_add(self._chain, stage)
-
-    def sample(self, context: Context, index: int) -> int:
-        """Return the token chosen from one entry's logits of the last batch."""
-        return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
-
-    def close(self) -> None:
-        """Free the chain. More than one call does no harm."""
-        if self._chain:
-            llama_cpp.llama_sampler_free(self._chain)
-            self._chain = None
 
 
 def _text_of(call: Any, handle: Any, index: int) -> str:

@@ -6,21 +6,61 @@ after the opening tag, the one before the closing tag and the blank lines after 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 Part = Literal["thinking", "answer"]
+Think = Literal["auto", "on", "off"]
 
-OPEN, CLOSE = "<think>", "</think>"
+
+class Tags(NamedTuple):
+    """What a model writes around its thinking."""
+
+    open: str
+    close: str
 
 
-def prompt_opens_thinking(prompt: str) -> bool:
+OPEN, CLOSE = THINK = Tags("<think>", "</think>")
+# As models' templates have them: DeepSeek, Qwen and most others; Kimi; Magistral; Seed; Hunyuan and others.
+_KNOWN = (
+    THINK,
+    Tags("◁think▷", "◁/think▷"),
+    Tags("[THINK]", "[/THINK]"),
+    Tags("<seed:think>", "</seed:think>"),
+    Tags("<thinking>", "</thinking>"),
+    Tags("<reasoning>", "</reasoning>"),
+)
+
+
+def tags_of(metadata: Mapping[str, str]) -> Tags | None:
+    """Return a GGUF's thinking tags, by its metadata or else its chat template; None if it names none."""
+    named = metadata.get("deepdistill.think_open"), metadata.get("deepdistill.think_close")
+    if named[0] and named[1]:
+        return Tags(named[0], named[1])
+    template = metadata.get("tokenizer.chat_template", "")
+    return next((tags for tags in _KNOWN if tags.open in template or tags.close in template), None)
+
+
+def prompt_opens_thinking(prompt: str, tags: Tags = THINK) -> bool:
     """Say whether a rendered prompt ends inside the thinking, so that the model's first token is a thought."""
-    return prompt.rstrip().endswith(OPEN)
+    return prompt.rstrip().endswith(tags.open)
 
 
-def split_thinking(text: str, starts_inside: bool) -> tuple[str | None, str, bool | None]:
+def steer_thinking(prompt: str, think: Think, tags: Tags | None) -> str:
+    """Make a rendered prompt's end open the thinking (`on`) or close it (`off`) where the template does not."""
+    if tags is None or think == "auto":
+        return prompt
+    opens = prompt_opens_thinking(prompt, tags)
+    if think == "off" and opens:
+        return f"{prompt}\n{tags.close}\n\n" if not prompt.endswith("\n") else f"{prompt}{tags.close}\n\n"
+    if think == "on" and not opens and not prompt.rstrip().endswith(tags.close):
+        return f"{prompt}{tags.open}\n"
+    return prompt
+
+
+def split_thinking(text: str, starts_inside: bool, tags: Tags = THINK) -> tuple[str | None, str, bool | None]:
     """Return (reasoning or None, content, closed) of a finished output; closed is None if thinking never opened."""
-    parser = ThinkingParser(starts_inside)
+    parser = ThinkingParser(starts_inside, tags)
     pieces = parser.feed(text) + parser.finish()
     thinking = "".join(piece for part, piece in pieces if part == "thinking")
     content = "".join(piece for part, piece in pieces if part == "answer")
@@ -34,8 +74,9 @@ class ThinkingParser:
     A model that repeats the opening tag with which its prompt ended is forgiven.
     """
 
-    def __init__(self, starts_inside: bool) -> None:
-        self.opened = starts_inside
+    def __init__(self, starts_inside: bool, tags: Tags = THINK) -> None:
+        self.opened, self._tags = starts_inside, tags
+        self._forbidden = False
         self._state: Literal["start", "opened", "thinking", "closed", "answer"] = "start"
         self._held = ""
 
@@ -45,9 +86,18 @@ class ThinkingParser:
         return self.opened and self._state in ("closed", "answer")
 
     @property
+    def decided(self) -> bool:
+        """Whether there was enough text to tell if the output begins with thinking."""
+        return self.opened or self._state != "start"
+
+    @property
     def part(self) -> Part:
         """The part that the next text belongs to, as far as is known."""
         return "thinking" if self.opened and not self.closed else "answer"
+
+    def forbid_tags(self) -> None:
+        """Take tags out of the answer too: a model that was interrupted in its thinking may still want to close it."""
+        self._forbidden = True
 
     def feed(self, text: str) -> list[tuple[Part, str]]:
         """Return what the new text lets out, in order, as (part, text) with no empty text."""
@@ -62,9 +112,8 @@ class ThinkingParser:
         if self._state == "closed":
             self._held = self._held.lstrip("\n")
             self._state = "answer" if self._held else "closed"
-        if self._state == "answer" and self._held:
-            out.append(("answer", self._held))
-            self._held = ""
+        if self._state == "answer" and (said := self._take_answer()):
+            out.append(("answer", said))
         return out
 
     def finish(self) -> list[tuple[Part, str]]:
@@ -78,27 +127,40 @@ class ThinkingParser:
     def _look_for_open(self) -> None:
         """Decide whether the output begins with the opening tag, once there is enough of it."""
         text = self._held.lstrip()
-        if text.startswith(OPEN):
-            self.opened, self._state, self._held = True, "opened", text[len(OPEN) :]
-        elif not OPEN.startswith(text):
+        if text.startswith(self._tags.open):
+            self.opened, self._state, self._held = True, "opened", text[len(self._tags.open) :]
+        elif not self._tags.open.startswith(text):
             self._state = "opened" if self.opened else "answer"
 
     def _take_thought(self) -> str:
         """Take what is surely thinking out of the held text, up to the closing tag if that is there."""
-        end = self._held.find(CLOSE)
+        close = self._tags.close
+        end = self._held.find(close)
         if end >= 0:
-            thought, self._held = self._held[:end].removesuffix("\n"), self._held[end + len(CLOSE) :]
+            thought, self._held = self._held[:end].removesuffix("\n"), self._held[end + len(close) :]
             self._state = "closed"
             return thought
-        cut = len(self._held) - _n_held_back(self._held)
-        thought, self._held = self._held[:cut], self._held[cut:]
-        return thought
+        return self._take_but(_n_held_back(self._held, close, f"\n{close}"))
+
+    def _take_answer(self) -> str:
+        """Take what is surely answer out of the held text."""
+        if not self._forbidden:
+            return self._take_but(0)
+        while any(tag in self._held for tag in self._tags):  # what is left over may join to another tag
+            for tag in self._tags:
+                self._held = self._held.replace(tag, "")
+        return self._take_but(_n_held_back(self._held, *self._tags))
+
+    def _take_but(self, n: int) -> str:
+        """Take all but the last n characters of the held text."""
+        cut = len(self._held) - n
+        taken, self._held = self._held[:cut], self._held[cut:]
+        return taken
 
 
-def _n_held_back(text: str) -> int:
-    """Return how many last characters may yet turn out to be the closing tag or the newline before it."""
-    ending = f"\n{CLOSE}"
-    for length in range(min(len(ending), len(text)), 0, -1):
-        if ending.startswith(text[-length:]) or CLOSE.startswith(text[-length:]):
+def _n_held_back(text: str, *endings: str) -> int:
+    """Return how many last characters may yet turn out to begin one of the endings."""
+    for length in range(min(max(map(len, endings)), len(text)), 0, -1):
+        if any(ending.startswith(text[-length:]) for ending in endings):
             return length
     return 0

@@ -1,0 +1,123 @@
+"""Choose the next token with llama.cpp's own samplers, none of which Python sees a token of.
+
+The chain is [penalties, DRY, top-k, top-p, min-p, temperature, a seeded draw], or greedy after the first two. A grammar
+is checked against the chosen token first and applied to the whole vocabulary only if it refuses that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+from ..errors import UsageError
+from .generation import Guidance, Sampling
+from .llama import Context, Model
+
+_DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 tokens cost nothing
+_DRY_AGAINST_LOOPS = 1.0
+_ROOT = "deepdistill-root"  # blank lines after the thinking, then the grammar's own root
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+class Sampler:
+    """One sequence's sampler. Every token that joins the sequence is accepted by it, sampled or not."""
+
+    def __init__(self, model: Model, sampling: Sampling, guidance: Guidance, seed: int) -> None:
+        self._model, self._sampling, self._guidance, self._seed = model, sampling, guidance, seed
+        self._dry = guidance.dry_multiplier
+        self._chain = self._make_chain()
+        self._grammar: Any = None
+
+    def _make_chain(self) -> Any:
+        sampling, stages = self._sampling, []
+        if self._guidance.repeat_penalty != 1:
+            stages += [llama_cpp.llama_sampler_init_penalties(64, -1, self._guidance.repeat_penalty, 0.0, 0.0)]
+        if self._dry > 0:
+            breakers = (ctypes.c_char_p * 1)()
+            window = self._model.n_ctx_train or 4096
+            stages += [
+                llama_cpp.llama_sampler_init_dry(
+                    self._model.vocab, self._dry, _DRY_BASE, _DRY_ALLOWED, window, breakers, 0
+                )
+            ]
+        if sampling.temperature <= 0:
+            stages += [llama_cpp.llama_sampler_init_greedy()]
+        else:
+            stages += [llama_cpp.llama_sampler_init_top_k(sampling.top_k)] if sampling.top_k > 0 else []
+            stages += [llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p < 1 else []
+            stages += [llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p > 0 else []
+            stages += [llama_cpp.llama_sampler_init_temp(sampling.temperature)]
+            stages += [llama_cpp.llama_sampler_init_dist(self._seed % 0xFFFFFFFF)]  # 0xFFFFFFFF itself is random
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        for stage in stages:
+            llama_cpp.llama_sampler_chain_add(chain, stage)
+        return chain
+
+    def fight_loops(self, history: Sequence[int]) -> None:
+        """Turn DRY on, or up, knowing what was said; a draw at a temperature goes on with other numbers."""
+        llama_cpp.llama_sampler_free(self._chain)
+        self._dry, self._seed = self._dry + _DRY_AGAINST_LOOPS, self._seed + 1
+        self._chain = self._make_chain()
+        for token in history:
+            llama_cpp.llama_sampler_accept(self._chain, token)
+
+    def constrain(self, grammar: str) -> None:
+        """Hold what comes to a grammar, after any line breaks.
+
+        Raises:
+            UsageError: it is not GBNF, or has no root.
+        """
+        text = f"{_ROOT} ::= [\\n]* root\n{grammar}"
+        self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), _ROOT.encode())
+        if not self._grammar:
+            raise UsageError("the grammar does not parse", 'GBNF: rules like  root ::= "yes" | "no"')
+
+    def sample(self, context: Context, index: int, banned: Collection[int] = ()) -> int:
+        """Return the token chosen from one entry's logits of the last batch; `accept` it if it is taken."""
+        if self._grammar is None and not banned:
+            return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
+        logits = context.logits(index)
+        if banned:
+            logits = logits.copy()
+            logits[list(banned)] = -np.inf
+        token = self._choose(logits, grammar_first=False)
+        if self._grammar is not None and not self._allows(token):
+            token = self._choose(logits, grammar_first=True)
+        self.accept(token)
+        return token
+
+    def _choose(self, logits: Any, grammar_first: bool) -> int:
+        candidates = np.empty(len(logits), _CANDIDATE)
+        candidates["id"], candidates["logit"], candidates["p"] = np.arange(len(logits)), logits, 0
+        array = _as_array(candidates)
+        if grammar_first:
+            llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
+        return int(array.data[array.selected].id)
+
+    def _allows(self, token: int) -> bool:
+        candidate = np.array([(token, 0.0, 0.0)], _CANDIDATE)
+        llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(_as_array(candidate)))
+        return bool(np.isfinite(candidate["logit"][0]))
+
+    def accept(self, token: int) -> None:
+        """Take notice of a token that joined the sequence. `sample` has done so for what it returned."""
+        llama_cpp.llama_sampler_accept(self._chain, token)
+        if self._grammar is not None:
+            llama_cpp.llama_sampler_accept(self._grammar, token)
+
+    def close(self) -> None:
+        """Free the samplers. More than one call does no harm."""
+        for sampler in (self._chain, self._grammar):
+            if sampler:
+                llama_cpp.llama_sampler_free(sampler)
+        self._chain = self._grammar = None
+
+
+def _as_array(candidates: Any) -> Any:
+    data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+    return llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)

@@ -1,0 +1,236 @@
+"""One answer under way: which token comes next, what the text says so far, and when it is over.
+
+The engine and the batch both drive this, so that a thinking budget, the loop guard, stop strings and grammars mean the
+same in a chat and in an evaluation. Tokens that the model did not choose (the hint and the closing tag) are queued and
+join the sequence like any others: the model has read them when it goes on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from .generation import FinishReason, Guidance, Sampling
+from .llama import Context, Model
+from .loops import LoopDetector
+from .reading import Reading
+from .sampler import Sampler
+from .thinking import THINK, Part, Tags, prompt_opens_thinking
+
+_HINT = "\nI have to answer now.\n"
+_MOST_GRACE = 48  # tokens for the end of a line before the hint, and as many after it to finish a thought
+_MOST_ROOM = 256  # tokens kept for the answer
+
+Piece = tuple[Part, str]
+
+
+class Turn:
+    """One sequence's answer. `finish_reason` is None until it is over."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: str,
+        sampling: Sampling,
+        guidance: Guidance,
+        *,
+        seed: int,
+        limit: int,
+        tags: Tags | None = None,
+    ) -> None:
+        """Begin to answer a rendered prompt with at most `limit` tokens.
+
+        Raises:
+            UsageError: the grammar does not parse.
+        """
+        self._model, self._guidance, self._limit = model, guidance, limit
+        self._tags = tags or THINK
+        self.reading = Reading(prompt_opens_thinking(prompt, self._tags), model.piece, self._tags)
+        self._sampler = Sampler(model, sampling, guidance, seed)
+        self.tokens: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._queue: deque[int] = deque()
+        self._hinted = self._closing = self._constrained = False
+        self._loops = LoopDetector() if guidance.loop_guard else None
+        self._fought = False
+        self._notes: list[str] = []
+        self._stops = _StopStrings(guidance.stop) if guidance.stop else None
+        self._answer: list[str] = []
+        self._close = model.tokenize(f"\n{self._tags.close}\n\n", whole=False)
+        self._hint = model.tokenize(_HINT, whole=False)
+        room = min(_MOST_ROOM, max(limit // 4, 1))
+        self._budget = limit - room
+        if guidance.think_budget is not None:
+            self._budget = min(self._budget, guidance.think_budget)
+        grace = min(_MOST_GRACE, self._budget // 6)
+        self._hint_last = self._budget - len(self._close) - len(self._hint) - grace
+        self._hint_first = self._hint_last - grace
+        if guidance.think_budget is not None:
+            self.reading.forbid_tags()
+        if guidance.ensures_answer:
+            self._wind_down_if_due()
+        self._constrain_if_due()
+
+    def take_note(self) -> str | None:
+        """Return what the budget or the guard did since this was last asked."""
+        note = "; ".join(self._notes) or None
+        self._notes.clear()
+        return note
+
+    @property
+    def answer(self) -> str:
+        """The answer so far, without what a stop string cut off."""
+        return "".join(self._answer)
+
+    @property
+    def can_speculate(self) -> bool:
+        """Whether the next tokens are the model's own choice, so that drafts of them make sense."""
+        return not self._queue
+
+    def next_token(self, context: Context, index: int) -> int:
+        """Return the next token: one that is to be put there, or one sampled from an entry of the last batch."""
+        if self._queue:
+            token = self._queue.popleft()
+            self._sampler.accept(token)
+            return token
+        banned = self._model.eog if self._needs_words() else frozenset[int]()
+        token = self._sampler.sample(context, index, banned)
+        if self._guidance.grammar and not self._constrained and not self.reading.decided and not self._may_open(token):
+            self._constrain()  # this is answer from its first token on
+            token = self._sampler.sample(context, index, banned)
+        if token in self._model.eog and self._guidance.ensures_answer and self.reading.part == "thinking":
+            self._close_thinking()  # it would have ended its turn in the middle of the thinking
+            return self.next_token(context, index)
+        return token
+
+    def _needs_words(self) -> bool:
+        """Whether the turn must not end yet: there was thinking, and no answer so far."""
+        return self._guidance.ensures_answer and self.reading.closed is True and not self.reading.has_answer
+
+    def add(self, token: int) -> list[Piece]:
+        """Let a token join the text; return what it lets out, in order, as (part, text)."""
+        pieces = self._add(token)
+        self._answer += [text for part, text in pieces if part == "answer"]
+        return pieces
+
+    def _add(self, token: int) -> list[Piece]:
+        self.tokens.append(token)
+        if token in self._model.eog:
+            return self._finish("stop", [])
+        pieces = self._until_stop(self.reading.add(token))
+        if self.finish_reason is None and self._loops:
+            self._guard(self._loops.add(token))
+        if self.finish_reason is None and len(self.tokens) >= self._limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
+            return self._finish(self.finish_reason, pieces)
+        if self._guidance.ensures_answer:
+            self._wind_down_if_due()
+        self._constrain_if_due()
+        return pieces
+
+    def _finish(self, reason: FinishReason, pieces: list[Piece]) -> list[Piece]:
+        stopped = self._stops is not None and self._stops.found
+        if not stopped:
+            pieces = pieces + self._until_stop(self.reading.finish())
+            pieces += [("answer", held)] if self._stops and (held := self._stops.finish()) else []
+        self.finish_reason = "stop" if self._stops is not None and self._stops.found else reason
+        return pieces
+
+    def _until_stop(self, pieces: list[Piece]) -> list[Piece]:
+        if self._stops is None:
+            return pieces
+        kept = [(part, self._stops.feed(text) if part == "answer" else text) for part, text in pieces]
+        if self._stops.found:
+            self.finish_reason = "stop"
+        return [(part, text) for part, text in kept if text]
+
+    def _wind_down_if_due(self) -> None:
+        """Put the hint, and later the closing tag, once the budget says so."""
+        if self._queue or self._closing or self.reading.part != "thinking":
+            return
+        n = self.reading.n_reasoning
+        if n + len(self._close) >= self._budget:
+            if not self._hinted:
+                self._notes.append(f"the thinking was closed after {n} tokens")
+            self._close_thinking()
+        elif not self._hinted and n >= self._hint_first > 0 and (n >= self._hint_last or self._ends_line()):
+            self._hinted = True
+            self.reading.forbid_tags()
+            self._notes.append(f"the thinking was told to end after {n} tokens")
+            self._queue.extend(self._hint)
+
+    def _ends_line(self) -> bool:
+        return self._model.piece(self.tokens[-1]).endswith(b"\n")
+
+    def _close_thinking(self) -> None:
+        self._closing = True
+        self.reading.forbid_tags()
+        self._queue.extend(self._close)
+
+    def _guard(self, period: int | None) -> None:
+        """Answer a loop: DRY, then the end of the thinking or of the answer."""
+        assert self._loops
+        if period is None or self._queue:
+            return
+        self._loops.reset()
+        part = self.reading.part
+        if not self._fought:
+            self._fought = True
+            self.reading.forbid_tags()
+            self._sampler.fight_loops(self.tokens)
+            self._notes.append(f"the {part} goes in circles of {period} tokens; repetition is penalized from here")
+        elif part == "thinking":
+            self._notes.append("the thinking still goes in circles and was closed")
+            self._close_thinking()
+        else:
+            self._notes.append("the answer still goes in circles and was ended")
+            self.finish_reason = "loop"
+
+    def _constrain_if_due(self) -> None:
+        """Arm the grammar once what comes is answer."""
+        if self._guidance.grammar and not self._constrained and self.reading.part == "answer" and self.reading.decided:
+            self._constrain()
+
+    def _constrain(self) -> None:
+        assert self._guidance.grammar
+        self._constrained = True
+        self._sampler.constrain(self._guidance.grammar)
+
+    def _may_open(self, token: int) -> bool:
+        """Say whether a first token may begin the opening tag."""
+        text = self._model.piece(token).decode("utf-8", "ignore").lstrip()
+        return self._tags.open.startswith(text) or text.startswith(self._tags.open)
+
+    def close(self) -> None:
+        """Free the sampler. More than one call does no harm."""
+        self._sampler.close()
+
+
+class _StopStrings:
+    """Cuts a stream of text before the first of some strings, holding back what may begin one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = [string for string in strings if string]
+        self._held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """Return what of the text is surely before any stop string."""
+        if self.found:
+            return ""
+        self._held += text
+        starts = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+        if starts:
+            self.found = True
+            return self._held[: min(starts)]
+        longest = max(map(len, self._strings), default=1)
+        tails = range(min(longest - 1, len(self._held)), 0, -1)
+        n = next((n for n in tails if any(s.startswith(self._held[-n:]) for s in self._strings)), 0)
+        out, self._held = self._held[: len(self._held) - n], self._held[len(self._held) - n :]
+        return out
+
+    def finish(self) -> str:
+        """Return what was held back, at the end of the stream."""
+        held, self._held = self._held, ""
+        return "" if self.found else held
