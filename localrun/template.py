@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -18,19 +18,28 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import ModelError
-from .generation import Message
 
 
-def render(source: str, messages: Sequence[Message], thinking: bool, bos_token: str = "", eos_token: str = "") -> str:
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    thinking: bool,
+    bos_token: str = "",
+    eos_token: str = "",
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
     """Return the prompt that asks for the next assistant turn.
+
+    `tools` and the messages' `tool_calls` have OpenAI's form. A call's `arguments`, there a JSON text, reach the
+    template as the object that most templates expect; those that expect text get the text, see `_Arguments`.
 
     Raises:
         ModelError: the template is broken or refuses the conversation.
     """
     try:
         return _compile(source).render(
-            messages=[dict(message) for message in messages],
-            tools=None,
+            messages=[_as_templates_want(message) for message in messages],
+            tools=[dict(tool) for tool in tools] if tools else None,
             documents=None,
             add_generation_prompt=True,
             enable_thinking=thinking,
@@ -39,6 +48,37 @@ def render(source: str, messages: Sequence[Message], thinking: bool, bos_token: 
         )
     except Exception as error:  # a foreign template: whatever it does wrong is the model's fault
         raise ModelError(f"the model's chat template refuses the conversation: {error}") from error
+
+
+class _Arguments(dict[str, Any]):
+    """A call's arguments: an object, and its JSON text wherever a template puts it into text."""
+
+    def __str__(self) -> str:
+        return _to_json(self)
+
+    def __add__(self, other: str) -> str:
+        return f"{self}{other}"
+
+    def __radd__(self, other: str) -> str:
+        return f"{other}{self}"
+
+
+def _as_templates_want(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as objects, and its thinking under gpt-oss's name for it too."""
+    calls = [
+        dict(call) | {"function": dict(call["function"]) | {"arguments": _arguments(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    thinking = {"thinking": message["reasoning_content"]} if message.get("reasoning_content") is not None else {}
+    return thinking | dict(message) | ({"tool_calls": calls} if calls else {})
+
+
+def _arguments(value: Any) -> Any:
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return _Arguments(value) if isinstance(value, Mapping) else value
 
 
 @lru_cache(maxsize=8)

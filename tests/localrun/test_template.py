@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,14 @@ def peer() -> Any:
     )
 
 
-def by_transformers(source: str, messages: list[Message], thinking: bool) -> str:
+def by_transformers(source: str, messages: list[Any], thinking: bool, tools: list[Any] | None = None) -> str:
     rendered: str = peer().apply_chat_template(
-        messages, chat_template=source, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        messages,
+        chat_template=source,
+        tools=tools,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
     )
     return rendered
 
@@ -73,6 +79,68 @@ def by_transformers(source: str, messages: list[Message], thinking: bool) -> str
 def test_equals_transformers(name: str, thinking: bool, messages: list[Message], smollm2_template: str) -> None:
     source = {"ours": OURS, "smollm2": smollm2_template, "elaborate": ELABORATE}[name]
     assert render(source, messages, thinking, "<s>", "</s>") == by_transformers(source, messages, thinking)
+
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "What the weather <é> will be.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+]
+# The two ways in which published templates write a call: most want an object, some a text.
+WITH_TOOLS = """\
+{%- for tool in tools or [] %}{{ tool.function.name }}: {{ tool | tojson(indent=4) }}
+{% endfor %}
+{%- for message in messages %}
+    {{- '[' ~ message.role ~ ']' ~ (message.content or '') }}
+    {%- for call in message.tool_calls or [] %}CALL{% endfor %}
+{%- endfor %}"""
+OBJECT = (
+    "{%- set f = call.function %}{{ f.name }}({{ f.arguments | tojson }} {% for k in f.arguments %}{{ k }}{% endfor %})"
+)
+TEXT = "{{ call.function.name + '(' + call.function.arguments + ')' ~ call.function.arguments }}"
+
+
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+
+
+@pytest.mark.parametrize(("form", "wants"), [(OBJECT, dict), (TEXT, str)])
+def test_tools_and_calls_equal_transformers(form: str, wants: type) -> None:
+    """OpenAI's messages hold arguments as text; here a template gets what it wants, transformers what it is given."""
+    source = WITH_TOOLS.replace("CALL", form)
+    arguments = {"city": "Zürich", "days": 2}
+    text = json.dumps(arguments, ensure_ascii=False)
+    expected = by_transformers(source, calling(text if wants is str else arguments), True, TOOLS)
+    assert "Zürich" in expected
+    for given in (arguments, text):
+        messages = calling(given)
+        assert render(source, messages, True, "<s>", "</s>", TOOLS) == expected
+        assert messages == calling(given)
+
+
+def test_arguments_that_are_no_json_are_shown_as_they_are() -> None:
+    source = WITH_TOOLS.replace("CALL", "{{ call.function.arguments }}")
+    assert "{broken" in render(source, calling("{broken"), True)
+
+
+def test_no_tools_are_none_to_the_template() -> None:
+    source = "{{ 'none' if tools is none else 'some' }}"
+    assert render(source, ONE, True) == render(source, ONE, True, tools=[]) == "none"
+
+
+def test_thinking_has_gpt_osss_name_too() -> None:
+    source = "{% for m in messages %}{{ m.thinking or '' }}|{% endfor %}"
+    assert render(source, LONG, True) == by_transformers(source, LONG, True) == "||first\nthen||"
 
 
 def test_ours_opens_thinking_or_closes_it_at_once() -> None:
