@@ -1,31 +1,137 @@
-"""What this machine has to compute with."""
+"""What this machine has to compute with: its cores, how many threads serve a model best, its memory's bandwidth."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _CPUS = Path("/sys/devices/system/cpu")
+_PROC = Path("/proc")
+_PERFORMANCE = 0.85  # of the highest clock: efficiency cores stay below, the spread among equal cores above
+_CLEARLY = 1.5  # times slower: still fewer threads would be slower still
+_WITHIN = 1.05  # of the fastest: the fewest threads so near to it leave the others to other programs
+_HEADER = 1 << 20  # bytes that tell a file from another of its size
 
 
 def default_threads() -> int:
-    """Return how many threads to compute with: one a physical core that this process may use.
+    """Return how many threads to compute with where nothing was measured: one a physical core that we may use.
 
     Hyper-threads share the units that llama.cpp keeps busy, and its threads wait for one another actively: one too many
     costs more than one too few. `OMP_NUM_THREADS` lowers the number, as it does for other numeric libraries.
     """
+    return min(physical_cores(), _thread_limit() or physical_cores())
+
+
+def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = False) -> int:
+    """Return the thread count that runs a file fastest here, measured once and kept in the user's cache.
+
+    `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are all physical cores, the
+    performance cores, half and one, the most first, twice each. A busy or oversubscribed machine can be five times
+    slower with two threads than with one, which no count of cores tells. `OMP_NUM_THREADS` decides without measuring;
+    `again` measures anew.
+    """
     cores = physical_cores()
+    if _thread_limit() or cores == 1:
+        return default_threads()
+    machine, file = f"{cpu_name()}, {cores} cores", _file_key(path)
+    known = _read_threads().get(machine, {})
+    kept = known.get(file) if isinstance(known, dict) else None
+    if not again and isinstance(kept, int) and 1 <= kept <= cores:
+        return kept
+    best = _measure_threads(sorted({cores, performance_cores(), max(1, cores // 2), 1}, reverse=True), measure)
+    _keep_threads(machine, file, best)
+    return best
+
+
+def _measure_threads(candidates: list[int], measure: Callable[[int], float]) -> int:
+    """Return the fewest threads that are as good as the fastest."""
+    seconds: dict[int, float] = {}
+    for n in candidates:
+        seconds[n] = min(measure(n), measure(n))  # the faster of two: what else ran only ever slows it down
+        if seconds[n] > _CLEARLY * min(seconds.values()):
+            break
+    return min(n for n, taken in seconds.items() if taken <= _WITHIN * min(seconds.values()))
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be measured or made again."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "deepdistill"
+
+
+def _file_key(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"{path.stat().st_size}-{hashlib.sha256(file.read(_HEADER)).hexdigest()[:16]}"
+
+
+def _read_threads() -> dict[str, Any]:
+    try:
+        found = json.loads((cache_dir() / "threads.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _keep_threads(machine: str, file: str, n: int) -> None:
+    """Add one measurement to the cache; without a folder to write to, measuring again is all that is lost."""
+    found = _read_threads()
+    known = found.get(machine)
+    found[machine] = (known if isinstance(known, dict) else {}) | {file: n}
+    half_written = cache_dir() / f".threads.{os.getpid()}"
+    with suppress(OSError):
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        half_written.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        half_written.replace(cache_dir() / "threads.json")
+
+
+def _thread_limit() -> int | None:
     limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(limit)) if limit.isdigit() and int(limit) > 0 else cores
+    return int(limit) if limit.isdigit() and int(limit) > 0 else None
+
+
+def cpu_name() -> str:
+    """Return the processor's name as its maker writes it, or the architecture where the system does not say."""
+    with suppress(OSError):
+        for line in (_PROC / "cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Hardware", "cpu model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown processor"
 
 
 def physical_cores() -> int:
     """Return the physical cores that this process may use, at least 1."""
+    cores = len(_usable_cores())
+    return max(1, min(cores, _quota() or cores))
+
+
+def performance_cores() -> int:
+    """Return how many of the physical cores are fast ones; all of them where the processor has one kind."""
+    clocks = [max(map(_max_clock, cpus)) for cpus in _usable_cores()]
+    fast = sum(clock >= _PERFORMANCE * max(clocks) for clock in clocks)
+    return max(1, min(fast, physical_cores()))
+
+
+def _usable_cores() -> list[list[int]]:
+    """Return the physical cores that this process may use, each as the logical CPUs that are its threads."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
-        return max(1, os.cpu_count() or 1)
-    usable = os.sched_getaffinity(0)
-    cores = {_core_of(cpu) for cpu in usable}
-    return max(1, min(len(cores), _quota() or len(cores)))
+        import psutil  # type: ignore[import-untyped]
+
+        return [[cpu] for cpu in range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)]
+    cores: dict[tuple[str, str], list[int]] = {}
+    for cpu in os.sched_getaffinity(0):
+        cores.setdefault(_core_of(cpu), []).append(cpu)
+    return list(cores.values())
 
 
 def _core_of(cpu: int) -> tuple[str, str]:
@@ -37,6 +143,14 @@ def _core_of(cpu: int) -> tuple[str, str]:
         return "", str(cpu)
 
 
+def _max_clock(cpu: int) -> int:
+    """Return a logical CPU's highest clock in kHz; 0 if the system does not say."""
+    try:
+        return int((_CPUS / f"cpu{cpu}" / "cpufreq" / "cpuinfo_max_freq").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
 def _quota() -> int | None:
     """Return the whole CPUs that a container's limit leaves, or None without a limit."""
     try:
@@ -44,3 +158,20 @@ def _quota() -> int | None:
         return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return None
+
+
+def memory_bandwidth(n_bytes: int = 1 << 28, n_threads: int | None = None, n_passes: int = 8) -> float:
+    """Return bytes/s read from memory by all threads together, the best of several passes.
+
+    Generating a token reads all of a model's weights once, so that this bounds the tokens/s of any file. The maximum of
+    a float array is a plain read: numpy computes it with vector instructions and without the interpreter's lock.
+    """
+    n_threads = n_threads or default_threads()
+    parts = np.array_split(np.ones(n_bytes // 4, np.float32), n_threads)  # written to, so that its pages are there
+    best = float("inf")
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(n_passes):
+            started = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = min(best, time.perf_counter() - started)
+    return sum(part.nbytes for part in parts) / best
