@@ -225,7 +225,7 @@ class Context:
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             hint = "give a smaller --context" if kv_type == "f16" else "give a smaller --context, or --kv-type f16"
-            raise ModelError(f"no room for {n_ctx} tokens of {kv_type} context: {_reason()}", hint)
+            raise ModelError(f"no {kv_type} cache for {n_ctx} tokens: {_reason()}", hint)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._handle))
         self._memory = llama_cpp.llama_get_memory(self._handle)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)

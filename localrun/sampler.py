@@ -19,7 +19,8 @@ from .llama import Context, Model
 
 _DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 tokens cost nothing
 _DRY_AGAINST_LOOPS = 1.0
-_ROOT = "deepdistill-root"  # blank lines after the thinking, then the grammar's own root
+_PENALIZED = 64  # last tokens that the repeat penalty looks at
+_ROOT = "deepdistill-root"  # a blank line after the thinking, then the grammar's own root
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
@@ -35,7 +36,7 @@ class Sampler:
     def _make_chain(self) -> Any:
         sampling, stages = self._sampling, []
         if self._guidance.repeat_penalty != 1:
-            stages += [llama_cpp.llama_sampler_init_penalties(64, -1, self._guidance.repeat_penalty, 0.0, 0.0)]
+            stages += [_penalties(self._model.n_vocab, self._guidance.repeat_penalty)]
         if self._dry > 0:
             breakers = (ctypes.c_char_p * 1)()
             window = self._model.n_ctx_train or 4096
@@ -65,14 +66,14 @@ class Sampler:
         for token in history:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
-    def constrain(self, grammar: str) -> None:
-        """Hold what comes to a grammar, after any line breaks.
+    def constrain(self, grammar: str, after_thinking: bool) -> None:
+        """Hold what comes to a grammar; the blank line after the thinking may come before it.
 
         Raises:
             UsageError: it is not GBNF, or has no root.
         """
-        text = f"{_ROOT} ::= [\\n]* root\n{grammar}"
-        self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), _ROOT.encode())
+        text, root = f"{_ROOT} ::= [\\n]? [\\n]? root\n{grammar}", _ROOT if after_thinking else "root"
+        self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), root.encode())
         if not self._grammar:
             raise UsageError("the grammar does not parse", 'GBNF: rules like  root ::= "yes" | "no"')
 
@@ -116,6 +117,12 @@ class Sampler:
             if sampler:
                 llama_cpp.llama_sampler_free(sampler)
         self._chain = self._grammar = None
+
+
+def _penalties(n_vocab: int, repeat: float) -> Any:
+    arguments = (n_vocab, _PENALIZED, repeat, 0.0, 0.0)
+    make = llama_cpp.llama_sampler_init_penalties
+    return make(*arguments[-len(make.argtypes) :])  # older releases do not ask for n_vocab
 
 
 def _as_array(candidates: Any) -> Any:

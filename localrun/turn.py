@@ -195,7 +195,7 @@ class Turn:
     def _constrain(self) -> None:
         assert self._guidance.grammar
         self._constrained = True
-        self._sampler.constrain(self._guidance.grammar)
+        self._sampler.constrain(self._guidance.grammar, after_thinking=self.reading.closed is True)
 
     def _may_open(self, token: int) -> bool:
         """Say whether a first token may begin the opening tag."""

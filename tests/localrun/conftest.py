@@ -68,14 +68,24 @@ def say(weights: dict[str, np.ndarray], chain: Sequence[int]) -> None:
 
 
 def write_gguf(
-    path: Path, *, script: Sequence[bytes] = (), template: str | None = CHATML, seed: int = 0, add_bos: bool = False
+    path: Path,
+    *,
+    script: Sequence[bytes] = (),
+    then: str = "stop",
+    template: str | None = CHATML,
+    seed: int = 0,
+    add_bos: bool = False,
 ) -> Path:
-    """Write a tiny llama in f32; after a prompt's last newline it says the script's (different) pieces and stops."""
+    """Write a tiny llama in f32; after a prompt's last newline it says the script's (different) pieces.
+
+    Then it stops, or begins again ("loop"); with "random" the pieces are tokens and it says them as it likes.
+    """
     tokens, types = vocabulary(script)
     weights = random_weights(len(tokens), seed)
-    if script:
+    if script and then != "random":
         first = len(tokens) - len(script)
-        say(weights, [tokens.index("Ċ"), *range(first, len(tokens)), tokens.index("<|im_end|>")])
+        last = tokens.index("<|im_end|>") if then == "stop" else first
+        say(weights, [tokens.index("Ċ"), *range(first, len(tokens)), last])
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(N_CTX)
     writer.add_embedding_length(HIDDEN)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
+from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import Completion, Sampling
 
@@ -166,6 +166,84 @@ def test_the_kept_cache_saves_the_prefill(random_gguf: Path, monkeypatch: pytest
         monkeypatch.setattr(engine._context, "decode", lambda entries: batches.append(len(entries)) or decode(entries))
         list(engine.stream(prompt + "ab", Sampling(max_tokens=1)))
     assert batches == [2]
+
+
+def test_a_saved_state_goes_on_without_prefill_and_says_the_same(
+    random_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    with Engine(random_gguf, n_threads=1) as engine:
+        prompt = prompt_of(engine, "one " * 100)
+        wanted = tokens_of(list(engine.stream(prompt, GREEDY)))
+        engine.save_state(state)
+        n_kept = len(engine.tokenize(prompt)) + len(wanted) - 1
+    with Engine(random_gguf, n_threads=1) as engine:
+        assert engine.load_state(state) == n_kept
+        batches: list[int] = []
+        decode = engine._context.decode
+        monkeypatch.setattr(engine._context, "decode", lambda entries: batches.append(len(entries)) or decode(entries))
+        assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted
+        assert batches[0] == 1, "only the last token, for its logits"
+
+
+def test_a_state_of_another_model_cache_or_context_or_a_broken_one_is_not_taken(
+    random_gguf: Path, scripted_gguf: Path, tmp_path: Path
+) -> None:
+    state, cut = tmp_path / "state", tmp_path / "cut"
+    with Engine(random_gguf, n_threads=1) as engine:
+        prompt = prompt_of(engine, "why? " * 60)
+        wanted = tokens_of(list(engine.stream(prompt, GREEDY)))
+        engine.save_state(state)
+        whole = state.read_bytes()
+        for n in (0, 10, 30, len(whole) // 2, len(whole) - 1):
+            cut.write_bytes(whole[:n])
+            assert engine.load_state(cut) == 0
+            assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted, "and it still answers"
+        assert engine.load_state(tmp_path / "none") == 0
+        with pytest.raises(ArtifactError, match="cannot write"):
+            engine.save_state(tmp_path / "no" / "folder")
+    for path, keywords in ((scripted_gguf, {}), (random_gguf, {"n_ctx": 256})):
+        with Engine(path, n_threads=1, **keywords) as engine:  # type: ignore[arg-type]
+            assert engine.load_state(state) == 0
+
+
+def test_what_many_prompts_begin_with_is_computed_once(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
+        system = {"role": "system", "content": "be " * 60}
+        prompts = [engine.render([system, {"role": "user", "content": f"{i}?"}]) for i in range(8)]
+        n_prompts = sum(len(engine.tokenize(prompt)) for prompt in prompts)
+        entries = 0
+        decode = engine._context.decode
+
+        def count(batch: list[object]) -> bool:
+            nonlocal entries
+            entries += len(batch)
+            return bool(decode(batch))
+
+        monkeypatch.setattr(engine._context, "decode", count)
+        done = dict(engine.generate_many(prompts, Sampling(max_tokens=5)))
+        assert entries < n_prompts / 3 + 8 * 5
+        monkeypatch.undo()
+        for i, prompt in enumerate(prompts):
+            assert done[i].token_ids == tuple(tokens_of(list(engine.stream(prompt, Sampling(max_tokens=5)))))
+
+
+@pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])
+def test_a_smaller_cache_is_nearly_the_same(smollm2_gguf: Path, kv_type: str) -> None:
+    with Engine(smollm2_gguf, n_ctx=256) as engine:
+        tokens = engine.tokenize("The capital of France is Paris, and that of Italy is")
+        exact = engine.logits(tokens)
+    with Engine(smollm2_gguf, n_ctx=256, kv_type=kv_type) as engine:
+        rounded = engine.logits(tokens)
+    assert 0 < np.abs(exact - rounded).mean() < (0.05 if kv_type == "q8_0" else 0.6) * exact.std()
+
+
+def test_a_cache_type_that_is_none_or_does_not_fit_the_model_is_told(random_gguf: Path) -> None:
+    with pytest.raises(UsageError, match="no KV type 'q5'"):
+        Engine(random_gguf, n_threads=1, kv_type="q5")
+    with pytest.raises(ModelError, match=r"no q8_0 cache .* does not divide") as caught:
+        Engine(random_gguf, n_threads=1, kv_type="q8_0")  # heads of 16
+    assert "--kv-type f16" in caught.value.hint
 
 
 def test_a_prompt_too_long_is_refused_and_a_long_answer_is_cut_at_the_context(random_gguf: Path) -> None:
