@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,10 @@ import numpy as np
 _CPUS = Path("/sys/devices/system/cpu")
 _PROC = Path("/proc")
 _PERFORMANCE = 0.85  # of the highest clock: efficiency cores stay below, the spread among equal cores above
-_CLEARLY = 1.5  # times slower: still fewer threads would be slower still
+_CLEARLY = 1.5  # times slower: with still more threads it would be slower still
 _WITHIN = 1.05  # of the fastest: the fewest threads so near to it leave the others to other programs
 _HEADER = 1 << 20  # bytes that tell a file from another of its size
+_GPU_TYPES = (1, 2)  # ggml_backend_dev_type: a card of its own, one that shares the system's memory
 
 
 def default_threads() -> int:
@@ -35,10 +39,10 @@ def default_threads() -> int:
 def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = False) -> int:
     """Return the thread count that runs a file fastest here, measured once and kept in the user's cache.
 
-    `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are all physical cores, the
-    performance cores, half and one, the most first, twice each. A busy or oversubscribed machine can be five times
-    slower with two threads than with one, which no count of cores tells. `OMP_NUM_THREADS` decides without measuring;
-    `again` measures anew.
+    `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are one, half, the
+    performance cores and all physical cores, the fewest first, twice each. On a busy or oversubscribed machine two
+    threads can be a hundred times slower than one, which no count of cores tells. `OMP_NUM_THREADS` decides without
+    measuring; `again` measures anew.
     """
     cores = physical_cores()
     if _thread_limit() or cores == 1:
@@ -48,7 +52,7 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
     kept = known.get(file) if isinstance(known, dict) else None
     if not again and isinstance(kept, int) and 1 <= kept <= cores:
         return kept
-    best = _measure_threads(sorted({cores, performance_cores(), max(1, cores // 2), 1}, reverse=True), measure)
+    best = _measure_threads(sorted({1, max(1, cores // 2), performance_cores(), cores}), measure)
     _keep_threads(machine, file, best)
     return best
 
@@ -158,6 +162,42 @@ def _quota() -> int | None:
         return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return None
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A graphics processor that the installed llama.cpp computes on."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+    shares_memory: bool  # with the system
+
+
+def gpus() -> list[Gpu]:
+    """Return the graphics processors that the installed llama.cpp was built for and finds.
+
+    Raises:
+        ImportError, OSError, RuntimeError: llama-cpp-python does not work here.
+    """
+    import llama_cpp
+
+    if not llama_cpp.llama_supports_gpu_offload():
+        return []
+    library = llama_cpp.llama_cpp._lib  # libllama: the loader finds ggml's functions through it
+    library.ggml_backend_dev_count.restype = ctypes.c_size_t
+    library.ggml_backend_dev_get.restype = ctypes.c_void_p
+    library.ggml_backend_dev_description.restype = ctypes.c_char_p
+    found = []
+    for i in range(library.ggml_backend_dev_count()):
+        device = ctypes.c_void_p(library.ggml_backend_dev_get(ctypes.c_size_t(i)))
+        if (kind := library.ggml_backend_dev_type(device)) not in _GPU_TYPES:
+            continue
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        library.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name = (library.ggml_backend_dev_description(device) or b"GPU").decode("utf-8", "replace")
+        found.append(Gpu(name, free.value, total.value, kind != _GPU_TYPES[0] or sys.platform == "darwin"))
+    return found
 
 
 def memory_bandwidth(n_bytes: int = 1 << 28, n_threads: int | None = None, n_passes: int = 8) -> float:

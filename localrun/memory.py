@@ -16,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import ModelError, UsageError
+from .hardware import gpus
 from .header import Header, read_gguf
 
 KV_TYPES = {
@@ -146,7 +147,7 @@ def fit_context(
         UsageError: the KV type is none, or not one for this model.
     """
     footprint = model if isinstance(model, Footprint) else Footprint.of(model)
-    available = available_bytes() if available is None else available
+    available = room_bytes() if available is None else available
     longest = footprint.max_ctx(available, kv_type, n_seq)
     default = min(footprint.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
     # Its own context need not be a multiple of llama.cpp's cells: the cells that it is rounded up to have to fit.
@@ -185,6 +186,14 @@ def _what_fits(footprint: Footprint, kv_type: str, n_seq: int, n_ctx: int, avail
 
 def _usable(available: int) -> int:
     return int(available * (1 - _SPARE))
+
+
+def room_bytes() -> int:
+    """Return the memory that a model can be put into: the system's and that of graphics cards with memory of their own.
+
+    llama.cpp puts as many layers as fit onto a card, the rest beside the processor.
+    """
+    return available_bytes() + sum(gpu.free_bytes for gpu in gpus() if not gpu.shares_memory)
 
 
 def available_bytes() -> int:

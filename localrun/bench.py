@@ -1,0 +1,355 @@
+"""Measure how fast a GGUF runs here, and how near that comes to what the memory's bandwidth allows.
+
+Prefill reads the weights once for hundreds of tokens, so that arithmetic bounds it. Decoding reads all active weights
+and the sequence's KV cache for every token, so that bandwidth does: a rate's share of that limit says what is left to
+gain. Sequences decoded together share one read of the weights. As in llama-bench the tokens are random and nothing is
+sampled; a warm-up is discarded, and of the trials the median and the spread are told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil  # type: ignore[import-untyped]
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import hardware
+from .llama import Context, Entry, Model
+from .memory import KV_TYPES, N_BATCH, Footprint, fit_context, format_bytes
+from .progress import Progress, no_progress
+
+_PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
+
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured rate.
+
+    `tokens_per_s` counts all sequences together and is the median of the trials; `spread` is (fastest - slowest) over
+    that. `limit_share` is its share of what the bandwidth allows, where that is the bound.
+    """
+
+    phase: Phase
+    kv_type: str
+    n_seq: int
+    depth: int  # tokens in each sequence's cache before
+    n_tokens: int  # a trial, in each sequence
+    n_trials: int
+    tokens_per_s: float
+    spread: float
+    limit_share: float | None
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes with one KV type: the cache, this process after using it, and what `fit_context` reckons with."""
+
+    kv_type: str
+    n_ctx: int
+    kv_bytes: int
+    resident_bytes: int
+    reckoned_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What a file does on this machine; times in seconds, sizes in bytes, bandwidth in bytes/s."""
+
+    path: Path
+    file_bytes: int
+    cpu: str
+    n_threads: int
+    bandwidth: float
+    load_s: float
+    first_token_s: float
+    """From a prompt of `n_prompt` tokens to the first token, the model being loaded."""
+    n_prompt: int
+    points: tuple[Point, ...]
+    memory: tuple[MemoryUse, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that this process held after any measurement."""
+        return max((use.resident_bytes for use in self.memory), default=0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON's types."""
+        return dataclasses.asdict(self) | {"path": str(self.path), "peak_bytes": self.peak_bytes}
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to measure.
+
+    Prefill and decoding are measured with one sequence at each depth, decoding with several at the first depth too.
+    """
+
+    depths: tuple[int, ...] = (0, 512, 2048)
+    batch_sizes: tuple[int, ...] = (1, 4, 16)
+    kv_types: tuple[str, ...] = tuple(KV_TYPES)
+    n_prompt: int = 512
+    n_tokens: int = 32
+    n_trials: int = 5
+
+    def fitted(self, footprint: Footprint) -> tuple[BenchSettings, list[str]]:
+        """Return the settings without what a model cannot do, and a note on each thing left out."""
+        own = footprint.n_ctx_train or max(self.depths) + self.n_prompt
+        n_prompt = min(self.n_prompt, own)
+        n_tokens = min(self.n_tokens, own)
+        depths = tuple(depth for depth in self.depths if depth + max(n_prompt, n_tokens) <= own) or (0,)
+        kv_types = tuple(kv_type for kv_type in self.kv_types if kv_type in footprint.kv_types()) or ("f16",)
+        notes = []
+        if left_out := [str(depth) for depth in self.depths if depth not in depths]:
+            notes.append(f"depth {', '.join(left_out)} is left out: its context holds {own} tokens")
+        if left_out := [kv_type for kv_type in self.kv_types if kv_type not in kv_types]:
+            notes.append(f"{', '.join(left_out)} is left out: its heads' width is no multiple of the block")
+        settings = dataclasses.replace(self, depths=depths, kv_types=kv_types, n_prompt=n_prompt, n_tokens=n_tokens)
+        return settings, notes
+
+    @property
+    def n_seq(self) -> int:
+        """The largest batch."""
+        return max(1, *self.batch_sizes)
+
+    @property
+    def n_ctx(self) -> int:
+        """The cells that the longest sequence and the largest batch need."""
+        longest = max(self.depths) + max(self.n_prompt, self.n_tokens)
+        return max(longest, self.n_seq * (self.depths[0] + self.n_tokens))
+
+    @property
+    def n_points(self) -> int:
+        """How many rates are measured."""
+        return len(self.kv_types) * (2 * len(self.depths) + sum(n > 1 for n in self.batch_sizes))
+
+
+QUICK = BenchSettings((0, 512), (1, 4), ("f16",), n_prompt=256, n_tokens=16, n_trials=3)
+
+
+def bench(
+    path: Path,
+    settings: BenchSettings = BenchSettings(),
+    *,
+    n_threads: int | None = None,
+    on_progress: Progress = no_progress,
+) -> BenchReport:
+    """Measure a file; what its context or its heads do not allow is left out, with a note.
+
+    n_threads None measures the thread count anew, and keeps it.
+
+    Raises:
+        ArtifactError, ModelError: the file cannot be run, or there is not enough memory.
+    """
+    footprint = Footprint.of(path)
+    settings, notes = settings.fitted(footprint)
+    for kv_type in settings.kv_types:
+        fit_context(footprint, kv_type, wanted=settings.n_ctx)
+    on_progress("bench", 0, settings.n_points, "bandwidth")
+    bandwidth = hardware.memory_bandwidth()
+    started = time.monotonic()
+    model = Model(path)
+    try:
+        load_s = time.monotonic() - started
+        n_threads = n_threads or hardware.best_threads(path, lambda n: seconds_per_token(model, n), again=True)
+        points: list[Point] = []
+        memory = []
+        for kv_type in settings.kv_types:
+            run = _Run(model, settings, kv_type, n_threads, footprint, bandwidth)
+            try:
+                for point in run.points():
+                    points.append(point)
+                    rate = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
+                    on_progress("bench", len(points), settings.n_points, rate)
+                memory.append(run.memory_use())
+            finally:
+                run.close()
+    finally:
+        model.close()
+    return BenchReport(
+        path=path,
+        file_bytes=path.stat().st_size,
+        cpu=hardware.cpu_name(),
+        n_threads=n_threads,
+        bandwidth=bandwidth,
+        load_s=load_s,
+        first_token_s=settings.n_prompt / points[0].tokens_per_s,
+        n_prompt=settings.n_prompt,
+        points=tuple(points),
+        memory=tuple(memory),
+        notes=tuple(notes),
+    )
+
+
+class _Run:
+    """The measurements with one KV type."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: BenchSettings,
+        kv_type: str,
+        n_threads: int,
+        footprint: Footprint,
+        bandwidth: float,
+    ) -> None:
+        self.settings, self.kv_type, self.footprint, self.bandwidth = settings, kv_type, footprint, bandwidth
+        n_batch = max(N_BATCH, settings.n_seq)
+        self.context = Context(model, settings.n_ctx, settings.n_seq, n_threads, n_batch, kv_type)
+
+    def points(self) -> Iterator[Point]:
+        for depth in self.settings.depths:
+            yield self._prefill_at(depth)
+            yield self._decode_at(depth, 1)
+        yield from (self._decode_at(self.settings.depths[0], n_seq) for n_seq in self.settings.batch_sizes if n_seq > 1)
+
+    def _prefill_at(self, depth: int) -> Point:
+        n = self.settings.n_prompt
+        seconds = self._time(depth, 1, lambda: prefill(self.context, 0, depth, n))
+        return self._point("prefill", 1, depth, n, seconds, None)
+
+    def _decode_at(self, depth: int, n_seq: int) -> Point:
+        n = self.settings.n_tokens
+        seconds = self._time(depth, n_seq, lambda: decode(self.context, n_seq, depth, n))
+        cached_bytes = n_seq * (depth + n / 2) * self.footprint.kv_bytes_per_token(self.kv_type)
+        limit = n_seq * self.bandwidth / (self.footprint.read_bytes + cached_bytes)
+        return self._point("decode", n_seq, depth, n, seconds, limit)
+
+    def _time(self, depth: int, n_seq: int, work: Callable[[], None]) -> list[float]:
+        """Return the seconds of each trial, every sequence being `depth` tokens long before it."""
+        seconds: list[float] = []
+        began = time.monotonic()
+        for trial in range(1 + self.settings.n_trials):
+            for sequence in range(self.settings.n_seq):
+                wanted = depth if sequence < n_seq else 0
+                held = self.context.forget(sequence, wanted)
+                prefill(self.context, sequence, held, wanted - held)
+            started = time.monotonic()
+            work()
+            if trial > 0:
+                seconds.append(time.monotonic() - started)
+            if seconds and time.monotonic() - began > _PATIENCE:
+                break
+        return seconds
+
+    def _point(
+        self, phase: Phase, n_seq: int, depth: int, n_tokens: int, seconds: list[float], limit: float | None
+    ) -> Point:
+        rates = [n_seq * n_tokens / taken for taken in seconds]
+        rate = statistics.median(rates)
+        share = None if limit is None else rate / limit
+        spread = (max(rates) - min(rates)) / rate
+        return Point(phase, self.kv_type, n_seq, depth, n_tokens, len(rates), rate, spread, share)
+
+    def memory_use(self) -> MemoryUse:
+        n_cells = self.context.n_ctx
+        return MemoryUse(
+            self.kv_type,
+            n_cells,
+            n_cells * self.footprint.kv_bytes_per_token(self.kv_type),
+            int(psutil.Process().memory_info().rss),
+            self.footprint.total_bytes(n_cells, self.kv_type),
+        )
+
+    def close(self) -> None:
+        self.context.close()
+
+
+def prefill(context: Context, sequence: int, start: int, n_tokens: int) -> None:
+    """Put random tokens at a sequence's end, in batches as large as the context takes; want the last one's logits."""
+    end = start + n_tokens
+    for at in range(start, end, context.n_batch):
+        positions = range(at, min(end, at + context.n_batch))
+        _run(context, [Entry(_token(context), at, sequence, at == end - 1) for at in positions])
+
+
+def decode(context: Context, n_seq: int, start: int, n_tokens: int) -> None:
+    """Put random tokens at the end of several sequences, one in each at a time."""
+    for at in range(start, start + n_tokens):
+        _run(context, [Entry(_token(context), at, sequence, True) for sequence in range(n_seq)])
+
+
+def seconds_per_token(model: Model, n_threads: int) -> float:
+    """Return how long one sequence's next token takes: what `hardware.best_threads` chooses a thread count by."""
+    context = Context(model, 256, 1, n_threads, 1)
+    try:
+        decode(context, 1, 0, 1)  # the first token reads the file and starts the threads
+        started = time.monotonic()
+        for n in range(1, 9):
+            decode(context, 1, n, 1)
+            if time.monotonic() - started > 1:  # a large model, or threads that wait for one another
+                break
+        return (time.monotonic() - started) / n
+    finally:
+        context.close()
+
+
+def _run(context: Context, entries: list[Entry]) -> None:
+    is_room = context.decode(entries)
+    assert is_room, "the context was made large enough"
+    if entries[-1].wanted:
+        context.logits(len(entries) - 1)  # waits until the device is done
+
+
+def _token(context: Context) -> int:
+    return random.randrange(context.model.n_vocab)
+
+
+def print_bench(report: BenchReport, console: Console) -> None:
+    """Print the report, readable at 60 columns and without colour."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True, style="dim")
+    facts.add_column(overflow="fold")
+    facts.add_row("model", Text(f"{report.path.name}, {format_bytes(report.file_bytes)}"))
+    threads = f"{report.n_threads} thread{'s' if report.n_threads > 1 else ''}"
+    facts.add_row("machine", Text(f"{report.cpu}, {threads}, reads {report.bandwidth / 1e9:.1f} GB/s"))
+    facts.add_row("to load", f"{report.load_s:.2f} s")
+    facts.add_row("first token", f"{report.first_token_s:.2f} s after a prompt of {report.n_prompt} tokens")
+    facts.add_row("memory", f"{format_bytes(report.peak_bytes)} at most, this program's own included")
+    console.print(facts)
+    console.print()
+    console.print(_rates(report))
+    for use in report.memory:
+        cache = f"{use.kv_type}: {use.n_ctx} tokens of KV cache take {format_bytes(use.kv_bytes)}"
+        console.print(Text(f"{cache}, the process {format_bytes(use.resident_bytes)}"))
+    for note in report.notes:
+        console.print(Text(f"note: {note}"))
+    explained = (
+        "limit: what the bandwidth allows, all active weights and the cache being read for each step of decoding"
+    )
+    console.print(Text(f"\n{explained}", style="dim"))
+
+
+def _rates(report: BenchReport) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("KV")
+    table.add_column("phase")
+    for name in ("depth", "batch", "tokens/s", "±", "limit"):
+        table.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for point in report.points:
+        if before not in (None, point.kv_type):
+            table.add_row()
+        before = point.kv_type
+        table.add_row(
+            point.kv_type,
+            point.phase,
+            str(point.depth),
+            str(point.n_seq),
+            f"{point.tokens_per_s:.0f}" if point.tokens_per_s >= 100 else f"{point.tokens_per_s:.1f}",
+            f"{50 * point.spread:.0f} %" if point.n_trials > 1 else "",
+            "" if point.limit_share is None else f"{100 * point.limit_share:.0f} %",
+        )
+    return table
