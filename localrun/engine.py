@@ -24,15 +24,14 @@ from . import template
 from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
 from .generation import FREE, Completion, FinishReason, Guidance, Message, Sampling
-from .hardware import default_threads
+from .hardware import best_threads, default_threads
 from .llama import Context, Entry, Model, llama_version
+from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
 
-_MAX_DEFAULT_CTX = 4096  # memory grows with it; a longer context is asked for
-_N_BATCH = 512  # tokens that one call decodes at most
 _STATE_MAGIC = b"deepdistill-state-1\n"
-_ROOM_PER_SEQUENCE = 512  # tokens of KV cache for each of many sequences, on average
+_N_MEASURED = 6  # tokens made to compare thread counts
 
 
 @dataclass(frozen=True)
@@ -73,25 +72,31 @@ class Engine:
     ) -> None:
         """Load a file, with a context of n_ctx tokens for any one sequence.
 
-        n_ctx None takes the model's own context, at most 4,096. With n_seq > 1 the sequences share a KV cache of
-        n_ctx or of 512 tokens a sequence, whichever is more. `kv_type` is one of `llama.KV_TYPES`. The model in
+        n_ctx None takes the model's own context, as far as memory allows, at most 8,192. With n_seq > 1 the sequences
+        share a KV cache of n_ctx or of 512 tokens a sequence, whichever is more. n_threads None takes the number that
+        was measured to be the fastest for this file here. `kv_type` is one of `memory.KV_TYPES`. The model in
         `draft_path`, of the same vocabulary, guesses tokens where a turn speculates.
 
         Raises:
-            ArtifactError, ModelError: see `llama.Model` and `llama.Context`.
+            ArtifactError, ModelError: see `llama.Model` and `llama.Context`; or it does not fit the memory.
+            UsageError: there is no such KV type.
         """
         self.path = Path(path)
+        footprint = _footprint(self.path)
+        if footprint:
+            n_ctx = fit_context(footprint, kv_type, n_seq, n_ctx)
         self.model = Model(self.path)
         self.metadata, self.n_vocab, self.n_ctx_train = self.model.metadata, self.model.n_vocab, self.model.n_ctx_train
-        self.n_ctx = n_ctx or min(self.n_ctx_train or _MAX_DEFAULT_CTX, _MAX_DEFAULT_CTX)
-        self.n_seq, self.n_threads = n_seq, n_threads or default_threads()
-        n_cells = max(self.n_ctx, _ROOM_PER_SEQUENCE * n_seq if n_seq > 1 else 0)
-        self.tags, self.kv_type = tags_of(self.metadata), kv_type
+        self.n_ctx = n_ctx or min(self.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
+        self.n_seq, self.tags, self.kv_type = n_seq, tags_of(self.metadata), kv_type
         self._draft: Engine | None = None
         try:
             # One sequence more than asked for holds what all prompts begin with.
-            n_sequences = n_seq + 1 if n_seq > 1 else 1
-            self._context = Context(self.model, n_cells, n_sequences, self.n_threads, max(_N_BATCH, n_seq), kv_type)
+            n_sequences, n_batch = n_seq + 1 if n_seq > 1 else 1, max(N_BATCH, n_seq)
+            n_kv = n_cells(self.n_ctx, n_seq)
+            self._context = Context(self.model, n_kv, n_sequences, n_threads or default_threads(), n_batch, kv_type)
+            self.n_threads = n_threads or best_threads(self.path, self._seconds_with)
+            self._context.set_threads(self.n_threads)
             if draft_path is not None:
                 self._draft = _open_draft(Path(draft_path), self.model, self.n_ctx, self.n_threads)
         except BaseException:
@@ -99,6 +104,16 @@ class Engine:
             raise
         self._cached: list[int] = []  # what sequence 0's KV cache holds
         self._turn = object()  # the call that the KV cache belongs to
+
+    def _seconds_with(self, n_threads: int) -> float:
+        """Return the seconds that a few tokens take, one after the other."""
+        self._context.set_threads(n_threads)
+        started = time.monotonic()
+        for i in range(_N_MEASURED):
+            self._context.decode([Entry(i % self.n_vocab, i, 0, True)])
+        seconds = time.monotonic() - started
+        self._context.forget(0)
+        return seconds
 
     @property
     def eog(self) -> frozenset[int]:
@@ -223,8 +238,8 @@ class Engine:
         same = _n_same(self._cached, tokens[:-1])  # the last token is always run for its logits
         del self._cached[self._context.forget(0, same) :]
         fresh, at = tokens[len(self._cached) :], 0
-        for start in range(0, len(fresh), _N_BATCH):
-            at = self._extend(fresh[start : start + _N_BATCH])
+        for start in range(0, len(fresh), N_BATCH):
+            at = self._extend(fresh[start : start + N_BATCH])
         return len(fresh), at
 
     def _extend(self, tokens: list[int], every: bool = False) -> int:
@@ -277,8 +292,8 @@ class Engine:
         self._turn = object()
         self._clear()
         rows = np.empty((len(tokens), self.n_vocab), np.float32)
-        for start in range(0, len(tokens), _N_BATCH):
-            last = self._extend(list(tokens[start : start + _N_BATCH]), every=True)
+        for start in range(0, len(tokens), N_BATCH):
+            last = self._extend(list(tokens[start : start + N_BATCH]), every=True)
             for i in range(last + 1):
                 rows[start + i] = self._context.logits(i)
         return rows
@@ -306,7 +321,7 @@ class Engine:
             raise ArtifactError(f"cannot write {path}: {error.strerror}", "free some disk space") from error
 
     def load_state(self, path: Path) -> int:
-        """Return how many tokens of a saved state the cache now holds; 0 if it is missing, broken or another model's."""
+        """Return how many tokens of a saved state the cache now holds; 0 if it is none, or another model's."""
         self._turn = object()
         try:
             with path.open("rb") as file:
@@ -351,6 +366,14 @@ def _n_same(a: Sequence[int], b: Sequence[int]) -> int:
     if a[:n] == b[:n]:
         return n
     return next(i for i in range(n) if a[i] != b[i])
+
+
+def _footprint(path: Path) -> Footprint | None:
+    """Return what a file takes; None where its header is not to be read, which llama.cpp says better."""
+    try:
+        return Footprint.of(path) if path.is_file() else None
+    except ArtifactError:
+        return None
 
 
 def _open_draft(path: Path, model: Model, n_ctx: int, n_threads: int) -> Engine:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, ModelError, UsageError
+from .memory import KV_TYPES
 
 try:
     import llama_cpp
@@ -31,7 +32,6 @@ except (ImportError, OSError, RuntimeError) as error:  # not installed, or built
         "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu",
     ) from error
 
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}  # ggml_type
 _BLOCK_BYTES = 1 << 20
 
 _log: deque[tuple[int, str]] = deque(maxlen=200)
@@ -215,7 +215,7 @@ class Context:
         params.n_batch = params.n_ubatch = n_batch
         params.n_threads = params.n_threads_batch = n_threads
         params.kv_unified = True
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.type_k = params.type_v = int(KV_TYPES[kv_type])
         if hasattr(params, "n_outputs_max_per_seq"):
             params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
         params.no_perf = True
@@ -272,6 +272,10 @@ class Context:
                 self._memory, sequence, -1, -1
             )  # a recurrent state cannot be cut, only dropped
         return min(start, int(llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)) + 1)
+
+    def set_threads(self, n: int) -> None:
+        """Compute with n threads from now on."""
+        llama_cpp.llama_set_n_threads(self.handle, n, n)
 
     def share(self, source: int, target: int, n: int) -> None:
         """Let a sequence begin with the first n tokens of another; their cells are shared, not copied."""
