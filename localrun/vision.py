@@ -116,7 +116,7 @@ class Projector:
 
     def _run(self, context: Context, chunks: Sequence[_Chunk], n_same: int, sequence: int) -> int:
         """Decode what comes after the first n_same positions; return where the last logits stand."""
-        if context.forget(sequence, n_same) != n_same:  # with M-RoPE a cut right after an image is not seen as one
+        if context.forget(sequence, n_same) != n_same:  # it cannot be cut there: a recurrent state can only be dropped
             n_same = context.forget(sequence)
         position = at = 0
         for chunk in chunks:

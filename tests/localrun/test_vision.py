@@ -194,6 +194,17 @@ def test_what_is_cached_is_not_computed_again(
     assert len(seen) == 1
 
 
+def test_any_part_of_what_is_cached_will_do(projector: Projector, new_context: Any) -> None:
+    """Half an image is none: it is seen again."""
+    context = new_context()
+    held, at = projector.evaluate(context, ASK, [RED])
+    expected = context.logits(at).copy()
+    for n in range(0, len(held) + 1, 5):
+        again, at = projector.evaluate(context, ASK, [RED], held[:n])
+        assert again == held
+        np.testing.assert_allclose(context.logits(at), expected, atol=1e-4)
+
+
 def test_another_image_in_the_same_place_is_seen(projector: Projector, new_context: Any) -> None:
     context = new_context()
     held, _ = projector.evaluate(context, ASK, [RED])
