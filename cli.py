@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from .errors import ArtifactError, DeepDistillError, GateError
+from .localrun.progress import Bars
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,6 +93,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
+    from .distill.report import print_hops
     from .distill.student import student_dir
     from .distill.teach import TeachSettings, teach
 
@@ -110,7 +112,7 @@ def demo(
     )
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
-    with _Progress(quiet) as progress, _resumable(folder):
+    with Bars(quiet) as progress, _resumable(folder):
         result = teach(settings, folder, offline=offline, on_progress=progress)
         report = _export(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
         scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
@@ -121,7 +123,7 @@ def demo(
         "student": _weight_bytes(folder / "student"),
         "gguf": report.path.stat().st_size,
     }
-    _print_hops(scores, sizes)
+    print_hops(_console(), scores, sizes)
     print(*report.summary(), sep="\n")
     print(f"\nquestion: {question}")
     _console().print(thinking.strip(), style="dim", markup=False, highlight=False)
@@ -172,6 +174,7 @@ def teach(
     quiet: Quiet = False,
 ) -> None:
     """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
+    from .distill.report import print_hops
     from .distill.run import run_name
     from .distill.teach import TeachSettings
     from .distill.teach import teach as run_teach
@@ -202,7 +205,7 @@ def teach(
         },
     )
     folder = out or Path("runs") / run_name(student, problems)
-    with _Progress(quiet) as progress, _resumable(folder):
+    with Bars(quiet) as progress, _resumable(folder):
         result = run_teach(
             settings,
             folder,
@@ -216,7 +219,7 @@ def teach(
     kept, total = result.curation["kept"], result.curation["traces"]
     print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
     if result.scores:
-        _print_hops(result.scores, {})
+        print_hops(_console(), result.scores, {})
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
@@ -243,7 +246,7 @@ def quantize(
         raise ArtifactError(f"{folder} holds no trained student", f"deepdistill teach --out {folder} … makes one")
     name = checkpoint.resolve().name
     target = out or (folder or checkpoint.resolve().parent) / f"{name}-{type_.upper()}.gguf"
-    with _Progress(quiet) as progress:
+    with Bars(quiet) as progress:
         report = _export(checkpoint, target, type_, problems, settings, progress, proofs)
     size = report.path.stat().st_size
     print(f"{report.path}: {size / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits a weight")
@@ -328,7 +331,7 @@ def eval_(
     spec = str(student_dir(model)) if model == "smollm2" else model
     folder, _ = _run_of(Path(model))
     with (
-        _Progress(quiet) as progress,
+        Bars(quiet) as progress,
         open_teacher(
             str(folder / "student") if folder else spec,
             batch_size=batch_size,
@@ -377,7 +380,7 @@ def _export(
     type_: str,
     problems: str | None,
     settings: TeachSettings | None,
-    progress: _Progress,
+    progress: Bars,
     proofs: bool = True,
 ) -> QuantizeReport:
     """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
@@ -396,7 +399,7 @@ def _export(
     return report.proved(questions, on_progress=progress)
 
 
-def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: _Progress) -> dict[str, Any]:
+def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
     from .distill.evaluate import evaluate
     from .distill.grade import Grader
@@ -431,74 +434,6 @@ class _resumable:
             print(
                 f"\nstopped; {self._folder} keeps what was done: the same command goes on from there", file=sys.stderr
             )
-
-
-class _Progress:
-    """Draw each stage as a bar with time left on standard error; without a terminal, a plain line now and then."""
-
-    def __init__(self, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._quiet, self._tasks = quiet, dict[str, TaskID]()
-        console = Console(stderr=True)
-        self._plain = not console.is_terminal
-        self._said: dict[str, float] = {}
-        self._bars = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
-            console=console,
-            disable=quiet or self._plain,
-        )
-
-    def __enter__(self) -> _Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
-        if self._quiet:
-            return
-        if self._plain:
-            if done >= total or time.monotonic() - self._said.get(stage, -1e9) > 15:
-                self._said[stage] = time.monotonic() if done < total else float("inf")
-                print(f"{stage}: {100 * done / max(total, 1e-9):.0f} %  {note}", file=sys.stderr, flush=True)
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
-        self._bars.update(self._tasks[stage], completed=done, total=total, note=note)
-
-
-def _print_hops(scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Print one table of the hops: accuracy with its interval, closure, loops, tokens, size."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    heads = ["", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s"] + (["size"] if sizes else [])
-    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for hop, score in scores.items():
-        closed = "–" if score["closed"] is None else f"{100 * score['closed']:.1f} %"
-        low, high = score["interval"]
-        cells = [
-            hop,
-            f"{100 * score['accuracy']:.1f} %",
-            f"{100 * low:.1f}–{100 * high:.1f}",
-            closed,
-            f"{100 * score['looped']:.1f} %",
-            f"{score['tokens_per_answer']:.0f}",
-            f"{score['tokens_per_s']:.0f}",
-        ]
-        table.add_row(*cells, *([f"{sizes[hop] / 1e6:.1f} MB"] if sizes else []))
-    _console().print(table)
 
 
 def _console() -> Console:

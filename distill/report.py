@@ -1,4 +1,4 @@
-"""The run's page: what was asked, what each hop scored, what was kept, and a few traces to read. One HTML file."""
+"""What a run came to: a page with the scores, what was kept and a few traces to read; and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from .run import Run, write_text
 from .traces import Trace
@@ -53,3 +56,25 @@ def write_report(run: Run, traces: Sequence[Trace]) -> None:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     values: dict[str, Any] = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
     write_text(run.report_path, environment.from_string(_PAGE).render(**values, traces=traces[:5]))
+
+
+def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
+    """Print one table of the hops: accuracy with its interval, closure, loops, tokens, size."""
+    heads = ["", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s"] + (["size"] if sizes else [])
+    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for hop, score in scores.items():
+        closed = "–" if score["closed"] is None else f"{100 * score['closed']:.1f} %"
+        low, high = score["interval"]
+        cells = [
+            hop,
+            f"{100 * score['accuracy']:.1f} %",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            closed,
+            f"{100 * score['looped']:.1f} %",
+            f"{score['tokens_per_answer']:.0f}",
+            f"{score['tokens_per_s']:.0f}",
+        ]
+        table.add_row(*cells, *([f"{sizes[hop] / 1e6:.1f} MB"] if sizes else []))
+    console.print(table)

@@ -10,11 +10,11 @@ import json
 import os
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,15 @@ from ..errors import ArtifactError, ModelError
 from . import template
 from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
-from .generation import FREE, Completion, FinishReason, Guidance, Message, Sampling
+from .generation import FREE, Completion, FinishReason, Guidance, Sampling
 from .hardware import best_threads, default_threads
 from .llama import Context, Entry, Model, llama_version
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
+
+if TYPE_CHECKING:
+    from .vision import Projector
 
 _STATE_MAGIC = b"deepdistill-state-1\n"
 _N_MEASURED = 6  # tokens made to compare thread counts
@@ -69,13 +72,15 @@ class Engine:
         n_seq: int = 1,
         kv_type: str = "f16",
         draft_path: str | Path | None = None,
+        mmproj_path: str | Path | None = None,
     ) -> None:
         """Load a file, with a context of n_ctx tokens for any one sequence.
 
         n_ctx None takes the model's own context, as far as memory allows, at most 8,192. With n_seq > 1 the sequences
         share a KV cache of n_ctx or of 512 tokens a sequence, whichever is more. n_threads None takes the number that
         was measured to be the fastest for this file here. `kv_type` is one of `memory.KV_TYPES`. The model in
-        `draft_path`, of the same vocabulary, guesses tokens where a turn speculates.
+        `draft_path`, of the same vocabulary, guesses tokens where a turn speculates. `mmproj_path` is the
+        projector with which the model sees images.
 
         Raises:
             ArtifactError, ModelError: see `llama.Model` and `llama.Context`; or it does not fit the memory.
@@ -90,6 +95,7 @@ class Engine:
         self.n_ctx = n_ctx or min(self.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
         self.n_seq, self.tags, self.kv_type = n_seq, tags_of(self.metadata), kv_type
         self._draft: Engine | None = None
+        self._projector: Projector | None = None
         try:
             # One sequence more than asked for holds what all prompts begin with.
             n_sequences, n_batch = n_seq + 1 if n_seq > 1 else 1, max(N_BATCH, n_seq)
@@ -99,6 +105,10 @@ class Engine:
             self._context.set_threads(self.n_threads)
             if draft_path is not None:
                 self._draft = _open_draft(Path(draft_path), self.model, self.n_ctx, self.n_threads)
+            if mmproj_path is not None:
+                from .vision import Projector
+
+                self._projector = Projector(Path(mmproj_path), self.model, self.n_threads)
         except BaseException:
             self.model.close()
             raise
@@ -125,8 +135,19 @@ class Engine:
         """The file's size."""
         return self.path.stat().st_size
 
-    def render(self, messages: Sequence[Message], *, thinking: bool = True) -> str:
-        """Return the prompt that the file's own chat template makes of a conversation.
+    @property
+    def sees_images(self) -> bool:
+        """Whether a projector is loaded."""
+        return self._projector is not None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Return the prompt that the file's own chat template makes of a conversation, with tools in OpenAI's form.
 
         Raises:
             ModelError: the file has no template, or the template refuses the conversation.
@@ -135,15 +156,20 @@ class Engine:
         if not source:
             raise ModelError(f"{self.path} has no chat template", "use an instruction-tuned model")
         bos, eos = (self._special_text(name) for name in ("bos", "eos"))
-        return template.render(source, messages, thinking, bos, eos)
+        return template.render(source, messages, thinking, bos, eos, tools)
 
-    def prompt(self, messages: Sequence[Message], think: Think = "auto") -> str:
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        think: Think = "auto",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Return the rendered conversation with its thinking opened (`on`) or closed (`off`) if the template did not.
 
         Raises:
             ModelError: see `render`.
         """
-        return steer_thinking(self.render(messages, thinking=think != "off"), think, self.tags)
+        return steer_thinking(self.render(messages, thinking=think != "off", tools=tools), think, self.tags)
 
     def _special_text(self, name: str) -> str:
         token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -157,25 +183,39 @@ class Engine:
         """Return the text of tokens, special tokens as they are written."""
         return b"".join(map(self.model.piece, tokens)).decode("utf-8", "replace")
 
-    def stream(self, prompt: str | Sequence[int], sampling: Sampling, guidance: Guidance = FREE) -> Iterator[Step]:
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling,
+        guidance: Guidance = FREE,
+        images: Sequence[Path | bytes] = (),
+    ) -> Iterator[Step]:
         """Yield a step a token until the model ends its turn, the limit, or the end of the context.
 
+        The prompt's text holds a `vision.MARKER` for each image (see `vision.with_images`).
+
         Raises:
-            ModelError: the prompt does not fit the context.
+            ArtifactError: an image is missing or broken.
+            ModelError: the prompt does not fit the context, or the model sees no images.
             UsageError: the grammar does not parse.
         """
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-        text = prompt if isinstance(prompt, str) else self.detokenize(tokens[-32:])
-        self._check_fits(len(tokens))
+        _check_grammar(guidance, self.model)
+        text = prompt if isinstance(prompt, str) else self.detokenize(prompt[-32:])
         owner = self._turn = object()
         started = time.monotonic()
-        n_new, at = self._prefill(tokens)
+        if images:
+            tokens, at = self._see(text, images)
+            n_new = len(tokens)
+        else:
+            tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+            self._check_fits(len(tokens))
+            n_new, at = self._prefill(tokens)
         prompt_per_s = n_new / max(time.monotonic() - started, 1e-9)
         started = time.monotonic()
         limit = min(sampling.max_tokens, self.n_ctx - len(tokens))
         turn = Turn(self.model, text, sampling, guidance, seed=sampling.seed, limit=limit, tags=self.tags)
         propose: Propose | None = None
-        if guidance.speculate and not self.model.is_recurrent:
+        if guidance.speculate and not self.model.is_recurrent and not images:
             propose = self._draft._propose if self._draft else NgramDrafts()
         latch, draft, said = Latch(), list[int](), list(tokens)
         spent, n_kept = 0.0, len(tokens)  # of the last batch: its seconds; how long the cache is without its draft
@@ -214,6 +254,15 @@ class Engine:
             turn.close()
             if self._turn is owner:
                 self._cut(n_kept)
+
+    def _see(self, prompt: str, images: Sequence[Path | bytes]) -> tuple[list[int], int]:
+        """Bring sequence 0 to a prompt with images; return what it holds and where the last logits stand."""
+        if self._projector is None:
+            raise ModelError(f"{self.path} sees no images", "give the projector that came with it: --mmproj FILE")
+        cached, self._cached = self._cached, []
+        held, at = self._projector.evaluate(self._context, prompt, images, cached)
+        self._cached = list(held)
+        return held, at
 
     def _cut(self, n: int) -> None:
         """Drop from the cache what was guessed wrong."""
@@ -268,6 +317,7 @@ class Engine:
         Request i is sampled with seed `sampling.seed + i`. A prompt that does not fit comes back with an error.
         Closing the iterator stops the work.
         """
+        _check_grammar(guidance, self.model)
         turn = self._turn = object()
         self._clear()
         try:
@@ -346,8 +396,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""
-        if self._draft:
-            self._draft.close()
+        for part in (self._draft, self._projector):
+            if part:
+                part.close()
         self._context.close()
         self.model.close()
 
@@ -366,6 +417,13 @@ def _n_same(a: Sequence[int], b: Sequence[int]) -> int:
     if a[:n] == b[:n]:
         return n
     return next(i for i in range(n) if a[i] != b[i])
+
+
+def _check_grammar(guidance: Guidance, model: Model) -> None:
+    if guidance.grammar is not None:
+        from .grammar import check_grammar
+
+        check_grammar(guidance.grammar, model)
 
 
 def _footprint(path: Path) -> Footprint | None:

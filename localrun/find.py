@@ -55,7 +55,8 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _newest(paths: Iterable[Path]) -> Path | None:
-    return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+    models = (path for path in paths if path.is_file() and "mmproj" not in path.name)
+    return max(models, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _from_hub(spec: str, offline: bool) -> Path:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
+from typing import Self
 
 Progress = Callable[[str, float, float, str], None]
 """Called with the stage's name, how much is done, of how much, and a note (rates, counts)."""
@@ -10,3 +13,49 @@ Progress = Callable[[str, float, float, str], None]
 
 def no_progress(stage: str, done: float, total: float, note: str = "") -> None:
     """Say nothing."""
+
+
+class Bars:
+    """Draw each stage as a bar with time left on standard error; without a terminal, a plain line now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        """Draw nothing if quiet."""
+        from rich.console import Console
+        from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._quiet, self._tasks = quiet, dict[str, TaskID]()
+        console = Console(stderr=True)
+        self._plain = not console.is_terminal
+        self._said: dict[str, float] = {}
+        self._bars = RichProgress(
+            TextColumn("{task.description:<22}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            disable=quiet or self._plain,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Draw how far a stage is: it is a `Progress`."""
+        if self._quiet:
+            return
+        if self._plain:
+            if done >= total or time.monotonic() - self._said.get(stage, -1e9) > 15:
+                self._said[stage] = time.monotonic() if done < total else float("inf")
+                print(f"{stage}: {100 * done / max(total, 1e-9):.0f} %  {note}", file=sys.stderr, flush=True)
+            return
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total, note=note)
+        self._bars.update(self._tasks[stage], completed=done, total=total, note=note)

@@ -13,7 +13,6 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from ..errors import UsageError
 from .generation import Guidance, Sampling
 from .llama import Context, Model
 
@@ -67,15 +66,10 @@ class Sampler:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
     def constrain(self, grammar: str, after_thinking: bool) -> None:
-        """Hold what comes to a grammar; the blank line after the thinking may come before it.
-
-        Raises:
-            UsageError: it is not GBNF, or has no root.
-        """
+        """Hold what comes to a grammar that was checked; the blank line after the thinking may come first."""
         text, root = f"{_ROOT} ::= [\\n]? [\\n]? root\n{grammar}", _ROOT if after_thinking else "root"
         self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), root.encode())
-        if not self._grammar:
-            raise UsageError("the grammar does not parse", 'GBNF: rules like  root ::= "yes" | "no"')
+        assert self._grammar, "the grammar was checked before"
 
     def sample(self, context: Context, index: int, banned: Collection[int] = ()) -> int:
         """Return the token chosen from one entry's logits of the last batch; `accept` it if it is taken."""

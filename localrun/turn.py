@@ -199,7 +199,7 @@ class Turn:
 
     def _may_open(self, token: int) -> bool:
         """Say whether a first token may begin the opening tag."""
-        text = self._model.piece(token).decode("utf-8", "ignore").lstrip()
+        text = self._model.piece(token).decode("utf-8", "replace").lstrip()
         return self._tags.open.startswith(text) or text.startswith(self._tags.open)
 
     def close(self) -> None:

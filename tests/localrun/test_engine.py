@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
+from deepdistill.localrun import memory
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import Completion, Sampling
 
@@ -241,9 +242,18 @@ def test_a_smaller_cache_is_nearly_the_same(smollm2_gguf: Path, kv_type: str) ->
 def test_a_cache_type_that_is_none_or_does_not_fit_the_model_is_told(random_gguf: Path) -> None:
     with pytest.raises(UsageError, match="no KV type 'q5'"):
         Engine(random_gguf, n_threads=1, kv_type="q5")
-    with pytest.raises(ModelError, match=r"no q8_0 cache .* does not divide") as caught:
-        Engine(random_gguf, n_threads=1, kv_type="q8_0")  # heads of 16
-    assert "--kv-type f16" in caught.value.hint
+    with pytest.raises(UsageError, match="cannot be q8_0: its heads are 16 wide"):
+        Engine(random_gguf, n_threads=1, kv_type="q8_0")
+
+
+def test_what_does_not_fit_the_memory_is_told_before_loading(
+    random_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "room_bytes", lambda: 3_000_000)
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(ModelError, match=r"not enough memory: random\.gguf") as caught:
+        Engine(random_gguf, n_ctx=100_000, n_threads=1)
+    assert "--context" in caught.value.hint
 
 
 def test_a_prompt_too_long_is_refused_and_a_long_answer_is_cut_at_the_context(random_gguf: Path) -> None:

@@ -41,6 +41,8 @@ def test_nothing_given_is_the_newest_of_all_runs(runs: Path) -> None:
 
 def test_a_run_folder_is_its_newest_and_a_file_is_itself(runs: Path) -> None:
     assert find_model("runs/b") == runs / "b" / "student-Q4_0.gguf"
+    write(runs / "b" / "mmproj-student.gguf")  # the newest, and no model
+    assert find_model("runs/b") == runs / "b" / "student-Q4_0.gguf"
     assert find_model("runs/b/student-Q8_0.gguf") == runs / "b" / "student-Q8_0.gguf"
 
 

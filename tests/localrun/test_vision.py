@@ -15,6 +15,8 @@ import pytest
 from llama_cpp import mtmd_cpp
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
+from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.generation import Sampling
 from deepdistill.localrun.llama import Context, Entry, Model
 from deepdistill.localrun.vision import MARKER, Projector, find_mmproj, with_images
 
@@ -312,3 +314,22 @@ def test_the_projector_beside_a_model_is_found(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     assert find_mmproj(small) == tmp_path / "mmproj-Small-VL-256M-f16.gguf"
     assert find_mmproj(large) == tmp_path / "mmproj-Large-VL-2B-f16.gguf"
+
+
+def test_an_engine_answers_about_an_image(random_gguf: Path, tmp_path: Path) -> None:
+    mmproj = write_mmproj(tmp_path / "mmproj.gguf")
+    sampling = Sampling(max_tokens=30)
+    with Engine(random_gguf, n_threads=1, mmproj_path=mmproj) as engine:
+        assert engine.sees_images
+        answers = [[step.token for step in engine.stream(ASK, sampling, images=[image])] for image in (RED, BLUE, RED)]
+        assert answers[0] == answers[2] != answers[1]
+        follow_up = f"{ASK}red<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n"
+        kept = list(engine.stream(follow_up, sampling, images=[RED]))
+        text = engine.prompt([{"role": "user", "content": "why?"}])
+        after_image = [step.token for step in engine.stream(text, sampling)]
+        assert kept[0].n_prompt > len(engine.tokenize(follow_up))
+    with Engine(random_gguf, n_threads=1, mmproj_path=mmproj) as engine:
+        assert [s.token for s in engine.stream(follow_up, sampling, images=[RED])] == [s.token for s in kept]
+        assert [s.token for s in engine.stream(text, sampling)] == after_image
+    with Engine(random_gguf, n_threads=1) as engine, pytest.raises(ModelError, match="sees no images"):
+        list(engine.stream(ASK, sampling, images=[RED]))
