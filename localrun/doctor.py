@@ -122,6 +122,7 @@ def doctor(runs_dir: Path = Path("runs")) -> DoctorReport:
 
 def _inspect_llama_cpp() -> LlamaCpp:
     try:
+        hardware.bound_spinning()
         import llama_cpp
 
         said = llama_cpp.llama_print_system_info().decode("utf-8", "replace")

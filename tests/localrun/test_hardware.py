@@ -161,6 +161,18 @@ def test_a_cache_that_cannot_be_written_does_no_harm(
     assert best_threads(tmp_path / "model.gguf", Clock({2: 1.0, 1: 2.0})) == 2
 
 
+@pytest.mark.parametrize(
+    ("users", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+)
+def test_spinning_is_bounded_unless_the_user_says_how(
+    users: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(users))
+    hardware.bound_spinning()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+
 def test_the_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: fpu\n")
     monkeypatch.setattr(hardware, "_PROC", tmp_path)
