@@ -6,220 +6,159 @@ What no longer fits the context is announced, and nothing is dropped from a conv
 from __future__ import annotations
 
 import io
-import json
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Literal
 
-from rich.console import Console
-
-from ..errors import DeepDistillError, UsageError
-from .engine import Engine, Step
+from ..errors import ArtifactError, UsageError
+from .conversations import Conversation, Store
+from .engine import Engine
 from .find import find_model
-from .generation import Sampling
+from .oneshot import answer_once, is_terminal, read_question
 from .session import Session
-from .terminal import Screen, reader
+from .thinking import Think
 
-__all__ = ["chat", "converse", "find_model"]
+__all__ = ["ChatSettings", "chat", "find_model"]
 
-_HELP = """\
-/help            these lines
-/system TEXT     set the system message; without TEXT show it, with a dash for TEXT remove it
-/think on|off    let the model think before it answers, or not
-/reset           begin a new conversation
-/save FILE       write the conversation to a new file: Markdown if it ends in .md, else JSON
-/quit            leave, as Ctrl-D does
-Enter sends; Alt-Enter, or a backslash before Enter, begins a new line. Ctrl-C stops an answer.
-A message that begins with a slash is sent with a space before it."""
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How to chat. None leaves a matter to the conversation that is resumed, or else to the default."""
+
+    system: str | None = None
+    think: Think | None = None
+    think_budget: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    loop_guard: bool = True
+    speculate: bool = False
+    n_ctx: int | None = None
+    kv_type: str = "f16"
+    draft_path: Path | None = None
+    mmproj_path: Path | None = None
+    resume: Literal["newest", "pick"] | None = None
+    """Go on with the newest kept conversation, or one picked from a list."""
+    keep: bool = True
+    """Keep the conversation, and what is typed, on disk."""
+    fold: bool = False
+    """Fold thinking into one line."""
+    offline: bool = False
+
+    def override(self, session: Session) -> None:
+        """Put what was given into a session."""
+        session.system = (session.system if self.system is None else self.system) or None
+        session.think = self.think or session.think
+        budget = session.guidance.think_budget if self.think_budget is None else self.think_budget
+        session.guidance = replace(
+            session.guidance, think_budget=budget, loop_guard=self.loop_guard, speculate=self.speculate
+        )
+        names = ("temperature", "top_p", "max_tokens", "seed")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        session.sampling = replace(session.sampling, **given)
 
 
 def chat(
-    model_path: Path,
+    model: str | Path | None,
+    settings: ChatSettings | None = None,
     *,
-    system: str | None = None,
-    thinking: bool = True,
-    sampling: Sampling,
-    n_ctx: int | None = None,
     prompt: str | None = None,
     json_output: bool = False,
+    **given: Any,
 ) -> int:
     """Chat in the terminal, or answer once if there is a prompt, a pipe or no terminal to write to; return 0.
+
+    `model` is what `find_model` takes; None is the resumed conversation's model, or else the newest run's.
 
     Raises:
         ArtifactError, ModelError: the file cannot be run, or the question does not fit the context.
         UsageError: there is nothing to ask.
     """
-    piped = not _is_terminal(sys.stdin)
-    once = prompt is not None or piped or not _is_terminal(sys.stdout)
+    if settings is None:  # until cli.py gives settings
+        sampling = given["sampling"]
+        settings = ChatSettings(
+            system=given["system"],
+            think="auto" if given["thinking"] else "off",
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_tokens,
+            seed=sampling.seed,
+            n_ctx=given["n_ctx"],
+        )
+    piped = not is_terminal(sys.stdin)
+    once = prompt is not None or piped or not is_terminal(sys.stdout)
     if json_output and not once:
         raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in")
-    question = _question(prompt, read_stdin=piped or prompt is None) if once else ""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer
-    with Engine(model_path, n_ctx=n_ctx) as engine:
-        session = Session(engine, system=system, thinking=thinking, sampling=sampling)
-        if once:
-            _answer_once(session, question, json_output)
-        else:
-            converse(session, reader(), Console())
+    store = Store()
+    path, conversation = _kept(store, settings.resume) if settings.resume else (None, Conversation(messages=[]))
+    question = read_question(prompt, read_stdin=piped or prompt is None) if once else ""
+    open_engine = partial(
+        Engine,
+        n_ctx=settings.n_ctx,
+        kv_type=settings.kv_type,
+        draft_path=settings.draft_path,
+        mmproj_path=settings.mmproj_path,
+    )
+    session = Session(open_engine(_model_path(model, conversation, settings.offline)))
+    try:
+        session.adopt(conversation)
+        settings.override(session)
+        if not once:
+            from .dialogue import Dialogue, converse  # not for a pipe: it loads what draws and reads keys
+
+            talk = Dialogue(
+                session,
+                open_engine=open_engine,
+                store=store if settings.keep else None,
+                folded=settings.fold,
+                offline=settings.offline,
+            )
+            converse(talk, (path, conversation) if path else None)
+            return 0
+        if path:
+            store.load_state(path, session.engine)
+        answer_once(session, question, json_output=json_output, folded=settings.fold)
+        if path and settings.keep:
+            store.write(path, session.record(conversation.created))
+            store.save_state(path, session.engine, session.n_used())
+    finally:
+        session.engine.close()
     return 0
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and stream.isatty()
+def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Conversation]:
+    """Return the kept conversation that is meant: the newest, or one picked by its number in a list."""
+    kept = list(islice(store.newest_first(), 1 if which == "newest" else _MOST_LISTED))
+    if not kept:
+        raise ArtifactError("no conversation is kept yet", "chat without --continue: it is kept after the first answer")
+    if which == "newest":
+        return kept[0]
+    for i, (_, conversation) in enumerate(kept, 1):
+        print(f"{i:>2}  {conversation.when}  {conversation.title}", file=sys.stderr)
+    print("number (Enter for 1): ", end="", file=sys.stderr, flush=True)
+    buffer = getattr(sys.stdin, "buffer", sys.stdin)
+    picked = buffer.readline()
+    number = (picked.decode("utf-8", "replace") if isinstance(picked, bytes) else picked).strip() or "1"
+    if not number.isdecimal() or not 0 < int(number) <= len(kept):
+        raise UsageError(f"there is no conversation {number}", f"give a number from 1 to {len(kept)}")
+    return kept[int(number) - 1]
 
 
-def _question(prompt: str | None, read_stdin: bool) -> str:
-    """Return the prompt, then what standard input holds."""
-    piped = ""
-    if read_stdin and sys.stdin is not None:
-        buffer = getattr(sys.stdin, "buffer", None)  # bytes: another encoding must not stop the question
-        piped = buffer.read().decode("utf-8", "replace") if buffer else sys.stdin.read()
-    question = "\n\n".join(text for text in (prompt or "", piped.strip("\n")) if text.strip())
-    if not question:
-        raise UsageError("there is nothing to ask", "give -p 'QUESTION', or pipe one in")
-    return question
-
-
-def _answer_once(session: Session, question: str, json_output: bool) -> None:
-    """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
-
-    The thinking goes beside a plain answer, to standard error, if a terminal shows it.
-    """
-    on_screen = _is_terminal(sys.stdout) and not json_output
-    screen = Screen(Console(stderr=not on_screen), show_answer=on_screen)
-    draws = on_screen or _is_terminal(sys.stderr)
-    last: Step | None = None
-    text = {"thinking": "", "answer": ""}
-    try:
-        for last in session.ask(question):
-            text[last.part] += last.text
-            if draws:
-                screen.write(last.part, last.text)
-                screen.flush()
-            if last.part == "answer" and not on_screen and not json_output:
-                print(last.text, end="", flush=True)
-    finally:
-        screen.end()
-    assert last is not None
-    if json_output:
-        print(json.dumps(_record(session, last, text["thinking"], text["answer"]), ensure_ascii=False))
-    elif not on_screen and not text["answer"].endswith("\n"):
-        print()
-    if note := _note_if_cut(session, last):
-        print(f"note: {note}", file=sys.stderr)
-
-
-def _record(session: Session, last: Step, thinking: str, answer: str) -> dict[str, object]:
-    return {
-        "model": str(session.engine.path),
-        "content": answer,
-        "reasoning_content": None if last.closed is None else thinking,
-        "closed": last.closed,
-        "finish_reason": last.finish_reason,
-        "prompt_tokens": last.n_prompt,
-        "completion_tokens": last.n_generated,
-        "reasoning_tokens": last.n_reasoning,
-        "tokens_per_s": round(last.tokens_per_s, 2),
-    }
-
-
-def _note_if_cut(session: Session, last: Step) -> str | None:
-    """Return why an answer is not whole; None if it is."""
-    if last.finish_reason != "length":
-        return None
-    where = "thinking" if last.part == "thinking" else "answer"
-    if last.n_generated >= session.sampling.max_tokens:
-        return f"the {where} was cut at {last.n_generated} tokens; --max-tokens allows more"
-    return f"the {where} was cut where the context of {session.engine.n_ctx} tokens is full; --context makes it larger"
-
-
-def converse(session: Session, read: Callable[[], str], console: Console) -> None:
-    """Read, answer and obey slash commands until /quit or Ctrl-D."""
-    _say(console, f"{session.engine.path.name}, {session.engine.n_ctx} tokens of context. /help lists the commands.")
-    going_on = True
-    while going_on:
-        try:
-            going_on = _take_turn(session, read(), console)
-        except KeyboardInterrupt:
-            continue  # what was half typed is gone, as in a shell
-        except EOFError:
-            return
-
-
-def _take_turn(session: Session, text: str, console: Console) -> bool:
-    """Answer a message or obey a command; return False to leave."""
-    try:
-        if text.startswith("/"):
-            return _obey(session, text, console)
-        if text.strip():
-            _answer(session, text.strip(), console)
-    except DeepDistillError as error:
-        _say(console, f"{error.message}; {error.hint}" if error.hint else error.message)
-    return True
-
-
-def _answer(session: Session, question: str, console: Console) -> None:
-    """Answer one turn; Ctrl-C stops the answer."""
-    screen = Screen(console)
-    last: Step | None = None
-    steps = session.ask(question)
-    try:
-        with closing(steps):
-            for last in steps:
-                screen.write(last.part, last.text)
-                screen.flush()
-    except KeyboardInterrupt:
-        screen.end()
-        kept = "" if session.turns and session.turns[-2]["content"] == question else "; the question is taken back"
-        _say(console, f"(stopped{kept})")
-        return
-    screen.end()
-    assert last is not None
-    thinking = f", {last.n_reasoning} of them thinking" if last.n_reasoning else ""
-    _say(console, f"({last.n_generated} tokens{thinking}, {last.tokens_per_s:.0f} tokens/s)")
-    if note := _note_if_cut(session, last):
-        _say(console, f"note: {note}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, style="dim italic", markup=False, highlight=False, soft_wrap=True)
-
-
-def _obey(session: Session, line: str, console: Console) -> bool:
-    """Carry out one slash command; return False to leave."""
-    command, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
-    if command in ("/quit", "/exit"):
-        return False
-    if command == "/save" and rest:
-        session.save(Path(rest))
-    _say(console, _carry_out(session, command, rest))
-    return True
-
-
-def _carry_out(session: Session, command: str, rest: str) -> str:
-    """Change the session as a command says; return what to tell the user."""
-    if command == "/help":
-        return _HELP
-    if command == "/reset":
-        session.reset()
-        return "a new conversation; the system message stays"
-    if command == "/think":
-        if rest in ("on", "off"):
-            session.thinking = rest == "on"
-            if not session.knows_thinking_switch():
-                return "this model's template has no switch for thinking"
-        elif rest:
-            return "/think on or /think off"
-        return f"thinking is {'on' if session.thinking else 'off'}"
-    if command == "/system":
-        if rest:
-            session.system = None if rest == "-" else rest
-        return f"system message: {session.system or 'none'}"
-    if command == "/save":
-        return f"saved to {rest}" if rest else "/save needs a file name"
-    return f"there is no {command}; /help lists the commands"
+def _model_path(model: str | Path | None, conversation: Conversation, offline: bool) -> Path:
+    if model is not None or not conversation.model:
+        return find_model(None if model is None else str(model), offline=offline)
+    path = Path(conversation.model)
+    if not path.is_file():
+        raise ArtifactError(
+            f"this conversation's model is gone: {path}", "name another: deepdistill chat MODEL --continue"
+        )
+    return path

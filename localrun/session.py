@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Generator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple, Self
 
-from ..errors import ArtifactError
+from .conversations import DEFAULT_SAMPLING, Conversation
 from .engine import Engine, Step
-from .generation import Message, Sampling
+from .generation import FREE, Guidance, Message, Sampling
+from .thinking import Think
+
+
+class Question(NamedTuple):
+    """What a user typed, and what stands before it in the message: text files, fenced, and images."""
+
+    typed: str
+    attached: str = ""
+    images: tuple[str, ...] = ()
+
+    @property
+    def message(self) -> Message:
+        """The message as it is kept: `typed` if there is more in the content, `images` as paths, one a line."""
+        message: Message = {"role": "user", "content": self.attached + self.typed}
+        message |= {"typed": self.typed} if self.attached else {}
+        return message | ({"images": "\n".join(self.images)} if self.images else {})
+
+    @classmethod
+    def of(cls, message: Message) -> Self:
+        """Return the question that a kept message is."""
+        typed = message.get("typed", message["content"])
+        images = tuple(message.get("images", "").splitlines())
+        return cls(typed, message["content"].removesuffix(typed), images)
 
 
 class Session:
     """The turns so far. An assistant's thinking is kept beside its answer: the template decides what the model sees."""
 
-    def __init__(self, engine: Engine, *, system: str | None, thinking: bool, sampling: Sampling) -> None:
-        self.engine, self.system, self.thinking, self.sampling = engine, system, thinking, sampling
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        system: str | None = None,
+        think: Think = "auto",
+        sampling: Sampling = DEFAULT_SAMPLING,
+        guidance: Guidance = FREE,
+    ) -> None:
+        self.engine, self.system, self.think, self.sampling, self.guidance = engine, system, think, sampling, guidance
         self.turns: list[Message] = []
 
     @property
     def messages(self) -> list[Message]:
         """The conversation as the template takes it."""
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+        return ([{"role": "system", "content": self.system}] if self.system else []) + list(map(_as_shown, self.turns))
 
-    def ask(self, text: str) -> Generator[Step]:
+    def ask(self, question: Question) -> Generator[Step]:
         """Yield the answer's steps; the turn is kept once there is an answer, whole or stopped half way.
 
         A turn that fails, or is stopped before its answer began, is taken back: the model never sees it.
@@ -33,12 +64,13 @@ class Session:
         Raises:
             ModelError: the conversation does not fit the context.
         """
-        question: Message = {"role": "user", "content": text}
-        prompt = self.engine.render([*self.messages, question], thinking=self.thinking)
+        asked = question.message
+        prompt = self.engine.prompt([*self.messages, _as_shown(asked)], self.think)
+        images = [Path(image) for turn in [*self.turns, asked] for image in turn.get("images", "").splitlines()]
         said = {"thinking": "", "answer": ""}
         opened, finished = False, False
         try:
-            for step in self.engine.stream(prompt, self.sampling):
+            for step in self.engine.stream(prompt, self.sampling, self.guidance, images):
                 said[step.part] += step.text
                 opened = opened or step.closed is not None
                 finished = step.finish_reason is not None
@@ -46,45 +78,62 @@ class Session:
         finally:
             if finished or said["answer"].strip():
                 answer: Message = {"role": "assistant", "content": said["answer"]}
-                self.turns += [question, answer | ({"reasoning_content": said["thinking"]} if opened else {})]
+                self.turns += [asked, answer | ({"reasoning_content": said["thinking"]} if opened else {})]
 
-    def knows_thinking_switch(self) -> bool:
-        """Say whether the model's template renders differently without thinking."""
-        turn: list[Message] = [{"role": "user", "content": "?"}]
-        return self.engine.render(turn, thinking=True) != self.engine.render(turn, thinking=False)
+    def undo(self) -> Question | None:
+        """Take back the last turn; return what was asked, None if there is no turn."""
+        if not self.turns:
+            return None
+        asked = self.turns[-2]
+        del self.turns[-2:]
+        return Question.of(asked)
+
+    def reseed(self) -> None:
+        """Let the next answer be another one, if it is sampled."""
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+
+    def adopt(self, conversation: Conversation) -> None:
+        """Go on with a conversation as it was held."""
+        self.turns, self.system = list(conversation.turns), conversation.system
+        self.think, self.sampling = conversation.think, conversation.sampling
+        self.guidance = replace(self.guidance, think_budget=conversation.think_budget)
+
+    def record(self, created: str = "") -> Conversation:
+        """Return what is to be kept of the conversation; `created` is empty for one that begins now."""
+        now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return Conversation(
+            messages=system + self.turns,
+            model=str(self.engine.path.absolute()),
+            model_hash=self.engine.model.hash,
+            think=self.think,
+            think_budget=self.guidance.think_budget,
+            sampling=self.sampling,
+            created=created or now,
+            updated=now,
+        )
 
     def reset(self) -> None:
         """Begin a new conversation under the same system message, with a new seed so that it may go differently."""
         self.turns.clear()
-        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
+        self.reseed()
 
-    def save(self, path: Path) -> None:
-        """Write the conversation: Markdown to a .md file, else JSON with `model` and `messages`.
+    def n_used(self) -> int:
+        """Return how many tokens of the context the next question will find taken."""
+        turns = self.messages
+        return len(self.engine.tokenize(self.engine.prompt(turns, self.think))) if turns else 0
 
-        Raises:
-            ArtifactError: there is a file already, or it cannot be written.
-        """
-        path = path.expanduser()
-        if path.exists():
-            raise ArtifactError(f"{path} is there already", "give another name; nothing was overwritten")
-        text = self._markdown() if path.suffix == ".md" else self._json()
-        half_written = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            half_written.write_text(text, encoding="utf-8")
-            half_written.replace(path)
-        except OSError as error:
-            half_written.unlink(missing_ok=True)
-            raise ArtifactError(f"cannot write {path}: {error.strerror}") from error
+    def knows_thinking_switch(self) -> bool:
+        """Say whether thinking can be turned on and off: by the model's template, or by its tags."""
+        turn: list[Message] = [{"role": "user", "content": "?"}]
+        return self.engine.prompt(turn, "on") != self.engine.prompt(turn, "off")
 
-    def _json(self) -> str:
-        record = {"model": self.engine.path.name, "messages": self.messages}
-        return json.dumps(record, ensure_ascii=False, indent=2) + "\n"
 
-    def _markdown(self) -> str:
-        blocks = [f"# A conversation with {self.engine.path.name}"]
-        for message in self.messages:
-            blocks.append(f"**{message['role']}**")
-            if thought := message.get("reasoning_content"):
-                blocks.append("\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
-            blocks.append(message["content"])
-        return "\n\n".join(blocks) + "\n"
+def _as_shown(turn: Message) -> Message:
+    """Return a kept message as the template takes it, with the marks of its images."""
+    message = {key: text for key, text in turn.items() if key not in ("typed", "images")}
+    if "images" in turn:
+        from .vision import with_images
+
+        message["content"] = with_images(message["content"], len(turn["images"].splitlines()))
+    return message

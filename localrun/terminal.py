@@ -1,126 +1,80 @@
-"""The chat's terminal: where a user types, and where thinking and answer stream, the thinking dim and apart."""
+"""The chat's keyboard: where a message is typed, with history and completion, and the keys that an answer obeys."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+import select
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from rich.cells import cell_len
-from rich.console import Console
-
-from .thinking import Part
+from .conversations import data_dir
 
 if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import Completer
     from prompt_toolkit.history import History
     from prompt_toolkit.key_binding import KeyBindings
 
-# A model's output is foreign text: without its control characters it cannot steer the terminal.
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_MENU = {
+    "completion-menu.completion": "noinherit",
+    "completion-menu.completion.current": "noinherit reverse",
+    "completion-menu.meta.completion": "noinherit fg:ansibrightblack",
+    "completion-menu.meta.completion.current": "noinherit reverse",
+    "scrollbar.background": "noinherit",
+    "scrollbar.button": "noinherit reverse",
+}
+FOLD_KEY = b"\x14"  # Ctrl-T
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # of a key such as an arrow
 
 
-class Screen:
-    """Streams an answer: thinking dim behind a bar, a blank line, the answer; words are wrapped, not cut."""
+class Suggests(Protocol):
+    """What can be typed where, for completion."""
 
-    def __init__(self, console: Console, *, show_answer: bool = True) -> None:
-        """Write to a console; without show_answer only the thinking, for an answer that goes elsewhere."""
-        self.console, self._show_answer = console, show_answer
-        self._part: Part | None = None
-        self._word, self._column = "", 0
+    def commands(self) -> Iterable[tuple[str, str]]:
+        """Return each command's name and what it does."""
 
-    def write(self, part: Part, text: str) -> None:
-        """Show more text of a part."""
-        if part == "answer" and not self._show_answer:
-            return
-        if part != self._part:
-            text = text.lstrip("\n") if self._part is None or part == "answer" else text
-            if not text:
-                return
-            self._turn_to(part)
-        for piece in re.split(r"(\s)", text.translate(_CONTROL).expandtabs(4)):
-            if piece.isspace():
-                self._put_word()
-                self._newline() if piece == "\n" else self._put(piece)
-            else:
-                self._word += piece
-                if cell_len(self._word) >= self._width:
-                    self._put_word()  # longer than a line, or in a script without spaces
-
-    def flush(self) -> None:
-        """Show the word under way, however it goes on; between steps, so that a slow model is followed."""
-        self._put_word()
-
-    def end(self) -> None:
-        """Finish the answer's last line."""
-        self._put_word()
-        if self._column:
-            self._raw("\n")
-        self._part, self._column = None, 0
-
-    def _turn_to(self, part: Part) -> None:
-        self._put_word()
-        if self._part is not None:
-            self._raw("\n\n" if self._column else "\n")
-        self._part, self._column = part, 0
-        self._begin_line()
-
-    @property
-    def _bar(self) -> str:
-        return "│ " if self._part == "thinking" else ""
-
-    @property
-    def _width(self) -> int:
-        return max(20, self.console.width - 1) - len(self._bar)
-
-    def _begin_line(self) -> None:
-        self._raw(self._bar)
-
-    def _newline(self) -> None:
-        self._raw("\n")
-        self._column = 0
-        self._begin_line()
-
-    def _put_word(self) -> None:
-        if self._word:
-            self._put(self._word)
-            self._word = ""
-
-    def _put(self, text: str) -> None:
-        length = cell_len(text)
-        if self._column and self._column + length > self._width:
-            self._newline()
-            if text.isspace():
-                return
-        self._raw(text)
-        self._column += length
-
-    def _raw(self, text: str) -> None:
-        style = "dim" if self._part == "thinking" else None
-        self.console.print(text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+    def arguments(self, command: str) -> Iterable[str] | None:
+        """Return what may follow a command; None if that is a path."""
 
 
-def reader() -> Callable[[], str]:
-    """Return a function that reads one message: Enter sends, Alt-Enter or a trailing backslash begins a new line.
+def reader(
+    suggests: Suggests | None = None, *, on_fold: Callable[[], None] = lambda: None, keeps_history: bool = True
+) -> Callable[[str], str]:
+    """Return a function that reads one message, given what already stands in the line.
 
-    It raises EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C.
+    Enter sends; Alt-Enter or a trailing backslash begins a new line; Ctrl-T calls `on_fold`. It raises EOFError on
+    Ctrl-D and KeyboardInterrupt on Ctrl-C.
     """
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
+    from prompt_toolkit.styles import Style
 
     session: PromptSession[str] = PromptSession(
         "› ",
         multiline=True,
         prompt_continuation="  ",
-        key_bindings=_keys(),
-        history=_history(),
+        key_bindings=_keys(on_fold),
+        history=_history(keeps_history),
+        completer=_completer(suggests) if suggests else None,
+        complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+        reserve_space_for_menu=4,
+        style=Style.from_dict(_MENU),
         enable_open_in_editor=False,
     )
-    return lambda: session.prompt()
+
+    def read(default: str = "") -> str:
+        text = session.prompt(default=default)
+        return text.encode("utf-8", "replace").decode()  # a terminal can send bytes that are no characters
+
+    return read
 
 
-def _keys() -> KeyBindings:
+def _keys(on_fold: Callable[[], None]) -> KeyBindings:
+    from prompt_toolkit.application import run_in_terminal
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     keys = KeyBindings()
@@ -138,20 +92,101 @@ def _keys() -> KeyBindings:
     def _alt_enter(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
+    @keys.add("c-t")
+    def _fold(event: KeyPressEvent) -> None:
+        run_in_terminal(on_fold)
+
     return keys
+
+
+def _completer(suggests: Suggests) -> Completer:
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+
+    class Slash(Completer):
+        """Completes commands and what follows them."""
+
+        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+            text = document.text_before_cursor
+            if not text.startswith("/") or "\n" in text:
+                return
+            name, space, rest = text.partition(" ")
+            if not space:
+                for command, help_ in suggests.commands():
+                    if command.startswith(name):
+                        yield Completion(command, start_position=-len(name), display_meta=help_)
+                return
+            arguments = suggests.arguments(name)
+            if arguments is None:
+                yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
+            else:
+                yield from (Completion(a, start_position=-len(rest)) for a in arguments if a.startswith(rest))
+
+    return Slash()
+
+
+class Keys:
+    """What is typed while an answer streams: read without echo, so that it does not land in the middle of the text.
+
+    Ctrl-C stays a signal. Where there is no POSIX terminal to read from, nothing is read.
+    """
+
+    def __init__(self) -> None:
+        self._fd: int | None = None
+        self._typed = b""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Turn echo and line editing off for a while."""
+        if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():
+            yield
+            return
+        import termios
+
+        self._fd = fd = sys.stdin.fileno()
+        before = termios.tcgetattr(fd)
+        quiet = termios.tcgetattr(fd)
+        quiet[3] &= ~(termios.ECHO | termios.ICANON)
+        try:
+            termios.tcsetattr(fd, termios.TCSANOW, quiet)
+            yield
+        finally:
+            self._read()
+            self._fd = None
+            termios.tcsetattr(fd, termios.TCSANOW, before)
+
+    def folds(self) -> bool:
+        """Say whether the folding key was pressed since this was last asked."""
+        self._read()
+        n = self._typed.count(FOLD_KEY)
+        self._typed = self._typed.replace(FOLD_KEY, b"")
+        return n % 2 == 1
+
+    def typed(self) -> str:
+        """Return, once, the text that was typed."""
+        text, self._typed = _SEQUENCE.sub("", self._typed.decode("utf-8", "ignore")).replace("\r", "\n"), b""
+        return "".join(character for character in text if character.isprintable() or character == "\n")
+
+    def _read(self) -> None:
+        while self._fd is not None and select.select([self._fd], [], [], 0)[0]:
+            pressed = os.read(self._fd, 4096)
+            if not pressed:
+                return
+            self._typed += pressed
 
 
 def history_path() -> Path:
     """Return the file that keeps what was typed, in the user's data folder."""
-    base = os.environ.get("XDG_DATA_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "share") / "deepdistill" / "history"
+    return data_dir() / "history"
 
 
-def _history() -> History:
-    """Return the history on disk; one in memory where the user's folder cannot be written."""
+def _history(is_kept: bool) -> History:
+    """Return the history on disk; one in memory where nothing is to be kept, or the folder cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = history_path()
+    if not is_kept:
+        return InMemoryHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.touch(mode=0o600)

@@ -8,26 +8,22 @@ import os
 import pty
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import pytest
-from prompt_toolkit.application import create_app_session
-from prompt_toolkit.input import PipeInput, create_pipe_input
-from prompt_toolkit.output import DummyOutput
-from rich.console import Console
 
 from deepdistill.cli import main
-from deepdistill.localrun.chat import converse
+from deepdistill.errors import DeepDistillError
+from deepdistill.localrun.chat import ChatSettings, chat
+from deepdistill.localrun.conversations import Store
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Sampling
-from deepdistill.localrun.session import Session
-from deepdistill.localrun.terminal import history_path, reader
+from deepdistill.localrun.session import Question, Session
 
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -72,6 +68,7 @@ def test_json_keeps_thinking_and_answer_apart(scripted_gguf: Path, capsys: pytes
         "prompt_tokens": n_prompt,
         "completion_tokens": 10,
         "reasoning_tokens": 4,
+        "notes": [],
     }
 
 
@@ -81,7 +78,7 @@ def test_a_cut_answer_is_announced(scripted_gguf: Path, capsys: pytest.CaptureFi
     out, err = capsys.readouterr()
     record = json.loads(out)
     assert (record["closed"], record["content"], record["finish_reason"]) == (False, "", "length")
-    assert err == "note: the thinking was cut at 2 tokens; --max-tokens allows more\n"
+    assert err.endswith("note: the thinking was cut at 2 tokens; --max-tokens allows more\n")
     long = "x" * 484  # leaves a few tokens of the context
     assert main(["chat", str(scripted_gguf), "-p", long]) == 0
     assert "context of 512 tokens is full" in capsys.readouterr().err
@@ -127,119 +124,101 @@ def test_a_file_cut_short_is_one_line(scripted_gguf: Path, tmp_path: Path) -> No
     assert re.fullmatch(rb"error: .*cut short.*\nhint: .+\n", done.stderr)
 
 
-# --- the conversation ---
-
-
-class Talk:
-    """A conversation driven by keys; `said` is what the terminal showed."""
-
-    def __init__(self, engine: Engine, keys: PipeInput, **settings: str | bool | None) -> None:
-        options = {"system": None, "thinking": True} | settings
-        self.session = Session(engine, sampling=Sampling(max_tokens=50), **options)  # type: ignore[arg-type]
-        self._keys, self._screen = keys, io.StringIO()
-
-    def type(self, *lines: str) -> str:
-        """Type lines and Ctrl-D; return what was shown."""
-        for line in lines:
-            self._keys.send_text(line + "\r")
-        self._keys.send_text("\x04")
-        self._screen.truncate(0)
-        converse(self.session, reader(), Console(file=self._screen, width=500))
-        return self._screen.getvalue()
+# --- a kept conversation ---
 
 
 @pytest.fixture
-def talk(scripted_engine: Engine) -> Iterator[Talk]:
-    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
-        yield Talk(scripted_engine, keys)
+def kept(scripted_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Two conversations on disk, the older one first."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    store = Store()
+    paths = [store.folder / "a.json", store.folder / "b.json"]
+    with Engine(scripted_gguf, n_threads=1) as engine:
+        for i, path in enumerate(paths):
+            session = Session(engine, system="Be brief.", sampling=Sampling(max_tokens=50, seed=7))
+            list(session.ask(Question(f"question {i}")))
+            store.write(path, session.record())
+            os.utime(path, (i, i))
+    return paths
 
 
-def test_thinking_is_apart_even_without_colour(talk: Talk) -> None:
-    lines = talk.type("hello").splitlines()
-    assert "│ 3+4=7" in lines
-    assert lines[lines.index("│ 3+4=7") + 1 :][:2] == ["", ANSWER]
-    assert any("10 tokens, 4 of them thinking" in line for line in lines)
+def questions(path: Path) -> list[str]:
+    return [message["content"] for message in json.loads(path.read_text())["messages"] if message["role"] == "user"]
 
 
-def test_turns_keep_their_thinking_for_the_template_to_drop(talk: Talk, scripted_engine: Engine) -> None:
-    talk.type("one", "two")
-    answer = {"role": "assistant", "content": ANSWER, "reasoning_content": THINKING}
-    assert talk.session.turns == [
-        {"role": "user", "content": "one"},
-        answer,
-        {"role": "user", "content": "two"},
-        answer,
-    ]
-    assert THINKING not in scripted_engine.render([*talk.session.messages, {"role": "user", "content": "three"}])
-
-
-def test_lines_are_broken_by_alt_enter_or_a_backslash_and_remembered(talk: Talk) -> None:
-    talk.type("a\\\rb\x1b\rc")
-    assert talk.session.turns[0]["content"] == "a\nb\nc"
-    assert history_path().is_relative_to(os.environ["XDG_DATA_HOME"])
-    assert "+a\n+b\n+c\n" in history_path().read_text()
-    talk.type("\x1b[A")  # the arrow up brings it back
-    assert talk.session.turns[2]["content"] == "a\nb\nc"
-
-
-def test_commands(talk: Talk, tmp_path: Path) -> None:
-    shown = talk.type("/help", "/system Be brief.", "/think off", "/nonsense now", "")
-    for command in ("/help", "/system TEXT", "/think on|off", "/reset", "/save FILE", "/quit"):
-        assert command in shown
-    assert "there is no /nonsense" in shown
-    assert (talk.session.system, talk.session.thinking) == ("Be brief.", False)
-    assert talk.session.turns == [], "commands are not sent to the model"
-    talk.type("/think on", "hi", f"/save {tmp_path}/talk.json")
-    saved = json.loads((tmp_path / "talk.json").read_text())
-    assert [message["role"] for message in saved["messages"]] == ["system", "user", "assistant"]
-    assert saved["messages"][2]["reasoning_content"] == THINKING
-    talk.type("/reset", "/system -")
-    assert talk.session.messages == []
-    assert "hello" not in talk.type("/quit", "hello"), "nothing is read after /quit"
-
-
-def test_save_overwrites_nothing(talk: Talk, tmp_path: Path) -> None:
-    there = tmp_path / "there.json"
-    there.write_text("mine")
-    shown = talk.type("hi", f"/save {there}", f"/save {tmp_path}/no/such/folder.json")
-    assert f"{there} is there already" in shown
-    assert "cannot write" in shown
-    assert there.read_text() == "mine"
-    assert list(tmp_path.iterdir()) == [there]
-
-
-def test_a_slash_after_a_space_is_a_message(talk: Talk) -> None:
-    talk.type(" /etc/hosts?")
-    assert talk.session.turns[0]["content"] == "/etc/hosts?"
-
-
-def test_a_full_context_is_announced_and_reset_goes_on(talk: Talk) -> None:
-    shown = talk.type("y" * 420, "z" * 60, "/reset", "again")
-    assert re.search(r"takes \d+ tokens and the context holds 512", shown)
-    assert [turn["content"] for turn in talk.session.turns] == ["again", ANSWER]
-
-
-def test_a_refused_turn_leaves_the_conversation_as_it_was(talk: Talk) -> None:
-    talk.type("one", "y" * 600)
-    assert [turn["content"] for turn in talk.session.turns] == ["one", ANSWER]
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(
-    talk: Talk, scripted_engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_one_question_goes_on_with_the_newest_conversation_and_its_model(
+    kept: list[Path], scripted_gguf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stream, calls = Engine.stream, iter([True, False])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("and then?"))
+    assert chat(None, ChatSettings(resume="newest", n_ctx=400), json_output=True) == 0
+    record = json.loads(capsys.readouterr().out)
+    with Engine(scripted_gguf) as engine:
+        system, asked, answered = json.loads(kept[0].read_text())["messages"]
+        asked["content"] = "question 1"
+        prompt = engine.render([system, asked, answered, {"role": "user", "content": "and then?"}])
+        assert record["prompt_tokens"] == len(engine.tokenize(prompt)), "the model sees what was said"
+    assert [questions(path) for path in kept] == [["question 0"], ["question 1", "and then?"]]
 
-    def interrupted(engine: Engine, *arguments: object) -> Iterator[object]:
-        stop = next(calls)
-        for step in stream(engine, *arguments):  # type: ignore[arg-type]
-            yield step
-            if stop and "answer" in step.text:
-                os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Engine, "stream", interrupted)
-    shown = talk.type("one", "two")
-    assert "(stopped)" in shown
-    assert [turn["content"] for turn in talk.session.turns] == ["one", "The answer", "two", ANSWER]
+def test_a_number_on_standard_input_picks_one_and_the_rest_is_the_question(
+    kept: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2\nmore\n"))
+    assert chat(None, ChatSettings(resume="pick", temperature=0.5)) == 0
+    out, err = capsys.readouterr()
+    assert out == ANSWER + "\n"
+    assert re.search(r" 1  .*question 1\n 2  .*question 0\n", err)
+    assert [questions(path) for path in kept] == [["question 0", "more"], ["question 1"]]
+    sampling = json.loads(kept[0].read_text())["sampling"]
+    assert (sampling["temperature"], sampling["seed"]) == (0.5, 7), "what is given goes before what was kept"
+
+
+def test_what_is_not_to_be_kept_is_not(kept: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("more"))
+    assert chat(None, ChatSettings(resume="newest", keep=False)) == 0
+    assert questions(kept[1]) == ["question 1"]
+
+
+@pytest.mark.parametrize(
+    ("number", "spoil", "said"),
+    [
+        ("3", lambda path: None, "there is no conversation 3"),
+        ("x", lambda path: None, "there is no conversation x"),
+        ("2", lambda path: path.write_text(path.read_text().replace("scripted.gguf", "gone.gguf")), "model is gone"),
+        ("2", lambda path: path.write_text("{"), "there is no conversation 2"),
+    ],
+)
+def test_a_conversation_that_cannot_go_on_is_said(
+    kept: list[Path], number: str, spoil: Callable[[Path], object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(kept[0])
+    os.utime(kept[0], (0, 0))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{number}\nmore"))
+    with pytest.raises(DeepDistillError, match=said):
+        chat(None, ChatSettings(resume="pick"))
+
+
+def test_nothing_to_continue_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    with pytest.raises(DeepDistillError, match="no conversation is kept yet"):
+        chat(None, ChatSettings(resume="newest"), prompt="hi")
+
+
+def test_a_pipe_loads_nothing_that_draws(scripted_gguf: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom deepdistill.localrun.chat import ChatSettings, chat\n"
+        "chat(sys.argv[1], ChatSettings(), prompt='hi')\n"
+        "print(*({'rich', 'prompt_toolkit', 'pygments', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, str(scripted_gguf)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{ANSWER}\n\n"
+
+
+def test_a_reader_that_has_enough_is_no_crash(scripted_gguf: Path) -> None:
+    command = f"{sys.executable} -m deepdistill chat {scripted_gguf} -p hi | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert "Traceback" not in done.stderr
 
 
 # --- a real terminal ---

@@ -1,0 +1,220 @@
+"""Conversations on disk: one JSON file each in the user's data folder, and what the KV cache held of it beside it.
+
+The JSON is written after every turn. The state is worth its size only for a conversation that goes on another day, so
+it is written when one is left. It is a cache: the engine refuses one of another model, and then it is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+from ..errors import ArtifactError
+from .engine import Engine
+from .generation import Message, Sampling
+from .thinking import Think
+
+DEFAULT_SAMPLING = Sampling(max_tokens=2048)
+_MAX_STATE_BYTES = 1 << 30  # of all states together
+_WORTH_A_STATE = 256  # tokens; less is computed as fast as it is read
+_MAX_TITLE = 60
+
+
+def data_dir() -> Path:
+    """Return the user's data folder of this program."""
+    base = os.environ.get("XDG_DATA_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "share") / "deepdistill"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is kept of a conversation. `messages` begins with the system message, if there is one; times are UTC."""
+
+    messages: list[Message]
+    model: str = ""
+    model_hash: str = ""
+    think: Think = "auto"
+    think_budget: int | None = None
+    sampling: Sampling = DEFAULT_SAMPLING
+    created: str = ""
+    updated: str = ""
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        return self.messages[0]["content"] if self.messages[:1] and self.messages[0]["role"] == "system" else None
+
+    @property
+    def turns(self) -> list[Message]:
+        """The messages without the system message."""
+        return self.messages[self.system is not None :]
+
+    @property
+    def title(self) -> str:
+        """The first question's first line, cut to fit a list."""
+        asked = next((turn for turn in self.turns if turn["role"] == "user"), None)
+        words = asked.get("typed", asked["content"]).split() if asked else []
+        text = "".join(c if c.isprintable() else "?" for c in " ".join(words))
+        return text if len(text) <= _MAX_TITLE else text[: _MAX_TITLE - 1] + "…"
+
+    @property
+    def when(self) -> str:
+        """When it was last written, for a list."""
+        return self.updated[:16].replace("T", " ").ljust(16)
+
+    def to_json(self) -> str:
+        """Return the record as the JSON text of its file."""
+        record = {"title": self.title} | {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(record | {"sampling": asdict(self.sampling)}, ensure_ascii=False, indent=2) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the conversation to read: who said what, thinking as quotes."""
+        blocks = [f"# {self.title or 'A conversation'}", f"with {Path(self.model).name}"]
+        for message in self.messages:
+            blocks.append(f"**{message['role']}**")
+            if thought := message.get("reasoning_content"):
+                blocks.append("\n".join(f"> {line}".rstrip() for line in thought.splitlines()))
+            blocks.append(message["content"])
+        return "\n\n".join(blocks) + "\n"
+
+
+def read_conversation(path: Path) -> Conversation:
+    """Return the conversation that a file holds: one of ours, or any JSON object with `messages`.
+
+    Raises:
+        ArtifactError: it cannot be read, or holds no conversation.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no JSON", "give a file that /save or /export json wrote") from error
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not _are_messages(messages):
+        raise ArtifactError(f"{path} holds no conversation", "give a file that /save or /export json wrote")
+    names = ("model", "model_hash", "created", "updated")
+    texts = {name: record[name] for name in names if isinstance(record.get(name), str)}
+    think, budget = record.get("think"), record.get("think_budget")
+    return Conversation(
+        messages=messages,
+        think=think if think in get_args(Think) else "auto",
+        think_budget=budget if isinstance(budget, int) else None,
+        sampling=_sampling(record.get("sampling")),
+        **texts,
+    )
+
+
+def _are_messages(messages: list[Any]) -> bool:
+    """Say whether these are messages: an optional system message, then questions and answers in turn."""
+    if not all(isinstance(m, dict) and all(isinstance(text, str) for text in m.values()) for m in messages):
+        return False
+    roles = [m.get("role") for m in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    return turns == ["user", "assistant"] * (len(turns) // 2) and all("content" in m for m in messages)
+
+
+def _sampling(record: Any) -> Sampling:
+    kinds = {name: type(value) for name, value in asdict(DEFAULT_SAMPLING).items()}
+    given = record if isinstance(record, dict) else {}
+    numbers = {key: n for key, n in given.items() if isinstance(n, int | float) and 0 <= n < 1 << 31}
+    return replace(DEFAULT_SAMPLING, **{key: kinds[key](n) for key, n in numbers.items() if key in kinds})
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a file that is not there yet.
+
+    Raises:
+        ArtifactError: there is a file already, or it cannot be written.
+    """
+    if path.exists():
+        raise ArtifactError(f"{path} is there already", "give another name; nothing was overwritten")
+    _write(path, text, 0o666)
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    """Write beside the place and rename: a half-written file is never seen."""
+    half_written = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(os.open(half_written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        half_written.replace(path)
+    except OSError as error:
+        half_written.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror}") from error
+
+
+class Store:
+    """The folder of kept conversations."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or data_dir() / "conversations"
+
+    def new_path(self) -> Path:
+        """Return where a new conversation is to be kept; names sort by time."""
+        return self.folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json"
+
+    def newest_first(self) -> Iterator[tuple[Path, Conversation]]:
+        """Yield the conversations that can be read, the last one that was written first."""
+        for path in sorted(self.folder.glob("*.json"), key=_written_at, reverse=True):
+            try:
+                yield path, read_conversation(path)
+            except ArtifactError:
+                continue  # another program's, or broken: it does not keep the others from being found
+
+    def write(self, path: Path, conversation: Conversation) -> None:
+        """Write a conversation to its place, readable to its user alone.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ArtifactError(f"cannot make {self.folder}: {error.strerror}") from error
+        _write(path, conversation.to_json(), 0o600)
+
+    def delete(self, path: Path) -> None:
+        """Delete a conversation, with its state."""
+        path.unlink(missing_ok=True)
+        path.with_suffix(".state").unlink(missing_ok=True)
+
+    def save_state(self, path: Path, engine: Engine, n_used: int) -> None:
+        """Keep what the engine's KV cache holds of a conversation of n_used tokens, if that is worth its room.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        if n_used >= _WORTH_A_STATE and path.exists():
+            engine.save_state(path.with_suffix(".state"))
+            path.with_suffix(".state").chmod(0o600)
+            self._bound_states()
+
+    def load_state(self, path: Path, engine: Engine) -> int:
+        """Return how many tokens of a conversation the engine need not compute again."""
+        state = path.with_suffix(".state")
+        n = engine.load_state(state) if state.exists() else 0
+        if n == 0:
+            state.unlink(missing_ok=True)
+        return n
+
+    def _bound_states(self) -> None:
+        """Delete states without a conversation, then the oldest, until the others are small enough together."""
+        room = _MAX_STATE_BYTES
+        for state in sorted(self.folder.glob("*.state"), key=_written_at, reverse=True):
+            room -= state.stat().st_size
+            if room < 0 or not state.with_suffix(".json").exists():
+                state.unlink(missing_ok=True)
+
+
+def _written_at(path: Path) -> tuple[int, str]:
+    try:
+        return path.stat().st_mtime_ns, path.name
+    except OSError:  # deleted meanwhile
+        return 0, path.name

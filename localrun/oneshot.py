@@ -1,0 +1,103 @@
+"""One question, one answer, as a tool among others: pipes in and out, nothing but the answer on standard output."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from ..errors import UsageError
+from .engine import Step
+from .session import Question, Session
+
+if TYPE_CHECKING:
+    from .screen import Screen
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Say whether a standard stream is a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def read_question(prompt: str | None, read_stdin: bool) -> str:
+    """Return the prompt, then what standard input holds.
+
+    Raises:
+        UsageError: there is nothing in either.
+    """
+    piped = ""
+    if read_stdin and sys.stdin is not None:
+        buffer = getattr(sys.stdin, "buffer", None)  # bytes: another encoding must not stop the question
+        piped = buffer.read().decode("utf-8", "replace") if buffer else sys.stdin.read()
+    given = (prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an argument is bytes too
+    question = "\n\n".join(text for text in (given, piped.strip("\n")) if text.strip())
+    if not question:
+        raise UsageError("there is nothing to ask", "give -p 'QUESTION', or pipe one in")
+    return question
+
+
+def answer_once(session: Session, question: str, *, json_output: bool = False, folded: bool = False) -> None:
+    """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
+
+    The thinking goes beside a plain answer, to standard error, if a terminal shows it.
+
+    Raises:
+        ModelError: the question does not fit the context.
+    """
+    on_screen = is_terminal(sys.stdout) and not json_output
+    screen = _screen(on_screen, folded) if on_screen or is_terminal(sys.stderr) else None
+    last: Step | None = None
+    text, notes = {"thinking": "", "answer": ""}, []
+    try:
+        for last in session.ask(Question(question)):
+            text[last.part] += last.text
+            notes += [last.note] if last.note else []
+            if screen:
+                screen.show(last)
+            if last.part == "answer" and not on_screen and not json_output:
+                print(last.text, end="", flush=True)
+    finally:
+        if screen:
+            screen.end()
+    assert last is not None
+    if json_output:
+        record = _answer_record(session, last, text["thinking"], text["answer"]) | {"notes": notes}
+        print(json.dumps(record, ensure_ascii=False))
+    elif not on_screen and not text["answer"].endswith("\n"):
+        print()
+    for note in [*notes, *why_cut(session, last)]:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _screen(on_screen: bool, folded: bool) -> Screen:
+    from rich.console import Console  # not for a pipe: it takes a tenth of a small model's first answer
+
+    from .screen import Screen
+
+    return Screen(Console(stderr=not on_screen), folded=folded, show_answer=on_screen)
+
+
+def _answer_record(session: Session, last: Step, thinking: str, answer: str) -> dict[str, object]:
+    return {
+        "model": str(session.engine.path),
+        "content": answer,
+        "reasoning_content": None if last.closed is None else thinking,
+        "closed": last.closed,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.n_prompt,
+        "completion_tokens": last.n_generated,
+        "reasoning_tokens": last.n_reasoning,
+        "tokens_per_s": round(last.tokens_per_s, 2),
+    }
+
+
+def why_cut(session: Session, last: Step) -> list[str]:
+    """Return why an answer is not whole; nothing if it is."""
+    if last.finish_reason != "length":
+        return []
+    where = "thinking" if last.part == "thinking" else "answer"
+    if last.n_generated >= session.sampling.max_tokens:
+        return [f"the {where} was cut at {last.n_generated} tokens; --max-tokens allows more"]
+    return [
+        f"the {where} was cut where the context of {session.engine.n_ctx} tokens is full; --context makes it larger"
+    ]
