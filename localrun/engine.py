@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .vision import Projector
 
 _STATE_MAGIC = b"deepdistill-state-1\n"
-_N_MEASURED = 6  # tokens made to compare thread counts
+_N_MEASURED, _MEASURED_S = 12, 1.0  # tokens made, and seconds taken, at most, to compare thread counts
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,13 @@ class Engine:
         self._turn = object()  # the call that the KV cache belongs to
 
     def _seconds_with(self, n_threads: int) -> float:
-        """Return the seconds that a few tokens take, one after the other."""
+        """Return the seconds a token takes, from a few of them, fewer where they are slow."""
         self._context.set_threads(n_threads)
-        started = time.monotonic()
-        for i in range(_N_MEASURED):
-            self._context.decode([Entry(i % self.n_vocab, i, 0, True)])
-        seconds = time.monotonic() - started
+        started, n = time.monotonic(), 0
+        while n < _N_MEASURED and time.monotonic() - started < _MEASURED_S:
+            self._context.decode([Entry(n % self.n_vocab, n, 0, True)])
+            n += 1
+        seconds = (time.monotonic() - started) / n
         self._context.forget(0)
         return seconds
 

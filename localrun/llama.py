@@ -21,7 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, ModelError, UsageError
+from .hardware import bound_spinning
 from .memory import KV_TYPES
+
+bound_spinning()  # before OpenMP is loaded: it reads its settings once
 
 try:
     import llama_cpp
