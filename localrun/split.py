@@ -1,0 +1,132 @@
+"""Cut a GGUF into shards as llama.cpp's gguf-split does: for browsers, which hold no large file, and for hosts' limits.
+
+Every shard is a GGUF of its own; the first one holds all the metadata. llama.cpp, and wllama in a browser, are given
+the first shard and find the others by their names. Bytes are copied as they stand, tensor by tensor.
+
+Source: llama.cpp's tools/gguf-split for the format. Ours leaves no shard above the size unless one tensor alone is.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from ..errors import ArtifactError
+from .header import Header, StoredTensor, read_gguf
+
+MAX_SHARD_BYTES = 64_000_000
+"""Of tensors. A download that breaks off loses one shard, and free hosts take files up to 100 MB."""
+
+_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_UINT16, _INT32 = 2, 5  # GGUF's numbers of value types
+_PIECE = 1 << 22  # bytes in memory at once
+
+
+def is_shard(path: Path) -> bool:
+    """Say whether a file's name is that of a part of a split model."""
+    return _NAME.search(path.name) is not None
+
+
+def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> list[Path]:
+    """Write a file's shards, `NAME-00001-of-00003.gguf` and so on, into a folder that exists; return their paths.
+
+    Raises:
+        ArtifactError: the file is no GGUF, broken, or a shard itself.
+    """
+    header = read_gguf(path)
+    if any(name.startswith("split.") for name in header.metadata):
+        raise ArtifactError(f"{path} is a part of a split model", "give the whole model in one file")
+    if not header.tensors:
+        raise ArtifactError(f"{path} holds no tensors", "give a model")
+    n_entries, entries = _metadata_bytes(path, header)
+    groups = _groups(list(header.tensors.values()), max_bytes)
+    alignment = int(header.metadata.get("general.alignment", 32))
+    written = []
+    for number, group in enumerate(groups):
+        shard = folder / f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
+        own = [
+            _entry("split.no", _UINT16, "H", number),
+            _entry("split.count", _UINT16, "H", len(groups)),
+            _entry("split.tensors.count", _INT32, "i", len(header.tensors)),
+        ]
+        if number == 0:
+            n, metadata = n_entries + len(own), entries + b"".join(own)
+        else:
+            own += [_entry("general.alignment", 4, "I", alignment)] if alignment != 32 else []
+            n, metadata = len(own), b"".join(own)
+        with path.open("rb") as source, shard.open("wb") as file:
+            _write_shard(source, file, n, metadata, group, alignment)
+        written.append(shard)
+    return written
+
+
+def _metadata_bytes(path: Path, header: Header) -> tuple[int, bytes]:
+    """Return how many entries of metadata a file has, and their bytes: all that stands before the table of tensors."""
+    data_start = min(tensor.offset for tensor in header.tensors.values())
+    with path.open("rb") as file:
+        head = file.read(data_start)
+    table = b"".join(_table_row(tensor, tensor.offset - data_start) for tensor in header.tensors.values())
+    end = head.rfind(table)
+    if end < 0:
+        raise ArtifactError(f"{path} is not laid out as a GGUF file is", "write it anew: deepdistill quantize")
+    (n_entries,) = struct.unpack_from("<Q", head, 16)
+    return n_entries, head[24:end]
+
+
+def _groups(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
+    """Return the tensors of each shard, in the file's order."""
+    groups: list[list[StoredTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if groups[-1] and size + tensor.n_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.n_bytes
+    return groups
+
+
+def _write_shard(
+    source: BinaryIO, file: BinaryIO, n_entries: int, metadata: bytes, tensors: Sequence[StoredTensor], alignment: int
+) -> None:
+    file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), n_entries) + metadata)
+    at = 0
+    for tensor in tensors:
+        file.write(_table_row(tensor, at))
+        at += _padded(tensor.n_bytes, alignment)
+    for tensor in tensors:
+        file.write(bytes(_padded(file.tell(), alignment) - file.tell()))
+        source.seek(tensor.offset)
+        for piece in _pieces(source, tensor.n_bytes):
+            file.write(piece)
+    file.write(bytes(_padded(file.tell(), alignment) - file.tell()))
+
+
+def _pieces(source: BinaryIO, n_bytes: int) -> Iterable[bytes]:
+    while n_bytes:
+        piece = source.read(min(n_bytes, _PIECE))
+        n_bytes -= len(piece)
+        yield piece
+
+
+def _table_row(tensor: StoredTensor, offset: int) -> bytes:
+    """Return what a file's table says of a tensor whose bytes stand so far behind the data's start."""
+    dimensions = tensor.shape[::-1]
+    row = _string(tensor.name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
+    return row + struct.pack("<IQ", tensor.type, offset)
+
+
+def _entry(key: str, type_: int, form: str, value: int) -> bytes:
+    return _string(key) + struct.pack(f"<I{form}", type_, value)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
