@@ -121,7 +121,7 @@ def about(model: ModelCard) -> str:
     parts = [
         f"{model.type}, {format_bytes(model.size_bytes)}",
         f"from {origin}" if origin else "",
-        f"licence {licence}" if licence else "no licence named",
+        licence or "no licence named",
     ]
     return " · ".join(part for part in parts if part)
 
