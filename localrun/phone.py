@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +161,8 @@ def _candidates(model_path: Path) -> Iterator[Path]:
 def _may_fit(model: ModelCard, type_: str, memory: int) -> bool:
     """Say whether a model could fit if all its weights had a file type's base type: real files are larger."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType["_".join(type_.split("_")[:2])]]
-    n_bytes = model.n_weights // block * block_bytes
-    others = model.footprint.total_bytes(model.min_ctx) - model.footprint.weight_bytes
-    return n_bytes < model.footprint.weight_bytes and n_bytes + others <= memory
+    smaller = replace(model.footprint, weight_bytes=model.n_weights // block * block_bytes)
+    return smaller.max_ctx(memory) >= model.min_ctx
 
 
 def _write_page(web: Path, model: ModelCard, shards: list[Path], starts_inside: bool) -> None:
