@@ -13,12 +13,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError, ModelError, UsageError
 from .conversations import Conversation, Store
 from .engine import Engine
 from .find import find_model
 from .oneshot import answer_once, is_terminal, read_question
-from .session import Session
+from .session import Question, Session
 from .thinking import Think
 
 __all__ = ["ChatSettings", "chat", "find_model"]
@@ -37,12 +37,17 @@ class ChatSettings:
     top_p: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
+    grammar: str | None = None
+    """GBNF that holds every answer."""
+    images: tuple[Path, ...] = ()
+    """What the first question is about."""
     loop_guard: bool = True
     speculate: bool = False
     n_ctx: int | None = None
     kv_type: str = "f16"
     draft_path: Path | None = None
     mmproj_path: Path | None = None
+    """The projector for images; None is the one beside the model, where one may be shown."""
     resume: Literal["newest", "pick"] | None = None
     """Go on with the newest kept conversation, or one picked from a list."""
     keep: bool = True
@@ -57,7 +62,11 @@ class ChatSettings:
         session.think = self.think or session.think
         budget = session.guidance.think_budget if self.think_budget is None else self.think_budget
         session.guidance = replace(
-            session.guidance, think_budget=budget, loop_guard=self.loop_guard, speculate=self.speculate
+            session.guidance,
+            think_budget=budget,
+            grammar=self.grammar,
+            loop_guard=self.loop_guard,
+            speculate=self.speculate,
         )
         names = ("temperature", "top_p", "max_tokens", "seed")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -101,17 +110,12 @@ def chat(
     store = Store()
     path, conversation = _kept(store, settings.resume) if settings.resume else (None, Conversation(messages=[]))
     question = read_question(prompt, read_stdin=piped or prompt is None) if once else ""
-    open_engine = partial(
-        Engine,
-        n_ctx=settings.n_ctx,
-        kv_type=settings.kv_type,
-        draft_path=settings.draft_path,
-        mmproj_path=settings.mmproj_path,
-    )
+    open_engine = partial(_open_engine, settings=settings, may_see=bool(settings.images) or not once)
     session = Session(open_engine(_model_path(model, conversation, settings.offline)))
     try:
         session.adopt(conversation)
         settings.override(session)
+        images = tuple(str(image.absolute()) for image in settings.images)
         if not once:
             from .dialogue import Dialogue, converse  # not for a pipe: it loads what draws and reads keys
 
@@ -122,11 +126,11 @@ def chat(
                 folded=settings.fold,
                 offline=settings.offline,
             )
-            converse(talk, (path, conversation) if path else None)
+            converse(talk, (path, conversation) if path else None, images)
             return 0
         if path:
             store.load_state(path, session.engine)
-        answer_once(session, question, json_output=json_output, folded=settings.fold)
+        answer_once(session, Question(question, images=images), json_output=json_output, folded=settings.fold)
         if path and settings.keep:
             store.write(path, session.record(conversation.created))
             store.save_state(path, session.engine, session.n_used())
@@ -151,6 +155,21 @@ def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Convers
     if not number.isdecimal() or not 0 < int(number) <= len(kept):
         raise UsageError(f"there is no conversation {number}", f"give a number from 1 to {len(kept)}")
     return kept[int(number) - 1]
+
+
+def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:
+    """Load a model, with its projector if it may be shown images."""
+    load = partial(Engine, path, n_ctx=settings.n_ctx, kv_type=settings.kv_type, draft_path=settings.draft_path)
+    if settings.mmproj_path or not may_see or not any("mmproj" in file.name for file in path.parent.glob("*.gguf")):
+        return load(mmproj_path=settings.mmproj_path)
+    from .vision import find_mmproj
+
+    try:
+        return load(mmproj_path=find_mmproj(path))
+    except ModelError:  # what lies beside it may be another model's
+        if settings.images:
+            raise
+        return load()
 
 
 def _model_path(model: str | Path | None, conversation: Conversation, offline: bool) -> Path:

@@ -128,7 +128,7 @@ def _budget(talk: Dialogue, rest: str) -> None:
 
 
 def _whole_number(text: str, hint: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal():
         raise UsageError(f"{text} is no number of tokens", hint)
     return int(text)
 

@@ -65,8 +65,11 @@ class Conversation:
 
     @property
     def when(self) -> str:
-        """When it was last written, for a list."""
-        return self.updated[:16].replace("T", " ").ljust(16)
+        """When it was last written, for a list: this place's time."""
+        try:
+            return f"{datetime.fromisoformat(self.updated).astimezone():%Y-%m-%d %H:%M}"
+        except ValueError:  # another program's file
+            return " " * 16
 
     def to_json(self) -> str:
         """Return the record as the JSON text of its file."""

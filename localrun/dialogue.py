@@ -13,7 +13,7 @@ from .commands import COMMANDS, obey
 from .conversations import Conversation, Store
 from .engine import Engine, Step
 from .oneshot import why_cut
-from .screen import Screen, Thought, printable
+from .screen import Screen, Thought, new_console, printable
 from .session import Question, Session
 from .terminal import Keys, reader
 
@@ -35,7 +35,7 @@ class Dialogue:
     ) -> None:
         """Converse in a console; without a store nothing is kept on disk."""
         self.session, self.open_engine, self.store = session, open_engine, store
-        self.console = console or Console()
+        self.console = console or new_console()
         self.folded, self.offline = folded, offline
         self.pending = Question("")  # the next one, as far as it is typed and attached
         self.unanswered: Question | None = None  # asked last, and taken back
@@ -194,11 +194,12 @@ def _written_at(path: Path) -> int:
         return 0
 
 
-def converse(talk: Dialogue, kept: tuple[Path, Conversation] | None = None) -> None:
+def converse(talk: Dialogue, kept: tuple[Path, Conversation] | None = None, images: tuple[str, ...] = ()) -> None:
     """Read, answer and obey slash commands until /quit or Ctrl-D, from the beginning or where one left off."""
     talk.greet()
     if kept:
         talk.take_up(*kept)
+    talk.pending = Question("", images=images)
     read = reader(talk, on_fold=talk.fold, keeps_history=talk.store is not None)
     while True:
         try:

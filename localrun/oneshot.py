@@ -36,7 +36,7 @@ def read_question(prompt: str | None, read_stdin: bool) -> str:
     return question
 
 
-def answer_once(session: Session, question: str, *, json_output: bool = False, folded: bool = False) -> None:
+def answer_once(session: Session, question: Question, *, json_output: bool = False, folded: bool = False) -> None:
     """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
 
     The thinking goes beside a plain answer, to standard error, if a terminal shows it.
@@ -49,7 +49,7 @@ def answer_once(session: Session, question: str, *, json_output: bool = False, f
     last: Step | None = None
     text, notes = {"thinking": "", "answer": ""}, []
     try:
-        for last in session.ask(Question(question)):
+        for last in session.ask(question):
             text[last.part] += last.text
             notes += [last.note] if last.note else []
             if screen:
@@ -70,11 +70,9 @@ def answer_once(session: Session, question: str, *, json_output: bool = False, f
 
 
 def _screen(on_screen: bool, folded: bool) -> Screen:
-    from rich.console import Console  # not for a pipe: it takes a tenth of a small model's first answer
+    from .screen import Screen, new_console  # a pipe, where nothing is drawn, does without rich
 
-    from .screen import Screen
-
-    return Screen(Console(stderr=not on_screen), folded=folded, show_answer=on_screen)
+    return Screen(new_console(stderr=not on_screen), folded=folded, show_answer=on_screen)
 
 
 def _answer_record(session: Session, last: Step, thinking: str, answer: str) -> dict[str, object]:

@@ -8,6 +8,7 @@ ssh connection and a screen reader all get the same text.
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ _CONTROL |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 def printable(text: str) -> str:
     """Return foreign text without what could steer a terminal; newlines stay, tabs become spaces."""
     return text.translate(_CONTROL).expandtabs(4)
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Return the console of this terminal. A dumb one's width rich does not ask for."""
+    console = Console(stderr=stderr)
+    return Console(stderr=stderr, width=shutil.get_terminal_size().columns) if console.is_dumb_terminal else console
 
 
 def is_drawable(console: Console) -> bool:

@@ -19,10 +19,11 @@ from rich.console import Console
 
 from deepdistill.localrun.conversations import Store, read_conversation
 from deepdistill.localrun.dialogue import Dialogue, converse
-from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.engine import Engine, Step
+from deepdistill.localrun.generation import Guidance, Sampling
 from deepdistill.localrun.session import Question, Session
 from deepdistill.localrun.terminal import history_path
+from deepdistill.localrun.vision import MARKER
 
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
 
@@ -135,7 +136,7 @@ def test_settings(talk: Talk) -> None:
         ("/ed", "did you mean /edit?"),
         ("/think loudly", "/think auto, on, off, show or fold"),
         ("/budget soon", "soon is no number of tokens"),
-        ("/budget 0", "0 is no number of tokens"),
+        ("/budget -1", "-1 is no number of tokens"),
         ("/temp hot", "hot is no temperature"),
         ("/temp nan", "nan is no temperature"),
         ("/file /no/such/file", "no file at /no/such/file"),
@@ -367,3 +368,34 @@ def test_a_state_of_another_model_is_deleted(talk: Talk, random_gguf: Path) -> N
     with Engine(random_gguf, n_threads=1) as other:
         assert talk.store.load_state(path, other) == 0
     assert not path.with_suffix(".state").exists()
+
+
+# --- images ---
+
+
+def test_images_are_shown_with_every_later_prompt_and_come_back(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[tuple[str, list[Path]]] = []
+    stream = Engine.stream
+
+    def see(engine: Engine, prompt: str, sampling: Sampling, guidance: Guidance, images: list[Path]) -> Iterator[Step]:
+        prompts.append((prompt, images))
+        return stream(engine, prompt, sampling, guidance)
+
+    monkeypatch.setattr(Engine, "stream", see)
+    monkeypatch.setattr(Engine, "sees_images", True)
+    cat, dog = tmp_path / "my cat.png", tmp_path / "dog.png"
+    for path in (cat, dog):
+        path.write_bytes(b"")
+    talk.type("/image /no/such.png", f"/image {cat}", f"/image {dog}", "what?", "and?")
+    talk.type("/undo", "/edit", "!")
+    for prompt, images in prompts:
+        assert images == [cat, dog]
+        assert f"<|im_start|>user\n{MARKER}\n{MARKER}\nwhat?" in prompt
+    assert len(prompts) == 3
+    (path,) = talk.store.folder.glob("*.json")
+    talk.dialogue.resume(path, read_conversation(path))
+    talk.type("/edit", "\x15/file -", "no image")
+    assert prompts[-1][1] == []
+    assert talk.asked == ["no image"]
