@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import __version__
-from .errors import ArtifactError, DeepDistillError, GateError
-from .localrun.progress import Bars
+from .errors import ArtifactError, DeepDistillError, GateError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from .distill.teach import TeachSettings
+    from .localrun.progress import Bars
     from .quantize.quantize import QuantizeReport
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ app = typer.Typer(
 DEMO_PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 
 Stage = Literal["traces", "training"]
+Think = Literal["auto", "on", "off"]
+KVType = Literal["f16", "q8_0", "q4_0"]
 Problems = Annotated[str, typer.Option(help="gym:NAME?param=value&…, or a .jsonl, .csv or .parquet file.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Seed = Annotated[int, typer.Option(help="Of the problems, the sampling and the training.", min=0)]
@@ -112,7 +114,7 @@ def demo(
     )
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
-    with Bars(quiet) as progress, _resumable(folder):
+    with _bars(quiet) as progress, _resumable(folder):
         result = teach(settings, folder, offline=offline, on_progress=progress)
         report = _export(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
         scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
@@ -205,7 +207,7 @@ def teach(
         },
     )
     folder = out or Path("runs") / run_name(student, problems)
-    with Bars(quiet) as progress, _resumable(folder):
+    with _bars(quiet) as progress, _resumable(folder):
         result = run_teach(
             settings,
             folder,
@@ -246,7 +248,7 @@ def quantize(
         raise ArtifactError(f"{folder} holds no trained student", f"deepdistill teach --out {folder} … makes one")
     name = checkpoint.resolve().name
     target = out or (folder or checkpoint.resolve().parent) / f"{name}-{type_.upper()}.gguf"
-    with Bars(quiet) as progress:
+    with _bars(quiet) as progress:
         report = _export(checkpoint, target, type_, problems, settings, progress, proofs)
     size = report.path.stat().st_size
     print(f"{report.path}: {size / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits a weight")
@@ -268,34 +270,142 @@ def chat(
         str | None, typer.Option("--prompt", "-p", help="Ask once and leave; piped input comes after it.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    think: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="An answer's limit, thinking included.", min=1)] = 2048,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of context; the model's own if not given.", min=16)
+    continue_: Annotated[bool, typer.Option("--continue", help="Go on with the newest kept conversation.")] = False,
+    pick: Annotated[bool, typer.Option("--pick", help="Go on with a kept conversation, from a list.")] = False,
+    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the conversation on this machine.")] = True,
+    think: Annotated[Think | None, typer.Option(help="auto leaves it to the model's template.")] = None,
+    think_budget: Annotated[
+        int | None, typer.Option(help="Tokens of thinking, at most; an answer always follows.", min=0)
     ] = None,
-    seed: Seed = 0,
+    loop_guard: Annotated[bool, typer.Option(help="End thinking and answers that go in circles.")] = True,
+    fold: Annotated[bool, typer.Option("--fold", help="Show the thinking as one line.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="0 if not given.", min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 if not given.", min=0, max=1)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="An answer's limit, thinking included; 2048 if not given.", min=1)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of context; the model's own, as memory allows, if not given.", min=16)
+    ] = None,
+    kv_type: Annotated[KVType, typer.Option(help="Of the cache: q8_0 and q4_0 take less memory.")] = "f16",
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Guess tokens ahead, where that pays: faster on text that repeats.")
+    ] = False,
+    draft: Annotated[
+        Path | None, typer.Option(help="A small GGUF of the same vocabulary that guesses ahead for --speculate.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Show an image with the first question.")] = None,
+    mmproj: Annotated[
+        Path | None, typer.Option(help="The projector for images; found beside the model if named mmproj-….gguf.")
+    ] = None,
+    schema: Annotated[Path | None, typer.Option(help="Hold the answer to the JSON schema in this file.")] = None,
+    grammar: Annotated[Path | None, typer.Option(help="Hold the answer to the GBNF grammar in this file.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling; 0 if not given.", min=0)] = None,
     json_output: AsJson = False,
     offline: Offline = False,
 ) -> None:
     """Talk to a GGUF, its thinking visible and apart; one-shot with -p, and in pipes."""
+    from .localrun.chat import ChatSettings
     from .localrun.chat import chat as run_chat
-    from .localrun.chat import find_model
-    from .localrun.generation import Sampling
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
-    code = run_chat(
-        find_model(model, offline=offline),
+    settings = ChatSettings(
         system=system,
-        thinking=think,
-        sampling=sampling,
+        think=think,
+        think_budget=think_budget,
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+        loop_guard=loop_guard,
+        speculate=speculate or draft is not None,
         n_ctx=context,
-        prompt=prompt,
-        json_output=json_output,
+        kv_type=kv_type,
+        draft_path=draft,
+        resume="pick" if pick else ("newest" if continue_ else None),
+        keep=keep,
+        fold=fold,
+        images=tuple(image or ()),
+        mmproj_path=mmproj,
+        grammar=_grammar(schema, grammar),
+        offline=offline,
     )
+    code = run_chat(model, settings, prompt=prompt, json_output=json_output)
     if code:
         raise typer.Exit(code)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A .gguf file, a run folder or hf:ORG/REPO[:FILE].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, in half a minute for a small model.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Measured anew if not given.", min=1)] = None,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prefill and decoding at several depths, sequences and KV types, against what the memory's bandwidth allows."""
+    from .localrun.bench import QUICK, BenchSettings, print_bench
+    from .localrun.bench import bench as run_bench
+    from .localrun.find import find_model
+
+    path = find_model(model, offline=offline)
+    with _bars(quiet) as progress:
+        report = run_bench(path, QUICK if quick else BenchSettings(), n_threads=threads, on_progress=progress)
+    print_bench(report, _console())
+    if json_output:
+        print(json.dumps(report.to_json()))
+
+
+@app.command()
+def doctor(json_output: AsJson = False) -> None:
+    """This machine: cores, memory, GPU, llama.cpp's build, and which models fit with which context."""
+    from .localrun.doctor import doctor as run_doctor
+    from .localrun.doctor import print_doctor
+
+    report = run_doctor()
+    print_doctor(report, _console())
+    if json_output:
+        print(json.dumps(report.to_json()))
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help="A .gguf file, a run folder or hf:ORG/REPO[:FILE].")] = None,
+    to: Annotated[Literal["phone"], typer.Option(help="phone: a folder for phones and browsers.")] = "phone",
+    out: Annotated[Path | None, typer.Option(help="The folder; NAME-phone if not given.")] = None,
+    memory: Annotated[
+        int | None, typer.Option(help="MB that the model and its context may take; 2000 if not given.", min=1)
+    ] = None,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """A GGUF as a folder for phones: split for browsers, with a page that runs it offline, and steps for apps."""
+    from .localrun.find import find_model
+    from .localrun.phone import export_phone
+
+    folder = Path(model) if model and Path(model).is_dir() else None
+    path = folder or find_model(model, offline=offline)
+    name = (folder or path.with_suffix("")).resolve().name
+    run, settings = _run_of(folder) if folder else (None, None)
+    with _bars(quiet) as progress:
+
+        def make(type_: str) -> Path:
+            assert run is not None
+            target = run / f"student-{type_}.gguf"
+            return _export(run / "student", target, type_, None, settings, progress, proofs=False).path
+
+        report = export_phone(
+            path,
+            out or Path(f"{name}-phone"),
+            memory_mb=memory,
+            make=make if run and (run / "student").is_dir() else None,
+            offline=offline,
+            on_progress=progress,
+        )
+    print(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000", sep="\n")
+    if json_output:
+        print(json.dumps(dataclasses.asdict(report), default=str))
 
 
 @app.command("eval")
@@ -331,7 +441,7 @@ def eval_(
     spec = str(student_dir(model)) if model == "smollm2" else model
     folder, _ = _run_of(Path(model))
     with (
-        Bars(quiet) as progress,
+        _bars(quiet) as progress,
         open_teacher(
             str(folder / "student") if folder else spec,
             batch_size=batch_size,
@@ -361,6 +471,24 @@ def eval_(
     )
     if json_output:
         print(json.dumps({"model": model, "problems": problems, "seed": seed} | score.to_json()))
+
+
+def _grammar(schema: Path | None, grammar: Path | None) -> str | None:
+    """Return the GBNF that a file holds, or that holds an answer to the JSON schema in a file."""
+    path = schema or grammar
+    if path is None:
+        return None
+    if schema and grammar:
+        raise UsageError("--schema and --grammar are two ways to say one thing", "give one of them")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error
+    if not schema:
+        return text
+    from .localrun.schema import grammar_of_schema
+
+    return grammar_of_schema(text)
 
 
 def _run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
@@ -434,6 +562,12 @@ class _resumable:
             print(
                 f"\nstopped; {self._folder} keeps what was done: the same command goes on from there", file=sys.stderr
             )
+
+
+def _bars(quiet: bool) -> Bars:
+    from .localrun.progress import Bars
+
+    return Bars(quiet)
 
 
 def _console() -> Console:
