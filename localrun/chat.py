@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .conversations import Conversation, Store
@@ -73,13 +73,15 @@ class ChatSettings:
         session.sampling = replace(session.sampling, **given)
 
 
+_DEFAULTS = ChatSettings()
+
+
 def chat(
     model: str | Path | None,
-    settings: ChatSettings | None = None,
+    settings: ChatSettings = _DEFAULTS,
     *,
     prompt: str | None = None,
     json_output: bool = False,
-    **given: Any,
 ) -> int:
     """Chat in the terminal, or answer once if there is a prompt, a pipe or no terminal to write to; return 0.
 
@@ -89,17 +91,6 @@ def chat(
         ArtifactError, ModelError: the file cannot be run, or the question does not fit the context.
         UsageError: there is nothing to ask.
     """
-    if settings is None:  # until cli.py gives settings
-        sampling = given["sampling"]
-        settings = ChatSettings(
-            system=given["system"],
-            think="auto" if given["thinking"] else "off",
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=sampling.max_tokens,
-            seed=sampling.seed,
-            n_ctx=given["n_ctx"],
-        )
     piped = not is_terminal(sys.stdin)
     once = prompt is not None or piped or not is_terminal(sys.stdout)
     if json_output and not once:

@@ -165,7 +165,7 @@ class Dialogue:
             n_ready = self.store.load_state(path, self.session.engine)
             self.path, self._created, self._written = path, conversation.created, _written_at(path)
         engine, n = self.session.engine, len(self.session.turns) // 2
-        ready = f", {n_ready:,} of them ready" if n_ready else ""
+        ready = "; only the last answer is read again" if n_ready else ""  # without its thinking
         turns = "1 turn" if n == 1 else f"{n} turns"
         self.say(f"{conversation.title}: {turns}, {self.session.n_used():,} tokens{ready}")
         if conversation.model_hash and conversation.model_hash != engine.model.hash:
