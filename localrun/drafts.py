@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 Propose = Callable[[Sequence[int], int], list[int]]
 """From the tokens so far and a number, at most so many tokens that may come next."""
 
-_GRAMS = (4, 3, 2)  # tokens looked up, the longest first
+_GRAMS = (4, 3)  # tokens looked up, the longest first; pairs are found everywhere and tell little
 _FIRST, _LEAST, _MOST = 4, 2, 16  # tokens in a draft
 _MEASURED = 3  # tokens made one by one before the first draft, to know what one costs
 _TRIED = 4  # drafts before the first judgement
@@ -28,7 +28,7 @@ class NgramDrafts:
         self._n_seen = 0
 
     def __call__(self, tokens: Sequence[int], n: int) -> list[int]:
-        """Return at most n tokens; none where the last two tokens are new. The text only grows between calls."""
+        """Return at most n tokens; none where the last three tokens are new. The text only grows between calls."""
         for end in range(self._n_seen, len(tokens)):  # the n-grams that end here were not followed by anything before
             for size in _GRAMS:
                 if end >= size:
@@ -50,7 +50,6 @@ class Latch:
         self._gain, self._n_tried = 1.0, 0
         self._pause, self._resume_at = _SHORT_PAUSE, 0
         self._n_tokens = 0
-        self.n_accepted = 0
 
     def n_wanted(self) -> int:
         """Return how many tokens to draft next."""
@@ -61,7 +60,6 @@ class Latch:
     def record(self, n_drafted: int, n_accepted: int, seconds: float) -> None:
         """Take notice of one batch: of a token with n_drafted guesses after it, of which n_accepted were right."""
         self._n_tokens += 1 + n_accepted
-        self.n_accepted += n_accepted
         if not n_drafted:
             # The first is slower: it warms the caches.
             self._n_plain += 1

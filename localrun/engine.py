@@ -114,6 +114,7 @@ class Engine:
             raise
         self._cached: list[int] = []  # what sequence 0's KV cache holds
         self._turn = object()  # the call that the KV cache belongs to
+        self._latch = Latch()  # short answers alone would never learn whether guessing pays
 
     def _seconds_with(self, n_threads: int) -> float:
         """Return the seconds a token takes, from a few of them, fewer where they are slow."""
@@ -218,7 +219,7 @@ class Engine:
         propose: Propose | None = None
         if guidance.speculate and not self.model.is_recurrent and not images:
             propose = self._draft._propose if self._draft else NgramDrafts()
-        latch, draft, said = Latch(), list[int](), list(tokens)
+        draft, said, n_right = list[int](), list(tokens), 0
         spent, n_kept = 0.0, len(tokens)  # of the last batch: its seconds; how long the cache is without its draft
         try:
             while turn.finish_reason is None:
@@ -232,7 +233,7 @@ class Engine:
                 *earlier, (part, out) = pieces or [(reading.part, "")]
                 for part_before, out_before in earlier:
                     yield Step(-1, out_before, part_before, *counts)
-                n_right = latch.n_accepted + at + guessed
+                n_right += guessed
                 yield Step(token, out, part, *counts, turn.finish_reason, turn.take_note(), n_right)
                 if self._turn is not owner:
                     raise RuntimeError("another call took over this engine in the middle of a stream")
@@ -242,11 +243,11 @@ class Engine:
                     continue
                 self._cut(n_kept)
                 if n > 1:
-                    latch.record(len(draft), at, spent)
+                    self._latch.record(len(draft), at, spent)
                 if turn.finish_reason is not None:
                     break
                 draft = []
-                if propose and turn.can_speculate and (wanted := latch.n_wanted()):
+                if propose and turn.can_speculate and (wanted := self._latch.n_wanted()):
                     draft = propose(said, min(wanted, limit - n, self.n_ctx - len(said)))
                 began = time.monotonic()
                 self._extend([token, *draft], every=bool(draft))

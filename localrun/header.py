@@ -86,6 +86,19 @@ def _string(file: BinaryIO) -> str:
     return data.decode("utf-8")
 
 
+def _strings(file: BinaryIO, n: int) -> list[str]:
+    """Return n strings; a vocabulary and its merges hold a hundred thousand, and every chat waits for them."""
+    read, length_of = file.read, struct.Struct("<Q").unpack
+    found = []
+    for _ in range(n):
+        size = _sane(length_of(read(8))[0])
+        data = read(size)
+        if len(data) != size:
+            raise ValueError("it is cut short")
+        found.append(data.decode("utf-8"))
+    return found
+
+
 def _value(file: BinaryIO, kind: int) -> Any:
     if kind == _STRING:
         return _string(file)
@@ -93,7 +106,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
         inner, n = _unpack(file, "IQ")
         if inner in _SCALARS:
             return list(_unpack(file, f"{_sane(n)}{_SCALARS[inner]}"))
-        return [_value(file, inner) for _ in range(_sane(n))]
+        return _strings(file, _sane(n)) if inner == _STRING else [_value(file, inner) for _ in range(_sane(n))]
     if kind not in _SCALARS:
         raise ValueError(f"a value of type {kind}")
     return _unpack(file, _SCALARS[kind])[0]

@@ -331,7 +331,7 @@ def _check_file(path: Path) -> None:
 
 
 def _load_error(path: Path, reason: str) -> ArtifactError | ModelError:
-    reason = re.sub(r"^error loading model: ", "", reason)
+    reason = re.sub(r"^(error loading model: )?(\w+: )?", "", reason)
     if _NOT_THE_FILE.search(reason):
         return ModelError(f"cannot load {path}: {reason}", "a newer llama-cpp-python may know it")
     return ArtifactError(f"{path} is corrupt or cut short: {reason}", "download or quantize it again")

@@ -75,10 +75,12 @@ def write_gguf(
     template: str | None = CHATML,
     seed: int = 0,
     add_bos: bool = False,
+    without: str = "",
 ) -> Path:
     """Write a tiny llama in f32; after a prompt's last newline it says the script's (different) pieces.
 
-    Then it stops, or begins again ("loop"); with "random" the pieces are tokens and it says them as it likes.
+    Then it stops, or begins again ("loop"); with "random" the pieces are tokens and it says them as it likes. The
+    tensor named in `without` is left out.
     """
     tokens, types = vocabulary(script)
     weights = random_weights(len(tokens), seed)
@@ -105,6 +107,7 @@ def write_gguf(
     writer.add_add_bos_token(add_bos)
     if template is not None:
         writer.add_chat_template(template)
+    weights.pop(without, None)
     for name, weight in weights.items():
         writer.add_tensor(f"{name}.weight", weight)
     writer.write_header_to_file()

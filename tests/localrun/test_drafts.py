@@ -90,7 +90,7 @@ def test_the_guess_is_what_followed_the_longest_ending_last(text: list[int], n: 
     propose = NgramDrafts()
     for end in range(len(text) + 1):
         expected: list[int] = []
-        for size in (4, 3, 2):
+        for size in (4, 3):
             tail = text[end - size : end] if end >= size else []
             earlier = [i for i in range(size, end) if text[i - size : i] == tail]
             if tail and earlier:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import llama_cpp
@@ -325,6 +325,12 @@ def test_files_that_are_no_gguf(tmp_path: Path, random_gguf: Path) -> None:
     strange.write_bytes(random_gguf.read_bytes().replace(b"llama", b"lhama"))
     with pytest.raises(ModelError, match="lhama") as caught:
         Engine(strange)
+    one_line(caught.value)
+
+
+def test_a_missing_tensor_is_named(build_gguf: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"short: tensor 'blk\.1\.ffn_up\.weight' not found") as caught:
+        Engine(build_gguf(tmp_path / "m.gguf", without="blk.1.ffn_up"))
     one_line(caught.value)
 
 
