@@ -52,7 +52,6 @@ def complete_all(
 
     Raises:
         ModelError: llama.cpp failed.
-        UsageError: the grammar does not parse.
     """
     tokenized = [context.model.tokenize(prompt) for prompt in prompts]
     n_shared = _prefill_shared(context, [tokens for tokens in tokenized if 0 < len(tokens) < n_ctx], n_seq)

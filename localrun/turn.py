@@ -38,11 +38,7 @@ class Turn:
         limit: int,
         tags: Tags | None = None,
     ) -> None:
-        """Begin to answer a rendered prompt with at most `limit` tokens.
-
-        Raises:
-            UsageError: the grammar does not parse.
-        """
+        """Begin to answer a rendered prompt with at most `limit` tokens; a grammar was checked before."""
         self._model, self._guidance, self._limit = model, guidance, limit
         self._tags = tags or THINK
         self.reading = Reading(prompt_opens_thinking(prompt, self._tags), model.piece, self._tags)
