@@ -46,6 +46,11 @@ def prompt_opens_thinking(prompt: str, tags: Tags = THINK) -> bool:
     return prompt.rstrip().endswith(tags.open)
 
 
+def prompt_closes_thinking(prompt: str, tags: Tags = THINK) -> bool:
+    """Say whether a rendered prompt ends after the thinking, so that the model's first token is an answer."""
+    return prompt.rstrip().endswith(tags.close)
+
+
 def steer_thinking(prompt: str, think: Think, tags: Tags | None) -> str:
     """Make a rendered prompt's end open the thinking (`on`) or close it (`off`) where the template does not."""
     if tags is None or think == "auto":
@@ -53,7 +58,7 @@ def steer_thinking(prompt: str, think: Think, tags: Tags | None) -> str:
     opens = prompt_opens_thinking(prompt, tags)
     if think == "off" and opens:
         return f"{prompt}\n{tags.close}\n\n" if not prompt.endswith("\n") else f"{prompt}{tags.close}\n\n"
-    if think == "on" and not opens and not prompt.rstrip().endswith(tags.close):
+    if think == "on" and not opens and not prompt_closes_thinking(prompt, tags):
         return f"{prompt}{tags.open}\n"
     return prompt
 
@@ -126,10 +131,15 @@ class ThinkingParser:
 
     def _look_for_open(self) -> None:
         """Decide whether the output begins with the opening tag, once there is enough of it."""
-        text = self._held.lstrip()
+        text, close = self._held.lstrip(), self._tags.close
+        was_closed = self._forbidden and not self.opened  # by the prompt; a model may close it once more
+        while was_closed and text.startswith(close):
+            text = text[len(close) :].lstrip()
+        if was_closed:
+            self._held = text
         if text.startswith(self._tags.open):
             self.opened, self._state, self._held = True, "opened", text[len(self._tags.open) :]
-        elif not self._tags.open.startswith(text):
+        elif not self._tags.open.startswith(text) and not (was_closed and close.startswith(text)):
             self._state = "opened" if self.opened else "answer"
 
     def _take_thought(self) -> str:

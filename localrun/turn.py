@@ -15,7 +15,7 @@ from .llama import Context, Model
 from .loops import LoopDetector
 from .reading import Reading
 from .sampler import Sampler
-from .thinking import THINK, Part, Tags, prompt_opens_thinking
+from .thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
 
 _HINT = "\nI have to answer now.\n"
 _MOST_GRACE = 48  # tokens for the end of a line before the hint, and as many after it to finish a thought
@@ -61,7 +61,7 @@ class Turn:
         grace = min(_MOST_GRACE, self._budget // 6)
         self._hint_last = self._budget - len(self._close) - len(self._hint) - grace
         self._hint_first = self._hint_last - grace
-        if guidance.think_budget is not None:
+        if guidance.think_budget is not None or prompt_closes_thinking(prompt, self._tags):
             self.reading.forbid_tags()
         if guidance.ensures_answer:
             self._wind_down_if_due()

@@ -72,6 +72,23 @@ def test_with_a_budget_there_is_an_answer_and_no_tag_in_it(
     assert [step.part for step in steps] == sorted((step.part for step in steps), reverse=True)
 
 
+@relaxed
+@given(st.integers(0, 10_000))
+def test_with_thinking_off_no_tag_leaks(awkward: Engine, seed: int) -> None:
+    prompt = awkward.prompt([{"role": "user", "content": "why?"}], "off")
+    assert prompt.endswith("</think>\n\n")
+    steps = list(awkward.stream(prompt, Sampling(temperature=1.0, seed=seed, max_tokens=60)))
+    assert not any(tag in text_of(steps, part) for tag in ("<think>", "</think>") for part in ("answer", "thinking"))
+
+
+def test_a_model_that_closes_closed_thinking_again_is_forgiven(tmp_path: Path, build_gguf: BuildGGUF) -> None:
+    with Engine(build_gguf(tmp_path / "m.gguf", script=[b"</th", b"ink>", b"\n\n7"]), n_threads=1) as engine:
+        prompt = engine.prompt([{"role": "user", "content": "why?"}], "off")
+        steps = list(engine.stream(prompt, Sampling()))
+        assert (text_of(steps, "thinking"), text_of(steps, "answer")) == ("", "7")
+        assert steps[-1].closed is None
+
+
 def test_a_batch_is_held_to_the_same(awkward: Engine) -> None:
     prompts = [awkward.prompt([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
     guidance = Guidance(think_budget=30, stop=("7",))
