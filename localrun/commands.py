@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ..errors import ArtifactError, UsageError
+from .attach import fenced, read_text
 from .conversations import read_conversation, write_new
 from .find import find_model
 from .session import Question
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .dialogue import Dialogue
 
 _MOST_LISTED = 20
-_BYTES_PER_TOKEN = 32  # a text with more than this for each token of context cannot fit: it is not even read
 KEYS_HELP = """\
 Enter sends; Alt-Enter, or a backslash before Enter, begins a new line. Tab completes. Ctrl-C stops an answer, Ctrl-T \
 folds and unfolds thinking, Ctrl-D leaves. A message that begins with a slash is sent with a space before it."""
@@ -150,7 +150,7 @@ def _file(talk: Dialogue, rest: str) -> None:
         talk.say("nothing is attached")
     elif rest:
         path = Path(rest).expanduser()
-        block = _fenced(path.name, _text_of(path, talk.session.engine.n_ctx))
+        block = fenced(path.name, read_text(path, talk.session.engine.n_ctx))
         n = len(talk.session.engine.tokenize(pending.attached + block))
         room = talk.session.engine.n_ctx - talk.session.n_used()
         if n >= room:
@@ -162,37 +162,6 @@ def _file(talk: Dialogue, rest: str) -> None:
         talk.say(f"{path.name} is attached to the next message, {n:,} tokens; /file - takes it away")
     else:
         talk.say("a file is attached" if pending.attached else "/file PATH attaches a text file to the next message")
-
-
-def _text_of(path: Path, n_ctx: int) -> str:
-    """Return a text file's text.
-
-    Raises:
-        ArtifactError: it is no file, no UTF-8 text, or far too large.
-    """
-    if not path.is_file():
-        raise ArtifactError(f"no file at {path}" if not path.exists() else f"{path} is no file")
-    limit = n_ctx * _BYTES_PER_TOKEN
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    if b"\0" in data:
-        raise ArtifactError(f"{path} is binary", "only text can be attached")
-    if len(data) > limit:
-        size = path.stat().st_size
-        raise ArtifactError(f"{path} holds {size:,} bytes, more than any context of {n_ctx:,} tokens", "attach a part")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text", "convert it: iconv -f latin1 -t utf-8") from error
-
-
-def _fenced(name: str, text: str) -> str:
-    """Return a file as a message shows it, in a fence that the text does not close."""
-    fence = "`" * max([3, *(len(ticks) + 1 for ticks in re.findall(r"`+", text))])
-    return f"{name}:\n{fence}\n{text.rstrip()}\n{fence}\n\n"
 
 
 def _image(talk: Dialogue, rest: str) -> None:
