@@ -33,6 +33,7 @@ import llama_cpp
 
 from deepdistill.distill.problems import load_problems
 from deepdistill.localrun import engine
+from deepdistill.localrun.drafts import Latch
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Guidance, Sampling
 
@@ -205,7 +206,7 @@ def bar_speculate(model: Path) -> dict[str, Any]:
             for _ in range(ROUNDS):
                 plain, said = timed(opened, prompts, sampling, Guidance())
                 guessed, same = timed(opened, prompts, sampling, Guidance(speculate=True))
-                with oracle(said):
+                with oracle(opened, said):
                     ceiling, _ = timed(opened, prompts, sampling, Guidance(speculate=True))
                 rounds.append((plain / guessed, plain / ceiling, sum(a == b for a, b in zip(said, same, strict=True))))
             result[name] = {
@@ -234,7 +235,7 @@ def timed(
 
 
 @contextmanager
-def oracle(said: list[tuple[int, ...]]) -> Iterator[None]:
+def oracle(opened: Engine, said: list[tuple[int, ...]]) -> Iterator[None]:
     """Let the drafts be what will be said: the most that any drafting could bring."""
     answers = iter(said)
 
@@ -251,12 +252,12 @@ def oracle(said: list[tuple[int, ...]]) -> Iterator[None]:
             at = len(tokens) - self._start
             return list(self._answer[at : at + n])
 
-    before = engine.NgramDrafts
-    engine.NgramDrafts = Oracle  # type: ignore[assignment, misc]
+    before, latch = engine.NgramDrafts, opened._latch
+    engine.NgramDrafts, opened._latch = Oracle, Latch()  # type: ignore[assignment, misc]
     try:
         yield
     finally:
-        engine.NgramDrafts = before  # type: ignore[misc]
+        engine.NgramDrafts, opened._latch = before, latch  # type: ignore[misc]
 
 
 def bar_turns(model: Path) -> dict[str, Any]:
