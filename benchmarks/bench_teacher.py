@@ -17,7 +17,7 @@ import torch
 from deepdistill.distill.evaluate import messages_of
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.student import student_dir
-from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher
 from deepdistill.localrun.generation import Sampling
 
@@ -27,7 +27,7 @@ SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 def run_ours(teacher: TransformersTeacher, conversations: list[list[dict[str, str]]], limit: int) -> tuple[int, float]:
     """Return (output tokens, seconds)."""
     started = time.monotonic()
-    done = [completion for _, completion in teacher.generate(conversations, Sampling(max_tokens=limit))]
+    done = [completion for _, completion in teacher.generate(map(Request, conversations), Sampling(max_tokens=limit))]
     return sum(completion.completion_tokens for completion in done), time.monotonic() - started
 
 

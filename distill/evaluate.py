@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..localrun.generation import Completion, Sampling
 from .grade import Grader
 from .problems import Problem
-from .teachers.base import Teacher
+from .teachers.base import Request, Teacher
 
 _LOOP_TOKENS = 64
 
@@ -61,7 +61,8 @@ def evaluate(
     right, completions = 0, []
     started = time.monotonic()
     lines: dict[int, str] = {}
-    for index, completion in model.generate([messages_of(p) for p in problems], sampling):
+    requests = (Request(messages_of(p), sampling.seed + i) for i, p in enumerate(problems))
+    for index, completion in model.generate(requests, sampling):
         grade = grader.grade(problems[index], completion.content)
         right += grade.verdict == "right"
         completions.append(completion)

@@ -21,8 +21,8 @@ from .problems import Problem, load_problems
 from .report import write_report
 from .run import Run
 from .student import student_dir, teach_template
-from .teachers import open_teacher
-from .traces import Trace, TraceStore, trace_id
+from .teachers import Request, open_teacher
+from .traces import Trace, TraceStore, sample_seed, trace_id
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,10 @@ def _collect_traces(
         ):
             for source in {p.source for p in problems}:
                 teacher.accepts(source)
-            answers = teacher.generate([messages_of(p) for p in missing], sampling)
+            requests = (
+                Request(messages_of(p), sample_seed(trace_id(p.id, settings.teacher, sampling, 0))) for p in missing
+            )
+            answers = teacher.generate(requests, sampling)
             for done, (index, completion) in enumerate(answers, 1):
                 if completion.finish_reason != "error":  # a failed request is asked again by the next run
                     grade = grader.grade(missing[index], completion.content)

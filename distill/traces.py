@@ -118,6 +118,11 @@ def trace_id(problem_id: str, teacher: str, sampling: Sampling, sample_index: in
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def sample_seed(trace_id: str) -> int:
+    """Return the seed of a sample: a resumed run samples what the interrupted one would have."""
+    return int(trace_id[:7], 16)
+
+
 class TraceStore:
     """An append-only file of traces. One writer at a time; close it, or use it as a context manager.
 

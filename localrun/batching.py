@@ -41,6 +41,7 @@ class _Request:
 def complete_all(
     context: Context,
     prompts: Sequence[str],
+    seeds: Sequence[int],
     sampling: Sampling,
     guidance: Guidance,
     *,
@@ -68,8 +69,7 @@ def complete_all(
                         yield index, _refused(len(tokens), n_ctx)
                         continue
                     limit = min(sampling.max_tokens, n_ctx - len(tokens))
-                    seed = sampling.seed + index
-                    turn = Turn(context.model, prompt, sampling, guidance, seed=seed, limit=limit, tags=tags)
+                    turn = Turn(context.model, prompt, sampling, guidance, seed=seeds[index], limit=limit, tags=tags)
                     paused.append(_Request(index, list(tokens), len(tokens), turn))
                 used = n_shared + sum(len(request.tokens) - n_shared for request in running.values())
                 if running and used + len(running) + len(paused[-1].tokens) - n_shared >= context.n_ctx:

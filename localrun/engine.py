@@ -311,20 +311,32 @@ class Engine:
             )
 
     def generate_many(
-        self, prompts: Sequence[str], sampling: Sampling, guidance: Guidance = FREE
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        guidance: Guidance = FREE,
+        *,
+        seeds: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as each ends, with up to n_seq sequences in one batch, refilled as they end.
 
         What all prompts begin with is computed once. Speculation is not for batches: they are busy already.
-        Request i is sampled with seed `sampling.seed + i`. A prompt that does not fit comes back with an error.
-        Closing the iterator stops the work.
+        Prompt i is sampled with `seeds[i]`, by default `sampling.seed + i`. A prompt that does not fit comes back with
+        an error. Closing the iterator stops the work.
         """
         _check_grammar(guidance, self.model)
         turn = self._turn = object()
         self._clear()
         try:
             for finished in complete_all(
-                self._context, prompts, sampling, guidance, n_seq=self.n_seq, n_ctx=self.n_ctx, tags=self.tags
+                self._context,
+                prompts,
+                seeds or [sampling.seed + i for i in range(len(prompts))],
+                sampling,
+                guidance,
+                n_seq=self.n_seq,
+                n_ctx=self.n_ctx,
+                tags=self.tags,
             ):
                 yield finished
                 if self._turn is not turn:

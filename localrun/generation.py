@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "loop", "error"]
 Message = dict[str, str]
@@ -51,6 +55,17 @@ class Guidance:
 FREE = Guidance()
 
 
+@dataclass(frozen=True, eq=False)
+class TopLogprobs:
+    """The k most probable tokens at each of T generated positions, the most probable first.
+
+    `values` are natural logarithms of the model's own probabilities: temperature 1, before any filter.
+    """
+
+    ids: npt.NDArray[np.int32]  # [T, k]
+    values: npt.NDArray[np.float32]  # [T, k]
+
+
 @dataclass(frozen=True)
 class Completion:
     """One finished answer, thinking apart.
@@ -70,3 +85,5 @@ class Completion:
     seconds: float
     token_ids: tuple[int, ...] | None = None
     error: str | None = None
+    logprobs: TopLogprobs | None = None
+    """Of each of `token_ids`, where they were asked for and the backend gives them."""

@@ -18,6 +18,7 @@ from ..evaluate import Score, evaluate, format_score, messages_of
 from ..grade import Grader
 from ..problems import load_problems
 from ..run import write_text
+from ..teachers.base import Request
 from ..teachers.transformers_model import TransformersTeacher
 from .chains import FAMILIES
 from .recipe import TRAINING_PARAMS, ExpertBalance
@@ -45,7 +46,7 @@ def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:
     texts = []
     for family in FAMILIES:
         conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n, SEED)]
-        for index, completion in teacher.generate(conversations, Sampling()):
+        for index, completion in teacher.generate(map(Request, conversations), Sampling()):
             turn = {"role": "assistant", "content": completion.content}
             turn["reasoning_content"] = completion.reasoning_content or ""
             texts.append(teacher.tokenizer.apply_chat_template([*conversations[index], turn], tokenize=False))

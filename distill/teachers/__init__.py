@@ -6,9 +6,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ...errors import ModelError, UsageError
-from .base import Backend, Teacher, TeacherInfo
+from .base import Backend, Request, Teacher, TeacherInfo
 
-__all__ = ["Backend", "Teacher", "TeacherInfo", "open_teacher", "pocket_dir"]
+__all__ = ["Backend", "Request", "Teacher", "TeacherInfo", "open_teacher", "pocket_dir"]
 
 _FORMS = "a model is pocket, https://HOST/v1, hf:ORG/NAME, a checkpoint folder or a .gguf file"
 

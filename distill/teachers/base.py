@@ -6,7 +6,7 @@ Evaluation asks its models through the same interface, so that a teacher, a stud
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -25,6 +25,14 @@ class TeacherInfo:
     revision: str | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """A conversation to answer, and the seed of its sampling."""
+
+    messages: Sequence[Message]
+    seed: int = 0
+
+
 class Teacher(ABC):
     """A model that answers many conversations at once. Close it, or use it as a context manager."""
 
@@ -35,12 +43,14 @@ class Teacher(ABC):
 
     @abstractmethod
     def generate(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the conversation, completion) as each finishes; closing the iterator stops the work.
+        """Yield (index of the request, completion) as each finishes; closing the iterator stops the work.
 
-        Request i is sampled with seed `sampling.seed + i`. A request that fails for good comes back with
-        `finish_reason` "error" and the reason in `error`.
+        Requests are drawn as there is room for them, so whoever gives them can end early. Each is sampled with its own
+        seed (`sampling.seed` is not looked at). With `top_logprobs` a completion holds that many log-probabilities a
+        token, or as many as the teacher gives. A request that fails for good comes back with `finish_reason` "error"
+        and the reason in `error`.
 
         Raises:
             TeacherError: no request can succeed any more (a server that is down, a key that it refuses).

@@ -13,11 +13,11 @@ from ...localrun.generation import Sampling
 _NUCLEUS = 1024  # tokens looked at for top-p; where they hold less than p, the whole vocabulary is sorted
 
 
-def draw_uniforms(sampling: Sampling, index: int, n: int) -> torch.Tensor | None:
-    """Return the n random numbers `[n]` of request `index`, from seed `sampling.seed + index`; None if greedy."""
+def draw_uniforms(sampling: Sampling, seed: int, n: int) -> torch.Tensor | None:
+    """Return the n random numbers `[n]` that a seed gives; None if greedy."""
     if sampling.temperature <= 0:
         return None
-    generator = torch.Generator().manual_seed(sampling.seed + index)
+    generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 

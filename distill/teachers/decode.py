@@ -229,9 +229,9 @@ class BatchDecoder:
         self.rows, self.width = [*self.rows, *new], wide
 
 
-def make_row(index: int, prompt: list[int], max_new: int, sampling: Sampling) -> Row:
+def make_row(index: int, prompt: list[int], max_new: int, sampling: Sampling, seed: int) -> Row:
     """Return the row of request `index`, with the random numbers that its own seed gives."""
-    return Row(index, prompt, max_new, draw_uniforms(sampling, index, max_new))
+    return Row(index, prompt, max_new, draw_uniforms(sampling, seed, max_new))
 
 
 def _uniform(row: Row) -> torch.Tensor:

@@ -15,7 +15,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -25,8 +25,8 @@ import httpx
 import tenacity
 
 from ...errors import TeacherError, UsageError
-from ...localrun.generation import Completion, Message, Sampling
-from .base import Teacher
+from ...localrun.generation import Completion, Sampling
+from .base import Request, Teacher
 from .reply import BrokenReply, RefusedReply, Reply, read_reply
 
 _ATTEMPTS = 8
@@ -58,10 +58,9 @@ class _Refused(Exception):
 class _Run:
     """One `generate` call: what its threads share."""
 
-    conversations: Sequence[Sequence[Message]]
     sampling: Sampling
     results: queue.Queue[tuple[int, Completion] | BaseException | None]
-    todo: Iterator[int]
+    todo: Iterator[tuple[int, Request]]
     lock: threading.Lock
     stop: threading.Event  # no new requests, and no more waiting
     abandon: threading.Event  # nobody listens: drop the streams too
@@ -112,19 +111,18 @@ class EndpointTeacher(Teacher):
         self.name = f"{self.model} at {self.host}"
 
     def generate(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as answers arrive. Closing the iterator drops what is in flight."""
         run = _Run(
-            conversations,
             sampling,
             queue.Queue(),
-            iter(range(len(conversations))),
+            enumerate(requests),
             threading.Lock(),
             threading.Event(),
             threading.Event(),
         )
-        n_threads = min(self.n_parallel, len(conversations))
+        n_threads = self.n_parallel
         # Daemons: a server that hangs must not hold up the end of the program.
         for _ in range(n_threads):
             threading.Thread(target=self._work, args=(run,), daemon=True).start()
@@ -185,10 +183,10 @@ class EndpointTeacher(Teacher):
         try:
             while not run.stop.is_set():
                 with run.lock:
-                    index = next(run.todo, None)
-                if index is None:
+                    index, request = next(run.todo, (-1, None))
+                if request is None:
                     return
-                completion = self._answer(run, index)
+                completion = self._answer(run, request)
                 if completion is not None:
                     run.results.put((index, completion))
         except BaseException as error:  # handed to the caller's thread, which raises it
@@ -197,7 +195,7 @@ class EndpointTeacher(Teacher):
         finally:
             run.results.put(None)
 
-    def _answer(self, run: _Run, index: int) -> Completion | None:
+    def _answer(self, run: _Run, request: Request) -> Completion | None:
         """Ask until there is an answer or no hope of one; None if the run ended meanwhile."""
         retry = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_Retryable),
@@ -208,7 +206,7 @@ class EndpointTeacher(Teacher):
         )
         started = time.monotonic()
         try:
-            reply: Reply = retry(self._ask, run, index)
+            reply: Reply = retry(self._ask, run, request)
         except _Retryable as error:
             if run.stop.is_set():
                 return None
@@ -231,16 +229,16 @@ class EndpointTeacher(Teacher):
         is_absent = isinstance(error, _Retryable) and error.down and not self._answered
         return state.attempt_number >= (_FIRST_ATTEMPTS if is_absent else _ATTEMPTS)
 
-    def _ask(self, run: _Run, index: int) -> Reply:
+    def _ask(self, run: _Run, request: Request) -> Reply:
         """Send one request and read its answer to the end."""
         sampling = run.sampling
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [dict(message) for message in run.conversations[index]],
+            "messages": [dict(message) for message in request.messages],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
-            "seed": sampling.seed + index,
+            "seed": request.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
         }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ...localrun.engine import Engine
-from ...localrun.generation import Completion, Message, Sampling
-from .base import Teacher
+from ...localrun.generation import Completion, Sampling
+from .base import Request, Teacher
 
 _PARALLEL = 16
 _MOST_CTX = 16384  # tokens for all sequences together, unless one alone needs more: the KV cache is memory
@@ -32,16 +32,17 @@ class GGUFTeacher(Teacher):
         self.revision = _file_hash(path)
 
     def generate(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as sequences end."""
-        prompts = [self._engine.render(list(messages)) for messages in conversations]
+        asked = list(requests)
+        prompts = [self._engine.render(list(request.messages)) for request in asked]
         longest = max((len(self._engine.tokenize(prompt)) for prompt in prompts), default=0) + sampling.max_tokens
         wanted = max(longest, min(longest * min(self.n_parallel, len(prompts)), _MOST_CTX))
         if wanted > self._engine.n_ctx:
             self._engine.close()
             self._engine = Engine(self._engine.path, n_ctx=wanted, n_seq=self.n_parallel)
-        yield from self._engine.generate_many(prompts, sampling)
+        yield from self._engine.generate_many(prompts, sampling, seeds=[request.seed for request in asked])
 
     def close(self) -> None:
         """Free the model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...localrun.generation import Completion, Message, Sampling
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ..device import SMALL_MODEL, choose_device, inference_dtype
 from ..quiet import quiet_transformers
-from .base import Backend, Teacher
+from .base import Backend, Request, Teacher
 from .decode import BatchDecoder, Row, make_row
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
@@ -63,10 +63,11 @@ class TransformersTeacher(Teacher):
         self.n_parallel = batch_size or _default_batch_size(self.model, self.device)
 
     def generate(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as rows end; prompts that leave no room in the context come back as errors."""
-        prompts = [self.render(messages) for messages in conversations]
+        asked = list(requests)
+        prompts = [self.render(request.messages) for request in asked]
         ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
         rows = []
         for index, prompt_ids in enumerate(ids):
@@ -74,7 +75,8 @@ class TransformersTeacher(Teacher):
             if room < 1 or not prompt_ids:
                 yield index, _refused(len(prompt_ids), self.n_ctx)
             else:
-                rows.append(make_row(index, prompt_ids, max(1, min(room, sampling.max_tokens)), sampling))
+                limit = max(1, min(room, sampling.max_tokens))
+                rows.append(make_row(index, prompt_ids, limit, sampling, asked[index].seed))
         pad = self.tokenizer.pad_token_id
         decoder = BatchDecoder(
             self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.endpoint import EndpointTeacher
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.generation import Completion, Message, Sampling
@@ -32,8 +32,8 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-def ask(n: int) -> list[list[Message]]:
-    return [[{"role": "user", "content": f"question {i}"}] for i in range(n)]
+def ask(n: int) -> list[Request]:
+    return [Request([{"role": "user", "content": f"question {i}"}], seed=40 + i) for i in range(n)]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -302,7 +302,7 @@ def test_a_vendors_key_goes_to_that_vendor_alone(server: FakeServer, monkeypatch
 
 
 def test_the_request_says_how_to_sample(server: FakeServer, teacher: EndpointTeacher) -> None:
-    list(teacher.generate(ask(2), Sampling(temperature=0.5, top_p=0.9, seed=40, max_tokens=99)))
+    list(teacher.generate(ask(2), Sampling(temperature=0.5, top_p=0.9, max_tokens=99)))
     bodies = {question: body for _, question, body, _ in server.requests}
     body = bodies["question 1"]
     wanted = {"model": "toy", "temperature": 0.5, "top_p": 0.9, "max_tokens": 99, "seed": 41, "stream": True}
@@ -424,8 +424,8 @@ def test_a_real_server(llama_server: str) -> None:
     conversations: list[list[Message]] = [[{"role": "user", "content": q}] for q in ("Say hi.", "Count: 1, 2,", "Bye!")]
     with open_teacher(llama_server, concurrency=2, timeout_s=120) as teacher:
         assert teacher.n_parallel == 2
-        answers = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
-        again = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
+        answers = dict(teacher.generate(map(Request, conversations, range(3)), Sampling(max_tokens=6)))
+        again = dict(teacher.generate(map(Request, conversations, range(3)), Sampling(max_tokens=6)))
     assert sorted(answers) == [0, 1, 2]
     for i, answer in answers.items():
         assert answer.error is None
@@ -447,7 +447,7 @@ def test_a_real_server(llama_server: str) -> None:
 def test_a_real_server_refuses_what_does_not_fit(llama_server: str) -> None:
     long: list[Message] = [{"role": "user", "content": "word " * 2000}]
     with open_teacher(llama_server, timeout_s=120) as teacher:
-        answers = dict(teacher.generate([long, [{"role": "user", "content": "Hi"}]], Sampling(max_tokens=2)))
+        answers = dict(teacher.generate([Request(long), *ask(1)], Sampling(max_tokens=2)))
     assert answers[0].finish_reason == "error"
     assert "context" in (answers[0].error or "")
     assert answers[1].error is None

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.errors import DeepDistillError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Message, Sampling
+from deepdistill.localrun.generation import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +18,8 @@ def smollm2() -> Path:
     return package / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def ask(*questions: str) -> list[list[Message]]:
-    return [[{"role": "user", "content": question}] for question in questions]
+def ask(*questions: str) -> list[Request]:
+    return [Request([{"role": "user", "content": question}]) for question in questions]
 
 
 def test_many_at_once_answer_as_each_alone(smollm2: Path) -> None:
@@ -28,8 +28,8 @@ def test_many_at_once_answer_as_each_alone(smollm2: Path) -> None:
         assert (teacher.n_parallel, teacher.backend) == (2, "gguf")
         answers = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
     with Engine(smollm2) as engine:
-        for i, messages in enumerate(conversations):
-            prompt = engine.render(messages)
+        for i, request in enumerate(conversations):
+            prompt = engine.render(list(request.messages))
             alone = "".join(step.text for step in engine.stream(prompt, Sampling(max_tokens=6)))
             assert answers[i].content.strip() == alone.strip()
             assert answers[i].prompt_tokens == len(engine.tokenize(prompt))

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
-from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.choose import choose, draw_uniforms
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
@@ -63,8 +64,9 @@ def write_model(folder: Path, kind: str) -> Path:
     model.generation_config.pad_token_id = 0
     model.eval()
     answers = []
-    for messages in ask(8) + ask(8, seed=1, shared=""):
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids
+    for request in ask(8) + ask(8, seed=1, shared=""):
+        turns = list(request.messages)
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt").input_ids
         answers.append(model.generate(prompt, max_new_tokens=24, do_sample=False)[0, prompt.shape[1] :].tolist())
     early = {token for answer in answers for token in answer[:2]}
     ends = {tokenizer.eos_token_id}
@@ -91,11 +93,11 @@ def llama(folders: dict[str, Path]) -> TransformersTeacher:
     return TransformersTeacher(folders["llama"], device="cpu", batch_size=4)
 
 
-def ask(n: int, seed: int = 0, shared: str = "State the final answer: ") -> list[list[Message]]:
+def ask(n: int, seed: int = 0, shared: str = "State the final answer: ") -> list[Request]:
     """Return conversations of very different lengths."""
     rng = random.Random(seed)
     questions = [shared + " + ".join(str(rng.randint(0, 99)) for _ in range(rng.randint(1, 9))) for _ in range(n)]
-    return [[{"role": "user", "content": question}] for question in questions]
+    return [Request([{"role": "user", "content": q}], seed + i) for i, q in enumerate(questions)]
 
 
 def generated_alone(teacher: TransformersTeacher, messages: list[Message], max_tokens: int) -> tuple[int, ...]:
@@ -112,7 +114,8 @@ def test_greedy_equals_generate_one_prompt_at_a_time(teacher: TransformersTeache
     answers = dict(teacher.generate(conversations, Sampling(max_tokens=24)))
     assert sorted(answers) == list(range(11))
     lengths = set()
-    for i, messages in enumerate(conversations):
+    for i, request in enumerate(conversations):
+        messages = list(request.messages)
         expected = generated_alone(teacher, messages, 24)
         assert answers[i].token_ids == expected
         assert answers[i].completion_tokens == len(expected)
@@ -123,17 +126,17 @@ def test_greedy_equals_generate_one_prompt_at_a_time(teacher: TransformersTeache
 
 
 def test_samples_depend_on_seed_and_index_but_not_on_the_batch(llama: TransformersTeacher) -> None:
-    sampling = Sampling(temperature=1.0, top_p=0.95, seed=7, max_tokens=12)
+    sampling = Sampling(temperature=1.0, top_p=0.95, max_tokens=12)
 
-    def sample(batch_size: int, sampling: Sampling) -> list[Any]:
+    def sample(batch_size: int, seed: int) -> list[Any]:
         llama.n_parallel = batch_size
-        answers = dict(llama.generate(ask(9), sampling))
+        answers = dict(llama.generate([replace(r, seed=seed + i) for i, r in enumerate(ask(9))], sampling))
         return [answers[i].token_ids for i in range(9)]
 
-    alone = sample(1, sampling)
-    assert alone == sample(4, sampling) == sample(9, sampling)
-    assert alone != sample(4, Sampling(temperature=1.0, top_p=0.95, seed=8, max_tokens=12))
-    same = [ask(1)[0]] * 6
+    alone = sample(1, 7)
+    assert alone == sample(4, 7) == sample(9, 7)
+    assert alone != sample(4, 8)
+    same = [Request(ask(1)[0].messages, seed) for seed in range(6)]
     assert len({answer.token_ids for _, answer in llama.generate(same, sampling)}) > 1
 
 
@@ -147,7 +150,7 @@ def test_closing_the_iterator_stops_and_the_teacher_answers_again(llama: Transfo
 
 def test_the_context_bounds_prompt_and_answer(llama: TransformersTeacher) -> None:
     long = [{"role": "user", "content": "12 " * 200}]
-    answers = dict(llama.generate([long, *ask(2)], Sampling(max_tokens=500)))
+    answers = dict(llama.generate([Request(long), *ask(2)], Sampling(max_tokens=500)))
     assert answers[0].finish_reason == "error"
     assert "context of 96" in (answers[0].error or "")
     for i in (1, 2):
