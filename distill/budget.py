@@ -1,0 +1,116 @@
+"""What a run may cost, when it has to stop, and what the whole of it will come to, judged from what is done so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+from ..errors import UsageError
+
+_JUDGED_FROM = 20  # samples; fewer say little about the rest
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars for a million tokens."""
+
+    prompt: float
+    completion: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the price that `IN,OUT` names.
+
+        Raises:
+            UsageError: it is not two numbers.
+        """
+        try:
+            prompt, completion = (float(part) for part in text.split(","))
+        except ValueError:
+            raise UsageError(f"{text!r} is no price", "write IN,OUT in dollars a million tokens: 0.55,2.19") from None
+        if not (0 <= prompt < 1e6 and 0 <= completion < 1e6):
+            raise UsageError(f"{text!r} is no price", "write IN,OUT in dollars a million tokens: 0.55,2.19")
+        return cls(prompt, completion)
+
+    def of(self, n_prompt: int, n_completion: int) -> float:
+        """Return what so many tokens cost, in dollars."""
+        return (n_prompt * self.prompt + n_completion * self.completion) / 1e6
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the traces of a run may cost: dollars in all, hours a command. None: as much as it takes."""
+
+    price: Price | None = None
+    max_usd: float | None = None
+    max_hours: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_usd is not None and self.price is None:
+            raise UsageError("--max-usd needs the teacher's price", "give --price IN,OUT in dollars a million tokens")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What so many samples come to: tokens, dollars (None without a price) and hours."""
+
+    n_prompt: float
+    n_completion: float
+    usd: float | None
+    hours: float
+
+    def __str__(self) -> str:
+        tokens = self.n_prompt + self.n_completion
+        size = f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
+        money = "" if self.usd is None else f", ${self.usd:.2f}"
+        duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.0f} min"
+        return f"{size} tokens{money}, {duration}"
+
+
+class Budget:
+    """Counts what is spent. A run that goes on begins with what it spent before."""
+
+    def __init__(self, limits: Limits, spent_usd: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self.usd = limits, spent_usd
+        self._clock, self._started = clock, clock()
+        self._n, self._n_prompt, self._n_completion, self._own_usd = 0, 0, 0, 0.0
+
+    def record(self, n_prompt: int, n_completion: int) -> float | None:
+        """Count one sample's tokens and return what it cost, in dollars; None without a price."""
+        self._n += 1
+        self._n_prompt += n_prompt
+        self._n_completion += n_completion
+        if self.limits.price is None:
+            return None
+        cost = self.limits.price.of(n_prompt, n_completion)
+        self.usd += cost
+        self._own_usd += cost
+        return cost
+
+    def why_stop(self, n_in_flight: int) -> str | None:
+        """Return why no further sample may be asked for, or None if one may.
+
+        What is in flight counts as much as a sample has cost on average: the bound is passed by no more than that.
+        """
+        limits = self.limits
+        expected = n_in_flight * self._own_usd / self._n if self._n else 0.0
+        if limits.max_usd is not None and self.usd + expected >= limits.max_usd:
+            return f"the ${limits.max_usd:g} of --max-usd are spent"
+        if limits.max_hours is not None and self._clock() - self._started >= 3600 * limits.max_hours:
+            return f"the {limits.max_hours:g} hours of --max-hours are over"
+        return None
+
+    def project(self, n_left: int) -> Projection | None:
+        """Return what is spent and n_left samples more come to; None until enough are done to judge from."""
+        if self._n < _JUDGED_FROM:
+            return None
+        more, seconds = n_left / self._n, self._clock() - self._started
+        usd = None if self.limits.price is None else self.usd + more * self._own_usd
+        return Projection(
+            n_prompt=self._n_prompt * (1 + more),
+            n_completion=self._n_completion * (1 + more),
+            usd=usd,
+            hours=seconds * (1 + more) / 3600,
+        )

@@ -1,0 +1,61 @@
+"""Prices, bounds and projections, with a clock that the test turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepdistill.distill.budget import Budget, Limits, Price
+from deepdistill.errors import UsageError
+
+
+def test_a_price_is_dollars_a_million_tokens() -> None:
+    assert Price.parse("0.5, 2").of(1_000_000, 500_000) == 1.5
+
+
+@pytest.mark.parametrize("text", ["", "1", "1,2,3", "a,b", "-1,2", "nan,1", "inf,1"])
+def test_what_is_no_price_is_said(text: str) -> None:
+    with pytest.raises(UsageError, match="no price"):
+        Price.parse(text)
+
+
+def test_a_bound_in_dollars_needs_a_price() -> None:
+    with pytest.raises(UsageError, match="--max-usd needs"):
+        _ = Limits(max_usd=1.0).max_usd
+
+
+def test_what_is_in_flight_counts_against_the_bound() -> None:
+    budget = Budget(Limits(Price(0, 1e6), max_usd=10.0))  # a dollar a token
+    assert budget.why_stop(1000) is None, "nothing is known yet of what a sample costs"
+    assert [budget.record(5, 2), budget.record(5, 2)] == [2.0, 2.0]
+    assert budget.why_stop(2) is None  # 4 spent, 4 on the way
+    assert "10" in (budget.why_stop(3) or "")
+
+
+def test_what_was_spent_before_counts_too() -> None:
+    assert Budget(Limits(Price(1, 1), max_usd=2.0), spent_usd=1.9).why_stop(0) is None
+    assert Budget(Limits(Price(1, 1), max_usd=2.0), spent_usd=2.0).why_stop(0)
+
+
+def test_the_hours_are_a_command_s() -> None:
+    now = 0.0
+    budget = Budget(Limits(max_hours=0.5), clock=lambda: now)
+    now = 1799.0
+    assert budget.why_stop(8) is None
+    now = 1800.0
+    assert "--max-hours" in (budget.why_stop(0) or "")
+
+
+def test_twenty_samples_tell_what_all_of_them_come_to() -> None:
+    now = 0.0
+    budget = Budget(Limits(Price(1, 10)), spent_usd=3.0, clock=lambda: now)
+    for _ in range(19):
+        budget.record(100, 1000)
+    assert budget.project(80) is None
+    budget.record(100, 1000)
+    now = 36.0
+    whole = budget.project(80)
+    assert whole is not None
+    assert (whole.n_prompt, whole.n_completion) == (10_000, 100_000)
+    assert whole.usd == pytest.approx(3.0 + 100 * (100 + 10_000) / 1e6)
+    assert whole.hours == pytest.approx(0.05)
+    assert str(whole) == "110 k tokens, $4.01, 3 min"
