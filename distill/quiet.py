@@ -5,8 +5,10 @@ from __future__ import annotations
 
 def quiet_transformers() -> None:
     """Silence transformers' progress bars and everything below an error."""
+    import os
     import warnings
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is first imported
     from transformers.utils import logging
 
     # peft asks transformers by a name that is going away; nobody who runs deepdistill can do anything about it.

