@@ -97,7 +97,7 @@ def demo(
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
     from .distill.report import print_hops
     from .distill.student import student_dir
-    from .distill.teach import TeachSettings, teach
+    from .distill.teach import TeachSettings, Work, teach
 
     pupil = student or ("pocket" if quick else "smollm2")
     full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
@@ -115,7 +115,7 @@ def demo(
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
     with _bars(quiet) as progress, _resumable(folder):
-        result = teach(settings, folder, offline=offline, on_progress=progress)
+        result = teach(settings, folder, work=Work(offline=offline), on_progress=progress)
         report = _export(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
         scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
     question, thinking, answer = _ask(report.path, settings)
@@ -148,6 +148,17 @@ def teach(
     temperature: Annotated[float | None, typer.Option(help="Of the teacher; 0 for pocket, else 0.6.", min=0)] = None,
     top_p: Annotated[float | None, typer.Option(help="Of the teacher; 1 for pocket, else 0.95.", min=0, max=1)] = None,
     max_tokens: Annotated[int | None, typer.Option(help="A trace's limit; 512 for pocket, else 4096.", min=1)] = None,
+    samples: Annotated[int, typer.Option(help="Of each problem, at most.", min=1)] = 1,
+    keep: Annotated[int, typer.Option(help="Right ones of each problem, after which it is asked no more.", min=1)] = 1,
+    logprobs: Annotated[
+        int, typer.Option(help="Log-probabilities a token to keep beside the traces; 64 is usual.", min=0)
+    ] = 0,
+    price: Annotated[str | None, typer.Option(help="IN,OUT: the teacher's dollars a million tokens.")] = None,
+    max_usd: Annotated[float | None, typer.Option(help="What the traces may cost in all.", min=0)] = None,
+    max_hours: Annotated[float | None, typer.Option(help="How long this command may ask.", min=0)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and what it may cost; ask nothing.")
+    ] = False,
     eval_max_tokens: Annotated[int, typer.Option(help="An answer's limit when scoring.", min=1)] = 512,
     model: ServerModel = None,
     traces: Annotated[Path | None, typer.Option(help="Train on this traces.jsonl and ask no teacher.")] = None,
@@ -176,9 +187,10 @@ def teach(
     quiet: Quiet = False,
 ) -> None:
     """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
+    from .distill.budget import Limits, Price
     from .distill.report import print_hops
     from .distill.run import run_name
-    from .distill.teach import TeachSettings
+    from .distill.teach import TeachSettings, Work
     from .distill.teach import teach as run_teach
 
     settings = TeachSettings(
@@ -186,6 +198,9 @@ def teach(
         teacher=teacher,
         student=student,
         n_traces=n_traces,
+        samples=samples,
+        keep=min(keep, samples),
+        logprobs=logprobs,
         n_eval=n_eval,
         temperature=temperature,
         top_p=top_p,
@@ -207,14 +222,18 @@ def teach(
         },
     )
     folder = out or Path("runs") / run_name(student, problems)
+    limits = Limits(Price.parse(price) if price else None, max_usd, max_hours)
+    if dry_run:
+        from .distill.preview import preview
+        from .distill.problems import load_problems
+
+        print(*preview(load_problems(problems, "train", n_traces, seed), settings, limits, folder), sep="\n")
+        return
     with _bars(quiet) as progress, _resumable(folder):
         result = run_teach(
             settings,
             folder,
-            concurrency=concurrency,
-            batch_size=batch_size,
-            timeout_s=timeout,
-            offline=offline,
+            work=Work(concurrency, batch_size, timeout, limits, offline, say=_note),
             stop_after=stop_after,
             on_progress=progress,
         )
@@ -562,6 +581,10 @@ class _resumable:
             print(
                 f"\nstopped; {self._folder} keeps what was done: the same command goes on from there", file=sys.stderr
             )
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _bars(quiet: bool) -> Bars:

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, UsageError
 from ..localrun.generation import Sampling
 from ..localrun.progress import Progress, no_progress
+from .budget import Limits
+from .collect import CollectSettings, collect
 from .curate import curate
-from .evaluate import Score, evaluate, messages_of
+from .evaluate import Score, evaluate
 from .grade import Grader
 from .problems import Problem, load_problems
 from .report import write_report
 from .run import Run
 from .student import student_dir, teach_template
-from .teachers import Request, open_teacher
-from .traces import Trace, TraceStore, sample_seed, trace_id
+from .teachers import Teacher, open_teacher
+from .traces import Trace, TraceStore
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class TeachSettings:
     teacher: str = "pocket"
     student: str = "smollm2"
     n_traces: int = 2000
+    samples: int = 1
+    keep: int = 1
+    logprobs: int = 0
     n_eval: int = 200
     temperature: float | None = None
     top_p: float | None = None
@@ -52,12 +58,43 @@ class TeachSettings:
             raise ArtifactError(f"{folder}/recipe.json is broken: {error}") from error
 
     def teacher_sampling(self) -> Sampling:
-        """Return how the teacher is sampled."""
-        greedy = self.teacher == "pocket"
+        """Return how the teacher is sampled.
+
+        Raises:
+            UsageError: several samples of each problem, and all of them greedy.
+        """
+        is_pocket = self.teacher == "pocket"
+        greedy = is_pocket and self.samples == 1
         temperature = self.temperature if self.temperature is not None else (0.0 if greedy else 0.6)
+        if self.samples > 1 and temperature == 0:
+            raise UsageError("at temperature 0 all samples of a problem are the same", "give --temperature 0.6")
         top_p = self.top_p if self.top_p is not None else (1.0 if greedy else 0.95)
-        limit = self.max_tokens if self.max_tokens is not None else (512 if greedy else 4096)
+        limit = self.max_tokens if self.max_tokens is not None else (512 if is_pocket else 4096)
         return Sampling(temperature=temperature, top_p=top_p, seed=self.seed, max_tokens=limit)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to work, not what to make: this may change when a run goes on."""
+
+    concurrency: int | None = None
+    batch_size: int | None = None
+    timeout_s: float = 600.0
+    limits: Limits = field(default_factory=Limits)
+    offline: bool = False
+    say: Callable[[str], None] = lambda _: None
+    """Told what a user should know and no number shows."""
+
+    def open_teacher(self, settings: TeachSettings) -> Teacher:
+        """Open the teacher of a run."""
+        return open_teacher(
+            settings.teacher,
+            concurrency=self.concurrency or 8,
+            batch_size=self.batch_size,
+            timeout_s=self.timeout_s,
+            model=settings.teacher_model,
+            offline=self.offline,
+        )
 
 
 @dataclass(frozen=True)
@@ -75,24 +112,23 @@ def teach(
     settings: TeachSettings,
     folder: Path,
     *,
-    concurrency: int = 8,
-    batch_size: int | None = None,
-    timeout_s: float = 600.0,
-    offline: bool = False,
+    work: Work | None = None,
     stop_after: Literal["traces", "training"] | None = None,
     on_progress: Progress = no_progress,
 ) -> TeachResult:
     """Run every stage that the folder does not hold yet and return what it holds then.
 
-    The keywords say how to work and not what to make, so they may change when a run goes on.
-
     Raises:
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
+    work = work or Work()
     with Run(folder, dataclasses.asdict(settings)) as run:
-        base = student_dir(settings.student, offline) if stop_after != "traces" else None  # before anything is paid for
+        base = (
+            student_dir(settings.student, work.offline) if stop_after != "traces" else None
+        )  # before anything is paid for
         if settings.traces is None:
-            _collect_traces(run, settings, concurrency, batch_size, timeout_s, offline, on_progress)
+            problems = load_problems(settings.problems, "train", settings.n_traces, settings.seed)
+            _collect_traces(run, problems, settings, work, on_progress)
         traces_path = Path(settings.traces) if settings.traces else run.traces_path
         kept, record = curate(TraceStore.read(traces_path))
         run.save("curation.json", record)
@@ -102,8 +138,8 @@ def teach(
             _train(run, base, kept, settings, on_progress)
             if stop_after != "training":
                 held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
-                _score(run, "base", base, held_out, settings, batch_size, on_progress)
-                _score(run, "student", run.student_dir, held_out, settings, batch_size, on_progress)
+                _score(run, "base", base, held_out, settings, work.batch_size, on_progress)
+                _score(run, "student", run.student_dir, held_out, settings, work.batch_size, on_progress)
         result = TeachResult(
             folder=folder,
             student_dir=run.student_dir if run.student_dir.exists() else None,
@@ -116,47 +152,26 @@ def teach(
 
 
 def _collect_traces(
-    run: Run,
-    settings: TeachSettings,
-    concurrency: int,
-    batch_size: int | None,
-    timeout_s: float,
-    offline: bool,
-    on_progress: Progress,
+    run: Run, problems: list[Problem], settings: TeachSettings, work: Work, on_progress: Progress
 ) -> None:
-    """Ask the teacher for every trace that the store lacks, and verify each as it comes."""
-    sampling = settings.teacher_sampling()
-    problems = load_problems(settings.problems, "train", settings.n_traces, settings.seed)
-    with TraceStore(run.traces_path) as store:
-        missing = [p for p in problems if not store.has(trace_id(p.id, settings.teacher, sampling, 0))]
-        if not missing:
-            return
-        stored, right = len(problems) - len(missing), 0
-        with (
-            open_teacher(
-                settings.teacher,
-                concurrency=concurrency,
-                batch_size=batch_size,
-                timeout_s=timeout_s,
-                model=settings.teacher_model,
-                offline=offline,
-            ) as teacher,
-            Grader() as grader,
-        ):
-            for source in {p.source for p in problems}:
-                teacher.accepts(source)
-            requests = (
-                Request(messages_of(p), sample_seed(trace_id(p.id, settings.teacher, sampling, 0))) for p in missing
-            )
-            answers = teacher.generate(requests, sampling)
-            for done, (index, completion) in enumerate(answers, 1):
-                if completion.finish_reason != "error":  # a failed request is asked again by the next run
-                    grade = grader.grade(missing[index], completion.content)
-                    right += grade.verdict == "right"
-                    store.append(
-                        Trace.make(missing[index], completion, grade, teacher.info, settings.teacher, sampling, 0)
-                    )
-                on_progress("traces", stored + done, len(problems), f"{right} of {done} right")
+    """Ask the teacher for every trace that is still wanted; say why it ended early, if it did."""
+    with TraceStore(run.traces_path) as store, Grader() as grader:
+        collected = collect(
+            problems,
+            store,
+            CollectSettings(
+                settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep, settings.logprobs
+            ),
+            open_teacher=lambda: work.open_teacher(settings),
+            open_grader=lambda: grader,
+            failures_path=run.folder / "failures.jsonl",
+            limits=work.limits,
+            on_progress=on_progress,
+        )
+    if collected.n_failed:
+        work.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
+    if collected.stopped:
+        work.say(f"no more traces: {collected.stopped}")
 
 
 def _why_none(record: dict[str, Any]) -> str:
