@@ -5,7 +5,7 @@
 budget  N random problems: how many think longer than the budget when left alone, and that with it every one has an
         answer and none a tag in it; accuracy both ways
 loops   looks for prompts whose greedy output loops to the limit (benchmarks/loop_prompts.txt keeps what it found), then
-        asks them again with the guard
+        asks them again with the guard; one at a time, as rounding in a batch decides whether some of them loop
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ THINGS = (
     "a lighthouse", "mountains", "tea", "an old book", "stars", "a bridge", "fish", "snow", "a village", "wind",
     "a ship", "apples", "a mirror", "the sun", "a school", "bees", "a road", "stones", "a dream", "paper",
 )  # fmt: skip
+
+
+def ask_alone(opened: Engine, question: str, sampling: Sampling, guidance: Guidance) -> Completion:
+    """Return the completion of a question that shares its batch with no other."""
+    return ask_all(opened, [question], sampling, guidance)[0]
 
 
 def ask_all(opened: Engine, questions: list[str], sampling: Sampling, guidance: Guidance) -> list[Completion]:
@@ -70,7 +75,7 @@ def measure_loops(opened: Engine) -> dict[str, Any]:
     prompts = LOOP_PROMPTS.read_text(encoding="utf-8").splitlines()
     result: dict[str, Any] = {"n": len(prompts)}
     for name, guidance in (("free", FREE), ("guarded", Guidance(loop_guard=True))):
-        done = ask_all(opened, prompts, sampling, guidance)
+        done = [ask_alone(opened, prompt, sampling, guidance) for prompt in prompts]
         result[name] = {
             "to_the_limit": sum(c.finish_reason == "length" for c in done),
             "looped": sum(is_loop(c) for c in done),
@@ -86,14 +91,14 @@ def find_loops(opened: Engine, sampling: Sampling) -> list[str]:
     candidates = [f"{task} {thing}." for task, thing in itertools.product(TASKS, THINGS)]
     candidates += [f"{task} {a} and {b}." for task, (a, b) in itertools.product(TASKS, itertools.pairwise(THINGS))]
     found: list[str] = []
-    for start in range(0, len(candidates), 48):
-        batch = candidates[start : start + 48]
-        done = ask_all(opened, batch, sampling, FREE)
-        found += [p for p, c in zip(batch, done, strict=True) if is_loop(c) and c.finish_reason == "length"]
-        print(f"{len(found)} loops among {start + len(batch)} prompts", flush=True)
-        if len(found) >= 100:
+    for prompt in candidates:
+        done = ask_alone(opened, prompt, sampling, FREE)
+        found += [prompt] if is_loop(done) and done.finish_reason == "length" else []
+        if len(found) == 100:
             break
-    return found[:100]
+    n_asked = candidates.index(found[-1]) + 1 if found else len(candidates)
+    print(f"{len(found)} loops among {n_asked} prompts", flush=True)
+    return found
 
 
 def main() -> None:
