@@ -24,7 +24,8 @@ def preview(problems: Sequence[Problem], settings: TeachSettings, limits: Limits
     lines = [
         f"problems  {len(problems):,} from the training part: {_listed(sources)}",
         f"samples   {settings.samples} of each{until}: at most {n_requests:,} requests to {settings.teacher}",
-        f"sampling  temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, {sampling.max_tokens:,} tokens or less",
+        f"sampling  temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
+        f"{sampling.max_tokens:,} tokens or less",
     ]
     n_prompt = sum(len(problem.question) for problem in problems) * settings.samples // _CHARACTERS_PER_TOKEN
     path = folder / "traces.jsonl"
