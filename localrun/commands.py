@@ -71,7 +71,11 @@ def _help(talk: Dialogue, _: str) -> None:
 
 
 def _model(talk: Dialogue, rest: str) -> None:
-    models = nearby_models(talk)
+    from .doctor import installed_models
+
+    nearby = nearby_models(talk)
+    others = (path for _, path in installed_models() if "mmproj" not in path.name)
+    models = [*nearby, *(path for path in others if path.resolve() not in nearby)]
     if not rest:
         for i, path in enumerate(models, 1):
             here = " (this one)" if path.samefile(talk.session.engine.path) else ""

@@ -299,6 +299,21 @@ def test_another_model_goes_on(talk: Talk, random_gguf: Path, tmp_path: Path) ->
     assert re.search(r"context    \d+ of 512 tokens", shown)
 
 
+def test_models_of_the_hub_s_cache_are_listed_and_chosen_by_number(
+    talk: Talk, random_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--name" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    (folder / "cached.gguf").symlink_to(random_gguf)
+    (folder / "mmproj-cached.gguf").write_bytes(b"no model")
+    shown = talk.type("/model")
+    assert "mmproj" not in shown
+    number = re.search(r"(\d+)  \S*cached\.gguf", re.sub(r"\n(?!\d)", "", shown))
+    assert number
+    assert "cached.gguf, 512 tokens of context" in talk.type(f"/model {number[1]}")
+
+
 def test_what_the_guard_did_is_said_once(talk: Talk) -> None:
     talk.session.guidance = replace(talk.session.guidance, think_budget=2)
     shown = talk.type("one")
