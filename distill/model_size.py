@@ -1,0 +1,302 @@
+"""What a decoder weighs, computed from its config.json alone: parameters, bytes by dtype, KV cache a token.
+
+Covered are decoders of gated feed-forward layers (SwiGLU) with multi-head, grouped-query or latent attention, dense or
+with routed and shared experts: the Llama, Qwen and DeepSeek families and what is built like them. Multi-token
+prediction modules are left out: serving a teacher does not need them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import ArtifactError, UsageError
+from .models_known import MODELS
+
+Dtype = Literal["bf16", "fp8", "int8", "int4", "nvfp4", "mxfp4"]
+
+BITS: dict[Dtype, float] = {  # of a weight, its share of the block's scale included
+    "bf16": 16,
+    "fp8": 8 + 32 / 128**2,  # DeepSeek's blocks of 128 × 128
+    "int8": 8 + 16 / 128,
+    "int4": 4 + 20 / 128,  # AWQ and GPTQ, groups of 128: a scale and a zero point
+    "nvfp4": 4 + 8 / 16,
+    "mxfp4": 4 + 8 / 32,
+}
+_CHECKED = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (arXiv 2405.04434): one compressed key-value a token for all heads."""
+
+    kv_rank: int
+    q_rank: int | None
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Routed experts: `n_active` of `n` a token in each of `n_layers`; `shared_width` is of those always active."""
+
+    n: int
+    n_active: int
+    width: int
+    shared_width: int
+    n_layers: int
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder's shape. `latent` and `experts` are None where it has none."""
+
+    model_type: str
+    n_layers: int
+    hidden: int
+    vocab: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    latent: Latent | None
+    experts: Experts | None
+    context: int | None
+    own_dtype: Dtype
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the counts of this model type were compared with a reference implementation."""
+        return self.model_type in _CHECKED
+
+    @property
+    def cached_numbers(self) -> int:
+        """Numbers that the KV cache holds a token and layer."""
+        if self.latent:
+            return self.latent.kv_rank + self.latent.rope_dim
+        return 2 * self.n_kv_heads * self.head_dim
+
+    @property
+    def plain_numbers(self) -> int:
+        """What it would hold if every head kept a key and a value of its own: plain multi-head attention."""
+        if self.latent:
+            return self.n_heads * (self.latent.nope_dim + self.latent.rope_dim + self.latent.v_dim)
+        return 2 * self.n_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many there are, by part. `vectors` are norms and biases."""
+
+    embedding: int
+    head: int
+    attention: int
+    dense: int
+    experts: int
+    routers: int
+    vectors: int
+    active_experts: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.embedding + self.head + self.in_blocks + self.routers + self.vectors
+
+    @property
+    def active(self) -> int:
+        """Those that a token is multiplied with. Looking up its embedding is no product, and left out."""
+        return self.total - self.experts + self.active_experts - (self.embedding if self.head else 0)
+
+    @property
+    def in_blocks(self) -> int:
+        """The matrices that quantization takes: embedding, head, routers and vectors stay in 16 bits."""
+        return self.attention + self.dense + self.experts
+
+    def bytes(self, dtype: Dtype) -> float:
+        """Return what all weights take."""
+        return (self.in_blocks * BITS[dtype] + (self.total - self.in_blocks) * 16) / 8
+
+    def expert_bytes(self, dtype: Dtype) -> float:
+        """Return what the routed experts take."""
+        return self.experts * BITS[dtype] / 8
+
+
+def load_architecture(teacher: str) -> tuple[str, str, Architecture]:
+    """Return (name, where its config was read, its shape) of a known model, a config.json or a folder with one.
+
+    Raises:
+        UsageError: neither a known model nor a path.
+        ArtifactError: the config cannot be read, lacks a field, or describes a model that is not covered.
+    """
+    key = teacher.removeprefix("hf:").rstrip("/").lower()
+    for model in MODELS:
+        if key in (model.repo.lower(), model.repo.partition("/")[2].lower()):
+            return model.repo.partition("/")[2], model.source, read_architecture(model.config, model.source)
+    path = Path(teacher)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        names = ", ".join(model.repo.partition("/")[2] for model in MODELS)
+        raise UsageError(f"no plan for {teacher!r}: no known model, no file", f"give a config.json, or one of {names}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}", "a plan needs the model's config.json") from error
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path} is no JSON object", "a plan needs the model's config.json")
+    name = path.resolve().parent.name if path.name == "config.json" else path.stem
+    return name, str(path), read_architecture(config, str(path))
+
+
+def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
+    """Return the shape that a config.json describes; of a multimodal model, its text part's.
+
+    Raises:
+        ArtifactError: a field is missing or off, or the model is not covered.
+    """
+    fields = _Fields(config, where)
+    fields = _Fields({**config, **fields.mapping("text_config")}, where)
+    _refuse_uncovered(fields)
+    model_type = str(fields.values.get("model_type", ""))
+    n_layers, hidden, n_heads = fields["num_hidden_layers"], fields["hidden_size"], fields["num_attention_heads"]
+    is_fp8 = fields.mapping("quantization_config").get("quant_method") == "fp8"
+    has_bias = bool(fields.values.get("attention_bias", False))
+    return Architecture(
+        model_type=model_type,
+        n_layers=n_layers,
+        hidden=hidden,
+        vocab=fields["vocab_size"],
+        width=fields["intermediate_size"],
+        n_heads=n_heads,
+        n_kv_heads=fields.get("num_key_value_heads") or n_heads,
+        head_dim=fields.get("head_dim") or hidden // n_heads,
+        tied=bool(fields.values.get("tie_word_embeddings", True)),
+        qkv_bias=has_bias or model_type.startswith("qwen2"),
+        o_bias=has_bias,
+        qk_norm=model_type.startswith("qwen3"),
+        latent=_latent(fields),
+        experts=_experts(fields, n_layers),
+        context=fields.get("max_position_embeddings"),
+        own_dtype="fp8" if is_fp8 else "bf16",
+    )
+
+
+def count_parameters(shape: Architecture) -> Parameters:
+    """Return how many parameters a decoder of this shape has."""
+    experts = shape.experts
+    n_sparse = experts.n_layers if experts else 0
+    attention, vectors = _attention(shape)
+    one_expert = 3 * shape.hidden * experts.width if experts else 0
+    shared = 3 * shape.hidden * experts.shared_width if experts else 0
+    return Parameters(
+        embedding=shape.vocab * shape.hidden,
+        head=0 if shape.tied else shape.vocab * shape.hidden,
+        attention=shape.n_layers * attention,
+        dense=(shape.n_layers - n_sparse) * 3 * shape.hidden * shape.width + n_sparse * shared,
+        experts=n_sparse * experts.n * one_expert if experts else 0,
+        routers=n_sparse * experts.n * (shape.hidden + experts.has_bias) if experts else 0,
+        vectors=shape.n_layers * (vectors + 2 * shape.hidden) + shape.hidden,
+        active_experts=n_sparse * experts.n_active * one_expert if experts else 0,
+    )
+
+
+def _attention(shape: Architecture) -> tuple[int, int]:
+    """Return (matrices, vectors) of one layer's attention."""
+    hidden, latent = shape.hidden, shape.latent
+    if latent:
+        queries = shape.n_heads * (latent.nope_dim + latent.rope_dim)
+        down = hidden * (latent.q_rank or 0) + hidden * (latent.kv_rank + latent.rope_dim)
+        up = (latent.q_rank or hidden) * queries
+        up += latent.kv_rank * shape.n_heads * (latent.nope_dim + latent.v_dim)
+        return down + up + shape.n_heads * latent.v_dim * hidden, (latent.q_rank or 0) + latent.kv_rank
+    queries, keys = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
+    vectors = shape.qkv_bias * (queries + 2 * keys) + shape.o_bias * hidden + shape.qk_norm * 2 * shape.head_dim
+    return 2 * hidden * queries + 2 * hidden * keys, vectors
+
+
+class _Fields:
+    """A config's whole numbers, with an error that names what is missing."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def __getitem__(self, name: str) -> int:
+        value = self.get(name)
+        if value is None:
+            raise ArtifactError(f"{self.where} has no {name}", "a plan needs the config.json of a whole decoder")
+        if value == 0:
+            raise ArtifactError(f"{self.where}: {name} is 0", "is it a model's config.json?")
+        return value
+
+    def get(self, *names: str) -> int | None:
+        """Return the first of these fields that is there and not null."""
+        for name in names:
+            value = self.values.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ArtifactError(f"{self.where}: {name} is {value!r}, not a count", "is it a model's config.json?")
+            return value
+        return None
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """Return a field that is an object of its own; an empty one if it is missing or null."""
+        value = self.values.get(name) or {}
+        if not isinstance(value, dict):
+            raise ArtifactError(f"{self.where}: {name} is {value!r}, no object", "is it a model's config.json?")
+        return value
+
+    def sequence(self, name: str) -> list[Any]:
+        """Return a field that is a list; an empty one if it is missing or null."""
+        value = self.values.get(name) or []
+        if not isinstance(value, list):
+            raise ArtifactError(f"{self.where}: {name} is {value!r}, no list", "is it a model's config.json?")
+        return value
+
+
+def _refuse_uncovered(fields: _Fields) -> None:
+    kinds = set(map(str, fields.sequence("layer_types"))) - {"full_attention", "sliding_attention"}
+    if kinds or fields.values.get("is_encoder_decoder") or "ssm_cfg" in fields.values:
+        what = ", ".join(sorted(kinds)) or "not a plain decoder"
+        raise ArtifactError(
+            f"{fields.where} describes layers that a plan does not cover: {what}",
+            "it covers decoders whose every layer has attention: the Llama, Qwen and DeepSeek families",
+        )
+
+
+def _latent(fields: _Fields) -> Latent | None:
+    if fields.get("kv_lora_rank") is None:
+        return None
+    return Latent(
+        fields["kv_lora_rank"],
+        fields.get("q_lora_rank"),
+        fields["qk_nope_head_dim"],
+        fields["qk_rope_head_dim"],
+        fields["v_head_dim"],
+    )
+
+
+def _experts(fields: _Fields, n_layers: int) -> Experts | None:
+    n = fields.get("n_routed_experts", "num_experts", "num_local_experts")
+    if not n:
+        return None
+    width = fields.get("moe_intermediate_size") or fields["intermediate_size"]
+    step = fields.get("decoder_sparse_step", "moe_layer_freq") or 1
+    first = fields.get("first_k_dense_replace") or 0
+    dense = fields.sequence("mlp_only_layers")
+    offset = 1 if "decoder_sparse_step" in fields.values else 0
+    n_sparse = sum(i >= first and i not in dense and (i + offset) % step == 0 for i in range(n_layers))
+    shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * width
+    is_v3 = fields.values.get("model_type") in ("deepseek_v3", "kimi_k2")
+    return Experts(n, fields["num_experts_per_tok"], width, shared, n_sparse, has_bias=is_v3)
+
+
+assert set(BITS) == set(get_args(Dtype))
