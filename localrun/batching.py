@@ -4,18 +4,22 @@ Each round runs one batch: the newest token of every sequence that generates, th
 there is room for. Sequences are admitted as long as their prompts fit. When the shared KV cache runs full, the youngest
 sequence gives up its cells and is computed again later from what it had said (recompute preemption, as in vLLM, arXiv
 2309.06180): answers are mostly far shorter than their limit, so reserving the limit would leave the batch half empty.
+Prompts are drawn as places come free, the first n_seq at once: what those begin with in common is computed once, and
+later prompts that begin with it use it too.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ..errors import ModelError
 from .generation import Completion, Guidance, Sampling
 from .llama import Context, Entry
+from .logprobs import Row, stack_rows, top_of
 from .thinking import Tags
 from .turn import Turn
 
@@ -31,7 +35,9 @@ class _Request:
     n_prompt: int
     turn: Turn
     started: float = field(default_factory=time.monotonic)
+    n_shared: int = 0  # of its tokens, computed for all
     n_cached: int = 0  # of its tokens, in the KV cache
+    top: list[Row] = field(default_factory=list)  # of each generated token, if asked for
 
     @property
     def n_pending(self) -> int:
@@ -40,78 +46,97 @@ class _Request:
 
 def complete_all(
     context: Context,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
+    prompts: Iterable[tuple[str, int]],
     sampling: Sampling,
     guidance: Guidance,
     *,
     n_seq: int,
     n_ctx: int,
     tags: Tags | None,
+    top_logprobs: int = 0,
 ) -> Iterator[tuple[int, Completion]]:
-    """Yield (index, completion) as each ends; see `Engine.generate_many`. The sequences' KV cache has to be empty.
+    """Yield (index, completion) as each of the (prompt, seed) ends; see `Engine.generate_many`.
+
+    The sequences' KV cache has to be empty.
 
     Raises:
         ModelError: llama.cpp failed.
     """
-    tokenized = [context.model.tokenize(prompt) for prompt in prompts]
-    n_shared = _prefill_shared(context, [tokens for tokens in tokenized if 0 < len(tokens) < n_ctx], n_seq)
-    waiting = deque(enumerate(prompts))
+    source = ((index, text, context.model.tokenize(text), seed) for index, (text, seed) in enumerate(prompts))
+    drawn = deque(islice(source, n_seq))
+    shared = _prefill_shared(context, [tokens for _, _, tokens, _ in drawn if 0 < len(tokens) < n_ctx], n_seq)
     paused: list[_Request] = []
     running: dict[int, _Request] = {}  # by slot, the oldest first
     try:
-        while waiting or paused or running:
-            while (waiting or paused) and len(running) < n_seq:
+        while True:
+            while len(running) < n_seq:
                 if not paused:
-                    index, prompt = waiting.popleft()
-                    tokens = tokenized[index]
+                    following = drawn.popleft() if drawn else next(source, None)
+                    if following is None:
+                        break
+                    index, text, tokens, seed = following
                     if not 0 < len(tokens) < n_ctx:
                         yield index, _refused(len(tokens), n_ctx)
                         continue
                     limit = min(sampling.max_tokens, n_ctx - len(tokens))
-                    turn = Turn(context.model, prompt, sampling, guidance, seed=seeds[index], limit=limit, tags=tags)
-                    paused.append(_Request(index, list(tokens), len(tokens), turn))
-                used = n_shared + sum(len(request.tokens) - n_shared for request in running.values())
-                if running and used + len(running) + len(paused[-1].tokens) - n_shared >= context.n_ctx:
+                    turn = Turn(context.model, text, sampling, guidance, seed=seed, limit=limit, tags=tags)
+                    n_shared = len(shared) if shared == tokens[: len(shared)] and len(shared) < len(tokens) else 0
+                    paused.append(_Request(index, tokens, len(tokens), turn, n_shared=n_shared))
+                if running and not _has_room(context.n_ctx, len(shared), running, paused[-1]):
                     break
-                slot = next(i for i in range(n_seq) if i not in running)
-                running[slot] = paused.pop()
-                if n_shared:
-                    context.share(n_seq, slot, n_shared)
-                    running[slot].n_cached = n_shared
+                _admit(context, running, paused.pop(), n_seq)
+            if not running:
+                return
             at = _run_round(context, running, paused)
-            for slot, index in at.items():
+            for slot, entry in at.items():
                 request = running[slot]
-                token = request.turn.next_token(context, index)
+                if top_logprobs:
+                    request.top.append(top_of(context.logits(entry), top_logprobs))
+                token = request.turn.next_token(context, entry)
                 request.tokens.append(token)
                 request.turn.add(token)
                 if request.turn.finish_reason is not None:
                     del running[slot]
                     context.forget(slot)
                     request.turn.close()
-                    yield request.index, _completion(request)
+                    yield request.index, _completion(request, top_logprobs)
     finally:
         for request in [*running.values(), *paused]:
             request.turn.close()
 
 
-def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) -> int:
-    """Compute what all prompts begin with in sequence n_seq; return how many tokens that is."""
+def _has_room(n_cells: int, n_shared: int, running: dict[int, _Request], request: _Request) -> bool:
+    """Say whether a request's tokens fit beside the running ones and the next token of each."""
+    used = n_shared + sum(len(other.tokens) - other.n_shared for other in running.values())
+    return used + len(running) + len(request.tokens) - request.n_shared < n_cells
+
+
+def _admit(context: Context, running: dict[int, _Request], request: _Request, n_seq: int) -> None:
+    """Give a request a free slot, which begins with what it shares with the others."""
+    slot = next(i for i in range(n_seq) if i not in running)
+    running[slot] = request
+    if request.n_shared:
+        context.share(n_seq, slot, request.n_shared)
+        request.n_cached = request.n_shared
+
+
+def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) -> list[int]:
+    """Compute what all prompts begin with in sequence n_seq; return its tokens."""
     if n_seq < 2 or len(prompts) < 2 or context.model.is_recurrent:
-        return 0
+        return []
     first, last = min(prompts), max(prompts)  # the two that differ earliest
     limit = min(map(len, prompts)) - 1  # every sequence needs logits of its own
     n = next((i for i in range(limit) if first[i] != last[i]), limit)
     if n < _LEAST_PREFIX:
-        return 0
+        return []
     for start in range(0, n, context.n_batch):
         entries = [
             Entry(t, start + i, n_seq, False) for i, t in enumerate(first[start : min(n, start + context.n_batch)])
         ]
         if not context.decode(entries):
             context.forget(n_seq)
-            return 0
-    return n
+            return []
+    return first[:n]
 
 
 def _run_round(context: Context, running: dict[int, _Request], paused: list[_Request]) -> dict[int, int]:
@@ -148,7 +173,7 @@ def _plan(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict
     return entries, at, n_cached
 
 
-def _completion(request: _Request) -> Completion:
+def _completion(request: _Request, top_logprobs: int) -> Completion:
     reading, reason = request.turn.reading, request.turn.finish_reason
     assert reason is not None
     generated = request.turn.tokens
@@ -162,6 +187,7 @@ def _completion(request: _Request) -> Completion:
         reasoning_tokens=reading.n_reasoning,
         seconds=time.monotonic() - request.started,
         token_ids=tuple(generated),
+        logprobs=stack_rows(request.top, top_logprobs) if top_logprobs else None,
     )
 
 

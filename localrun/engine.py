@@ -6,11 +6,12 @@ next turn computes only what is new; `save_state` keeps it on disk for another d
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,9 +24,10 @@ from ..errors import ArtifactError, ModelError
 from . import template
 from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
-from .generation import FREE, Completion, FinishReason, Guidance, Sampling
+from .generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
 from .hardware import best_threads, default_threads
 from .llama import Context, Entry, Model, llama_version
+from .logprobs import stack_rows, top_of
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
@@ -312,17 +314,19 @@ class Engine:
 
     def generate_many(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         sampling: Sampling,
         guidance: Guidance = FREE,
         *,
-        seeds: Sequence[int] | None = None,
+        seeds: Iterable[int] | None = None,
+        top_logprobs: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as each ends, with up to n_seq sequences in one batch, refilled as they end.
 
-        What all prompts begin with is computed once. Speculation is not for batches: they are busy already.
-        Prompt i is sampled with `seeds[i]`, by default `sampling.seed + i`. A prompt that does not fit comes back with
-        an error. Closing the iterator stops the work.
+        Prompts and seeds are drawn when there is a place for them. What the first n_seq prompts begin with is computed
+        once. Speculation is not for batches: they are busy already. Prompt i is sampled with seed i, by default
+        `sampling.seed + i`. With `top_logprobs` a completion holds that many log-probabilities a token. A prompt that
+        does not fit comes back with an error. Closing the iterator stops the work.
         """
         _check_grammar(guidance, self.model)
         turn = self._turn = object()
@@ -330,13 +334,13 @@ class Engine:
         try:
             for finished in complete_all(
                 self._context,
-                prompts,
-                seeds or [sampling.seed + i for i in range(len(prompts))],
+                zip(prompts, itertools.count(sampling.seed) if seeds is None else seeds, strict=False),
                 sampling,
                 guidance,
                 n_seq=self.n_seq,
                 n_ctx=self.n_ctx,
                 tags=self.tags,
+                top_logprobs=top_logprobs,
             ):
                 yield finished
                 if self._turn is not turn:
@@ -351,16 +355,29 @@ class Engine:
         Raises:
             ModelError: the tokens do not fit the context.
         """
+        rows = np.empty((len(tokens), self.n_vocab), np.float32)
+        for i, row in enumerate(self._logit_rows(tokens)):
+            rows[i] = row
+        return rows
+
+    def top_logprobs(self, tokens: Sequence[int], k: int, start: int = 1) -> TopLogprobs:
+        """Return the k most probable tokens at the place of every token of a text from `start`, at least 1, on.
+
+        Raises:
+            ModelError: the tokens do not fit the context.
+        """
+        rows = itertools.islice(self._logit_rows(tokens), start - 1, len(tokens) - 1)
+        return stack_rows([top_of(row, k) for row in rows], k)
+
+    def _logit_rows(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the logits `[V]` that follow each token: views that are overwritten."""
         if not 0 < len(tokens) <= self.n_ctx:
             raise ModelError(f"{len(tokens)} tokens do not fit the context of {self.n_ctx}", "give a larger --context")
         self._turn = object()
         self._clear()
-        rows = np.empty((len(tokens), self.n_vocab), np.float32)
         for start in range(0, len(tokens), N_BATCH):
             last = self._extend(list(tokens[start : start + N_BATCH]), every=True)
-            for i in range(last + 1):
-                rows[start + i] = self._context.logits(i)
-        return rows
+            yield from (self._context.logits(i) for i in range(last + 1))
 
     def _clear(self) -> None:
         for slot in range(self.n_seq + 1 if self.n_seq > 1 else 1):

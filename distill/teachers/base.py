@@ -6,12 +6,13 @@ Evaluation asks its models through the same interface, so that a teacher, a stud
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from ...localrun.generation import Completion, Message, Sampling
+from ...errors import TeacherError
+from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 
 Backend = Literal["pocket", "endpoint", "transformers", "gguf"]
 
@@ -33,6 +34,26 @@ class Request:
     seed: int = 0
 
 
+Rung = Literal["text", "generated", "given"]
+"""What a teacher gives of its probabilities: none, those of what it generates, those of any given text too."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a teacher gives: the `rung` and all below it, with `top_logprobs` probabilities a token (0: none)."""
+
+    rung: Rung
+    top_logprobs: int
+    reasoning: bool
+    """Whether it returned its reasoning apart from the answer."""
+    token_ids: bool
+    """Whether it says which tokens it generated."""
+
+
+def _ignore(_: str) -> None:
+    pass
+
+
 class Teacher(ABC):
     """A model that answers many conversations at once. Close it, or use it as a context manager."""
 
@@ -40,6 +61,8 @@ class Teacher(ABC):
     backend: Backend
     revision: str | None = None
     n_parallel: int = 1
+    on_note: Callable[[str], None] = staticmethod(_ignore)
+    """Is told, in one line, what the teacher does otherwise than asked: set it to show that to the user."""
 
     @abstractmethod
     def generate(
@@ -47,15 +70,28 @@ class Teacher(ABC):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) as each finishes; closing the iterator stops the work.
 
-        Requests are drawn as there is room for them, so whoever gives them can end early. Each is sampled with its own
-        seed (`sampling.seed` is not looked at). With `top_logprobs` a completion holds that many log-probabilities a
-        token, or as many as the teacher gives. A request that fails for good comes back with `finish_reason` "error"
-        and the reason in `error`.
+        Requests are drawn as there is room for them, so whoever gives them can end early, or never: a teacher draws
+        about `n_parallel` ahead, one that sorts them by length a few times that. Each is sampled with its own seed
+        (`sampling.seed` is not looked at). With `top_logprobs` a completion holds that many log-probabilities a token,
+        or as many as the teacher gives. A request that fails for good comes back with `finish_reason` "error" and the
+        reason in `error`.
 
         Raises:
             TeacherError: no request can succeed any more (a server that is down, a key that it refuses).
             ModelError: the model cannot run here (out of memory).
         """
+
+    def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
+        """Return the most probable tokens `[T, top_logprobs]` at the place of each of the T tokens of a given answer.
+
+        The answer, of this model or any other, follows the rendered conversation: token ids of this teacher's
+        vocabulary, or text, which it tokenizes, special tokens parsed.
+
+        Raises:
+            TeacherError: this teacher cannot score what it has not generated.
+            ModelError: the text does not fit the context.
+        """
+        raise TeacherError(f"{self.name} gives no log-probabilities of a given text", "use a model in this process")
 
     def accepts(self, problem_source: str) -> None:  # noqa: B027 - most teachers answer anything
         """Return if the teacher was made for problems of this source.

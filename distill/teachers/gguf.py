@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, tee
 from pathlib import Path
 
 from ...localrun.engine import Engine
-from ...localrun.generation import Completion, Sampling
+from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from .base import Request, Teacher
 
 _PARALLEL = 16
 _MOST_CTX = 16384  # tokens for all sequences together, unless one alone needs more: the KV cache is memory
 _BLOCK_BYTES = 1 << 20
+
+_Prompt = tuple[int, str, int]
+"""The request's index, its rendered text and its seed."""
 
 
 class GGUFTeacher(Teacher):
@@ -34,15 +39,50 @@ class GGUFTeacher(Teacher):
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index, completion) as sequences end."""
-        asked = list(requests)
-        prompts = [self._engine.render(list(request.messages)) for request in asked]
-        longest = max((len(self._engine.tokenize(prompt)) for prompt in prompts), default=0) + sampling.max_tokens
-        wanted = max(longest, min(longest * min(self.n_parallel, len(prompts)), _MOST_CTX))
+        """Yield (index, completion) as sequences end. A request that needs a larger context waits for those before it.
+
+        What the first n_parallel requests need decides the context.
+        """
+        source = ((i, self._engine.render(list(r.messages)), r.seed) for i, r in enumerate(requests))
+        ahead: deque[_Prompt] = deque()
+        while ahead := deque([*ahead, *islice(source, self.n_parallel - len(ahead))]):
+            self._make_room(max(self._n_tokens(text, sampling) for _, text, _ in ahead), len(ahead))
+            asked: list[int] = []  # the request's index for each that the engine was given
+            texts, seeds = tee(self._that_fit(ahead, source, sampling, asked))
+            for i, completion in self._engine.generate_many(
+                (text for _, text, _ in texts), sampling, seeds=(seed for *_, seed in seeds), top_logprobs=top_logprobs
+            ):
+                yield asked[i], completion
+
+    def _that_fit(
+        self, ahead: deque[_Prompt], source: Iterator[_Prompt], sampling: Sampling, asked: list[int]
+    ) -> Iterator[_Prompt]:
+        """Yield prompts until one needs a larger context, which goes back to `ahead`."""
+        while prompt := ahead.popleft() if ahead else next(source, None):
+            if self._n_tokens(prompt[1], sampling) > self._engine.n_ctx:
+                ahead.appendleft(prompt)
+                return
+            asked.append(prompt[0])
+            yield prompt
+
+    def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
+        """Return the `top_logprobs` most probable tokens at the place of each of the answer's."""
+        prompt = self._engine.tokenize(self._engine.render(list(messages)))
+        tokens = self._engine.model.tokenize(answer, whole=False) if isinstance(answer, str) else list(answer)
+        self._make_room(len(prompt) + len(tokens), 1)
+        return self._engine.top_logprobs([*prompt, *tokens], top_logprobs, len(prompt))
+
+    def _n_tokens(self, prompt: str, sampling: Sampling) -> int:
+        """Return the context that an answer may take: no more than the model was trained for."""
+        n = len(self._engine.tokenize(prompt)) + sampling.max_tokens
+        return min(n, self._engine.n_ctx_train or n)
+
+    def _make_room(self, longest: int, n: int) -> None:
+        """Open the file again if its context holds less than the longest of n sequences, or than all together."""
+        wanted = max(longest, min(longest * n, _MOST_CTX))
         if wanted > self._engine.n_ctx:
             self._engine.close()
             self._engine = Engine(self._engine.path, n_ctx=wanted, n_seq=self.n_parallel)
-        yield from self._engine.generate_many(prompts, sampling, seeds=[request.seed for request in asked])
 
     def close(self) -> None:
         """Free the model."""

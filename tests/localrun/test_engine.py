@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, Usag
 from deepdistill.localrun import memory
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.logprobs import top_of
 
 GREEDY, LONG = Sampling(max_tokens=40), Sampling(max_tokens=120)
 QUESTIONS = [f"what is {i} + {i * i}? {'so ' * (7 * i)}" for i in range(11)]
@@ -136,6 +138,78 @@ def test_many_share_a_small_context_without_losing_one(random_gguf: Path) -> Non
         assert f"context holds {engine.n_ctx}" in (done[6].error or "")
         for i in range(6):
             assert done[i].token_ids == tuple(tokens_of(fresh(random_gguf, prompts[i], Sampling(max_tokens=100))))
+
+
+def test_prompts_are_drawn_as_places_come_free_and_need_no_end(random_gguf: Path) -> None:
+    n_drawn = 0
+
+    def endless(engine: Engine) -> Iterator[str]:
+        nonlocal n_drawn
+        for i in itertools.count():
+            n_drawn += 1
+            yield prompt_of(engine, f"{i} {'so ' * (i % 5)}")
+
+    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
+        answers = engine.generate_many(endless(engine), LONG)
+        done = {}
+        for n_done, (index, completion) in enumerate(itertools.islice(answers, 12)):
+            assert n_drawn <= n_done + 3
+            done[index] = completion
+        answers.close()  # type: ignore[attr-defined]
+        n_drawn = 0
+        for index, prompt in enumerate(itertools.islice(endless(engine), max(done) + 1)):
+            if index in done:
+                assert_same(done[index], list(engine.stream(prompt, LONG)))
+        assert list(engine.generate_many(iter([]), LONG)) == []
+
+
+def test_a_later_prompt_need_not_begin_as_the_first_did(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
+        shared = [prompt_of(engine, f"{i}?") for i in range(3)]
+        prompts = [*shared[:2], "other words", shared[0][:-9], shared[2], "so"]
+        done = dict(engine.generate_many(iter(prompts), GREEDY))
+        for index, prompt in enumerate(prompts):
+            assert done[index].token_ids == tuple(tokens_of(list(engine.stream(prompt, GREEDY))))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_top_logprobs_are_those_of_the_models_own_logits(random_gguf: Path, temperature: float) -> None:
+    """At any temperature: they are the model's, not the sampler's."""
+    with Engine(random_gguf, n_ctx=256, n_seq=4, n_threads=1) as engine:
+        prompts = [prompt_of(engine, f"{i} {'and ' * 15}") for i in range(6)] + ["", prompt_of(engine, "so?")]
+        sampling = Sampling(temperature, top_k=3, max_tokens=60)
+        done = dict(engine.generate_many(prompts, sampling, top_logprobs=7))
+        plain = dict(engine.generate_many(prompts, sampling))
+        assert done[6].logprobs is None
+        for i in (0, 1, 2, 3, 4, 5, 7):
+            top, made = done[i].logprobs, done[i].token_ids
+            assert (plain[i].logprobs, plain[i].token_ids) == (None, made)
+            assert top is not None
+            assert made is not None
+            assert top.ids.shape == top.values.shape == (len(made), 7)
+            tokens = engine.tokenize(prompts[i])
+            logits = engine.logits([*tokens, *made])[len(tokens) - 1 : -1].astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            np.testing.assert_allclose(
+                top.values, np.take_along_axis(expected, top.ids, 1), atol=0.05
+            )  # other kernels, f16 cache
+            np.testing.assert_allclose(top.values, -np.sort(-expected)[:, :7], atol=0.05)
+            again = engine.top_logprobs([*tokens, *made], 7, len(tokens))
+            np.testing.assert_allclose(again.values, top.values, atol=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([5, 64, 129, 3000]), st.sampled_from([1, 4, 40, 4000]))
+def test_the_highest_logits_are_found_whatever_their_order(seed: int, n_vocab: int, k: int) -> None:
+    row = np.random.default_rng(seed).normal(0, 5, n_vocab).astype(np.float32)
+    row[:: 1 + seed % 7] -= np.inf if seed % 2 else 0
+    row[-1] = 1
+    ids, values = top_of(row, k)
+    order = np.argsort(-row, kind="stable")[:k]
+    assert np.array_equal(row[ids], row[order])
+    assert len(set(ids.tolist())) == min(k, n_vocab)
+    exact = row.astype(np.float64)
+    np.testing.assert_allclose(values, exact[ids] - np.log(np.exp(exact - exact.max()).sum()) - exact.max(), atol=1e-4)
 
 
 def test_seed_decides_the_draw(random_engine: Engine) -> None:
