@@ -2,23 +2,31 @@
 
 A process that dies while it writes leaves at most a last line without its newline; opening the store cuts that line
 off and says so. A broken line anywhere else is no accident of ours: it is named, and nothing is overwritten.
+
+Two files may stand beside traces.jsonl: traces.verdicts.jsonl with what was judged later (a line never changes once it
+is written), and traces.logprobs.bin with token ids and log-probabilities. docs/traces.md has all three formats.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+import threading
+from binascii import unhexlify
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, get_args
 
 from ..errors import ArtifactError
 from ..localrun.generation import Completion, FinishReason, Message, Sampling
+from .durable import AppendFile, WriterLock, id_key, parse_line, whole_lines
 from .grade import Grade, Verdict, VerdictBy
+from .judgements import Judgement, read_judgements, verdicts_path
+from .logprobs import LogprobsWriter, encode, logprobs_path
 from .problems import Problem
 from .teachers.base import TeacherInfo
 
@@ -50,6 +58,14 @@ class Trace:
     sampling: Sampling
     seconds: float
     cost_usd: float | None = None
+    source: str = ""
+    """The problem's source."""
+    sample: int = 0
+    """Which sample of its problem, from 0."""
+    n_logprobs: int = 0
+    """The k of its log-probabilities in the sidecar; 0: there are none."""
+    agreement: float | None = None
+    """The share of the samples that gave this answer, or the judge's."""
 
     def to_json(self) -> str:
         """Return the trace as one line without its newline."""
@@ -85,6 +101,8 @@ class Trace:
             sampling=sampling,
             seconds=completion.seconds,
             cost_usd=cost_usd,
+            source=problem.source,
+            sample=sample_index,
         )
 
     @classmethod
@@ -126,57 +144,69 @@ def sample_seed(trace_id: str) -> int:
 class TraceStore:
     """An append-only file of traces. One writer at a time; close it, or use it as a context manager.
 
-    A killed process loses nothing that `append` returned from. Against a loss of power the file is synced to the disk
-    every `sync_every_s` seconds and on closing. `cut_bytes` says how much of a torn last line was cut off on opening.
+    A killed process loses nothing that `append` returned from. A loss of power takes at most the last `sync_every_s`
+    seconds (0: nothing), which the next run then asks for again. `repairs` says what was mended on opening.
     """
 
     def __init__(self, path: Path, *, sync_every_s: float = 5.0) -> None:
         """Open or create the file.
 
         Raises:
-            ArtifactError: it cannot be opened, or a line other than a torn last one is broken.
+            ArtifactError: another process writes it, it cannot be opened, or a line other than a torn last one is
+                broken. Lines are checked by their ends, the first and the last one wholly; reading checks the rest.
         """
         self.path, self.sync_every_s = path, sync_every_s
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._ids, good = _scan(path) if path.exists() else (set(), 0)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
-            self._size = os.fstat(self._file).st_size
-            self.cut_bytes = self._size - good
-            if self.cut_bytes:
-                self._truncate(good)
-        except OSError as error:
-            raise ArtifactError(f"cannot open {path}: {error.strerror or error}") from error
-        self._synced, self._is_dirty = time.monotonic(), False
+        self.repairs: list[str] = []
+        self._guard = threading.RLock()
+        self._timer: threading.Timer | None = None
+        with ExitStack() as opened:
+            lock = WriterLock(path)
+            opened.callback(lock.release)
+            self._ids = _scan_ids(path) if path.exists() else set[bytes]()
+            self._file, self.cut_bytes = self._open_lines(path, opened)
+            self._verdicts = self._open_lines(verdicts_path(path), opened)[0] if verdicts_path(path).exists() else None
+            self._logprobs = self._open_logprobs(opened) if logprobs_path(path).exists() else None
+            self._opened = opened.pop_all()
 
-    def append(self, trace: Trace) -> None:
+    def append(self, trace: Trace, completion: Completion | None = None) -> None:
         """Add a trace, in the file before this returns; one whose id is already there is left out.
+
+        If the completion it was made from holds log-probabilities, they go to the sidecar, on the disk before the
+        trace's own line is written; `n_logprobs` of the stored trace says so.
 
         Raises:
             ArtifactError: the disk is full or the file cannot be written; what was there before is still valid.
         """
-        if trace.id in self._ids:
-            return
-        line = (trace.to_json() + "\n").encode()
-        self._is_dirty = True
-        try:
-            written = os.write(self._file, line)
-            while written < len(line):  # a nearly full disk takes a part and then refuses the rest
-                written += os.write(self._file, line[written:])
-            if time.monotonic() - self._synced > self.sync_every_s:
-                self._sync()
-        except OSError as error:
-            self._truncate(self._size)
-            raise ArtifactError(
-                f"cannot write to {self.path}: {error.strerror or error}",
-                "make room and run the same command again: it goes on after the last whole trace",
-            ) from error
-        self._size += len(line)
-        self._ids.add(trace.id)
+        key = id_key(trace.id)
+        with self._guard:
+            if key in self._ids:
+                return
+            before = self._file.size
+            self._ids.add(key)
+            try:
+                self._append(trace, completion)
+            finally:
+                if self._file.size == before:
+                    self._ids.discard(key)
+            self._sync_soon()
+
+    def append_judgements(self, judgements: Iterable[Judgement]) -> None:
+        """Add what was judged of stored traces, in the file before this returns; the last one of a trace counts.
+
+        Raises:
+            ArtifactError: the disk is full or the file cannot be written.
+        """
+        with self._guard:
+            if self._verdicts is None:
+                self._verdicts, _ = self._open_lines(verdicts_path(self.path), self._opened)
+            lines = (json.dumps(asdict(judgement)) + "\n" for judgement in judgements)
+            while batch := "".join(itertools.islice(lines, 1000)):
+                self._verdicts.append(batch.encode())
+            self._sync_soon()
 
     def has(self, trace_id: str) -> bool:
         """Say whether a trace of this id is stored."""
-        return trace_id in self._ids
+        return id_key(trace_id) in self._ids
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -187,25 +217,28 @@ class TraceStore:
 
     @staticmethod
     def read(path: Path) -> Iterator[Trace]:
-        """Yield the distinct traces of a file without touching it; a torn last line is left out.
+        """Yield the distinct traces of a file with what was judged later, without touching it.
+
+        One at a time is in memory; a torn last line is left out.
 
         Raises:
             ArtifactError: the file is missing, or a line other than a torn last one is broken.
         """
-        seen: set[str] = set()
-        for trace, _ in _lines(path):
-            if trace.id not in seen:
-                seen.add(trace.id)
-                yield trace
+        judged = read_judgements(verdicts_path(path))
+        seen: set[bytes] = set()
+        for number, line in whole_lines(path):
+            trace = parse_line(Trace.from_json, path, number, line)
+            key = id_key(trace.id)
+            if key not in seen:
+                seen.add(key)
+                yield _with_judgement(trace, *judged[key]) if key in judged else trace
 
     def close(self) -> None:
-        """Sync and close. More than one call does no harm."""
-        if self._file >= 0:
-            try:
-                self._sync()
-            finally:
-                os.close(self._file)
-                self._file = -1
+        """Sync, close and let others write. More than one call does no harm."""
+        with self._guard:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -215,42 +248,84 @@ class TraceStore:
     ) -> None:
         self.close()
 
+    def _open_lines(self, path: Path, opened: ExitStack) -> tuple[AppendFile, int]:
+        """Open a JSONL file; return it and the length of the torn last line that was cut off."""
+        file = AppendFile(path)
+        opened.callback(file.close)
+        n_cut = file.cut_torn_line()
+        if n_cut:
+            self.repairs.append(f"{path.name}: cut off a torn last line of {n_cut} bytes")
+        return file, n_cut
+
+    def _open_logprobs(self, opened: ExitStack) -> LogprobsWriter:
+        writer = LogprobsWriter(logprobs_path(self.path), self._ids)
+        opened.callback(writer.close)
+        if writer.cut_bytes:
+            self.repairs.append(f"{writer.path.name}: cut off {writer.cut_bytes} bytes that belong to no trace")
+        return writer
+
+    def _append(self, trace: Trace, completion: Completion | None) -> None:
+        """Write the log-probabilities, if there are any, then the line; neither is there if either fails."""
+        if completion is None or completion.logprobs is None or completion.token_ids is None:
+            self._file.append(_line(replace(trace, n_logprobs=0) if trace.n_logprobs else trace))
+            return
+        if self._logprobs is None:
+            self._logprobs = self._open_logprobs(self._opened)
+        writer, before = self._logprobs, self._logprobs.size
+        try:
+            writer.append(encode(trace.id, completion.token_ids, completion.logprobs))
+            writer.sync()
+            self._file.append(_line(replace(trace, n_logprobs=completion.logprobs.ids.shape[1])))
+        except BaseException:
+            if writer.size > before:
+                writer.truncate(before)
+            raise
+
+    def _sync_soon(self) -> None:
+        if self.sync_every_s <= 0:
+            self._sync()
+        elif self._timer is None:
+            self._timer = threading.Timer(self.sync_every_s, self._sync_later)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _sync_later(self) -> None:
+        with self._guard, suppress(ArtifactError):  # the file remembers it, and the next append says so
+            self._timer = None
+            self._sync()
+
     def _sync(self) -> None:
-        if self._is_dirty:
-            os.fsync(self._file)
-        self._synced, self._is_dirty = time.monotonic(), False
-
-    def _truncate(self, size: int) -> None:
-        os.ftruncate(self._file, size)
-        self._size = size
+        for file in (self._logprobs, self._file, self._verdicts):
+            if file is not None:
+                file.sync()
 
 
-def _scan(path: Path) -> tuple[set[str], int]:
-    """Return the ids in a file and where its last whole line ends, in bytes."""
-    ids: set[str] = set()
-    good = 0
-    for trace, end in _lines(path):
-        ids.add(trace.id)
-        good = end
-    return ids, good
-
-
-def _lines(path: Path) -> Iterator[tuple[Trace, int]]:
-    """Yield (trace, where its line ends) of each whole line."""
+def _line(trace: Trace) -> bytes:
     try:
-        with path.open("rb") as lines:
-            end = 0
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    return
-                end += len(line)
-                try:
-                    trace = Trace.from_json(line)
-                except ValueError as error:
-                    raise ArtifactError(
-                        f"{path}:{number} is broken: {error}",
-                        "nothing was changed; mend or delete that line, or give another --out",
-                    ) from error
-                yield trace, end
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}", "is it the traces file?") from error
+        return (trace.to_json() + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair, as a server may send it: only an escape can say that
+        return (json.dumps(asdict(trace)) + "\n").encode()
+
+
+def _scan_ids(path: Path) -> set[bytes]:
+    """Return the keys of the traces in a file, parsing only the lines that do not begin and end as ours do."""
+    ids: set[bytes] = set()
+    last, number = b"", 0
+    for number, line in whole_lines(path):
+        last = line
+        if number > 1 and line.startswith(b'{"id": "') and line[40:42] == b'",' and line.endswith(b"}\n"):
+            try:
+                ids.add(unhexlify(line[8:40]))
+                continue
+            except ValueError:
+                pass
+        ids.add(id_key(parse_line(Trace.from_json, path, number, line).id))
+    if number > 1:
+        parse_line(Trace.from_json, path, number, last)
+    return ids
+
+
+def _with_judgement(trace: Trace, verdict_by: VerdictBy, agreement: float | None) -> Trace:
+    """Merge a judgement in: no vote unsays what a grader said."""
+    by = trace.verdict_by if trace.verdict_by == "grader" else verdict_by
+    return replace(trace, verdict_by=by, agreement=agreement)

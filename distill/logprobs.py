@@ -1,0 +1,208 @@
+"""Token ids and top-k log-probabilities of traces: a binary file beside traces.jsonl, one checksummed record a trace.
+
+A token takes 5 + 5 k bytes (325 at k = 64): its id, the log of the probability that the top k leave over, and for each
+of the k its id in 24 bits and its log-probability as a float16. docs/traces.md has the layout.
+
+Sixteen bits round a probability of 0.5 by up to 1e-4, which is more than the tail often holds. So the tail is stored
+by itself, and reading shifts each position's values (by no more than their rounding) until both add up to one again.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+
+from ..errors import ArtifactError
+from ..localrun.generation import TopLogprobs
+from .durable import AppendFile, id_key
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_MAGIC = b"DDLP"
+_VERSION = 1
+_HEADER = struct.Struct("<4sHHI16sII")  # magic, version, k, T, trace key, CRC-32 of the payload, of what precedes it
+_NO_TOKEN = 0xFFFFFF  # stands for -1, where a server gave fewer than k
+
+
+def logprobs_path(traces_path: Path) -> Path:
+    """Return where the log-probabilities of a traces file stand."""
+    return traces_path.with_name(f"{traces_path.stem}.logprobs.bin")
+
+
+def encode(trace_id: str, token_ids: Sequence[int], logprobs: TopLogprobs) -> bytes:
+    """Return the record of a trace of T tokens.
+
+    Raises:
+        ValueError: there are not T rows, or a token id does not fit 24 bits.
+    """
+    import numpy as np
+
+    n_tokens, k = logprobs.ids.shape
+    if len(token_ids) != n_tokens or logprobs.values.shape != (n_tokens, k):
+        raise ValueError(f"{len(token_ids)} tokens, ids {logprobs.ids.shape}, values {logprobs.values.shape}")
+    with np.errstate(divide="ignore", over="ignore"):
+        tail = np.log(np.clip(1.0 - np.exp(logprobs.values.astype(np.float64)).sum(axis=1), 0.0, 1.0))  # [T]
+        halves = [tail.astype("<f2").tobytes(), logprobs.values.astype("<f2").tobytes()]
+    payload = b"".join([_to_24_bits(np.asarray(token_ids)), _to_24_bits(logprobs.ids), *halves])
+    head = _HEADER.pack(_MAGIC, _VERSION, k, n_tokens, id_key(trace_id), zlib.crc32(payload), 0)[:-4]
+    return head + struct.pack("<I", zlib.crc32(head)) + payload
+
+
+def _to_24_bits(ids: npt.NDArray[np.integer]) -> bytes:
+    import numpy as np
+
+    if ids.size and not -1 <= ids.min() <= ids.max() < _NO_TOKEN:
+        raise ValueError(f"token ids from {ids.min()} to {ids.max()} do not fit 24 bits")
+    return ids.astype("<i4").reshape(-1, 1).view(np.uint8)[:, :3].tobytes()
+
+
+def _from_24_bits(data: bytes) -> npt.NDArray[np.int32]:
+    import numpy as np
+
+    wide = np.zeros((len(data) // 3, 4), np.uint8)
+    wide[:, :3] = np.frombuffer(data, np.uint8).reshape(-1, 3)
+    ids = wide.view("<i4").ravel().astype(np.int32)
+    ids[ids == _NO_TOKEN] = -1
+    return ids
+
+
+def _decode(payload: bytes, n_tokens: int, k: int) -> tuple[npt.NDArray[np.int32], TopLogprobs]:
+    import numpy as np
+
+    ids_end = 3 * n_tokens * (1 + k)
+    ids = _from_24_bits(payload[:ids_end])
+    halves = np.frombuffer(payload, "<f2", offset=ids_end).astype(np.float64)
+    tail, values = halves[:n_tokens], halves[n_tokens:].reshape(n_tokens, k)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = np.log1p(-np.exp(tail)) - np.log(np.exp(values).sum(axis=1))  # [T]
+    values = values + np.where(np.isfinite(shift), shift, 0.0)[:, None]
+    return ids[:n_tokens], TopLogprobs(ids[n_tokens:].reshape(n_tokens, k), values.astype(np.float32))
+
+
+class _Record(NamedTuple):
+    """Where a record begins and ends in the file, and what its header says."""
+
+    start: int
+    end: int
+    k: int
+    n_tokens: int
+    key: bytes
+    crc: int
+
+    @classmethod
+    def read(cls, file: BinaryIO, start: int, path: Path) -> Self | None:
+        """Return the record that begins there, or None where the file ends within its header."""
+        file.seek(start)
+        head = file.read(_HEADER.size)
+        if len(head) < _HEADER.size:
+            return None
+        magic, version, k, n_tokens, key, crc, own_crc = _HEADER.unpack(head)
+        if magic != _MAGIC or version != _VERSION or zlib.crc32(head[:-4]) != own_crc:
+            raise ArtifactError(f"{path} is broken at byte {start}", "move it away: the traces are whole without it")
+        return cls(start, start + _HEADER.size + n_tokens * (5 + 5 * k), k, n_tokens, key, crc)
+
+    def payload(self, file: BinaryIO) -> bytes | None:
+        """Return the payload if its checksum holds."""
+        file.seek(self.start + _HEADER.size)
+        data = file.read(self.end - self.start - _HEADER.size)
+        return data if zlib.crc32(data) == self.crc else None
+
+
+def _whole_records(file: BinaryIO, path: Path) -> Iterator[_Record]:
+    """Yield the records from their headers alone; a last one that a kill left without its end is left out."""
+    size = file.seek(0, 2)
+    record = _Record.read(file, 0, path)
+    while record is not None and record.end <= size:
+        yield record
+        record = _Record.read(file, record.end, path)
+
+
+class Logprobs:
+    """The log-probabilities of a traces file, by trace. Close it, or use it as a context manager."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path, self._file = path, file
+        self._starts = {record.key: record.start for record in _whole_records(file, path)}  # the last of a key counts
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the file (see `logprobs_path`).
+
+        Raises:
+            ArtifactError: it is missing or broken.
+        """
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+        try:
+            return cls(file, path)
+        except BaseException:
+            file.close()
+            raise
+
+    def get(self, trace_id: str) -> tuple[npt.NDArray[np.int32], TopLogprobs] | None:
+        """Return (token ids [T], top-k log-probabilities [T, k]) of a trace; None if it has none.
+
+        In each position the probabilities sum to one less what the teacher gave to all other tokens.
+
+        Raises:
+            ArtifactError: the record is broken.
+        """
+        start = self._starts.get(id_key(trace_id))
+        if start is None:
+            return None
+        record = _Record.read(self._file, start, self.path)
+        payload = record.payload(self._file) if record else None
+        if record is None or payload is None:
+            raise ArtifactError(f"{self.path} is broken at byte {start}: its checksum is off")
+        return _decode(payload, record.n_tokens, record.k)
+
+    def __contains__(self, trace_id: str) -> bool:
+        return id_key(trace_id) in self._starts
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LogprobsWriter(AppendFile):
+    """The same file to add to, under the lock of the traces. Opening it repairs its end.
+
+    What is cut off (`cut_bytes`): a torn record, and a last one whose trace was never written.
+    """
+
+    def __init__(self, path: Path, stored: set[bytes]) -> None:
+        """Open or create the file. `stored` are the keys of the traces that there are.
+
+        Raises:
+            ArtifactError: it cannot be opened, or is broken elsewhere than at its end.
+        """
+        super().__init__(path)
+        try:
+            with path.open("rb") as file:
+                last = next(iter(deque(_whole_records(file, path), maxlen=1)), None)
+                end = last.end if last else 0
+                if last and (last.key not in stored or last.payload(file) is None):
+                    end = last.start
+            self.cut_bytes = self.size - end
+            if self.cut_bytes:
+                self.truncate(end)
+        except BaseException:
+            self.close()
+            raise
