@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.grade import Grader, final_answer, is_number
+from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.answer import final_answer, is_number
 from deepdistill.distill.problems import Problem
 
 
@@ -20,6 +22,12 @@ from deepdistill.distill.problems import Problem
 def grader() -> Iterator[Grader]:
     with Grader(timeout_s=30) as grader:
         yield grader
+
+
+def only_process(grader: Grader) -> subprocess.Popen[str]:
+    """The process of a grader that one thread has used."""
+    (process,) = [worker.process for worker in grader._workers if worker.process]
+    return process
 
 
 def problem(answer: str | None, grader: str = "math", **metadata: object) -> Problem:
@@ -129,13 +137,11 @@ def test_gym_reference_answers_are_right_after_json(grader: Grader, name: str) -
 
 def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
     assert grader.grade(problem("42"), "42").verdict == "right"
-    worker = grader._worker
-    assert worker is not None
+    worker = only_process(grader)
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
     assert grader.grade(problem("42"), "43").verdict == "wrong"
-    assert grader._worker is not None
-    assert grader._worker.pid != worker.pid
+    assert only_process(grader).pid != worker.pid
 
 
 @pytest.fixture
@@ -148,7 +154,8 @@ def bad_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grad
             import os, time
             from deepdistill.distill import grade_worker
 
-            def score(gold, answer):
+            def score(submission):
+                answer = submission.answer
                 if answer == "hang":
                     while True:
                         time.sleep(1)
@@ -159,8 +166,7 @@ def bad_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grad
                 print("a scorer that talks")
                 return 1.0
 
-            grade_worker.grade_math = score
-            grade_worker._LOADERS["math"] = lambda: None
+            grade_worker.load = lambda grader: score
             grade_worker.main()
             """
         ),
@@ -183,10 +189,9 @@ def _launcher(folder: Path, worker: Path) -> Path:
 def test_a_bad_grader_gives_unknown_and_the_next_answer_is_graded(bad_grader: Grader, answer: str) -> None:
     started = time.monotonic()
     assert bad_grader.grade(problem("Paris"), "fine").verdict == "right"
-    before = bad_grader._worker
+    before = only_process(bad_grader)
     grade = bad_grader.grade(problem("Paris"), answer)
     assert (grade.verdict, grade.verdict_by, grade.score) == ("unknown", "none", None)
-    assert before is not None
     assert (before.poll() is None) == (answer == "raise"), "a worker that hangs is killed, one that raises goes on"
     assert bad_grader.grade(problem("Paris"), "fine").verdict == "right"
     assert time.monotonic() - started < 30
@@ -195,8 +200,7 @@ def test_a_bad_grader_gives_unknown_and_the_next_answer_is_graded(bad_grader: Gr
 def test_closing_leaves_no_process(grader: Grader) -> None:
     other = Grader()
     other.grade(problem("1"), "1")
-    worker = other._worker
-    assert worker is not None
+    worker = only_process(other)
     other.close()
     other.close()
     assert worker.poll() is not None

@@ -1,0 +1,97 @@
+"""Find the final answer in what a model said: in the content alone, never in the thinking, by one function for all."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.])[-+]?\.\d+"
+)
+_MARKED = re.compile(r"\banswer\b[*_`\"'’s]*\s*(?:is|was|=|:)+[*_`\s]*:?\s*(?P<answer>[^\n]+)", re.IGNORECASE)
+
+
+def final_answer(content: str, *, numeric: bool, multiline: bool = False) -> str | None:
+    r"""Return the answer that a content ends in, or None if there is none.
+
+    Looked for in turn: the last `\boxed{}`, the last `<answer>`, the last "answer is X" or "Answer: X"; then the last
+    number if a number is expected, all of the content if several lines are, else its last line that is not empty.
+    """
+    content = content.strip()
+    marked = marked_answer(content)
+    if marked:
+        return _number_in(marked) if numeric else clean(marked)
+    if not content:
+        return None
+    if numeric:
+        numbers = _NUMBER.findall(_plain_signs(content))
+        return _tidy_number(numbers[-1]) if numbers else None
+    if multiline:
+        return content
+    return clean(content.splitlines()[-1]) or None
+
+
+def marked_answer(content: str) -> str | None:
+    """Return what a content marks as its answer, as it stands there, or None if it marks nothing."""
+    return _boxed(content) or _tagged(content) or _said(content)
+
+
+def is_number(answer: str) -> bool:
+    """Say whether an answer is one plain number, so that a number is what to look for."""
+    return _NUMBER.fullmatch(_plain_signs(answer.strip())) is not None
+
+
+def clean(text: str) -> str:
+    """Strip what decorates an answer: white space, Markdown marks, dollar signs, quotes, a final full stop."""
+    text = text.strip()
+    while True:
+        stripped = text.strip('*_`"“”$ \t\n')
+        stripped = stripped[:-1] if stripped.endswith(".") and not stripped.endswith("..") else stripped
+        if stripped == text:
+            return text
+        text = stripped
+
+
+def _boxed(text: str) -> str | None:
+    r"""Return what the last `\boxed{}` holds, braces inside it included."""
+    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
+    if start < 0:
+        return None
+    begin = text.index("{", start) + 1
+    depth = 1
+    for i in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[i], 0)
+        if not depth:
+            return text[begin:i].strip()
+    return None
+
+
+def _tagged(text: str) -> str | None:
+    """Return what the last closed `<answer>` holds."""
+    folded = text.lower() if text.isascii() else text.replace("ANSWER>", "answer>").replace("Answer>", "answer>")
+    end = folded.rfind("</answer>")
+    start = folded.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end].strip() or None if start >= 0 else None
+
+
+def _said(text: str) -> str | None:
+    """Return the X of the last "answer is X", up to the end of its sentence."""
+    found = [match["answer"] for match in _MARKED.finditer(text)]
+    return re.split(r"(?<=[^\s.])\.(?:\s|$)", found[-1].strip(), maxsplit=1)[0] or None if found else None
+
+
+def _number_in(text: str) -> str | None:
+    """Return the number that a marked answer states: of "12 + 30 = 42 legs" the 42; a formula stays whole."""
+    text = _plain_signs(re.sub(r"\\text\s*\{[^}]*\}|\\[,;!% ]|\\left|\\right|\$", " ", text))
+    result = re.split(r"[,;(]\s", text.rsplit("=", 1)[-1])[0]
+    if re.search(r"\\[a-zA-Z]+|[\w)]\s*[-+*/^]\s*[\w(]", result):
+        return clean(result)
+    numbers = _NUMBER.findall(result)
+    return _tidy_number(numbers[0]) if numbers else clean(text)
+
+
+def _plain_signs(text: str) -> str:
+    return text.replace("−", "-").replace("–", "-")
+
+
+def _tidy_number(number: str) -> str:
+    return number.replace(",", "").removeprefix("+")

@@ -1,0 +1,104 @@
+"""One of several options, by its letter or by its text.
+
+The options stand in the problem's metadata under `choices`: a list of texts, an object of letter to text, or
+`{"label": […], "text": […]}`. The reference is a letter, a text, or a number from 0 where the options are listed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from . import CannotTell, Submission
+from .answer import clean, marked_answer
+
+_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:)]?", re.DOTALL)
+_LED = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+)", re.IGNORECASE)
+_LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\s*[.:)]|([A-Z])\s*[-–—])\s*(.+)", re.DOTALL)
+_LATEX = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+
+
+def grade(submission: Submission) -> float:
+    """Return 1.0 if the answer names the reference's option and no other, else 0.0.
+
+    Raises:
+        CannotTell: the reference is none of the options, or the answer mentions options without choosing one clearly.
+    """
+    choices = read_choices(submission.metadata.get("choices"))
+    gold = _gold(submission.reference(), choices)
+    marked = marked_answer(submission.content.strip())
+    lines = submission.content.strip().splitlines()
+    text = marked if marked is not None else (lines[-1] if lines else "")
+    chosen = choose(text, choices)
+    if chosen is None and marked is None and _mentions(text, choices or {gold: ""}):
+        raise CannotTell("the answer mentions options without choosing one clearly")
+    return 1.0 if chosen == gold else 0.0
+
+
+def read_choices(choices: Any) -> dict[str, str]:
+    """Return the options as letter to text; empty if none are given.
+
+    Raises:
+        CannotTell: they are in no known form, or two are the same.
+    """
+    if isinstance(choices, str):
+        try:
+            choices = json.loads(choices)
+        except ValueError as error:
+            raise CannotTell("the choices are no list") from error
+    if not choices:
+        return {}
+    if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
+        choices = dict(zip(choices["label"], choices["text"], strict=False))
+    elif isinstance(choices, list):
+        choices = {chr(ord("A") + i): text for i, text in enumerate(choices)}
+    if not isinstance(choices, dict) or not all(len(str(key)) == 1 for key in choices) or len(choices) > 26:
+        raise CannotTell("the choices are neither a list nor letters with texts")
+    found = {str(key).upper(): str(text) for key, text in choices.items()}
+    if len({_normal(text) for text in found.values()}) < len(found):
+        raise CannotTell("two choices are the same")
+    return found
+
+
+def choose(text: str, choices: dict[str, str]) -> str | None:
+    """Return the letter of the option that all of a text names; None if it names none, or two."""
+    text = clean(_LATEX.sub(r"\1", text))
+    text = clean(_LED.sub("", text, count=1)) if _LED.match(text) else text
+    named = [letter for letter, option in choices.items() if _normal(option) == _normal(text)]
+    if named:
+        return named[0]
+    if match := _LETTER.fullmatch(text):
+        letter = match[1].upper()
+        return letter if not choices or letter in choices else None
+    if match := _LETTER_AND_TEXT.fullmatch(text):
+        letter, rest = (match[1] or match[2] or match[3]).upper(), match[4]
+        if choices and letter not in choices:
+            return None
+        if choices and _normal(rest) == _normal(choices[letter]):
+            return letter
+        others = {key: option for key, option in choices.items() if key != letter}
+        return None if _mentions(rest, others or {"": ""}) or re.search(r"[(\[][A-Za-z][)\]]", rest) else letter
+    return None
+
+
+def _mentions(text: str, choices: dict[str, str]) -> bool:
+    """Say whether a text holds an option's letter as a word of its own (`A` and `I` are words too), or its text."""
+    letters = set(re.findall(r"(?<![\w'’])([A-Z])(?![\w'’])", text)) - (
+        {"A", "I"} if re.search(r"\b[AI] [a-z]", text) else set()
+    )
+    known = letters if "" in choices else letters & set(choices)
+    return bool(known) or any(option and f" {_normal(option)} " in f" {_normal(text)} " for option in choices.values())
+
+
+def _gold(gold: str, choices: dict[str, str]) -> str:
+    chosen = choose(gold, choices)
+    if chosen is None and gold.strip().isdigit() and int(gold) < len(choices):
+        return list(choices)[int(gold)]
+    if chosen is None:
+        raise CannotTell(f"the reference {gold[:40]!r} is none of the options")
+    return chosen
+
+
+def _normal(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s.%+\-/]", " ", text.casefold()).split()).rstrip(".")

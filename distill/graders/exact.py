@@ -1,0 +1,21 @@
+"""The same text: Unicode-normalised, white space collapsed, case kept unless `exact:ignore_case`."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from . import CannotTell, Submission
+
+
+def grade(submission: Submission) -> float:
+    """Return 1.0 if the final answer is the reference, else 0.0."""
+    if submission.argument not in ("", "ignore_case"):
+        raise CannotTell(f"exact has no option {submission.argument!r}; it takes ignore_case")
+    gold, answer = submission.reference(), submission.answer
+    assert answer is not None
+    forms = [" ".join(unicodedata.normalize("NFC", text).split()) for text in (gold, answer)]
+    if submission.argument == "ignore_case":
+        forms = [form.casefold() for form in forms]
+    if not forms[0]:
+        raise CannotTell("the reference answer is empty")
+    return 1.0 if forms[0] == forms[1] else 0.0

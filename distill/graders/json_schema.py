@@ -1,0 +1,94 @@
+"""A JSON document that a JSON Schema accepts.
+
+The schema is a file, `json_schema:FILE`, or stands in the problem's metadata under `schema`, or is the reference
+answer. Where the schema stands elsewhere and there is a reference answer too, the document must equal it as well.
+The document is the content, or its last fenced block.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import CannotTell, Submission
+
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?:json[c5]?)?[ \t]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
+
+
+def load(_: str) -> None:
+    """Import the library."""
+    import jsonschema  # type: ignore[import-untyped]  # noqa: F401
+
+
+def grade(submission: Submission) -> float:
+    """Return 1.0 if the document is one value of JSON that the schema accepts, else 0.0."""
+    from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
+    from jsonschema.validators import validator_for  # type: ignore[import-untyped]
+    from referencing import Registry
+    from referencing.exceptions import Unresolvable
+
+    schema, gold = _schema(submission)
+    kind = validator_for(schema)
+    try:
+        kind.check_schema(schema)
+        try:
+            document = _parse(extract(submission.content))
+        except (ValueError, RecursionError):
+            return 0.0
+        # An empty registry: a schema elsewhere is never fetched.
+        accepted = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER).is_valid(document)
+    except (SchemaError, Unresolvable, re.error) as error:
+        raise CannotTell(f"the schema is broken: {str(error).splitlines()[0]}") from error
+    return 1.0 if accepted and (gold is None or _canonical(document) == _canonical(gold[0])) else 0.0
+
+
+def extract(content: str) -> str:
+    """Return the last fenced block of a content, else all of it."""
+    blocks: list[str] = _FENCE.findall(content)
+    return blocks[-1] if blocks else content
+
+
+def _schema(submission: Submission) -> tuple[Any, tuple[Any] | None]:
+    """Return the schema, and the reference document in a tuple if there is one."""
+    source: Any = submission.metadata.get("schema")
+    try:
+        if submission.argument:
+            source = Path(submission.argument).read_text(encoding="utf-8")
+        gold = None if submission.gold is None else (_parse(submission.gold),)
+        schema = _parse(source) if isinstance(source, str) else source
+    except (OSError, ValueError, RecursionError) as error:
+        raise CannotTell(f"cannot read the schema or the reference: {error}") from error
+    if schema is None:
+        if gold is None:
+            raise CannotTell("the problem has no schema")
+        schema, gold = gold[0], None
+    if not isinstance(schema, dict | bool):
+        raise CannotTell("the schema is neither an object nor true or false")
+    return schema, gold
+
+
+def _parse(text: str) -> Any:
+    """Return the JSON value that a text is; NaN, infinities and keys that come twice are refused."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key comes twice")
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=distinct)
+
+
+def _canonical(value: Any) -> Any:
+    """Return a value that equals another's only where JSON says so: 1 is 1.0 and is not true."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    return (type(value) is bool, value)

@@ -1,0 +1,54 @@
+"""The same mathematical value, by math-verify; text that is no mathematics is only ever right or unknown."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+from . import CannotTell, Submission
+
+_PLAIN = re.compile(r"[-+]?\d{1,300}(?:\.\d{1,300})?")
+
+
+def load(_: str) -> None:
+    """Import the library, sympy with it."""
+    import math_verify  # noqa: F401
+
+
+def grade(submission: Submission) -> float:
+    """Return 1.0 for the same value as the reference, 0.0 for another.
+
+    Raises:
+        CannotTell: the reference is no mathematics.
+    """
+    gold, answer = submission.reference().strip(), submission.answer
+    assert answer is not None
+    if not _normal(gold):
+        raise CannotTell("the reference answer is empty")
+    if _normal(gold) == _normal(answer):
+        return 1.0
+    if _PLAIN.fullmatch(gold) and _PLAIN.fullmatch(answer):  # no need to ask sympy, which takes a thousand times longer
+        if Fraction(gold) == Fraction(answer):
+            return 1.0
+        if "." not in gold + answer:
+            return 0.0
+    if not _is_formula(gold):
+        raise CannotTell(f"the reference {gold[:40]!r} is no mathematics")
+    from math_verify import parse, verify
+
+    gold_value = parse(f"${gold.strip('$')}$")
+    if not gold_value:
+        raise CannotTell(f"the reference {gold[:40]!r} is no mathematics")
+    # Only where it is no formula as a whole: of "x + 1" the plain reading would take the 1.
+    value = parse(f"${answer.strip().strip('$')}$") or parse(answer)
+    return 1.0 if verify(gold_value, value) else 0.0
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.strip().strip("$").rstrip(".").casefold().split())
+
+
+def _is_formula(text: str) -> bool:
+    """Say whether a text is mathematics: math-verify would read "Paris" as the product a·i·P·r·s."""
+    words = re.findall(r"(?<!\\)\b[A-Za-z]{2,}\b", re.sub(r"\\[a-zA-Z]+", " ", text))
+    return not set(words) - {"pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "inf", "oo", "mod"}

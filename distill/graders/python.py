@@ -1,0 +1,262 @@
+"""Python code against the unit tests of its problem, in processes that reach neither files nor the network.
+
+The code is the last fenced block that defines something, or the whole content. The tests stand in the problem's
+metadata under `tests`: source with asserts, `test_*` functions, a `check(candidate)` or TestCases; a list of such
+lines; or pairs of input and output, for a program (stdin and stdout) or, with an `entry_point`, for a function.
+The code never sees what is expected of it: asserts run in a process of their own (wire.py), output is compared here.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import CannotTell, Submission
+from .python_child import NOT_CONFINED, OUT_OF_MEMORY
+
+_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
+_MAX_OUTPUT = 1 << 20
+_START = (
+    "import sys, json; s = json.loads(sys.argv[1]); sys.path[:] = s['import_path']; "
+    f"from {__package__}.python_child import main; main(s)"
+)
+
+
+def grade(submission: Submission) -> float:
+    """Return 1.0 if the code passes every test, else 0.0.
+
+    Raises:
+        CannotTell: no tests, tests that are broken or check nothing, a limit of time or memory, or no confinement.
+    """
+    if submission.argument not in ("", "unconfined"):
+        raise CannotTell(f"python:{submission.argument} is no grader: write python or python:unconfined")
+    tests = read_tests(submission.metadata)
+    code = extract(submission.content, names_in(tests))
+    deadline = time.monotonic() + submission.timeout_s * 0.9
+    try:
+        compile(code, "solution.py", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return 0.0
+    confined = submission.argument != "unconfined"
+    with tempfile.TemporaryDirectory(prefix="deepdistill-", ignore_cleanup_errors=True) as scratch:
+        where = Path(scratch).resolve()
+        if isinstance(tests, list):
+            return _run_programs(code, tests, where, deadline, confined)
+        return _run_tests(code, tests, where, deadline, confined)
+
+
+def read_tests(metadata: Mapping[str, Any]) -> dict[str, Any] | list[tuple[str, str]]:
+    """Return tests as source with its entry point, or as pairs of what a program reads and prints."""
+    tests, entry_point = metadata.get("tests"), metadata.get("entry_point")
+    if isinstance(tests, str) and tests.lstrip()[:1] in "[{":
+        with contextlib.suppress(ValueError):
+            tests = json.loads(tests)
+    if isinstance(tests, Mapping):
+        entry_point = tests.get("fn_name") or entry_point
+        inputs, outputs = tests.get("inputs", tests.get("input")), tests.get("outputs", tests.get("output"))
+        if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
+            raise CannotTell("the tests' inputs and outputs are no lists of one length")
+        tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
+    if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
+        if all(isinstance(test, str) for test in tests):
+            tests = "\n".join(tests)
+        elif all(isinstance(test, Mapping) and {"input", "output"} <= test.keys() for test in tests):
+            if not entry_point:
+                return [(_text(test["input"]), _text(test["output"])) for test in tests]
+            tests = "\n".join(_call(str(entry_point), test["input"], test["output"]) for test in tests)
+    if not isinstance(tests, str) or not tests.strip():
+        raise CannotTell("the problem has no tests")
+    setup = metadata.get("test_setup") or metadata.get("test_setup_code") or ""
+    return {"source": f"{setup}\n{tests}", "entry_point": str(entry_point) if entry_point else None}
+
+
+def extract(content: str, wanted: set[str]) -> str:
+    """Return the last fenced block of Python that defines what is wanted, else the last one, else the content."""
+    blocks: list[str] = [
+        body for _, language, body in _FENCE.findall(content) if language.lower() in ("", "py", "python", "python3")
+    ]
+    for block in reversed(blocks):
+        if wanted & _defined(block):
+            return block
+    return blocks[-1] if blocks else content
+
+
+def names_in(tests: dict[str, Any] | list[tuple[str, str]]) -> set[str]:
+    """Return the names that tests use."""
+    if isinstance(tests, list):
+        return set()
+    try:
+        tree = ast.parse(tests["source"])
+    except (SyntaxError, ValueError):
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {tests["entry_point"]}
+
+
+def _defined(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return set()
+    return {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)}
+
+
+def _call(entry_point: str, given: Any, expected: Any) -> str:
+    arguments = given if isinstance(given, list) else [given]
+    return f"assert {entry_point}(*{arguments!r}) == {expected!r}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _run_tests(code: str, tests: dict[str, Any], scratch: Path, deadline: float, confined: bool) -> float:
+    """Run tests and code side by side, joined by two pipes, and read the verdict of the tests."""
+    to_code, to_tests, verdict = os.pipe(), os.pipe(), os.pipe()
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        try:
+            children.append(_start("code", code, scratch, (to_code[0], to_tests[1]), deadline, confined))
+            channel = (to_tests[0], to_code[1], verdict[1])
+            children.append(_start("tests", json.dumps(tests), scratch, channel, deadline, confined))
+        finally:
+            for end in (*to_code, *to_tests, verdict[1]):
+                os.close(end)
+        line = _read(verdict[0], deadline, _MAX_OUTPUT)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # how it ended is told by its status
+            children[0].wait(timeout=0.5)
+        status = children[0].poll()
+    finally:
+        os.close(verdict[0])
+        for child in children:
+            _kill(child)
+    _check_status(status)
+    _check_status(children[1].returncode if not line else 0)
+    if not line:
+        raise CannotTell("the tests' process ended without a verdict")
+    reply = json.loads(line)
+    if reply["score"] is None:
+        raise CannotTell(reply["reason"])
+    return float(reply["score"])
+
+
+def _run_programs(code: str, tests: list[tuple[str, str]], scratch: Path, deadline: float, confined: bool) -> float:
+    """Run the code once for each input, and compare what it prints."""
+    for given, expected in tests:
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(given.encode())
+            stdin.seek(0)
+            read, write = os.pipe()
+            child = _start("program", code, scratch, (), deadline, confined, stdin=stdin.fileno(), stdout=write)
+            os.close(write)
+            try:
+                output = _read(read, deadline, max(_MAX_OUTPUT, 2 * len(expected) + 2))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.5)
+            finally:
+                os.close(read)
+                _kill(child)
+        _check_status(child.returncode)
+        if child.returncode or _lines(output.decode(errors="replace")) != _lines(expected):
+            return 0.0
+    return 1.0
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+def _start(
+    role: str,
+    source: str,
+    scratch: Path,
+    channel: tuple[int, ...],
+    deadline: float,
+    confined: bool,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """Start a fresh interpreter without environment, in a session of its own and a folder of its own."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    (folder / "source.py").write_text(source, encoding="utf-8", errors="surrogatepass")
+    settings = _fixed_settings() | {
+        "role": role,
+        "scratch": str(folder),
+        "channel": channel,
+        "confined": confined,
+        "cpu_s": max(1, round(deadline - time.monotonic() + 0.5)),
+    }
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    environment = {"HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | threads
+    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(settings)]
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        pass_fds=channel,
+        start_new_session=True,
+    )
+
+
+@cache
+def _fixed_settings() -> dict[str, Any]:
+    from ..sandbox import python_paths
+
+    standard = [path for path in sys.path if path.startswith(sysconfig.get_path("stdlib")) and "-packages" not in path]
+    packages = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))
+    return {
+        "import_path": [os.path.abspath(path) for path in sys.path],
+        "python_path": [*standard, *packages],
+        "readable": [str(path) for path in python_paths()],
+    }
+
+
+def _read(descriptor: int, deadline: float, most: int) -> bytes:
+    """Return what is written until the end.
+
+    Raises:
+        CannotTell: the deadline passes first.
+    """
+    data = bytearray()
+    with selectors.DefaultSelector() as selector:
+        selector.register(descriptor, selectors.EVENT_READ)
+        while len(data) <= most:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise CannotTell("the time limit was reached")
+            chunk = os.read(descriptor, 1 << 16)
+            if not chunk:
+                break
+            data += chunk
+    return bytes(data)
+
+
+def _check_status(status: int | None) -> None:
+    """Raise CannotTell where a limit or a missing confinement, and not the code, ended a process."""
+    if status == NOT_CONFINED:
+        raise CannotTell("this system cannot confine code; python:unconfined runs it all the same")
+    if status == OUT_OF_MEMORY:
+        raise CannotTell("the memory limit was reached")
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise CannotTell("the time limit was reached")
+
+
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()

@@ -1,0 +1,192 @@
+"""What runs confined, one role a process: the code under its tests, the tests, or a program that reads and prints.
+
+Started by graders/python.py with its settings as JSON; nothing of the problem but what its role needs is in its memory.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import contextlib
+import importlib
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .. import sandbox
+from .wire import Caller, Gone, Remote, Server, Undecided
+
+NOT_CONFINED = 97  # exit status: the system grants too little
+OUT_OF_MEMORY = 98
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Confine this process, then play its role."""
+    role = {"code": serve_code, "program": run_program, "tests": run_tests}[settings["role"]]
+    scratch = Path(settings["scratch"])
+    source = (scratch / "source.py").read_text(encoding="utf-8")
+    channel: list[Any] = [os.fdopen(n, mode) for n, mode in zip(settings["channel"], ("rb", "wb", "wb"), strict=False)]
+    limits = sandbox.Limits(cpu_s=settings["cpu_s"])
+    if settings["confined"]:
+        try:
+            sandbox.confine(scratch, map(Path, settings["readable"]), limits)
+        except sandbox.NotConfined as error:
+            print(error, file=sys.stderr)
+            sys.exit(NOT_CONFINED)
+    else:
+        sandbox.die_with_parent()
+        sandbox.set_limits(limits)
+        os.chdir(scratch)
+    sys.argv, sys.path[:] = ["solution.py"], settings["python_path"]
+    role(source, channel)
+
+
+def serve_code(source: str, channel: list[BinaryIO]) -> None:
+    """Run the code once, then do what the tests ask of what it defined."""
+    module = sys.modules["solution"] = type(sys)("solution")
+    read, write = channel
+    failed: dict[str, Any] | None = None
+    try:
+        exec(compile(source, "solution.py", "exec"), module.__dict__)
+    except SystemExit:  # a script's end; what it has defined by then can be tested
+        pass
+    except MemoryError:
+        failed = {"error": ["MemoryError", ""]}
+    except BaseException as error:
+        failed = {"failed": f"{type(error).__name__}: {error}"}
+    if failed is None:
+        Server(module.__dict__, read, write).serve()
+    else:
+        read.readline()
+        write.write(json.dumps(failed).encode() + b"\n")
+        write.flush()
+
+
+def run_program(source: str, channel: list[BinaryIO]) -> None:
+    """Run the code as a script."""
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    module = type(sys)("__main__")
+    sys.modules["__main__"] = module
+    try:
+        exec(compile(source, "solution.py", "exec"), module.__dict__)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+
+
+def run_tests(source: str, channel: list[BinaryIO]) -> None:
+    """Run the tests against the code at the other end of the channel and write the verdict to the third descriptor."""
+    verdict = channel.pop()
+    tests = json.loads(source)
+    caller = Caller(*channel)
+    score, reason = judge(tests["source"], tests["entry_point"], caller)
+    verdict.write(json.dumps({"score": score, "reason": reason}).encode() + b"\n")
+    verdict.flush()
+
+
+def judge(source: str, entry_point: str | None, caller: Caller) -> tuple[float | None, str]:
+    """Return the score, None where the tests cannot tell, and the reason if it is not 1.0."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError) as error:
+        return None, f"the tests are no Python: {error}"
+    n_checks = 0
+
+    def passed() -> None:
+        nonlocal n_checks
+        n_checks += 1
+
+    module = sys.modules["tests"] = type(sys)("tests")
+    names = module.__dict__
+    names["__passed__"] = passed
+    reason = ""
+    try:
+        names.update(_names_of_code(tree, entry_point, caller))
+        exec(compile(ast.fix_missing_locations(_Instrument().visit(tree)), "tests.py", "exec"), names)
+        n_tests = _run_functions(names, entry_point)
+        n_checks += n_tests
+    except (Undecided, Gone):
+        pass  # the caller knows
+    except MemoryError:
+        return None, "the memory limit was reached"
+    except (SystemExit, KeyboardInterrupt):
+        return None, "the tests ended themselves"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        if isinstance(error, ImportError) and not caller.n_calls:
+            return None, reason
+    if caller.undecided or (reason and caller.met_foreign_error):
+        return None, caller.undecided or reason
+    if caller.gone or reason:
+        return 0.0, caller.gone or reason
+    if not n_checks or not caller.n_calls:
+        return None, "the tests check nothing of the code"
+    return 1.0, ""
+
+
+class _Instrument(ast.NodeTransformer):
+    """Count each assert that holds: tests in which nothing was checked say nothing. The code is no module to import."""
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
+        return ast.copy_location(ast.Pass(), node) if node.module == "solution" else node
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        counted = ast.Expr(ast.Call(ast.Name("__passed__", ast.Load()), [], []))
+        return [node, ast.copy_location(counted, node)]
+
+
+def _names_of_code(tree: ast.Module, entry_point: str | None, caller: Caller) -> dict[str, Any]:
+    """Return what the tests take from the code: names that neither they, nor Python, nor its library define."""
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    asked = {entry_point} if entry_point else set()  # even where Python has the name too
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.arg):
+            bound.add(node.arg)
+        elif isinstance(node, ast.ImportFrom) and node.module == "solution":
+            asked |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            bound.add(node.name)
+    found: dict[str, Any] = {}
+    for name in sorted((used - bound | asked) - {"__name__", "*"}):
+        if name in sys.stdlib_module_names and name not in asked:
+            found[name] = importlib.import_module(name)
+        elif name in asked or not hasattr(builtins, name):
+            with contextlib.suppress(NameError):  # raised again where a test needs it
+                found[name] = caller.name(name)
+    return found
+
+
+def _run_functions(names: dict[str, Any], entry_point: str | None) -> int:
+    """Run `check(candidate)`, functions named test_* and TestCases; return how many tests the TestCases held."""
+    own = {name: value for name, value in names.items() if not isinstance(value, Remote)}
+    if callable(own.get("check")) and entry_point:
+        own["check"](names[entry_point] if entry_point in names else _missing(entry_point))
+    for name, value in own.items():
+        if name.startswith("test") and callable(value) and not isinstance(value, type):
+            value()
+    return _run_test_cases(own) if "unittest" in sys.modules else 0
+
+
+def _run_test_cases(names: dict[str, Any]) -> int:
+    import unittest
+
+    suite = unittest.TestSuite()
+    for value in names.values():
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            suite.addTests(unittest.defaultTestLoader.loadTestsFromTestCase(value))
+    result = unittest.TestResult()
+    suite.run(result)
+    for _, trace in result.errors + result.failures:
+        raise AssertionError(trace.strip().splitlines()[-1])
+    return result.testsRun - len(result.skipped)
+
+
+def _missing(name: str) -> Any:
+    raise NameError(f"name {name!r} is not defined")
