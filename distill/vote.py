@@ -1,0 +1,138 @@
+"""Agreement decides where problems have no answer: of the samples of one problem, the answer that most of them give.
+
+A sample that was cut off (its limit, a loop) or that states no answer votes for nothing and still counts as a sample,
+so that it lowers the share of every answer: an answer that three of eight samples reach has 3/8, whatever became of the
+other five. A vote is no proof: it makes no trace `right`, it says that samples agree.
+
+Source: self-consistency, Wang et al., arXiv 2203.11171; the least share and the least number of votes are ours.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .judgements import Judgement
+from .traces import Trace
+
+Same = Callable[[str, str], bool]
+"""Says whether two answers mean the same, beyond being written alike: a grader, asked without a problem."""
+
+_DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?")
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+_RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)|([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
+_WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class VoteSettings:
+    """When an answer is accepted: `min_share` of all samples, and `min_votes`, give it, and no other has as many."""
+
+    min_share: float = 0.6
+    min_votes: int = 2
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One sample's vote; `answer` is None if it was cut off or states none."""
+
+    id: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Election:
+    """What the samples of one problem came to. `agreement` has the share of a sample's answer, None for no answer."""
+
+    accepted: str | None
+    favoured: frozenset[str]
+    agreement: dict[str, float | None]
+
+
+def vote(ballots: Sequence[Ballot], settings: VoteSettings | None = None, same: Same | None = None) -> Election:
+    """Return the answer that is accepted, the samples that give it, and how many agree with each.
+
+    Answers are the same if they are written alike (case, white space, Markdown and LaTeX dressing aside), are the same
+    number, or `same` says so. The outcome does not depend on the order of the ballots. `accepted` is the winners'
+    shortest wording.
+    """
+    settings = settings or VoteSettings()
+    groups = _group([ballot for ballot in ballots if ballot.answer is not None], same)
+    agreement: dict[str, float | None] = {ballot.id: None for ballot in ballots}
+    for group in groups:
+        agreement |= dict.fromkeys((ballot.id for ballot in group), len(group) / len(ballots))
+    sizes = sorted(map(len, groups), reverse=True)
+    is_tied = len(sizes) > 1 and sizes[0] == sizes[1]
+    if not sizes or is_tied or sizes[0] < settings.min_votes or sizes[0] / len(ballots) < settings.min_share - 1e-9:
+        return Election(None, frozenset(), agreement)
+    winners = max(groups, key=len)
+    wordings = sorted((ballot.answer or "" for ballot in winners), key=lambda answer: (len(answer), answer))
+    return Election(wordings[0], frozenset(ballot.id for ballot in winners), agreement)
+
+
+def vote_on_traces(
+    traces: Iterable[Trace], settings: VoteSettings | None = None, same: Same | None = None
+) -> Iterator[Judgement]:
+    """Yield a judgement of every trace that no grader judged: `vote` for those that agree, `none` for the others.
+
+    Traces of one problem are its samples, in whatever order they come; one that did not end by itself has no vote.
+    """
+    problems: dict[str, list[Ballot]] = {}
+    for trace in traces:
+        if trace.verdict == "unknown":
+            answer = trace.answer if trace.finish_reason == "stop" and (trace.answer or "").strip() else None
+            problems.setdefault(trace.problem_id, []).append(Ballot(trace.id, answer))
+    for ballots in problems.values():
+        election = vote(ballots, settings, same)
+        for ballot in ballots:
+            by = election.agreement[ballot.id]
+            yield Judgement(ballot.id, "vote" if ballot.id in election.favoured else "none", by)
+
+
+def answer_key(answer: str) -> str | Fraction:
+    """Return what two answers share if they are the same as text or as a number: `1,000`, `1000.0` and `$1000$`."""
+    text = unicodedata.normalize("NFKC", answer).replace("−", "-").replace("–", "-")
+    while (plain := _undress(text)) != text:
+        text = plain
+    number = _number(text)
+    return text if number is None else number
+
+
+def _undress(text: str) -> str:
+    text = _WRAPPED.sub(r"\1", text)
+    for mark in ("\\left", "\\right", "\\,", "\\!", "\\;", "\\(", "\\)", "\\[", "\\]"):
+        text = text.replace(mark, "")
+    text = " ".join(text.casefold().split()).strip("*_`\"'“”‘’$ ")
+    return text[:-1] if text.endswith((".", "!")) and not text.endswith("..") else text
+
+
+def _number(text: str) -> Fraction | None:
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    if _DECIMAL.fullmatch(text):
+        return Fraction(text)
+    if ratio := _RATIO.fullmatch(text):
+        over, under = ratio[1] or f"{ratio[3]}{ratio[4]}", ratio[2] or ratio[5]
+        return Fraction(int(over), int(under)) if int(under) else None
+    return None
+
+
+def _group(ballots: Sequence[Ballot], same: Same | None) -> list[list[Ballot]]:
+    """Put together the ballots whose answers are the same: by their keys first, then the keys as `same` says."""
+    by_key: dict[str | Fraction, list[Ballot]] = {}
+    for ballot in sorted(ballots, key=lambda ballot: (ballot.answer or "", ballot.id)):
+        by_key.setdefault(answer_key(ballot.answer or ""), []).append(ballot)
+    if same is None:
+        return list(by_key.values())
+    groups: list[list[Ballot]] = []
+    for members in by_key.values():
+        answer = members[0].answer or ""
+        like = next((group for group in groups if same(group[0].answer or "", answer)), None)
+        if like is None:
+            groups.append(members)
+        else:
+            like += members
+    return groups
