@@ -21,10 +21,13 @@ def draw_uniforms(sampling: Sampling, seed: int, n: int) -> torch.Tensor | None:
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None) -> torch.Tensor:
+def choose(
+    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None, *, captured: bool = False
+) -> torch.Tensor:
     """Return one token a row `[B]` from logits `[B, V]`; `uniforms` `[B]` in [0, 1) unless greedy.
 
-    Filters apply as in llama.cpp and vLLM: top-k, then top-p, then min-p, on the tempered distribution.
+    Filters apply as in llama.cpp and vLLM: top-k, then top-p, then min-p, on the tempered distribution. With `captured`
+    no value is looked at on the host, so that a CUDA graph can hold it.
     """
     if sampling.temperature <= 0 or uniforms is None:
         return logits.argmax(-1)
@@ -32,7 +35,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | No
     filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     if not filtered:
         return _invert(probs, uniforms)
-    probs, tokens = _sorted_head(probs, sampling)  # [B, K] descending
+    probs, tokens = _sorted_head(probs, sampling, captured)  # [B, K] descending
     if sampling.top_p < 1:
         total = probs.sum(-1, keepdim=True) if sampling.top_k > 0 else 1.0
         probs = probs * (probs.cumsum(-1) - probs < sampling.top_p * total)
@@ -41,12 +44,22 @@ def choose(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | No
     return tokens.gather(1, _invert(probs, uniforms)[:, None])[:, 0]
 
 
-def _sorted_head(probs: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def top_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids (int32) and log-probabilities (float32) `[B, k]` of the most probable tokens of logits `[B, V]`."""
+    logits = logits.float()
+    top = torch.topk(logits, min(k, logits.shape[-1]))
+    return top.indices.int(), top.values - logits.logsumexp(-1, keepdim=True)
+
+
+def _sorted_head(probs: torch.Tensor, sampling: Sampling, captured: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the most probable tokens in descending order: as many as any filter can leave."""
     n_vocab = probs.shape[-1]
     if sampling.top_k > 0:
         top = torch.topk(probs, min(sampling.top_k, n_vocab))
         return top.values, top.indices
+    if captured:
+        everything = torch.sort(probs, descending=True)
+        return everything.values, everything.indices
     top = torch.topk(probs, min(_NUCLEUS, n_vocab))
     # What lies beyond the head is dropped anyway if the head holds p, or if min-p drops the head's last token.
     enough = (top.values.sum(-1) >= sampling.top_p) | (top.values[:, -1] < sampling.min_p * top.values[:, 0])

@@ -2,9 +2,9 @@
 
 `model.generate` keeps every row until the slowest has ended, pays for its general machinery at each token, and copies
 the whole KV cache to append to it. Here a step is one forward pass over the live rows with logits for the last position
-alone, the cache grows in place, and prompts start longest first, so that the last rows in the batch are short ones.
-What all prompts begin with (a system prompt, a question's fixed words) is computed once. Cache columns are
-`[shared prefix | padding | own prompt and answer]`.
+alone, the cache grows in place, and prompts are drawn in windows and start longest first, so that rows of a length run
+together and the last ones in the batch are short. What the first window's prompts begin with (a system prompt, a
+question's fixed words) is computed once; a later prompt that begins otherwise does not look at it.
 
 Left out on purpose: beam search, penalties, and refilling for models with sliding-window or recurrent layers, whose
 caches cannot be cut by row and column: those run batch after batch.
@@ -13,19 +13,21 @@ caches cannot be cut by row and column: those run batch after batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, repeat
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ...localrun.generation import Sampling
-from .choose import choose, draw_uniforms
+from ...localrun.generation import Sampling, TopLogprobs
+from .choose import choose, draw_uniforms, top_of
+from .growing_cache import GrowingLayer, stack_rows
 
 _PREFILL_TOKENS = 16384  # a prefill pass with its padding; bounds the memory that long prompts take
-_ROOM = 64  # cache columns added beyond what is needed
+_WINDOW = 2  # batches drawn at once and sorted by length
 _LEAST_PREFIX = 8  # tokens; a shorter shared prefix is not worth a pass of its own
 
 
@@ -37,6 +39,10 @@ class Row:
     prompt: list[int]
     max_new: int
     uniforms: torch.Tensor | None = None  # [max_new]
+    n_shared: int = 0
+    """Of the prompt's tokens, those in the cache's shared prefix."""
+    top: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Ids and log-probabilities `[k]` of the most probable tokens at each of `tokens`, if asked for."""
     tokens: list[int] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
@@ -53,32 +59,18 @@ class Row:
         """Tokens that stand in the cache: all but the newest, which the next step puts in."""
         return len(self.prompt) + max(0, len(self.tokens) - 1)
 
+    @property
+    def n_own(self) -> int:
+        """Columns of the cache that are this row's alone."""
+        return self.length - self.n_shared
 
-class GrowingLayer(DynamicLayer):
-    """A cache layer that keeps spare columns and appends in place, where DynamicLayer copies everything each token."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.n = 0
-        self.room: tuple[torch.Tensor, torch.Tensor] | None = None  # two of [B, H, capacity, D]
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `[B, H, T, D]` states and return all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        end = self.n + key_states.shape[-2]
-        if self.room is None:
-            self.room = (_with_capacity(key_states, end + _ROOM), _with_capacity(value_states, end + _ROOM))
-        elif end > self.room[0].shape[-2]:
-            self.room = (_with_capacity(self.room[0], 2 * end), _with_capacity(self.room[1], 2 * end))
-        keys, values = self.room
-        keys[..., self.n : end, :] = key_states
-        values[..., self.n : end, :] = value_states
-        self.n = end
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        return self.keys, self.values
+    @property
+    def logprobs(self) -> TopLogprobs | None:
+        """What `top` holds, `[T, k]`."""
+        if not self.top:
+            return None
+        ids, values = (torch.stack(part).numpy() for part in zip(*self.top, strict=True))
+        return TopLogprobs(ids, values)
 
 
 class BatchDecoder:
@@ -93,29 +85,45 @@ class BatchDecoder:
         self.cache: Any = None
         self.mask = torch.empty(0)  # [B, capacity] int64: 0 where padding stands
         self.width = 0  # columns of the cache in use, of which the first n_prefix hold the shared prefix
-        self.n_prefix = 0
+        self.shared: list[int] = []  # the prefix's tokens
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # a layer's keys and values, [1, H, n_prefix, D]
+        self.n_top = 0
         self.by_row = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
-    def run(self, requests: Sequence[Row], sampling: Sampling) -> Iterator[Row]:
-        """Yield the rows of `requests` as they end."""
-        waiting = sorted(requests, key=lambda row: len(row.prompt))  # taken from its end: the longest first
-        self.rows, self.cache, self.width = [], None, 0
-        self.prefix = self._prefill_shared(waiting) if self.by_row else []
+    @property
+    def n_prefix(self) -> int:
+        """Tokens of the shared prefix."""
+        return len(self.shared)
+
+    def run(self, requests: Iterable[Row], sampling: Sampling, top_logprobs: int = 0) -> Iterator[Row]:
+        """Yield the rows of `requests` as they end; those that are over when they are drawn come back at once."""
+        source, waiting = iter(requests), list[Row]()  # taken from its end: the longest first
+        self.rows, self.cache, self.width, self.n_top = [], None, 0, top_logprobs
+        self.shared, self.prefix, is_first = [], [], True
         while True:
-            live = [row for row in self.rows if not row.done]
-            n_done = len(self.rows) - len(live)
-            if not live and not waiting:
-                self.rows, self.cache, self.prefix = [], None, []
-                return
+            n_done = sum(row.done for row in self.rows)
             # Leaving and joining copies the cache, so it waits until a quarter of the batch has ended.
-            if not live or (self.by_row and 4 * n_done >= len(self.rows)):
-                self._keep_live()
-                new = [waiting.pop() for _ in range(min(self.batch_size - len(self.rows), len(waiting)))]
-                for chunk in _prefill_chunks(new) if self.by_row else [new]:
-                    yield from self._join(chunk, sampling)
-            else:
+            if n_done < len(self.rows) and not (self.by_row and 4 * n_done >= len(self.rows)):
                 yield from self._step(sampling)
+                continue
+            self._keep_live()
+            new: list[Row] = []
+            while len(self.rows) + len(new) < self.batch_size:
+                if not waiting:
+                    window = list(islice(source, _WINDOW * self.batch_size))
+                    yield from (row for row in window if row.done)
+                    waiting = sorted((row for row in window if not row.done), key=lambda row: len(row.prompt))
+                    if is_first and self.by_row:
+                        self.prefix, is_first = self._prefill_shared(waiting), False
+                    if not window:
+                        break
+                new += [waiting.pop()] if waiting else []
+            new.sort(key=lambda row: -len(row.prompt))
+            for chunk in _prefill_chunks(new) if self.by_row else [new] * bool(new):
+                yield from self._join(chunk, sampling)
+            if not self.rows:
+                self.cache, self.prefix = None, []
+                return
 
     def _step(self, sampling: Sampling) -> list[Row]:
         """Generate one token for every live row and return those that ended with it."""
@@ -131,12 +139,14 @@ class BatchDecoder:
     def _join(self, new: list[Row], sampling: Sampling) -> list[Row]:
         """Prefill new rows, take their first token, and put them into the batch."""
         device, started, n_prefix = self.model.device, time.monotonic(), self.n_prefix
-        width = max(len(row.prompt) for row in new) - n_prefix
-        pads = [n_prefix + width - len(row.prompt) for row in new]
-        own = [[self.pad_id] * pad + row.prompt[n_prefix:] for row, pad in zip(new, pads, strict=True)]
-        is_own = (torch.arange(width)[None] >= torch.tensor(pads)[:, None]).long()  # [B, T]
-        positions = (n_prefix + is_own.cumsum(-1) - 1).clamp(min=0).to(device)  # [B, T]
-        mask = F.pad(is_own, (n_prefix, 0), value=1).to(device)  # [B, n_prefix + T]
+        for row in new:
+            row.n_shared = n_prefix if n_prefix < len(row.prompt) and row.prompt[:n_prefix] == self.shared else 0
+        width = max(row.n_own for row in new)
+        own = [[self.pad_id] * (width - row.n_own) + row.prompt[row.n_shared :] for row in new]
+        n_shared = torch.tensor([[row.n_shared] for row in new])
+        is_own = (torch.arange(width)[None] >= torch.tensor([[width - row.n_own] for row in new])).long()  # [B, T]
+        positions = (n_shared + is_own.cumsum(-1) - 1).clamp(min=0).to(device)  # [B, T]
+        mask = torch.cat([(n_shared > 0).long().expand(-1, n_prefix), is_own], 1).to(device)  # [B, n_prefix + T]
         cache = self._new_cache(len(new))
         logits = self._forward(torch.tensor(own, device=device), mask, positions, cache)
         for row in new:
@@ -152,10 +162,10 @@ class BatchDecoder:
         """Compute the cache of what all prompts begin with; every prompt keeps a token of its own."""
         prompts = [row.prompt for row in requests]
         n_shared = _n_shared(prompts) if len(prompts) > 1 else 0
-        self.n_prefix = n_shared if n_shared >= _LEAST_PREFIX else 0
-        if not self.n_prefix:
+        self.shared = prompts[0][:n_shared] if n_shared >= _LEAST_PREFIX else []
+        if not self.shared:
             return []
-        ids = torch.tensor([prompts[0][:n_shared]], device=self.model.device)
+        ids = torch.tensor([self.shared], device=self.model.device)
         cache: Any = DynamicCache(config=self.model.config)
         self._forward(ids, torch.ones_like(ids), torch.arange(n_shared, device=ids.device)[None], cache)
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -189,10 +199,12 @@ class BatchDecoder:
         uniforms = None
         if sampling.temperature > 0:
             uniforms = torch.stack([_uniform(row) for row in rows]).to(logits.device)
+        top = zip(*(x.cpu() for x in top_of(logits, self.n_top)), strict=True) if self.n_top else repeat(None)
         ended: list[Row] = []
-        for row, token in zip(rows, choose(logits, sampling, uniforms).tolist(), strict=True):
+        for row, token, best in zip(rows, choose(logits, sampling, uniforms).tolist(), top, strict=False):
             if row.done:
                 continue
+            row.top += [best] if best else []
             row.tokens.append(token)
             row.ended = token in self.eos_ids
             if row.done:
@@ -209,11 +221,11 @@ class BatchDecoder:
             self.cache = None
             return
         index = torch.tensor(keep, device=self.mask.device)
-        width = max(row.length for row in self.rows)
+        width = self.n_prefix + max(row.n_own for row in self.rows)
         columns = [*range(self.n_prefix), *range(self.width - width + self.n_prefix, self.width)]
         taken = torch.tensor(columns, device=self.mask.device)
         for layer in self.cache.layers:
-            _replace(layer, *(x.index_select(0, index).index_select(2, taken) for x in (layer.keys, layer.values)))
+            layer.keep(index, taken)
         self.mask = self.mask.index_select(0, index).index_select(1, taken)
         self.width = width
 
@@ -222,10 +234,9 @@ class BatchDecoder:
         """Put prefilled rows under the live ones, both aligned at the newest column."""
         wide = max(width, self.width)
         for layer, other in zip(self.cache.layers, cache.layers, strict=True):
-            pairs = ((layer.keys, other.keys), (layer.values, other.values))
-            _replace(layer, *(_stack(a, b, wide, self.n_prefix) for a, b in pairs))
+            layer.put_under(other, wide, self.n_prefix)
         both = (self.mask[:, None, : self.width, None], mask[:, None, :, None])
-        self.mask = _stack(*both, wide, self.n_prefix)[:, 0, :, 0]
+        self.mask = stack_rows(*both, wide, self.n_prefix)[:, 0, :, 0]
         self.rows, self.width = [*self.rows, *new], wide
 
 
@@ -253,26 +264,3 @@ def _n_shared(prompts: Sequence[list[int]]) -> int:
     first, last = min(prompts), max(prompts)  # the two that differ earliest
     limit = min(len(prompt) for prompt in prompts) - 1
     return next((i for i in range(limit) if first[i] != last[i]), limit)
-
-
-def _replace(layer: GrowingLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    layer.n = keys.shape[-2]
-    layer.room = (_with_capacity(keys, layer.n + _ROOM), _with_capacity(values, layer.n + _ROOM))
-    layer.keys, layer.values = (x[..., : layer.n, :] for x in layer.room)
-
-
-def _with_capacity(states: torch.Tensor, capacity: int) -> torch.Tensor:
-    """Return a buffer `[B, H, capacity, D]` that begins with the states."""
-    batch, heads, n, size = states.shape
-    room = states.new_empty(batch, heads, capacity, size)
-    room[..., :n, :] = states
-    return room
-
-
-def _stack(above: torch.Tensor, below: torch.Tensor, width: int, n_prefix: int) -> torch.Tensor:
-    """Stack two `[B, H, T, D]` by row, padded after the prefix to one width; with zeros, as NaN would pass a mask."""
-    stacked = above.new_zeros(len(above) + len(below), above.shape[1], width, above.shape[3])
-    for part, rows in ((above, stacked[: len(above)]), (below, stacked[len(above) :])):
-        rows[:, :, :n_prefix] = part[:, :, :n_prefix]
-        rows[:, :, width - part.shape[2] + n_prefix :] = part[:, :, n_prefix:]
-    return stacked

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,20 @@ import torch
 import transformers
 from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError
+from transformers.cache_utils import DynamicCache
 
 from ...errors import ModelError, TeacherError, UsageError
-from ...localrun.generation import Completion, Message, Sampling
+from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ..device import SMALL_MODEL, choose_device, inference_dtype
 from ..quiet import quiet_transformers
 from .base import Backend, Request, Teacher
+from .choose import top_of
 from .decode import BatchDecoder, Row, make_row
+from .paged import PagedCacheError, PagedDecoder, can_page
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
+_SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
 
 
 class TransformersTeacher(Teacher):
@@ -60,34 +65,70 @@ class TransformersTeacher(Teacher):
         self.revision = weights_hash(Path(source)) if is_folder else commit
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         self.n_ctx: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.n_parallel = batch_size or _default_batch_size(self.model, self.device)
+        self._pages = self.device.type == "cuda" and can_page(self.model)
+        self.n_parallel = batch_size or _default_batch_size(self.model, self.device, self._pages)
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as rows end; prompts that leave no room in the context come back as errors."""
-        asked = list(requests)
-        prompts = [self.render(request.messages) for request in asked]
-        ids = self.tokenizer(prompts, add_special_tokens=False).input_ids if prompts else []
-        rows = []
-        for index, prompt_ids in enumerate(ids):
-            room = sampling.max_tokens if self.n_ctx is None else self.n_ctx - len(prompt_ids)
-            if room < 1 or not prompt_ids:
-                yield index, _refused(len(prompt_ids), self.n_ctx)
-            else:
-                limit = max(1, min(room, sampling.max_tokens))
-                rows.append(make_row(index, prompt_ids, limit, sampling, asked[index].seed))
-        pad = self.tokenizer.pad_token_id
-        decoder = BatchDecoder(
-            self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad
-        )
+        opened: dict[int, bool] = {}  # by index: whether the prompt opens the thinking
+        rows = self._rows(requests, sampling, opened)
         try:
-            for row in decoder.run(rows, sampling):
-                yield row.index, self._completion(row, prompt_opens_thinking(prompts[row.index]))
+            for row in self._decode_rows(rows, sampling, top_logprobs):
+                yield row.index, self._completion(row, opened.pop(row.index))
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"{self.name} ran out of memory with {self.n_parallel} rows", "lower --batch-size"
             ) from error
+
+    def _rows(self, requests: Iterable[Request], sampling: Sampling, opened: dict[int, bool]) -> Iterator[Row]:
+        """Yield a row a request; one that cannot be answered has no room for a token."""
+        for index, request in enumerate(requests):
+            prompt = self.render(request.messages)
+            ids = self._tokenize(prompt)
+            room = sampling.max_tokens if self.n_ctx is None else self.n_ctx - len(ids)
+            opened[index] = prompt_opens_thinking(prompt)
+            limit = max(0, min(room, sampling.max_tokens)) if ids else 0
+            yield make_row(index, ids, limit, sampling, request.seed)
+
+    def _decode_rows(self, rows: Iterator[Row], sampling: Sampling, top_logprobs: int) -> Iterator[Row]:
+        """Yield rows as they end: out of a paged cache where that is faster, else out of a batch of our own."""
+        pad = self.tokenizer.pad_token_id
+        if self._pages and not top_logprobs:
+            try:
+                yield from PagedDecoder(self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids).run(
+                    rows, sampling
+                )
+                return
+            except PagedCacheError as error:
+                self._pages, rows = False, chain(error.rows, rows)
+                self.on_note(f"transformers' paged cache refuses {self.name} ({error}): rows are batched here instead")
+        decoder = BatchDecoder(
+            self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad
+        )
+        yield from decoder.run(rows, sampling, top_logprobs)
+
+    @torch.inference_mode()
+    def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
+        """Return the `top_logprobs` most probable tokens at the place of each of the answer's, in bounded passes."""
+        prompt = self._tokenize(self.render(messages))
+        ids = [*prompt, *(self._tokenize(answer) if isinstance(answer, str) else answer)]
+        if self.n_ctx is not None and len(ids) > self.n_ctx:
+            raise ModelError(f"the text takes {len(ids)} tokens and the context of {self.name} holds {self.n_ctx}")
+        cache, top = DynamicCache(config=self.model.config), []
+        for start in range(0, len(ids), _SCORED_TOKENS):
+            chunk = torch.tensor([ids[start : start + _SCORED_TOKENS]], device=self.model.device)
+            n_wanted = max(1, start + chunk.shape[1] - len(prompt) + 1)  # the prompt's last token begins the answer
+            output = self.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=n_wanted)
+            if start + chunk.shape[1] >= len(prompt):
+                top.append([part.cpu() for part in top_of(output.logits[0], top_logprobs)])
+        tokens, values = (torch.cat(part)[:-1].numpy() for part in zip(*top, strict=True))
+        return TopLogprobs(tokens, values)
+
+    def _tokenize(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt that the checkpoint's chat template makes of a conversation.
@@ -117,6 +158,8 @@ class TransformersTeacher(Teacher):
             torch.cuda.empty_cache()
 
     def _completion(self, row: Row, starts_inside: bool) -> Completion:
+        if row.max_new < 1:
+            return _refused(len(row.prompt), self.n_ctx)
         kept = row.tokens[:-1] if row.ended else row.tokens
         reasoning, content, closed = split_thinking(self._decode(kept), starts_inside)
         n_reasoning = 0 if closed is None else len(kept)
@@ -132,6 +175,7 @@ class TransformersTeacher(Teacher):
             reasoning_tokens=n_reasoning,
             seconds=row.seconds,
             token_ids=tuple(row.tokens),
+            logprobs=row.logprobs,
         )
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -217,9 +261,9 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _default_batch_size(model: Any, device: torch.device) -> int:
+def _default_batch_size(model: Any, device: torch.device, pages: bool) -> int:
     if device.type == "cuda":
-        return 128
+        return 256 if pages else 128
     return 256 if model.num_parameters() < SMALL_MODEL else 48
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
-from deepdistill.distill.teachers import Request, open_teacher
+from deepdistill.distill.teachers import Request, open_teacher, transformers_model
 from deepdistill.distill.teachers.choose import choose, draw_uniforms
+from deepdistill.distill.teachers.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
 from deepdistill.localrun.generation import Message, Sampling
@@ -78,6 +81,15 @@ def write_model(folder: Path, kind: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from a second thread, and on a busy machine wait for it."""
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_model(tmp_path_factory.mktemp(kind), kind) for kind in MODELS}
@@ -123,6 +135,119 @@ def test_greedy_equals_generate_one_prompt_at_a_time(teacher: TransformersTeache
         assert answers[i].finish_reason == ("stop" if expected[-1] in teacher.eos_ids else "length")
         lengths.add(len(expected))
     assert len(lengths) > 3, "rows must end at different steps, or nothing was refilled"
+
+
+def test_requests_are_drawn_in_windows_and_need_no_end(teacher: TransformersTeacher) -> None:
+    conversations = ask(30)
+    n_drawn = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal n_drawn
+        for request in itertools.cycle(conversations):
+            n_drawn += 1
+            yield request
+
+    answers = teacher.generate(endless(), Sampling(max_tokens=12))
+    done = {}
+    for n_done, (index, completion) in enumerate(itertools.islice(answers, 24)):
+        assert n_drawn <= n_done + 4 * teacher.n_parallel
+        done[index] = completion
+    answers.close()  # type: ignore[attr-defined]
+    for index, completion in done.items():
+        assert completion.token_ids == generated_alone(teacher, list(conversations[index % 30].messages), 12)
+
+
+def test_a_later_prompt_need_not_begin_as_the_first_did(llama: TransformersTeacher) -> None:
+    conversations = [*ask(9), *ask(9, seed=1, shared="and "), *ask(9)]
+    answers = dict(llama.generate(iter(conversations), Sampling(max_tokens=16)))
+    for i, request in enumerate(conversations):
+        assert answers[i].token_ids == generated_alone(llama, list(request.messages), 16)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_top_logprobs_are_those_of_one_pass_over_the_text(teacher: TransformersTeacher, temperature: float) -> None:
+    """At any temperature: they are the model's, not the sampler's."""
+    conversations, sampling = ask(11), Sampling(temperature, top_k=3, max_tokens=24)
+    answers = dict(teacher.generate(conversations, sampling, top_logprobs=6))
+    for i, request in enumerate(conversations):
+        made, top = answers[i].token_ids, answers[i].logprobs
+        assert made is not None
+        assert top is not None
+        assert top.ids.dtype == np.int32
+        assert top.ids.shape == top.values.shape == (len(made), 6)
+        prompt = teacher.tokenizer(teacher.render(request.messages), add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            logits = teacher.model(torch.tensor([[*prompt, *made]])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits.float(), -1).numpy()
+        np.testing.assert_allclose(top.values, -np.sort(-expected)[:, :6], atol=1e-4)
+        np.testing.assert_allclose(top.values, np.take_along_axis(expected, top.ids, 1), atol=1e-4)
+    plain = dict(teacher.generate(conversations, sampling))
+    assert all(plain[i].logprobs is None and plain[i].token_ids == answers[i].token_ids for i in range(11))
+
+
+def test_a_given_text_is_scored_in_passes_of_any_size(
+    teacher: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages, text = ask(1)[0].messages, "12 + 30 = 42, twelve"
+    made = teacher.tokenizer(text, add_special_tokens=False).input_ids
+    prompt = teacher.tokenizer(teacher.render(messages), add_special_tokens=False).input_ids
+    with torch.inference_mode():
+        logits = teacher.model(torch.tensor([[*prompt, *made]])).logits[0, len(prompt) - 1 : -1]
+    expected = torch.log_softmax(logits.float(), -1).topk(5)
+    for n in (1024, 1, 3, len(prompt) - 1, len(prompt), len(prompt) + 1):
+        monkeypatch.setattr(transformers_model, "_SCORED_TOKENS", n)
+        for answer in (text, made):
+            scored = teacher.score(messages, answer, top_logprobs=5)
+            np.testing.assert_allclose(scored.values, expected.values.numpy(), atol=1e-4)
+            assert (scored.ids == expected.indices.numpy()).mean() > 0.9
+    with pytest.raises(ModelError, match="context"):
+        teacher.score(messages, made * 20, top_logprobs=5)
+
+
+@pytest.fixture
+def paged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use the paged cache on the CPU too, with pages so small that rows hold several and that it runs full."""
+    monkeypatch.setattr(transformers_model, "PagedDecoder", partial(PagedDecoder, n_pages=12, page_size=16))
+
+
+@pytest.mark.usefixtures("paged")
+@pytest.mark.parametrize("kind", ["llama", "sliding"])
+def test_the_paged_cache_answers_as_generate_does(folders: dict[str, Path], kind: str) -> None:
+    teacher = TransformersTeacher(folders[kind], device="cpu", batch_size=4)
+    teacher._pages, notes = True, list[str]()
+    teacher.on_note = notes.append
+    conversations = [*ask(9), Request([{"role": "user", "content": "12 " * 200}])]
+    answers = dict(teacher.generate(iter(conversations), Sampling(max_tokens=16)))
+    assert teacher._pages, notes
+    assert answers[9].finish_reason == "error"
+    for i in range(9):
+        assert answers[i].token_ids == generated_alone(teacher, list(conversations[i].messages), 16)
+        assert answers[i].finish_reason == ("stop" if answers[i].token_ids[-1] in teacher.eos_ids else "length")
+
+
+@pytest.mark.usefixtures("paged")
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.9}, {"top_k": 5, "min_p": 0.1}])
+def test_the_paged_cache_samples_with_each_rows_own_seed(llama: TransformersTeacher, filters: dict[str, Any]) -> None:
+    sampling = Sampling(temperature=1.0, max_tokens=12, **filters)
+    expected = dict(llama.generate(ask(9), sampling))
+    llama._pages = True
+    answers = dict(llama.generate(ask(9), sampling))
+    assert llama._pages
+    assert [answers[i].token_ids for i in range(9)] == [expected[i].token_ids for i in range(9)]
+
+
+@pytest.mark.usefixtures("paged")
+def test_what_the_paged_cache_refuses_is_batched_here_with_one_note(folders: dict[str, Path]) -> None:
+    teacher = TransformersTeacher(folders["deepseek_v3"], device="cpu", batch_size=4)
+    assert not can_page(teacher.model)
+    teacher._pages, notes = True, list[str]()
+    teacher.on_note = notes.append
+    for _ in range(2):
+        answers = dict(teacher.generate(ask(11), Sampling(max_tokens=8)))
+        for i, request in enumerate(ask(11)):
+            assert answers[i].token_ids == generated_alone(teacher, list(request.messages), 8)
+    assert len(notes) == 1
+    assert "\n" not in notes[0]
 
 
 def test_samples_depend_on_seed_and_index_but_not_on_the_batch(llama: TransformersTeacher) -> None:
