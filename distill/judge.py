@@ -164,7 +164,7 @@ def verdict_of(reply: Reply, settings: JudgeSettings) -> int | str | None:
         return None
     try:
         verdict = json.loads(found[0][1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     key = "better" if settings.compare else "score"
     value: Any = verdict.get(key) if set(verdict) == {key} else None

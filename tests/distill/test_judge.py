@@ -149,6 +149,7 @@ UNREADABLE = [
     'VERDICT MARK {"score": 1}\nVERDICT MARK {"score": 5}',
     'verdict MARK {"score": 5}',
     'VERDICT MARK [{"score": 5}]',
+    'VERDICT MARK {"score": ' + "[" * 5000 + "}",
 ]
 
 

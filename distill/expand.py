@@ -1,0 +1,307 @@
+"""New problems like given ones, written by the teacher: `--expand N` asks for N to each.
+
+What comes back is text of a model's choosing, so it is read leniently and taken sceptically: a problem that cannot be
+read, repeats a given or an earlier one, belongs to the held-out part of the split or overlaps with an evaluation
+question is dropped and counted. New problems have no answer: agreement or a judge decides about what is said to them.
+
+Source: Self-Instruct, Wang et al., arXiv 2212.10560; near-duplicates and contamination are found as in curation.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from ..localrun.generation import Message, Sampling
+from ..localrun.progress import Progress, no_progress
+from .budget import Budget
+from .problems import Problem
+from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies
+from .similar import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
+from .split import bucket_of, question_hash
+from .teachers.base import Teacher
+
+DROPPED = {
+    "malformed": "no problem could be read: too short, too long, torn or a placeholder",
+    "copy": "a given problem, or one that was written before",
+    "held_out": "the question is not in the training bucket of the split",
+    "contaminated": "the question overlaps with one of the evaluation",
+    "near_duplicate": "nearly the words and the same numbers as a given or an earlier one",
+}
+_A_REQUEST = 8  # problems; with more, models begin to repeat themselves
+_SHORTEST, _LONGEST = 12, 4000  # characters
+
+_EXAMPLE = "A baker sells 3 kinds of bread and bakes 14 loaves of each. By noon 25 are sold. How many are left?"
+_EXAMPLE_NEW = [
+    "A school orders 6 boxes of 24 pencils and hands out 96 of them in the first week. How many pencils remain?",
+    "Lena reads 18 pages on each of 5 days, and her book has 130 pages. How many pages does she still have to read?",
+]
+_KEYS = ("problem", "question", "prompt", "text", "task", "instruction")
+_NUMBERED = re.compile(r"^\s*(?:[#>*_\s]*)(?:(?:problem|question)\s*)?\d{1,3}\s*[.):]\**\s*", re.IGNORECASE)
+_BULLET = re.compile(r"^\s*[-*•]\s+")
+_TITLE = re.compile(r"^(?:<problem>|\W*(?:problem|question)\W*:\W*)", re.IGNORECASE)
+_SOLVED = re.compile(r"^\W*(?:answer|solution|explanation|hint)\b\W*:.*", re.IGNORECASE | re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class ExpandSettings:
+    """`n` new problems to each given one. `teacher` is the string that the user gave.
+
+    `similarity` is the Jaccard overlap of word trigrams from which two problems with the same numbers are one, `ngram`
+    the words in a row that may not be shared with an evaluation question.
+    """
+
+    teacher: str
+    n: int
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, max_tokens=4096))
+    similarity: float = 0.8
+    ngram: int = 8
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UsageError(f"--expand takes 1 or more, not {self.n}", "it is the number of new problems a given one")
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """The new problems in the order of the given ones, how many were written and dropped by reason, an example each."""
+
+    problems: list[Problem]
+    n_written: int
+    dropped: dict[str, int]
+    examples: dict[str, str]
+    replies: Replies
+
+
+def expand(
+    given: Sequence[Problem],
+    settings: ExpandSettings,
+    path: Path,
+    *,
+    open_teacher: Callable[[], Teacher],
+    evaluation: Iterable[str] = (),
+    budget: Budget | None = None,
+    on_progress: Progress = no_progress,
+) -> Expanded:
+    """Return new problems like the given ones; what the file at `path` holds of earlier runs is not asked again.
+
+    The same replies give the same problems in the same order. `evaluation` are the questions that no new one may touch.
+
+    Raises:
+        TeacherError: the teacher cannot answer any more; what it wrote before is kept.
+        ArtifactError: the file is broken or cannot be written.
+    """
+    asks = list(_asks(given, settings))
+    replies = ask_once(
+        [ask for ask, _, _ in asks],
+        path,
+        settings.sampling,
+        open_teacher=open_teacher,
+        budget=budget,
+        on_progress=on_progress,
+        stage="new problems",
+    )
+    written = [
+        (text, origin)
+        for ask, origin, n in asks
+        if (reply := replies.by_id.get(ask.id))
+        for text in read_problems(reply)[:n]
+    ]
+    sieve = _Sieve(given, settings)
+    problems = sieve.sift(written, list(evaluation))
+    return Expanded(problems, len(written), sieve.dropped, sieve.examples, replies)
+
+
+def missing_expansions(given: Sequence[Problem], settings: ExpandSettings, path: Path) -> list[Ask]:
+    """Return the requests that `expand` would pay for: those whose replies the file lacks.
+
+    Raises:
+        ArtifactError: the file is broken.
+    """
+    stored = stored_replies(path)
+    return [ask for ask, _, _ in _asks(given, settings) if ask.id not in stored]
+
+
+def read_problems(reply: Reply) -> list[str]:
+    """Return the problems that a reply holds, as a JSON array, JSON lines or a numbered or bulleted list.
+
+    What is no problem text (an item without a question) comes back empty, to be counted. Of a list that was cut off the
+    last item is left out: it may be torn.
+    """
+    text = re.sub(r"^\s*```\w*\s*$", "", reply.content, flags=re.MULTILINE).strip()
+    if (items := _from_json(text)) is not None:
+        return [_tidy(item) for item in items]
+    listed = _from_list(text, _NUMBERED) or _from_list(text, _BULLET)
+    if reply.finish_reason != "stop":
+        listed = listed[:-1]
+    return [_tidy(item) for item in listed]
+
+
+def _asks(given: Sequence[Problem], settings: ExpandSettings) -> Iterator[tuple[Ask, Problem, int]]:
+    """Yield (request, the given problem, how many new ones it asks for)."""
+    for problem in given:
+        for part, start in enumerate(range(0, settings.n, _A_REQUEST)):
+            n = min(_A_REQUEST, settings.n - start)
+            messages = _messages(problem.question, n)
+            yield (
+                Ask(ask_id("expand", settings.teacher, asdict(settings.sampling), messages, part), messages),
+                problem,
+                n,
+            )
+
+
+def _messages(question: str, n: int) -> list[Message]:
+    return [
+        {"role": "user", "content": _instruction(_EXAMPLE, len(_EXAMPLE_NEW))},
+        {"role": "assistant", "content": json.dumps(_EXAMPLE_NEW, indent=1)},
+        {"role": "user", "content": _instruction(question, n)},
+    ]
+
+
+def _instruction(question: str, n: int) -> str:
+    return (
+        f"Write {n} new problem{'s' if n > 1 else ''} like this one:\n\n<problem>\n{question.strip()}\n</problem>\n\n"
+        "The same kind and difficulty, but other facts, numbers and wording: a new problem, not the old one put "
+        "differently. Each is complete in itself and can be answered. Do not solve it. Reply with a JSON array of "
+        f"{n} string{'s' if n > 1 else ''} and nothing else."
+    )
+
+
+class _Sieve:
+    """Drops what is no new training problem, counts it by reason, and keeps an example of each."""
+
+    def __init__(self, given: Sequence[Problem], settings: ExpandSettings) -> None:
+        self.given, self.settings = given, settings
+        self.dropped = dict.fromkeys(DROPPED, 0)
+        self.examples: dict[str, str] = {}
+
+    def sift(self, written: list[tuple[str, Problem]], evaluation: list[str]) -> list[Problem]:
+        """Return those of (question, the given problem) that are new, as problems."""
+        seen = {question_hash(text) for text in (*(p.question for p in self.given), _EXAMPLE, *_EXAMPLE_NEW)}
+        fresh = []
+        for text, origin in written:
+            if reason := self._reason(text, seen):
+                self._drop(reason, text)
+            else:
+                seen.add(question_hash(text))
+                fresh.append((text, origin))
+        fresh = self._without("contaminated", fresh, self._contaminated([text for text, _ in fresh], evaluation))
+        fresh = self._without("near_duplicate", fresh, self._repeated([text for text, _ in fresh]))
+        return [_new_problem(text, origin) for text, origin in fresh]
+
+    def _reason(self, text: str, seen: set[str]) -> str | None:
+        if not (_SHORTEST <= len(text) <= _LONGEST and re.search(r"\w\W+\w", text)):
+            return "malformed"
+        if question_hash(text) in seen:
+            return "copy"
+        return None if bucket_of(text) == "train" else "held_out"
+
+    def _contaminated(self, texts: list[str], evaluation: list[str]) -> npt.NDArray[np.int64]:
+        exams = [word_hashes(text) for text in evaluation]
+        return contaminated([word_hashes(text) for text in texts], exams, self.settings.ngram)
+
+    def _repeated(self, texts: list[str]) -> npt.NDArray[np.int64]:
+        words = [word_hashes(text) for text in (*(problem.question for problem in self.given), *texts)]
+        numbers = np.array([numbers_in(one) for one in words], np.uint64)
+        signatures = np.array([sign_texts(one) for one in words]).reshape(len(words), -1)
+        if not len(words):
+            return np.zeros(0, np.int64)
+        found = near_duplicates(signatures, self.settings.similarity, lambda i, others: numbers[others] == numbers[i])
+        return found[len(self.given) :]
+
+    def _without(
+        self, reason: str, fresh: list[tuple[str, Problem]], found: npt.NDArray[np.int64]
+    ) -> list[tuple[str, Problem]]:
+        for (text, _), index in zip(fresh, found.tolist(), strict=True):
+            if index >= 0:
+                self._drop(reason, text)
+        return [one for one, index in zip(fresh, found.tolist(), strict=True) if index < 0]
+
+    def _drop(self, reason: str, text: str) -> None:
+        self.dropped[reason] += 1
+        self.examples.setdefault(reason, text)
+
+
+def _new_problem(text: str, origin: Problem) -> Problem:
+    return Problem(
+        id=question_hash(text)[:16],
+        question=text,
+        answer=None,
+        source=f"expand:{origin.source}",
+        grader="none",
+        metadata={"expanded_from": origin.id},
+    )
+
+
+def _from_json(text: str) -> list[Any] | None:
+    """Return the items of the JSON in a text: an array's, those in an object, one a line; None if there is none."""
+    start = text.find("[")
+    items = _array(text, start) if start >= 0 else []
+    if any(isinstance(item, str | dict) for item in items):
+        return items
+    lines = [line.strip().rstrip(",") for line in text.splitlines() if line.strip().startswith("{")]
+    return [value for line in lines if (value := _loads(line)) is not None] or None
+
+
+def _array(text: str, start: int) -> list[Any]:
+    """Return the items of an array; of one that is cut off or broken those up to there.
+
+    A string that goes on behind its quote held quotes that were not escaped: it is torn, and left out.
+    """
+    whole = _loads(text[start : text.rfind("]") + 1])
+    if isinstance(whole, list):
+        return whole
+    items: list[Any] = []
+    decoder, at = json.JSONDecoder(strict=False), start + 1
+    while True:
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+        try:
+            item, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):  # a model that loops may open brackets for ever
+            return items
+        rest = text[at:].partition("\n")[0].strip()
+        if rest and rest[0] not in ",]}":
+            return items
+        items.append(item)
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text, strict=False)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _from_list(text: str, mark: re.Pattern[str]) -> list[str]:
+    """Return the items of a list, each from its mark to the next one's, lines between them included."""
+    items: list[list[str]] = []
+    for line in text.splitlines():
+        if mark.match(line):
+            items.append([mark.sub("", line, count=1)])
+        elif items:
+            items[-1].append(line)
+    return ["\n".join(lines) for lines in items]
+
+
+def _tidy(item: Any) -> str:
+    """Return an item's problem text without its number, dressing or solution; "" if it holds none."""
+    if isinstance(item, dict):
+        lower = {str(key).lower(): value for key, value in item.items()}
+        item = next((lower[key] for key in _KEYS if key in lower), "")
+    if not isinstance(item, str):
+        return ""
+    text = _SOLVED.sub("", _NUMBERED.sub("", item, count=1))
+    text = _TITLE.sub("", text.encode("utf-8", "ignore").decode().strip()).removesuffix("</problem>").strip()
+    for left, right in (("**", "**"), ('"', '"'), ("“", "”")):
+        if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
+            text = text[len(left) : -len(right)].strip()
+    return text
