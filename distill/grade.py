@@ -22,7 +22,8 @@ from typing import Any, Literal, Self
 
 from ..errors import ModelError, UsageError
 from .graders import NONE, Kind, kind_of
-from .graders.answer import final_answer, is_number
+from .graders.answer import final_answer as final_answer
+from .graders.answer import is_number
 from .problems import Problem
 
 Verdict = Literal["right", "wrong", "unknown"]

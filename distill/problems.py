@@ -1,11 +1,12 @@
-"""Problems from one string, `gym:NAME?param=value&…` or a JSONL, CSV or Parquet file, drawn from one bucket.
+"""Problems from one string, drawn from one bucket; every draw is distinct by question.
 
-A file may name its columns: `file.csv?question=task&answer=solution`. Every draw is distinct by question.
+`gym:NAME?param=value&…` (reasoning-gym), a JSONL, CSV or Parquet file, `hf:ORG/NAME?split=train&config=…` (a data set
+on the hub), a .txt file with a prompt a line, or a folder of prompts. Columns can be named, and the grader:
+`file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,16 +16,25 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ..errors import ArtifactError, UsageError
+from .graders import NONE, is_trusted, kind_of
+from .problem_files import read_hub, read_rows
 from .split import Bucket, bucket_of, question_hash
 
 _QUESTION_COLUMNS = ("question", "problem", "prompt", "instruction", "input")
 _ANSWER_COLUMNS = ("answer", "final_answer", "solution", "output", "target", "ground_truth")
+_METADATA_COLUMNS = {
+    "tests": ("tests", "test_list", "unit_tests", "test"),
+    "test_setup": ("test_setup", "test_setup_code"),
+    "entry_point": ("entry_point",),
+    "choices": ("choices", "options"),
+    "schema": ("schema", "json_schema"),
+}
 _DEFAULT_N = 1000
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `grader` is `gym:NAME` (reasoning-gym's scorer) or `math`; `id` depends on the question alone."""
+    """One question. `grader` is KIND or KIND:ARGUMENT (see graders/); `id` depends on the question alone."""
 
     id: str
     question: str
@@ -35,14 +45,15 @@ class Problem:
 
 
 def load_problems(
-    spec: str, bucket: Bucket | None = None, n: int | None = None, seed: int | None = None
+    spec: str, bucket: Bucket | None = None, n: int | None = None, seed: int | None = None, *, offline: bool = False
 ) -> list[Problem]:
     """Return up to n distinct problems of a bucket (None: of every bucket), always the same ones in the same order.
 
-    A source that holds fewer gives what it has. n and seed default to the spec's own `size` and `seed`.
+    A source that holds fewer gives what it has. n and seed default to the spec's own `size` and `seed`. With offline,
+    a data set of the hub comes from the cache.
 
     Raises:
-        UsageError: an unknown data set, parameter or column.
+        UsageError: an unknown data set, parameter, column or grader.
         ArtifactError: a missing, broken or empty file, or one without a problem in this bucket.
     """
     path, params = _parse(spec)
@@ -50,8 +61,12 @@ def load_problems(
     n, seed = size if n is None else n, own_seed if seed is None else seed
     if path.startswith("gym:"):
         drawn = _draw_gym(path.removeprefix("gym:"), params, n, bucket, seed)
+    elif path.startswith("hf:"):
+        split, config = str(params.pop("split", "train")), params.pop("config", None)
+        rows = read_hub(path.removeprefix("hf:"), split, None if config is None else str(config), offline)
+        drawn = _draw_rows(rows, params, path)
     else:
-        drawn = _read_file(Path(path), params)
+        drawn = _draw_rows(read_rows(Path(path)), params, path)
     problems: dict[str, Problem] = {}
     for problem in drawn:
         if len(problems) == n:
@@ -148,39 +163,90 @@ def _draw_gym(name: str, params: dict[str, Any], n: int, bucket: Bucket | None, 
         start, size = size, size * 2 if len(seen) - before > (size - start) // 20 else size
 
 
-def _read_file(path: Path, params: dict[str, Any]) -> Iterator[Problem]:
-    unknown = sorted(set(params) - {"question", "answer"})
+def _draw_rows(rows: Iterator[tuple[str, Mapping[str, Any]]], params: dict[str, Any], source: str) -> Iterator[Problem]:
+    unknown = sorted(set(params) - {"question", "answer", "grader"})
     if unknown:
         raise UsageError(
-            f"a problem file has no parameter {', '.join(unknown)}", "it takes question=COLUMN and answer=COLUMN"
+            f"{source} has no parameter {', '.join(unknown)}",
+            "it takes question=COLUMN, answer=COLUMN and grader=GRADER" + _hub_hint(source),
         )
-    if not path.is_file():
-        raise ArtifactError(
-            f"no problem file at {path}", "problems are gym:NAME?param=value or a .jsonl, .csv or .parquet file"
-        )
+    grader = params.get("grader")
+    if grader is not None:
+        _check_grader(str(grader))
     count = 0
-    for where, row in _rows(path):
-        question, answer = _column(row, params.get("question"), _QUESTION_COLUMNS), None
+    for where, row in rows:
+        question = _column(row, params.get("question"), _QUESTION_COLUMNS)
         answer = _column(row, params.get("answer"), _ANSWER_COLUMNS)
-        if question is None or answer is None:
+        if question is None or (answer is None and "answer" in params):
             missing = "question" if question is None else "answer"
             raise ArtifactError(
                 f"{where} has no {missing} column; it has {', '.join(map(str, row))}",
-                f"name it: '{path}?{missing}=COLUMN'",
+                f"name it: '{source}?{missing}=COLUMN'",
             )
-        text, gold = str(row[question]).strip(), row[answer]
-        if not text or row[question] is None:
+        text = "" if row[question] is None else str(row[question]).strip()
+        if not text:
             raise ArtifactError(f"{where}: the question is empty")
         count += 1
+        metadata = _metadata(row)
+        gold = None if answer is None else _gold(row[answer])
         yield Problem(
             id=question_hash(text)[:16],
             question=text,
-            answer=None if gold is None else str(gold).rsplit("####", 1)[-1].strip(),  # GSM8K's mark before the answer
-            source=str(path),
-            grader="math",
+            answer=gold,
+            source=source,
+            grader=str(grader) if grader is not None else _grader_of(row, gold, metadata, where),
+            metadata=metadata,
         )
     if not count:
-        raise ArtifactError(f"{path} holds no problems", "one problem a line, with a question and an answer")
+        raise ArtifactError(f"{source} holds no problems", "one problem a line, with a question and an answer")
+
+
+def _hub_hint(source: str) -> str:
+    return ", split=NAME and config=NAME" if source.startswith("hf:") else ""
+
+
+def _gold(value: Any) -> str | None:
+    """Return a reference answer as text, without what GSM8K writes before it; None for a blank one."""
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text.rsplit("####", 1)[-1].strip() or None
+
+
+def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what graders need beside the answer, under the names they know."""
+    found = {}
+    for name, columns in _METADATA_COLUMNS.items():
+        column = _column(row, None, columns)
+        if column is not None and row[column] not in (None, "", [], {}):
+            found[name] = json.loads(json.dumps(row[column], default=str))
+    return found
+
+
+def _grader_of(row: Mapping[str, Any], gold: str | None, metadata: Mapping[str, Any], where: str) -> str:
+    """Return the row's own grader, or what its columns call for."""
+    column = _column(row, None, ("grader",))
+    if column is not None and row[column]:
+        grader = str(row[column])
+        _check_grader(grader, where)
+        if is_trusted(grader):
+            raise UsageError(
+                f"{where} names the grader {grader}, which runs code unconfined", f"if you trust it: ?grader={grader}"
+            )
+        return grader
+    if "tests" in metadata:
+        return "python"
+    if gold is None:
+        return NONE
+    return "choice" if "choices" in metadata else "math"
+
+
+def _check_grader(grader: str, where: str = "") -> None:
+    try:
+        if grader != NONE:
+            kind_of(grader)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}" if where else error.message, error.hint) from error
 
 
 def _column(row: Mapping[str, Any], named: str | None, usual: Iterable[str]) -> str | None:
@@ -188,32 +254,3 @@ def _column(row: Mapping[str, Any], named: str | None, usual: Iterable[str]) -> 
         return named if named in row else None
     lower = {str(key).lower(): key for key in row}
     return next((lower[name] for name in usual if name in lower), None)
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (where it stands, the row) from a file by its suffix."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        row = json.loads(line)
-                        if not isinstance(row, dict):
-                            raise ArtifactError(f"{path}:{number} is not a JSON object")
-                        yield f"{path}:{number}", row
-        elif suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as lines:
-                for number, row in enumerate(csv.DictReader(lines, strict=True), 2):
-                    yield f"{path}:{number}", row
-        elif suffix == ".parquet":
-            import pyarrow.parquet
-
-            for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-                yield f"{path} row {number}", row
-        else:
-            raise UsageError(f"cannot tell what {path} is", "problem files end in .jsonl, .csv or .parquet")
-    except (ValueError, csv.Error) as error:  # json, unicode and pyarrow errors are ValueErrors
-        raise ArtifactError(f"{path} is broken: {error}") from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from error

@@ -59,7 +59,8 @@ class _HubHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
-        is_api = parts[:2] == ["api", "models"]
+        parts = parts[1:] if parts[0] == "datasets" else parts
+        is_api = parts[:2] in (["api", "models"], ["api", "datasets"])
         files = self.repositories.get("/".join(parts[2:4] if is_api else parts[:2]))
         if files is None:
             self._reply(404, b"", {"X-Error-Code": "RepoNotFound"})

@@ -89,6 +89,12 @@ def kind_of(grader: str) -> tuple[Kind, str]:
     raise UsageError(f"there is no grader {grader!r}", f"it is {', '.join(KINDS)}, {NONE} or your own MODULE:FUNCTION")
 
 
+def is_trusted(grader: str) -> bool:
+    """Say whether a grader runs code with the user's own rights, so that only the user may name it, never a file."""
+    kind, argument = kind_of(grader)
+    return kind is _OWN or (kind.module == "python" and argument != "")
+
+
 def load(grader: str) -> Callable[[Submission], float | None]:
     """Return a grader's function, its libraries imported; the user's own function too."""
     kind, argument = kind_of(grader)

