@@ -74,7 +74,7 @@ def teach_template(tokenizer: Any) -> None:
 
 
 def _check(path: Path) -> None:
-    from .teachers.transformers_model import check_folder
+    from .teachers.loading import check_folder
 
     check_folder(path)
 
@@ -144,7 +144,7 @@ def _write_pocket(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from .teachers import pocket_dir
-    from .teachers.transformers_model import load_tokenizer
+    from .teachers.loading import load_tokenizer
 
     tokenizer = load_tokenizer(pocket_dir())
     torch.manual_seed(0)

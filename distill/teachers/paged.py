@@ -40,11 +40,12 @@ class PagedCacheError(Exception):
 
 
 def can_page(model: Any) -> bool:
-    """Say whether the paged cache may take a model: dense, without latent attention, with layers that only attend."""
+    """Say whether the paged cache may take a model: dense, without latent attention, on one GPU."""
     config = model.config.get_text_config()
     n_experts = getattr(config, "n_routed_experts", None) or getattr(config, "num_local_experts", None)
     n_experts = n_experts or getattr(config, "num_experts", None)
-    return not n_experts and getattr(config, "kv_lora_rank", None) is None
+    n_devices = len(set(getattr(model, "hf_device_map", {}).values()))
+    return not n_experts and getattr(config, "kv_lora_rank", None) is None and n_devices < 2
 
 
 class PagedDecoder:

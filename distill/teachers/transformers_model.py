@@ -6,30 +6,27 @@ code from a checkpoint is ever run.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from jinja2.exceptions import TemplateError
-from safetensors import SafetensorError
 from transformers.cache_utils import DynamicCache
 
 from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
-from ..device import SMALL_MODEL, choose_device, inference_dtype
-from ..quiet import quiet_transformers
+from ..device import SMALL_MODEL, choose_device
 from .base import Backend, Request, Teacher
 from .choose import top_of
 from .decode import BatchDecoder, Row, make_row
+from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
 
-_HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
+__all__ = ["TransformersTeacher", "check_pocket_source", "load_tokenizer"]
+
 _SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
 
 
@@ -60,7 +57,7 @@ class TransformersTeacher(Teacher):
         if is_folder:
             check_folder(Path(source))
         self.tokenizer = load_tokenizer(source, offline or is_folder)
-        self.model = _load_model(source, self.device, offline or is_folder)
+        self.model = load_model(source, self.device, offline or is_folder)
         commit = getattr(self.model.config, "_commit_hash", None)
         self.revision = weights_hash(Path(source)) if is_folder else commit
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
@@ -228,39 +225,6 @@ def check_pocket_source(problem_source: str) -> None:
             raise TeacherError(f"the pocket teacher has not learned gym:{name} with {key}={value}", hint)
 
 
-def check_folder(path: Path) -> None:
-    """Return if a folder holds a config, a tokenizer and weights.
-
-    Raises:
-        ModelError: it does not, or it is a LoRA adapter.
-    """
-    if not path.is_dir():
-        raise ModelError(f"no model folder at {path}")
-    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first")
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} is not a model folder: it has no config.json")
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(
-            f"{path} has no tokenizer", "copy tokenizer.json and tokenizer_config.json from the base model"
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path} has no weights", "it needs model.safetensors or its shards")
-
-
-def weights_hash(path: Path) -> str:
-    """Return a short hash of a checkpoint: the configs whole, of each weight file its size and 16 spread blocks."""
-    digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as data:
-            for i in range(_HASHED_BLOCKS if file.suffix == ".safetensors" else 1):
-                data.seek((size - _BLOCK_BYTES) * i // (_HASHED_BLOCKS - 1) if size > _BLOCK_BYTES else 0)
-                digest.update(data.read(_BLOCK_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def _default_batch_size(model: Any, device: torch.device, pages: bool) -> int:
     if device.type == "cuda":
         return 256 if pages else 128
@@ -276,63 +240,3 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def _refused(n_prompt: int, n_ctx: int | None) -> Completion:
     error = "the prompt is empty" if not n_prompt else f"the prompt's {n_prompt} tokens fill the context of {n_ctx}"
     return Completion("", None, None, "error", n_prompt, 0, 0, 0.0, error=error)
-
-
-def load_tokenizer(source: str | Path, offline: bool = True) -> Any:
-    """Return the tokenizer of a checkpoint folder, or of a hub id.
-
-    Raises:
-        ModelError: there is none, or it is corrupt.
-    """
-    quiet_transformers()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise _model_error(source, "tokenizer", error, offline) from error
-
-
-def _load_model(source: str | Path, device: torch.device, offline: bool) -> Any:
-    quiet_transformers()
-    try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype="auto",
-            local_files_only=offline,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise _model_error(source, "model", error, offline) from error
-    model, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if missing:
-        # transformers would fill these with random numbers and carry on.
-        raise ModelError(
-            f"{source} lacks {len(missing)} of its weights, {missing[0]} first", "the checkpoint is incomplete"
-        )
-    try:
-        return model.to(device=device, dtype=inference_dtype(model.num_parameters(), device)).eval()
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{source} does not fit in the memory of {device}", "give --device cpu or a smaller model"
-        ) from error
-
-
-def _model_error(source: str | Path, part: str, error: Exception, offline: bool) -> ModelError:
-    """Translate what transformers, safetensors and the hub raise into one line and a hint."""
-    text = " ".join(str(error).split())
-    if isinstance(error, SafetensorError) or ("safetensors" in text.lower() and "header" in text.lower()):
-        return ModelError(f"the weights of {source} are corrupt: {text[:200]}", "copy or download them again")
-    if isinstance(error, (ValueError, KeyError)) and (
-        "model_type" in text or "model type" in text or "Unrecognized" in text
-    ):
-        return ModelError(
-            f"transformers {transformers.__version__} does not know the architecture of {source}",
-            "a newer transformers may; or serve the model elsewhere and give its https://…/v1 as the teacher",
-        )
-    if isinstance(error, OSError) and not Path(source).exists():
-        if offline or os.environ.get("HF_HUB_OFFLINE"):
-            return ModelError(f"{source} is not in the local cache", "leave out --offline to download it")
-        return ModelError(f"cannot get {source} from the hub: {text[:200]}", "check the id and the connection")
-    return ModelError(f"cannot load the {part} of {source}: {text[:300]}")

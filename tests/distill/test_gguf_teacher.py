@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
+from deepdistill.distill.teachers.base import Capabilities
+from deepdistill.distill.teachers.gguf import GGUFTeacher
+from deepdistill.distill.teachers.probe import probe
 from deepdistill.errors import DeepDistillError
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Sampling
@@ -40,6 +46,60 @@ def test_the_context_grows_to_what_is_asked(smollm2: Path) -> None:
         conversations = ask("Say hi.", "word " * 700)
         answers = dict(teacher.generate(conversations, Sampling(max_tokens=4)))
         assert [answers[i].error for i in range(2)] == [None, None]
+
+
+def test_a_longer_prompt_that_comes_late_makes_the_context_grow(smollm2: Path) -> None:
+    conversations = ask("Say hi.", "Say no.", "Say yes.", "word " * 100, "What is 2 + 2?", "word " * 9000, "Say hi.")
+    with open_teacher(str(smollm2), batch_size=2) as teacher:
+        assert isinstance(teacher, GGUFTeacher)
+        teacher._engine.close()
+        teacher._engine = Engine(smollm2, n_ctx=64, n_seq=2)
+        done = teacher.generate(iter(conversations), Sampling(max_tokens=4))
+        answers = dict(itertools.islice(done, 3))
+        assert (sorted(answers), teacher._engine.n_ctx) == ([0, 1, 2], 64)
+        answers |= dict(done)
+        assert teacher._engine.n_ctx == teacher._engine.n_ctx_train, "no more than the model was trained for"
+    assert [answers[i].error for i in (0, 1, 2, 3, 4, 6)] == [None] * 6
+    assert "context" in (answers[5].error or "")
+    assert answers[0].content == answers[6].content
+    assert answers[3].prompt_tokens > 100
+
+
+def test_requests_are_drawn_as_places_come_free(smollm2: Path) -> None:
+    drawn = []
+
+    def endless() -> Iterator[Request]:
+        for i in itertools.count():
+            drawn.append(i)
+            yield Request([{"role": "user", "content": f"What is {i} + 1?"}], i)
+
+    with open_teacher(str(smollm2), batch_size=2) as teacher:
+        for n_done, _ in enumerate(itertools.islice(teacher.generate(endless(), Sampling(max_tokens=3)), 5)):
+            assert len(drawn) <= n_done + 2
+
+
+def test_a_given_answer_is_scored_as_the_generated_one_was(smollm2: Path) -> None:
+    (request,) = ask("Name a colour.")
+    with open_teacher(str(smollm2), batch_size=2) as teacher:
+        ((_, said),) = teacher.generate([request], Sampling(max_tokens=8), top_logprobs=5)
+        assert said.logprobs is not None
+        assert said.token_ids is not None
+        by_tokens = teacher.score(request.messages, said.token_ids, top_logprobs=5)
+        by_text = teacher.score(request.messages, "Blue<|im_end|>", top_logprobs=5)
+    np.testing.assert_allclose(by_tokens.values, said.logprobs.values, atol=0.05)
+    assert said.logprobs.ids[:, 0].tolist() == list(said.token_ids), "greedy"
+    with Engine(smollm2) as engine:
+        prompt = engine.tokenize(engine.render(list(request.messages)))
+        answer = engine.model.tokenize("Blue<|im_end|>", whole=False)
+        logits = engine.logits([*prompt, *answer])[len(prompt) - 1 : -1].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    assert by_text.ids.shape == (len(answer), 5)
+    np.testing.assert_allclose(by_text.values, -np.sort(-expected)[:, :5], atol=0.05)
+
+
+def test_the_probe_finds_what_a_gguf_gives(smollm2: Path) -> None:
+    with open_teacher(str(smollm2), batch_size=2) as teacher:
+        assert probe(teacher, 9) == Capabilities("given", 9, reasoning=False, token_ids=True)
 
 
 def test_a_file_cut_short(smollm2: Path, tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
-from deepdistill.distill.teachers import Request, open_teacher, transformers_model
+from deepdistill.distill.teachers import Request, loading, open_teacher, transformers_model
 from deepdistill.distill.teachers.choose import choose, draw_uniforms
+from deepdistill.distill.teachers.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
@@ -424,6 +425,38 @@ def test_what_is_not_there() -> None:
         open_teacher("https://example.org/v1", offline=True)
 
 
+def test_weights_go_on_one_gpu_or_over_all_and_never_half_on_the_cpu() -> None:
+    gib = 2**30
+    assert device_map_for(10 * gib, {0: 20 * gib, 1: 70 * gib}) == {"": 1}
+    assert device_map_for(10 * gib, {3: 20 * gib}) == {"": 3}
+    assert device_map_for(100 * gib, {0: 70 * gib, 1: 70 * gib}) == "auto"
+    for n_bytes, free in ((100 * gib, {0: 70 * gib}), (140 * gib, {0: 70 * gib, 1: 70 * gib})):
+        with pytest.raises(ModelError, match="GiB"):
+            device_map_for(n_bytes, free)
+
+
+def test_weights_are_loaded_straight_into_their_place(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA, with the CPU in the GPU's place: the size is known before the weights are read."""
+    sizes = []
+
+    def place(n_bytes: int, free: dict[int, int]) -> dict[str, str]:
+        sizes.append((n_bytes, free))
+        return {"": "cpu"}
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (index + 5, 99))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(loading, "device_map_for", place)
+    model = loading.load_model(folders["deepseek_v3"], torch.device("cuda"))
+    plain = loading.load_model(folders["deepseek_v3"], torch.device("cpu"))
+    assert sizes == [(4 * plain.num_parameters(), {0: 5, 1: 6})]
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    loading.load_model(folders["llama"], torch.device("cuda:1"))
+    assert sizes[1][1] == {1: 6}
+
+
 def test_options_that_cannot_be(folders: dict[str, Path]) -> None:
     for options in ({"batch_size": 0}, {"device": "abacus"}):
         with pytest.raises(UsageError):
@@ -431,8 +464,6 @@ def test_options_that_cannot_be(folders: dict[str, Path]) -> None:
 
 
 def test_the_revision_is_that_of_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    from deepdistill.distill.teachers.transformers_model import weights_hash
-
     copy = shutil.copytree(folders["llama"], tmp_path / "copy")
     assert weights_hash(copy) == weights_hash(folders["llama"])
     data = bytearray((copy / "model.safetensors").read_bytes())
