@@ -427,6 +427,7 @@ class Engine:
 
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""
+        self._turn = object()  # an answer that is dropped later must not touch them
         for part in (self._draft, self._projector):
             if part:
                 part.close()

@@ -163,6 +163,16 @@ def test_prompts_are_drawn_as_places_come_free_and_need_no_end(random_gguf: Path
         assert list(engine.generate_many(iter([]), LONG)) == []
 
 
+def test_an_answer_may_be_dropped_after_the_engine_was_closed(random_gguf: Path) -> None:
+    with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
+        answers = engine.generate_many([prompt_of(engine, question) for question in QUESTIONS], GREEDY)
+        steps = engine.stream(prompt_of(engine, "why?"), GREEDY)
+        next(steps)
+        next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    steps.close()  # type: ignore[attr-defined]
+
+
 def test_a_later_prompt_need_not_begin_as_the_first_did(random_gguf: Path) -> None:
     with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
         shared = [prompt_of(engine, f"{i}?") for i in range(3)]
