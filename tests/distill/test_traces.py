@@ -6,9 +6,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, TraceStore, trace_id
+from deepdistill.distill.traces import Judgement, Trace, TraceStore, trace_id
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.generation import Completion, Sampling
 
@@ -124,6 +126,130 @@ def test_a_missing_file_and_a_folder_in_its_place(tmp_path: Path) -> None:
         list(TraceStore.read(tmp_path / "none.jsonl"))
     with pytest.raises(ArtifactError):
         TraceStore(tmp_path)
+
+
+def test_a_second_writer_is_told_who_holds_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    script = WRITER.format(tests=str(Path(__file__).parent), path=str(path))
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        with pytest.raises(ArtifactError, match=rf"written by process {writer.pid} on {socket.gethostname()} since 20"):
+            TraceStore(path)
+        list(TraceStore.read(path))  # who only reads is let in
+        writer.send_signal(signal.SIGKILL)
+        writer.stdout.read()
+    with TraceStore(path) as store:  # a killed writer holds nothing
+        with pytest.raises(ArtifactError, match=f"written by process {os.getpid()} on"):
+            TraceStore(path)
+        assert store.repairs == [] or "torn last line" in store.repairs[0]
+    TraceStore(path).close()
+
+
+def test_a_failed_opening_gives_the_lock_back(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text("junk\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="broken"):
+        TraceStore(path)
+    path.unlink()
+    TraceStore(path).close()
+
+
+def test_a_file_that_another_program_changed_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+
+    def add(spoil: Callable[[], object]) -> None:
+        with TraceStore(path) as store:
+            store.append(make(0))
+            spoil()
+            with pytest.raises(ArtifactError, match="another program changed"):
+                store.append(make(1))
+            assert not store.has(make(1).id)
+
+    add(lambda: path.write_bytes(path.read_bytes() + b"{}"))
+    path.unlink()
+    add(path.unlink)
+    add(lambda: (path.rename(tmp_path / "old"), path.write_text("")))
+
+
+def test_judgements_stand_beside_and_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    unsure = [replace(make(i), verdict="unknown", verdict_by="none") for i in range(3)]
+    with TraceStore(path) as store:
+        for trace in [*unsure, make(3)]:
+            store.append(trace)
+        before = path.read_bytes()
+        store.append_judgements([Judgement(unsure[0].id, "vote", 0.75), Judgement(unsure[1].id, "judge", 1.0)])
+        store.append_judgements(Judgement(trace.id, "vote", 0.5) for trace in (unsure[1], make(3)))
+        store.append_judgements([Judgement(unsure[0].id, "none", 0.25)])
+        found = [(t.verdict, t.verdict_by, t.agreement) for t in store]
+    assert found == [
+        ("unknown", "none", 0.25),
+        ("unknown", "vote", 0.5),
+        ("unknown", "none", None),
+        ("right", "grader", 0.5),
+    ]
+    assert path.read_bytes() == before
+    with TraceStore(path) as store:
+        assert [(t.verdict, t.verdict_by, t.agreement) for t in store] == found
+        store.append_judgements([Judgement(unsure[2].id, "vote", 1.0)])
+    lines = (tmp_path / "traces.verdicts.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == {"id": unsure[2].id, "verdict_by": "vote", "agreement": 1.0}
+
+
+def test_a_torn_judgement_is_cut_off_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    path, side = tmp_path / "traces.jsonl", tmp_path / "traces.verdicts.jsonl"
+    with TraceStore(path) as store:
+        store.append(make(0))
+        store.append_judgements([Judgement(make(0).id, "vote", 0.5)])
+    whole = side.read_bytes()
+    for cut in range(1, len(whole)):
+        side.write_bytes(whole + whole[:cut])
+        assert [t.agreement for t in TraceStore.read(path)] == [0.5]
+        with TraceStore(path) as store:
+            assert store.repairs == [f"traces.verdicts.jsonl: cut off a torn last line of {cut} bytes"]
+        assert side.read_bytes() == whole
+    for junk in (b"{}\n", b'{"id": "a", "verdict_by": "grader", "agreement": 1.0}\n', b"[]\n"):
+        side.write_bytes(whole + junk)
+        with pytest.raises(ArtifactError, match=r"verdicts\.jsonl:2 is broken"):
+            list(TraceStore.read(path))
+
+
+def test_the_disk_is_asked_to_keep_what_was_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, synced = os.fsync, []
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.fstat(file).st_size), real(file)))
+    with TraceStore(tmp_path / "a.jsonl", sync_every_s=0) as store:
+        store.append(make(0))
+        assert synced[-1] == (tmp_path / "a.jsonl").stat().st_size
+    with TraceStore(tmp_path / "b.jsonl", sync_every_s=0.02) as store:
+        store.append(make(0))
+        store.append(make(1))
+        size = (tmp_path / "b.jsonl").stat().st_size
+        deadline = time.monotonic() + 20
+        while synced[-1] != size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert synced[-1] == size, "though nothing more was added"
+
+
+def test_after_a_failed_sync_nothing_is_promised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with TraceStore(tmp_path / "traces.jsonl", sync_every_s=0) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", refuse)
+            with pytest.raises(ArtifactError, match="the disk did not keep"):
+                store.append(make(0))
+        with pytest.raises(ArtifactError, match="the disk did not keep"):
+            store.append(make(1))
+
+
+def test_traces_of_older_versions_are_read(tmp_path: Path) -> None:
+    record = json.loads(make(0).to_json())
+    for name in ("source", "sample", "n_logprobs", "agreement"):
+        del record[name]
+    old = Trace.from_json(json.dumps(record))
+    assert (old.source, old.sample, old.n_logprobs, old.agreement) == ("", 0, 0, None)
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,142 @@
+"""Traces in a terminal: a report with its histogram, one trace to read, a run folder in brief."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..localrun.screen import Screen, Thought, printable
+from .inspection import TraceReport
+from .traces import Trace
+
+_STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
+_BAR_WIDTH = 40
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+def print_report(report: TraceReport, console: Console) -> None:
+    """Print what is in a traces file."""
+    console.print(f"[bold]{report.n_traces:,} traces[/bold]  {report.path}  {_size(report.n_bytes)}", highlight=False)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("verdicts", _verdicts(report.verdicts))
+    facts.add_row("by", _counts(report.verdict_by))
+    facts.add_row("ended by", _counts(report.finish_reasons))
+    facts.add_row("teacher", printable(_counts(report.teachers, limit=5)))
+    facts.add_row(
+        "tokens",
+        f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} completion, "
+        f"{report.reasoning_tokens:,} of it reasoning",
+    )
+    facts.add_row("cost", "not recorded" if report.cost_usd is None else f"${report.cost_usd:,.2f}")
+    if report.n_logprobs:
+        facts.add_row("log-probabilities", f"of {report.n_logprobs:,} traces")
+    console.print(facts, highlight=False)
+    if len(report.sources) > 1 or "unknown" not in report.sources:
+        console.print(_sources(report.sources))
+    _print_histogram(report, console)
+    _print_examples(report, console)
+
+
+def print_trace(trace: Trace, console: Console) -> None:
+    """Print one trace to read: what was asked, the thinking dim, the answer's Markdown drawn."""
+    by = "" if trace.verdict_by == "none" else f" by {trace.verdict_by}"
+    share = "" if trace.agreement is None else f" ({trace.agreement:.0%})"
+    head = f"{trace.id}  {trace.teacher.name}  {trace.usage.completion:,} tokens  ended by {trace.finish_reason}  "
+    console.print(Text.assemble((printable(head), "dim"), (trace.verdict, _STYLES[trace.verdict]), by, share))
+    for message in trace.messages:
+        console.print(Text(f"\n{message['role']}", "bold"))
+        console.print(Text(printable(message["content"])))
+    console.print(Text(f"\n{trace.teacher.name}", "bold"))
+    screen = Screen(console)
+    if trace.reasoning_content:
+        screen.show_again(Thought(printable(trace.reasoning_content), trace.usage.reasoning, None))
+        screen.end()
+        console.print()
+    screen.show_text(trace.content)
+    if trace.answer is not None:
+        console.print(Text.assemble(("\nanswer ", "dim"), (printable(trace.answer), _STYLES[trace.verdict])))
+
+
+def print_run(run: Mapping[str, Any], console: Console) -> None:
+    """Print what `inspect_run` found."""
+    recipe = run["recipe"]
+    console.print(f"[bold]{run['path']}[/bold]", highlight=False)
+    table = Table.grid(padding=(0, 2))
+    for name in ("problems", "teacher", "student", "seed"):
+        if name in recipe:
+            table.add_row(name, printable(str(recipe[name])))
+    table.add_row("artifacts", ", ".join(f"{name} {_size(size)}" for name, size in run["artifacts"].items()))
+    if traces := run["traces"]:
+        table.add_row("traces", f"{traces['traces']:,}: " + _counts(traces["verdicts"]))
+    if curation := run["curation"]:
+        table.add_row("curated", f"{curation['kept']:,} kept of {curation['traces']:,}")
+    for hop, score in (run["scores"] or {}).items():
+        table.add_row(f"score of {hop}", _score(score))
+    console.print(table, highlight=False)
+
+
+def _score(score: Any) -> str:
+    if isinstance(score, dict) and isinstance(score.get("accuracy"), int | float):
+        return f"{score['accuracy']:.1%} of {score.get('n', '?')}"
+    return json.dumps(score)
+
+
+def _print_histogram(report: TraceReport, console: Console) -> None:
+    bins = report.histogram()
+    if not bins:
+        return
+    most, digits = max(n for *_, n in bins), len(f"{bins[-1][1]:,}")
+    console.print(
+        f"\nlength in {report.unit}: median {report.quantile(0.5):,}, 90 % within {report.quantile(0.9):,}",
+        highlight=False,
+    )
+    for low, high, n in bins:
+        eighths = round(8 * _BAR_WIDTH * n / most) or (1 if n else 0)
+        bar = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+        console.print(Text.assemble(f"{low:>{digits},} – {high:>{digits},}  ", (bar, "cyan"), (f" {n:,}", "dim")))
+
+
+def _print_examples(report: TraceReport, console: Console) -> None:
+    titles = {"longest": "longest", "wrong": "wrong, the longest", "cut": "looped or cut off, the longest"}
+    for kind, examples in report.examples.items():
+        console.print(f"\n{titles[kind]}", highlight=False)
+        for one in examples:
+            line = (
+                f"  {one.number:>7,}  {one.id[:8]}  {one.length:>7,}  {one.finish_reason:<6}  {printable(one.question)}"
+            )
+            console.print(Text(line), no_wrap=True, overflow="ellipsis")
+
+
+def _sources(sources: Mapping[str, Counter[str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("source")
+    for verdict in _STYLES:
+        table.add_column(verdict, justify="right", style=_STYLES[verdict])
+    for source, verdicts in sorted(sources.items(), key=lambda item: -item[1].total()):
+        table.add_row(Text(printable(source)), *(f"{verdicts[verdict]:,}" for verdict in _STYLES))
+    return table
+
+
+def _verdicts(verdicts: Mapping[str, int]) -> Text:
+    parts = [Text(f"{verdicts[name]:,} {name}", style) for name, style in _STYLES.items() if verdicts.get(name)]
+    return Text(", ").join(parts)
+
+
+def _counts(counts: Mapping[str, int], limit: int = 8) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(f"{n:,} {name}" for name, n in ordered[:limit]) + more
+
+
+def _size(n_bytes: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.2f} GB"
