@@ -153,14 +153,14 @@ def compare_asks(question: str, one: str, other: str, settings: JudgeSettings) -
 def verdict_of(reply: Reply, settings: JudgeSettings) -> int | str | None:
     """Return what a reply says: a score from 1 to 5, or with `compare` "A", "B" or "tie"; None if it is not readable.
 
-    There has to be one marked line, the last; its JSON has the one key asked for, and nothing else; and the judge ended
-    by itself.
+    The last line has to be marked, and no other to say otherwise; its JSON has the one key asked for, and nothing else;
+    and the judge ended by itself.
     """
     line = re.compile(rf"VERDICT {_mark(reply.id)} (\{{.*\}})")
     lines = [text.strip().strip("*`").strip() for text in reply.content.splitlines()]
     found = [match for text in lines if (match := line.fullmatch(text))]
     last = next((text for text in reversed(lines) if text), "")
-    if reply.finish_reason != "stop" or len(found) != 1 or found[0].string != last:
+    if reply.finish_reason != "stop" or {match.string for match in found} != {last}:
         return None
     try:
         verdict = json.loads(found[0][1])

@@ -237,6 +237,11 @@ def test_the_example_of_the_prompt_is_no_new_problem(tmp_path: Path) -> None:
     assert run(tmp_path, teacher, n=2, given=GIVEN[:1]).problems == []
 
 
+def test_no_more_are_taken_than_were_asked_for(tmp_path: Path) -> None:
+    made = run(tmp_path, Scripted(lambda question, n: json.dumps(NEW[:9])), n=2, given=GIVEN[:1])
+    assert [one.question for one in made.problems] == NEW[:2]
+
+
 @pytest.mark.parametrize("said", ["", "I cannot do that.", "[]", "[[1, 2], null]", '{"problems": 3}', "[" * 5000])
 def test_nonsense_gives_no_problems(tmp_path: Path, said: str) -> None:
     assert run(tmp_path, Scripted(lambda question, n: said)).problems == []

@@ -308,6 +308,17 @@ def test_a_comparison_of_which_half_is_missing_is_no_verdict(tmp_path: Path) -> 
     assert run(tmp_path, [trace("a", "x"), trace("b", "y")], judge, COMPARE).judgements == []
 
 
+def test_who_waits_for_one_comparison_is_not_judged_by_the_other(tmp_path: Path) -> None:
+    best = prefers(["x", "y", "z"])
+
+    def say(prompt: str, mark: str) -> str | None:
+        is_missing = {answer_in(prompt, "ANSWER A"), answer_in(prompt, "ANSWER B")} == {"x", "z"}
+        return None if is_missing else best.say(prompt, mark)
+
+    judged = run(tmp_path, [trace("a", "x"), trace("b", "y"), trace("c", "z")], Scripted(say), COMPARE)
+    assert judged.judgements == [Judgement("b", "none", 0.5)]
+
+
 def test_the_budget_ends_it(tmp_path: Path) -> None:
     budget = Budget(Limits(Price(0, 1e5), max_usd=3.0))  # ten tokens are a dollar
     said = [trace(str(i), f"answer {i}") for i in range(9)]

@@ -229,6 +229,16 @@ def test_a_latent_cache_is_copied_to_every_tensor_parallel_gpu_and_kv_heads_are_
     assert cut.cache_bytes * 8 == by_model["QwQ-32B"].load.cache_bytes
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "widest"), [(28, 4, 4), (40, 8, 8), (14, 2, 2), (24, 6, 2), (9, 3, 1)])
+def test_tensor_parallel_divides_the_heads(heads: int, kv_heads: int, widest: int) -> None:
+    """Qwen2.5-7B has 28 heads: servers refuse it on 8 GPUs of one tensor-parallel group."""
+    config = TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": heads * 64}
+    shape = read_architecture(config | {"num_hidden_layers": 1}, "test")
+    load = Load.of(shape, count_parameters(shape), "bf16", 16, 1, 1, 1)
+    found = [n for n in (1, 2, 4, 8) if layouts(load, find_gpu("H100"), n)]
+    assert max(found) == widest
+
+
 def test_hours_and_dollars() -> None:
     made = plan(
         PlanSettings(traces=9000, tokens=4000, prompt_tokens=500, tokens_per_s=1000, gpu_hour=3, price=Price(0.5, 2))
