@@ -242,10 +242,12 @@ def _of_cost(plan: Plan) -> Iterator[Formula]:
 
 
 def _valued(formula: Formula) -> str:
+    value = formula.value
     if formula.unit == "bytes":
-        return f"{formula.value / 1e3:,.2f} kB" if formula.value < 1e8 else format_bytes(int(formula.value))
-    shown = f"{formula.value:,.2f}" if formula.value < 100 and formula.unit else _short(formula.value)
-    return f"{shown} {formula.unit}".rstrip()
+        return f"{value / 1e3:,.2f} kB" if value < 1e8 else format_bytes(int(value))
+    if formula.unit == "dollars":
+        return f"${value:,.2f}"
+    return f"{value:,.1f} {formula.unit}" if formula.unit else _short(value)
 
 
 def _readable(numbers: str) -> str:
