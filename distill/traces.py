@@ -16,10 +16,10 @@ import threading
 from binascii import unhexlify
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
 from ..errors import ArtifactError
 from ..localrun.generation import Completion, FinishReason, Message, Sampling
@@ -29,6 +29,8 @@ from .judgements import Judgement, read_judgements, verdicts_path
 from .logprobs import LogprobsWriter, encode, logprobs_path
 from .problems import Problem
 from .teachers.base import TeacherInfo
+
+_VERDICTS = get_args(Verdict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class Trace:
 
     def to_json(self) -> str:
         """Return the trace as one line without its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        return json.dumps(self._record(), ensure_ascii=False)
+
+    def _record(self) -> dict[str, Any]:
+        nested = {"usage": vars(self.usage), "teacher": vars(self.teacher), "sampling": vars(self.sampling)}
+        return vars(self) | nested  # asdict copies all of it first
 
     @classmethod
     def make(
@@ -115,14 +121,15 @@ class Trace:
         record = json.loads(line)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        record = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        known = cls.__dataclass_fields__
+        record = {name: value for name, value in record.items() if name in known}
         try:
             for name, kind in (("usage", Usage), ("teacher", TeacherInfo), ("sampling", Sampling)):
                 record[name] = kind(**record[name])
             trace = cls(**record)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a trace: {error}") from error
-        if trace.verdict not in get_args(Verdict) or not isinstance(trace.content, str):
+        if trace.verdict not in _VERDICTS or not isinstance(trace.content, str):
             raise ValueError(f"not a trace: verdict {trace.verdict!r}, content {type(trace.content).__name__}")
         return trace
 
@@ -304,7 +311,7 @@ def _line(trace: Trace) -> bytes:
     try:
         return (trace.to_json() + "\n").encode()
     except UnicodeEncodeError:  # half a surrogate pair, as a server may send it: only an escape can say that
-        return (json.dumps(asdict(trace)) + "\n").encode()
+        return (json.dumps(trace._record()) + "\n").encode()
 
 
 def _scan_ids(path: Path) -> set[bytes]:
