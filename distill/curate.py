@@ -51,8 +51,8 @@ FILTERS = {
     "contaminated": "the question stands in the evaluation, or shares words in a row with a question that does",
     "same_question": "another problem asks nearly the same",
     "same_trace": "another trace says nearly the same",
-    "over_keep": "enough other traces of the problem are kept",
-    "over_source": "enough traces of the source are kept",
+    "over_problem_cap": "enough other traces of the problem are kept",
+    "over_source_cap": "enough traces of the source are kept",
     "too_long": "more tokens of the student than --max-length",
 }
 """Every filter in the order in which they are asked; a trace counts for the first that takes it. `too_long` is counted
@@ -255,8 +255,7 @@ class _Survey:
             self._ends.append(len(self._words))
         self.position.append(position)
         self.problem.append(self._asked[problem])
-        source = getattr(trace, "source", "") or ""
-        self.source.append(self.sources.setdefault(source, len(self.sources)))
+        self.source.append(self.sources.setdefault(trace.source, len(self.sources)))
         self.length.append(len(trace.reasoning_content or "") + len(trace.content))
         self.needs_judge.append(self.settings.verified and trace.verdict == "unknown")
         self.text.append(digest(words))
@@ -395,7 +394,7 @@ class _Decision:
                 if not left:
                     break
             over[left] = True
-        self._take("over_keep", over)
+        self._take("over_problem_cap", over)
 
     def take_over_source(self) -> None:
         """Keep a random part of what a source has too much of, the same at every order of the file."""
@@ -409,7 +408,7 @@ class _Decision:
         over = np.zeros(len(self.stays), np.bool_)
         for drawn in by_source.values():
             over[[i for _, i in sorted(drawn)[self.settings.per_source :]]] = True
-        self._take("over_source", over)
+        self._take("over_source_cap", over)
 
     def _is_alike(
         self, i: int, others: npt.NDArray[np.int64], texts: npt.NDArray[np.uint64], is_near: npt.NDArray[np.bool_]
@@ -434,8 +433,8 @@ def excerpt(trace: Trace) -> str:
 
 
 def shorten(text: str, n: int = _N_EXCERPT) -> str:
-    """Return the text on one line, cut to n characters."""
-    line = " ".join(text[: 4 * n].split())
+    """Return the text on one line, cut to n characters; what a terminal would obey is left out."""
+    line = "".join(c if c.isprintable() else "�" for c in " ".join(text[: 4 * n].split()))
     return line if len(line) <= n else line[: n - 1] + "…"
 
 

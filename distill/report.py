@@ -1,61 +1,149 @@
-"""What a run came to: a page with the scores, what was kept and a few traces to read; and a table for the terminal."""
+"""What a run came to: a page to read in a browser, and tables for the terminal.
+
+The page needs no network and no script: what a teacher wrote is hostile text, so everything is escaped, and a content
+security policy allows the page's own script alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import escape
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from .curate import question_of, shorten
+from .overview import COLUMNS, Overview, judged
 from .run import Run, write_text
-from .traces import Trace
+from .traces import Trace, TraceStore
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{{ recipe.student }} taught {{ recipe.problems }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #ddd }
-td.n { text-align: right; font-variant-numeric: tabular-nums } pre { white-space: pre-wrap; margin: .2rem 0 }
-.bar { background: #3b6; height: .6rem; display: inline-block } .thinking { color: #777 } h2 { margin-top: 2rem }
-@media (prefers-color-scheme: dark) { body { background: #161616; color: #ddd } th, td { border-color: #333 } }
-</style>
-<h1>{{ recipe.student }}, taught by {{ recipe.teacher }}</h1>
-<p><code>{{ recipe.problems }}</code></p>
-<h2>Scores on held-out problems</h2>
-{% if scores %}<table><tr><th>hop<th>accuracy<th><th>95 % interval<th>closed<th>looped<th>tokens an answer</tr>
-{% for hop, s in scores.items() %}<tr><td>{{ hop }}<td class="n">{{ "%.1f"|format(100 * s.accuracy) }} % of {{ s.n }}
-<td><span class="bar" style="width: {{ "%.2f"|format(8 * s.accuracy) }}rem"></span>
-<td class="n">{{ "%.1f"|format(100 * s.interval[0]) }} – {{ "%.1f"|format(100 * s.interval[1]) }} %
-<td class="n">{{ "–" if s.closed is none else "%.1f %%"|format(100 * s.closed) }}
-<td class="n">{{ "%.1f"|format(100 * s.looped) }} %<td class="n">{{ "%.0f"|format(s.tokens_per_answer) }}</tr>
-{% endfor %}</table>{% else %}<p>Not scored yet.</p>{% endif %}
-<h2>Traces</h2>
-<p>{{ curation.kept }} of {{ curation.traces }} trained.</p>
-<table>{% for name, count in curation.dropped.items() if count %}
-<tr><td>{{ name }}<td class="n">{{ count }}<td>{{ curation.why.get(name, "") }}</tr>{% endfor %}</table>
-{% if training %}<h2>Training</h2>
-<p>{{ training.steps }} steps, {{ training.tokens }} tokens in {{ training.minutes }} minutes
-({{ "%.0f"|format(training.tokens_per_s) }} tokens/s), final loss {{ training.final_loss }}.</p>{% endif %}
-<h2>A few traces</h2>
-{% for t in traces %}<pre><b>{{ t.messages[-1].content }}</b>
-<span class="thinking">{{ t.reasoning_content }}</span>
-{{ t.content }}</pre><hr>{% endfor %}
-<h2>Recipe</h2>
-<table>{% for key, value in recipe.items() %}<tr><td>{{ key }}<td><code>{{ value }}</code></tr>{% endfor %}</table>
-</html>
-"""
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # of each text in the page, at most
+_VERIFIED_BY = ("held_out", "wrong", "unknown")  # the filters that come before a trace counts as verified
 
 
-def write_report(run: Run, traces: Sequence[Trace]) -> None:
-    """Write report.html from the run's artifacts."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    values: dict[str, Any] = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
-    write_text(run.report_path, environment.from_string(_PAGE).render(**values, traces=traces[:5]))
+@dataclass(frozen=True)
+class Step:
+    """One row of the funnel: how many traces a filter took, and how many were left then."""
+
+    name: str
+    left: int
+    took: int | None = None
+    why: str = ""
+    example: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A trace of the sample, its texts cut to size."""
+
+    trace: Trace
+    judged: str
+    line: str
+    question: str
+    reasoning: str
+    content: str
+    is_kept: bool | None
+
+
+def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
+    """Write report.html from the run's artifacts. The traces that were kept, where they are given, are marked so."""
+    artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
+    recipe = artifacts["recipe"] or {}
+    traces_path = Path(recipe["traces"]) if recipe.get("traces") else run.traces_path
+    overview = Overview.of(TraceStore.read(traces_path) if traces_path.exists() else ())
+    kept_ids = None if kept is None else {trace.id for trace in kept}
+    shown = [_show(trace, kept_ids) for trace in overview.sample()]
+    columns = [name for name in COLUMNS if any(counts[name] for counts in overview.verdicts.values())]
+    values = artifacts | {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
+    page = _template().render(**values, steps=list(funnel(artifacts["curation"], overview)))
+    write_text(run.report_path, _printable(page))
+
+
+def funnel(curation: dict[str, Any] | None, overview: Overview) -> Iterator[Step]:
+    """Yield what the traces came to, filter by filter."""
+    yield Step("problems asked", overview.n_problems)
+    left = curation["traces"] if curation else overview.n_traces
+    yield Step("traces", left)
+    if not curation:
+        return
+    dropped = {name: count for name, count in curation["dropped"].items() if count}
+    early = [name for name in dropped if name in _VERIFIED_BY]
+    for name in early + [name for name in dropped if name not in early]:
+        if early and name not in early:
+            yield Step("verified", left)
+            early = []
+        left -= dropped[name]
+        example = curation.get("examples", {}).get(name)
+        yield Step(name.replace("_", " "), left, dropped[name], curation["why"].get(name, ""), example)
+    yield Step("training rows", curation["kept"])
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+    environment.filters["compact"] = lambda value: value if isinstance(value, str) else json.dumps(value)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _show(trace: Trace, kept_ids: set[str] | None) -> Shown:
+    question = question_of(trace)
+    return Shown(
+        trace=trace,
+        judged=judged(trace),
+        line=shorten(question, 160),
+        question=_cut(question, _N_BYTES["question"]),
+        reasoning=_cut(trace.reasoning_content or "", _N_BYTES["reasoning"]),
+        content=_cut(trace.content, _N_BYTES["content"]),
+        is_kept=None if kept_ids is None else trace.id in kept_ids,
+    )
+
+
+def _cut(text: str, n_bytes: int) -> str:
+    """Return the text, its middle left out if it takes more bytes in the page."""
+    text = _printable(text)
+    head = text[:n_bytes]
+    size = len(str(escape(head)).encode())
+    if len(text) == len(head) and size <= n_bytes:
+        return text
+    n = len(head) * n_bytes // max(size, n_bytes) // 2  # as many characters at either end
+    return f"{text[:n]}\n\n[… {len(text) - 2 * n:,} characters left out …]\n\n{text[len(text) - n :]}"
+
+
+def _printable(text: str) -> str:
+    """Return the text without what UTF-8 or HTML cannot hold: half a surrogate pair, a null byte."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "�")
+
+
+def print_curation(console: Console, record: dict[str, Any]) -> None:
+    """Print what each filter took, what was left then, and an example of each."""
+    table = Table("", "took", "left", "for example", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[1].justify = table.columns[2].justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
+    table.columns[3].overflow, table.columns[3].max_width = "ellipsis", max(20, console.width - 36)
+    left = record["traces"]
+    table.add_row("traces", "", f"{left:,}")
+    for name, took in record["dropped"].items():
+        left -= took
+        example = record.get("examples", {}).get(name, {})
+        text = f"{example['id'][:8]} {example['excerpt']}" if example else ""
+        table.add_row(name.replace("_", " "), f"{took:,}", f"{left:,}", Text(text))
+    table.add_row("trains", "", f"{record['kept']:,}")
+    console.print(table)
 
 
 def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:

@@ -170,7 +170,7 @@ def test_the_shortest_of_a_problem_are_kept_and_a_share_of_long_ones() -> None:
 
     assert kept_lengths() == [20] * 200
     assert sorted(kept_lengths(keep=2)) == [20] * 200 + [30] * 200
-    assert dropped(traces) == {"over_keep": 600}
+    assert dropped(traces) == {"over_problem_cap": 600}
     mixed = kept_lengths(long_share=0.2)
     assert set(mixed) == {20, 50}
     assert 20 <= mixed.count(50) <= 60  # 40 expected, five standard deviations and more
@@ -182,7 +182,7 @@ def test_the_shortest_of_a_problem_are_kept_and_a_share_of_long_ones() -> None:
 def test_a_cap_on_each_source_takes_the_same_ones_in_any_order() -> None:
     traces = [trace(i, source="big" if i % 4 else "small") for i in range(40)]
     kept, record = curate(traces, CurateSettings(per_source=15))
-    assert record["dropped"] == {"over_source": 15}
+    assert record["dropped"] == {"over_source_cap": 15}
     assert sum(t in kept for t in traces[::4]) == 10
     assert {t.id for t in curate(traces[::-1], CurateSettings(per_source=15))[0]} == {t.id for t in kept}
     assert {t.id for t in curate(traces, CurateSettings(per_source=15, seed=3))[0]} != {t.id for t in kept}
@@ -216,7 +216,7 @@ def test_nearly_the_same_question_is_asked_once() -> None:
 
 def test_the_same_question_in_other_words_of_the_split_is_one_problem() -> None:
     text = train_question(1)
-    assert dropped([trace(text), trace("  " + text.upper().replace(" ", "\n"))]) == {"over_keep": 1}
+    assert dropped([trace(text), trace("  " + text.upper().replace(" ", "\n"))]) == {"over_problem_cap": 1}
 
 
 def test_nearly_the_same_trace_is_kept_once_but_not_with_other_numbers() -> None:

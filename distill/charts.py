@@ -1,0 +1,130 @@
+"""Bars for the report: where each stands in a unit square, so that the page only draws them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_BINS = 40
+_PAUSE_S = 60.0  # nothing ended for so long: nobody was working
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle in a plot of 100 by 100, its origin at the top left; `name` is its series."""
+
+    name: str
+    x: float
+    y: float
+    width: float
+    height: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bars, the labels under them from left to right, and in words what is to be seen."""
+
+    bars: list[Bar]
+    ticks: list[str]
+    summary: str
+    top: str  # what the full height stands for
+    series: list[str] = field(default_factory=list)
+
+
+def histogram(values: dict[str, npt.NDArray[Any]], unit: str) -> Chart | None:
+    """Return how many values fall in each of at most 40 ranges, one series upon the other; None without values.
+
+    The last range takes the highest half per cent, however far it reaches.
+    """
+    everything = np.concatenate([np.zeros(0), *values.values()])
+    if not len(everything):
+        return None
+    low, high = float(everything.min()), float(np.quantile(everything, 0.995))
+    low = 0.0 if low < high / 2 else low
+    width = _round_up((high - low) / _BINS, least=1.0 if unit == "tokens" else 1e-6)
+    start = math.floor(low / width) * width
+    n_bins = 4 * math.ceil((math.floor((high - start) / width) + 1) / 4)  # so that four ticks fall on edges
+    edges = start + width * np.arange(n_bins + 1)
+    counts = {
+        name: np.histogram(np.clip(part, start, edges[-1]), edges)[0] for name, part in values.items() if len(part)
+    }
+    is_open = everything.max() > edges[-1]
+    labels = [f"{_amount(a, unit)} to {_amount(b, unit)}" for a, b in itertools.pairwise(edges.tolist())]
+    if is_open:
+        labels[-1] = f"{_amount(edges[-2], unit)} or more"
+    ticks = [_amount(float(edge), unit) for edge in edges[:: n_bins // 4]]
+    ticks[-1] += " or more" if is_open else ""
+    middle, ninth = (_amount(float(np.quantile(everything, share)), unit) for share in (0.5, 0.9))
+    summary = (
+        f"Half of them have at most {middle}, nine in ten at most {ninth}, the most {_amount(everything.max(), unit)}."
+    )
+    top = int(sum(counts.values()).max())  # type: ignore[union-attr]
+    return Chart(_stack(counts, labels, top), ticks, summary, f"{top:,} traces", list(counts))
+
+
+def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart | None:
+    """Return a rate in up to 40 steps: tokens that ended in a step over its seconds, pauses left out.
+
+    Without `ends` the values are rates themselves, one a trace, and a bar is the median of a part of the file.
+    """
+    if len(values) < 2:
+        return None
+    if ends is None:
+        parts = np.array_split(values, min(_BINS, len(values)))
+        rates = np.array([float(np.median(part)) for part in parts])
+        ticks = ["first trace", f"trace {len(values):,}"]
+        each, what = "a request", "median"
+    else:
+        order = np.argsort(ends, kind="stable")
+        gaps = np.diff(ends[order], prepend=ends[order[0]])
+        worked = np.cumsum(np.where(gaps > _PAUSE_S, 0.0, gaps))
+        if worked[-1] <= 0:
+            return None
+        totals, _ = np.histogram(worked, _BINS, weights=values[order])
+        rates = totals / (worked[-1] / _BINS)
+        ticks = ["start", _duration(worked[-1] / 2), _duration(worked[-1])]
+        each, what = "all requests", "mean"
+    top = float(rates.max()) or 1.0
+    labels = [f"{rate:,.0f} tokens/s" for rate in rates]
+    middle = float(np.median(values) if ends is None else rates.mean())
+    summary = f"Output of {each}: {what} {middle:,.0f} tokens/s, between {rates.min():,.0f} and {rates.max():,.0f}."
+    return Chart(_stack({"speed": rates}, labels, top), ticks, summary, f"{top:,.0f} tokens/s", ["speed"])
+
+
+def _stack(counts: dict[str, npt.NDArray[Any]], labels: list[str], top: float) -> list[Bar]:
+    bars, below = [], np.zeros(len(labels))
+    step = 100 / len(labels)
+    for name, series in counts.items():
+        for i in np.flatnonzero(series).tolist():
+            height = 100 * float(series[i]) / top
+            title = labels[i] if name == "speed" else f"{labels[i]}: {int(series[i]):,} {name}"
+            y = 100 - 100 * below[i] / top - height
+            bars.append(
+                Bar(name, round(i * step, 3), round(float(y), 3), round(0.9 * step, 3), round(height, 3), title)
+            )
+        below += series
+    return bars
+
+
+def _round_up(width: float, least: float) -> float:
+    """Return the next 1, 2 or 5 times a power of ten."""
+    if width <= least:
+        return least
+    power = 10.0 ** math.floor(math.log10(width))
+    return next(power * factor for factor in (1, 2, 5, 10) if width <= power * factor * (1 + 1e-9))
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"${value:.2g}" if unit == "$" and value < 100 else f"{value:,.0f} {unit}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
