@@ -108,7 +108,7 @@ class TraceReport:
 
 
 def inspect_traces(path: Path) -> TraceReport:
-    """Read a traces file once and return what is in it. A million traces take about 130 MB (ids and lengths).
+    """Read a traces file once and return what is in it. In memory are an id and two lengths a trace.
 
     Raises:
         ArtifactError: the file is missing or broken.
