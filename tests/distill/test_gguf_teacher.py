@@ -53,10 +53,10 @@ def test_a_longer_prompt_that_comes_late_makes_the_context_grow(smollm2: Path) -
     with open_teacher(str(smollm2), batch_size=2) as teacher:
         assert isinstance(teacher, GGUFTeacher)
         teacher._engine.close()
-        teacher._engine = Engine(smollm2, n_ctx=64, n_seq=2)
+        teacher._engine = Engine(smollm2, n_ctx=96, n_seq=2)
         done = teacher.generate(iter(conversations), Sampling(max_tokens=4))
         answers = dict(itertools.islice(done, 3))
-        assert (sorted(answers), teacher._engine.n_ctx) == ([0, 1, 2], 64)
+        assert (sorted(answers), teacher._engine.n_ctx) == ([0, 1, 2], 96)
         answers |= dict(done)
         assert teacher._engine.n_ctx == teacher._engine.n_ctx_train, "no more than the model was trained for"
     assert [answers[i].error for i in (0, 1, 2, 3, 4, 6)] == [None] * 6
