@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _NUMBER = re.compile(
-    r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![\w.])[-+]?\.\d+"
+    r"(?<![\w.])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+)(?!\d|\.\d|[abcijknxyz]\b)"
 )
 _MARKED = re.compile(r"\banswer\b[*_`\"'’s]*\s*(?:is|was|=|:)+[*_`\s]*:?\s*(?P<answer>[^\n]+)", re.IGNORECASE)
 
@@ -23,8 +23,7 @@ def final_answer(content: str, *, numeric: bool, multiline: bool = False) -> str
     if not content:
         return None
     if numeric:
-        numbers = _NUMBER.findall(_plain_signs(content))
-        return _tidy_number(numbers[-1]) if numbers else None
+        return _last_number(_plain_signs(content))
     if multiline:
         return content
     return clean(content.splitlines()[-1]) or None
@@ -87,6 +86,17 @@ def _number_in(text: str) -> str | None:
         return clean(result)
     numbers = _NUMBER.findall(result)
     return _tidy_number(numbers[0]) if numbers else clean(text)
+
+
+def _last_number(text: str) -> str | None:
+    """Return the last number of a text; a formula without words is the answer as a whole, and "7 or 8" is none."""
+    formula = clean(text.splitlines()[-1].rsplit("=", 1)[-1])
+    if re.search(r"[-+*/^\\]\s*\w", formula[1:]) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", formula):
+        return formula
+    numbers = list(_NUMBER.finditer(text))
+    if not numbers or re.search(r"(?:\d\W*\bor|\bnot)\W*$", text[: numbers[-1].start()][-40:]):
+        return None
+    return _tidy_number(numbers[-1][0])
 
 
 def _plain_signs(text: str) -> str:

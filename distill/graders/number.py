@@ -24,8 +24,11 @@ _VALUE = re.compile(
     )""",
     re.VERBOSE,
 )
-_START = re.compile(r"(?<![\w.,^/])[-+]?\s*(?:\\[dt]?frac|\.?\d)")
-_UNIT = re.compile(r"\s*(?P<unit>%|[^\W\d_°][^\n,;:!?()=<>\"]*|°\s*[CF]\b)?")
+_START = re.compile(r"(?<![\w.,])[-+]?\s*(?:\\[dt]?frac|\.?\d)")
+_UNIT = re.compile(r"\s*(?P<unit>%|°\s*[CF]\b|°|[^\W\d_][^\n,;:!?()=<>\"+±]*)?")
+_HEDGE = re.compile(
+    r"\d\W*\b(?:or|and|to)\b|\b(?:not|isn't|or|between|than|either)\b|[<>≤≥≈±!^√\\]|\d\s*[*/×:]|[*/×:]\s*\d"
+)
 
 Quantity = tuple[Fraction, str]  # a value and the text after it
 
@@ -51,6 +54,8 @@ def grade(submission: Submission) -> float:
         # The reference is a bare number: what the answer counts ("42 legs") is its own affair, a percentage is not.
         scale = Fraction(1, 100) if answer[1] == "%" else Fraction(1)
         expected, given = (gold[0], ()), (answer[0] * scale, ())
+    if unit_text == "%" and not answer[1]:  # of 50 % both "50" and "0.5" are said
+        return 1.0 if gold[0] in (answer[0], answer[0] * 100) else 0.0
     if given is None:
         raise CannotTell(f"the unit {answer[1][:40]!r} is unknown")
     if expected[1] != given[1]:
@@ -61,53 +66,57 @@ def grade(submission: Submission) -> float:
 
 
 def find(content: str) -> Quantity | None:
-    """Return the quantity that a content ends in: what it marks as its answer, else the last one of its last line."""
+    """Return the quantity that a content ends in: the one that it marks as its answer, else the last of its last line.
+
+    A text that hedges ("42 or 43"), negates or goes on calculating states none.
+    """
     marked = marked_answer(content.strip())
-    if marked is not None:
-        text = _plain(marked).rsplit("=", 1)[-1]
-        return parse(clean(text)) or _only(text)
-    lines = _plain(content).strip().splitlines()
-    return (parse(clean(lines[-1].rsplit("=", 1)[-1])) or _last(lines[-1])) if lines else None
+    lines = _plain(content).strip().splitlines() if marked is None else [_plain(marked)]
+    if not lines:
+        return None
+    text = clean(re.split(r"(?<![<>!~])=", lines[-1])[-1])
+    whole = parse(text)
+    if whole is not None:
+        return whole
+    clause = text if marked is None else re.split(r"[,;(]\s|\s\(|\s(?:since|because|as)\s", text)[0]
+    found = [] if _HEDGE.search(clause) else _quantities(clause)
+    return found[-1] if found and (marked is None or len(found) == 1) else None
 
 
 def parse(text: str) -> Quantity | None:
-    """Return the quantity that all of a text states: a number, then nothing or a unit."""
+    """Return the quantity that all of a text states: a number, then nothing, a unit or what is counted."""
     match = _VALUE.match(text.strip())
     if match is None:
         return None
     after = _UNIT.fullmatch(text.strip(), match.end())
     value = _value(match)
-    return None if after is None or value is None else (value, clean(after["unit"] or ""))
+    if after is None or value is None:
+        return None
+    counted = clean(after["unit"] or "")
+    is_words = re.fullmatch(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*", counted) and text.strip()[match.end()].isspace()
+    if counted and not is_words and counted != "°" and not _measured(value, counted):
+        return None
+    return None if is_words and _HEDGE.search(f"0 {counted} ") else (value, counted)
 
 
 def _quantities(text: str) -> list[Quantity]:
+    """Return the quantities in a sentence; none at all if one of its numbers is malformed, as `1,5` is."""
     found: list[Quantity] = []
     at = 0
     while start := _START.search(text, at):
         match = _VALUE.match(text, start.start())
         value = _value(match) if match else None
-        at = match.end() if match else start.end()
-        if match and value is not None:
-            after = _UNIT.match(text, at)
-            words = (after["unit"] or "").split() if after else []
-            # The longest run of words that is a unit: of "5 metres per second fast" the first three.
-            lengths = [n for n in range(len(words), 0, -1) if unit(clean(" ".join(words[:n])))]
-            found.append((value, clean(" ".join(words[: lengths[0]])) if lengths else ""))
-        elif match is None:
-            found.append((Fraction(0), "?"))  # malformed: "1,5" is neither 1.5 nor 15
-            at = re.compile(r"[\d.,/]*").match(text, at).end()  # type: ignore[union-attr]
+        if match is None or value is None:
+            return []
+        after = _UNIT.match(text, match.end())
+        words = (after["unit"] or "").split() if after else []
+        # The longest run of words that is a unit: of "5 metres per second fast" the first three.
+        counts = [n for n in range(len(words), 0, -1) if _measured(value, clean(" ".join(words[:n])))]
+        if not counts and re.match(r"[^\W\d_-]|-\w", text[match.end() :]):
+            return []  # "5x" and "5-ish" are no numbers
+        found.append((value, clean(" ".join(words[: counts[0]])) if counts else ""))
+        at = match.end()
     return found
-
-
-def _last(text: str) -> Quantity | None:
-    found = _quantities(text)
-    return found[-1] if found and found[-1][1] != "?" else None
-
-
-def _only(text: str) -> Quantity | None:
-    """Return the one quantity of a marked answer such as "about 5 km"; two are no answer."""
-    found = _quantities(text)
-    return found[0] if len(found) == 1 and found[0][1] != "?" else None
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -137,6 +146,6 @@ def _measured(value: Fraction, text: str) -> tuple[Fraction, Dimension] | None:
 def _plain(text: str) -> str:
     """Return a text without LaTeX's dressing, with ASCII minus signs."""
     text = text.replace("−", "-").replace("–", "-").replace(r"\%", "%").replace(r"^\circ", "°").replace(r"\degree", "°")
-    text = re.sub(r"\\(?:text|mathrm|textrm|operatorname|unit)\s*\{([^{}]*)\}", r" \1 ", text)
+    text = re.sub(r"\\(?:text|mathrm|textrm|operatorname|unit)\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"\\[,;:! ]|\\left|\\right|~", " ", text.replace("{,}", ","))
-    return text.replace("\\$", "").replace("$", "").replace("€", "").replace("£", "").replace("*", " ")
+    return text.replace("\\$", "").replace("$", "").replace("€", "").replace("£", "").replace("**", " ")
