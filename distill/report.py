@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .curate import question_of, shorten
+from .filters import question_of, shorten
 from .overview import COLUMNS, Overview, judged
 from .run import Run, write_text
 from .traces import Trace, TraceStore
