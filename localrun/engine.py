@@ -338,7 +338,7 @@ class Engine:
                 sampling,
                 guidance,
                 n_seq=self.n_seq,
-                n_ctx=self.n_ctx,
+                n_ctx=min(self.n_ctx, self.n_ctx_train or self.n_ctx),  # of one sequence; they share the cache
                 tags=self.tags,
                 top_logprobs=top_logprobs,
             ):

@@ -73,9 +73,9 @@ class GGUFTeacher(Teacher):
         return self._engine.top_logprobs([*prompt, *tokens], top_logprobs, len(prompt))
 
     def _n_tokens(self, prompt: str, sampling: Sampling) -> int:
-        """Return the context that an answer may take: no more than the model was trained for."""
-        n = len(self._engine.tokenize(prompt)) + sampling.max_tokens
-        return min(n, self._engine.n_ctx_train or n)
+        """Return the context that an answer may take; none where the prompt alone is more than the model can read."""
+        n_prompt, most = len(self._engine.tokenize(prompt)), self._engine.n_ctx_train or _MOST_CTX
+        return min(n_prompt + sampling.max_tokens, most) if n_prompt < most else 0
 
     def _make_room(self, longest: int, n: int) -> None:
         """Open the file again if its context holds less than the longest of n sequences, or than all together."""

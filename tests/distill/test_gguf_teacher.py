@@ -58,7 +58,7 @@ def test_a_longer_prompt_that_comes_late_makes_the_context_grow(smollm2: Path) -
         answers = dict(itertools.islice(done, 3))
         assert (sorted(answers), teacher._engine.n_ctx) == ([0, 1, 2], 96)
         answers |= dict(done)
-        assert teacher._engine.n_ctx == teacher._engine.n_ctx_train, "no more than the model was trained for"
+        assert 100 < teacher._engine.n_ctx < 1000, "what nobody can answer takes no room"
     assert [answers[i].error for i in (0, 1, 2, 3, 4, 6)] == [None] * 6
     assert "context" in (answers[5].error or "")
     assert answers[0].content == answers[6].content
