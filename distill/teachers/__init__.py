@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import ModelError, UsageError
@@ -23,15 +24,18 @@ def open_teacher(
     *,
     device: str = "auto",
     batch_size: int | None = None,
-    concurrency: int = 8,
+    concurrency: int | None = None,
     timeout_s: float = 300.0,
+    max_rpm: int | None = None,
+    max_tpm: int | None = None,
     model: str | None = None,
     offline: bool = False,
 ) -> Teacher:
     """Open `pocket`, `https://HOST/v1`, `hf:ORG/NAME`, a checkpoint folder or a `.gguf` file.
 
-    `device` and `batch_size` are for models in this process; `concurrency`, `timeout_s` (the longest silence of a
-    server, in seconds) and `model` (its name there) are for servers.
+    Several servers of one model are one spec: `http://a/v1,http://b/v1`. `device` and `batch_size` are for models in
+    this process. For servers are `concurrency` (requests at once; None finds the best number), `timeout_s` (the
+    longest silence, in seconds), `max_rpm` and `max_tpm` (requests and tokens a minute) and `model` (its name there).
 
     Raises:
         UsageError: the spec is none of these, or needs the network and `offline` is set.
@@ -39,7 +43,15 @@ def open_teacher(
         TeacherError: the server is down or refuses.
     """
     if urlsplit(spec).scheme in ("http", "https"):
-        return _open_endpoint(spec, concurrency, timeout_s, model, offline)
+        return _open_endpoint(
+            spec,
+            offline,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            max_rpm=max_rpm,
+            max_tpm=max_tpm,
+            model=model,
+        )
     path = Path(spec)
     if spec.endswith(".gguf"):
         if not path.is_file():
@@ -61,12 +73,12 @@ def open_teacher(
     return TransformersTeacher(path, name=path.resolve().name, device=device, batch_size=batch_size)
 
 
-def _open_endpoint(spec: str, concurrency: int, timeout_s: float, model: str | None, offline: bool) -> Teacher:
-    host = urlsplit(spec).hostname
-    if offline and host not in ("localhost", "127.0.0.1", "::1"):
-        raise UsageError(f"--offline forbids the teacher at {host}", "leave it out, or give a local teacher")
+def _open_endpoint(spec: str, offline: bool, **settings: Any) -> Teacher:
     try:
-        from .endpoint import EndpointTeacher
+        from .endpoint import EndpointTeacher, split_addresses
     except ImportError as error:
         raise ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'") from error
-    return EndpointTeacher(spec, concurrency=concurrency, timeout_s=timeout_s, model=model)
+    for host in (urlsplit(address).hostname for address in split_addresses(spec)):
+        if offline and host not in ("localhost", "127.0.0.1", "::1"):
+            raise UsageError(f"--offline forbids the teacher at {host}", "leave it out, or give a local teacher")
+    return EndpointTeacher(spec, **settings)

@@ -1,17 +1,27 @@
-"""Read one chat completion off a server: the stream's events, and the three places where servers put the reasoning."""
+"""Read one chat completion off a server: the stream's events, and the three places where servers put the reasoning.
+
+A stream is cut where it has become worthless: past `max_tokens` on a server that ignores it, or in a loop. What was
+received until then is the completion; leaving the connection tells the server to stop.
+"""
 
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 
 from ...localrun.generation import Completion, FinishReason
+from ...localrun.loops import LoopDetector
 from ...localrun.thinking import CLOSE, OPEN, split_thinking
+from .reply_logprobs import read_logprobs
+
+_SLACK = 16  # tokens over the limit before a stream is cut: a server that keeps it is left to send its usage
+# Words, numbers and runs of signs, about as tokenizers cut them, wherever the pieces of a stream begin and end.
+_WORD = re.compile(r" ?[^\W\d_\u3040-\u9fff]{1,32}| ?\d{1,3}|(.)\1{0,15}", re.DOTALL)
 
 
 class BrokenReply(Exception):
@@ -22,15 +32,35 @@ class RefusedReply(Exception):
     """The server ended the answer for a reason that asking again will not change."""
 
 
+class LoopWatch:
+    """Finds a text that goes in circles while it arrives in pieces of any size."""
+
+    def __init__(self) -> None:
+        self._detector, self._rest = LoopDetector(), ""
+
+    def add(self, piece: str) -> bool:
+        """Return whether the text is in a loop with this piece."""
+        text, start = self._rest + piece, 0
+        while (word := _WORD.match(text, start)) and word.end() < len(text):  # the last may not be whole
+            start = word.end()
+            if self._detector.add(hash(word[0])):
+                return True
+        self._rest = text[start:]
+        return False
+
+
 @dataclass
 class Reply:
     """What has been read so far. `n_pieces` counts text events, the token count of a server that reports no usage."""
 
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    """The server's entries, one a token."""
     finish_reason: str | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     n_pieces: int = 0
+    _loops: LoopWatch = field(default_factory=LoopWatch)
 
     def add(self, choice: dict[str, Any], part: dict[str, Any]) -> None:
         """Take in a choice's delta or whole message."""
@@ -43,15 +73,35 @@ class Reply:
         if content:
             self.content.append(content)
         self.n_pieces += bool(reasoning or content)
+        logprobs = choice.get("logprobs")
+        entries = logprobs.get("content") if isinstance(logprobs, dict) else None
+        self.logprobs += entries if isinstance(entries, list) else []
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
-    def completion(self, seconds: float) -> Completion:
-        """Return the finished answer.
+    @property
+    def n_tokens(self) -> int:
+        """Tokens received: what the server says, else what can be counted, at least."""
+        return _count(self.usage, "completion_tokens") or max(self.n_pieces, len(self.logprobs))
+
+    def n_total(self, n_prompt: int) -> int:
+        """Return the tokens of prompt and answer; `n_prompt` of the prompt where the server does not say it."""
+        return self.n_tokens + (_count(self.usage, "prompt_tokens") or n_prompt)
+
+    def runs_away(self, piece: str, max_tokens: int) -> Literal["length", "loop"] | None:
+        """Return why nothing is to be expected of the rest, now that this piece has come; None if it may be good."""
+        if self._loops.add(piece):
+            return "loop"
+        return "length" if self.n_tokens > max_tokens + _SLACK else None
+
+    def completion(self, seconds: float, n_prompt: int) -> Completion:
+        """Return the finished answer. `n_prompt` is the prompt's size in tokens where the server does not say it.
 
         Where the server counts no reasoning tokens, they are its share of the text's characters.
         """
         text, reasoning, closed = "".join(self.content), "".join(self.reasoning) or None, None
-        finish: FinishReason = "length" if self.finish_reason == "length" else "stop"
+        finish: FinishReason = "stop"
+        if self.finish_reason in ("length", "loop"):
+            finish = "length" if self.finish_reason == "length" else "loop"
         if reasoning is not None:
             # The server took the tags out: thinking was closed if anything came after it.
             reasoning, content = reasoning.strip("\n"), text.lstrip("\n")
@@ -60,68 +110,80 @@ class Reply:
             # A template that opens the thinking itself leaves only the closing tag in the text.
             starts_inside = CLOSE in text and OPEN not in text.partition(CLOSE)[0]
             reasoning, content, closed = split_thinking(text, starts_inside)
-        n_completion = _count(self.usage, "completion_tokens") or self.n_pieces
+        n_completion = self.n_tokens
         details = self.usage.get("completion_tokens_details")
         n_reasoning = _count(details, "reasoning_tokens") if isinstance(details, dict) else 0
         if not n_reasoning and reasoning:
             n_reasoning = round(n_completion * len(reasoning) / max(1, len(reasoning) + len(content)))
+        # The token that ends a turn has no entry on some servers. Where more is missing, nobody knows which.
+        is_whole = len(self.logprobs) >= n_completion - 1
+        token_ids, logprobs = read_logprobs(self.logprobs) if is_whole else (None, None)
         return Completion(
             content=content,
             reasoning_content=reasoning,
             closed=closed,
             finish_reason=finish,
-            prompt_tokens=_count(self.usage, "prompt_tokens"),
+            prompt_tokens=_count(self.usage, "prompt_tokens") or n_prompt,
             completion_tokens=n_completion,
             reasoning_tokens=n_reasoning,
             seconds=seconds,
+            token_ids=token_ids,
+            logprobs=logprobs,
         )
 
 
-def read_reply(response: httpx.Response, abandon: threading.Event) -> Reply:
-    """Read a streamed reply, or a whole one from a server that does not stream, to its end.
+async def read_reply(response: httpx.Response, reply: Reply, max_tokens: int, on_tokens: Callable[[int], None]) -> None:
+    """Read a streamed reply, or a whole one from a server that does not stream, to its end or until it runs away.
+
+    `on_tokens` is told of each event, with how many tokens it brought. If this raises, `reply` holds what came.
 
     Raises:
-        BrokenReply: it is cut short, no JSON, an error event, or nobody wants it any more.
+        BrokenReply: it is cut short, no JSON, or an error event.
         RefusedReply: it ended with a content filter or a tool call.
     """
-    reply = Reply()
     if "event-stream" in response.headers.get("content-type", ""):
-        for event in _events(response):
-            if abandon.is_set():
-                raise BrokenReply("abandoned")
-            _take(reply, event, "delta")
+        async for event in _events(response):
+            n_before = reply.n_tokens
+            piece = _take(reply, event, "delta")
+            on_tokens(max(0, reply.n_tokens - n_before))
+            if piece and reply.finish_reason is None:
+                reply.finish_reason = reply.runs_away(piece, max_tokens)
+                if reply.finish_reason:
+                    return
     else:
-        response.read()
-        _take(reply, _parsed(response.text), "message")
+        await response.aread()
+        _take(reply, _parsed(response.content), "message")
+        on_tokens(reply.n_tokens)
     if reply.finish_reason is None:
         raise BrokenReply("the stream was cut before its end")
     if reply.finish_reason == "insufficient_system_resource":  # DeepSeek's word for an overloaded server
         raise BrokenReply("the server ran out of resources")
     if reply.finish_reason not in ("stop", "length"):
         raise RefusedReply(f"the server ended the answer with {reply.finish_reason!r}")
-    return reply
 
 
-def _events(response: httpx.Response) -> Iterator[Any]:
+async def _events(response: httpx.Response) -> AsyncIterator[Any]:
     """Yield the JSON of each server-sent event until `[DONE]` or the end."""
-    for line in response.iter_lines():
-        if not line.startswith("data:"):
-            continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
-            return
-        if data:
-            yield _parsed(data)
+    rest = b""
+    async for chunk in response.aiter_bytes():  # httpx's lines end at U+2028 too, which JSON may hold as it is
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
+            if data == b"[DONE]":
+                return
+            if data:
+                yield _parsed(data)
 
 
-def _parsed(text: str) -> Any:
+def _parsed(data: bytes) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(data)
     except ValueError:
-        raise BrokenReply(f"the server sent no JSON: {text[:80]!r}") from None
+        raise BrokenReply(f"the server sent no JSON: {data[:80].decode(errors='replace')!r}") from None
 
 
-def _take(reply: Reply, event: Any, part: str) -> None:
+def _take(reply: Reply, event: Any, part: str) -> str:
+    """Add an event to the reply and return the text that it brought."""
     if not isinstance(event, dict):
         raise BrokenReply("the server sent JSON that is no object")
     if event.get("error"):
@@ -132,10 +194,12 @@ def _take(reply: Reply, event: Any, part: str) -> None:
         reply.usage = event["usage"]
     choices = event.get("choices")
     if not choices:
-        return
+        return ""
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
         raise BrokenReply("the server sent a choice that is no object")
+    n_reasoning, n_content = len(reply.reasoning), len(reply.content)
     reply.add(choices[0], choices[0].get(part) or {})
+    return "".join(reply.reasoning[n_reasoning:] + reply.content[n_content:])
 
 
 def _count(usage: dict[str, Any], name: str) -> int:

@@ -19,6 +19,8 @@ import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.endpoint import EndpointTeacher
+from deepdistill.distill.teachers.endpoint_run import ATTEMPTS
+from deepdistill.distill.teachers.servers import api_key
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.generation import Completion, Message, Sampling
 
@@ -203,7 +205,7 @@ def test_a_request_that_never_succeeds_fails_alone(server: FakeServer, teacher: 
     assert [answers[i].finish_reason for i in range(4)] == ["stop", "error", "error", "stop"]
     assert "boom" in (answers[1].error or "")
     assert "too long" in (answers[2].error or "")
-    assert len(server.tries("question 1")) == 8
+    assert len(server.tries("question 1")) == ATTEMPTS
     assert len(server.tries("question 2")) == 1, "a request that is refused is not sent again"
 
 
@@ -290,12 +292,10 @@ def test_the_key_goes_out_and_nowhere_else(
 
 
 def test_a_vendors_key_goes_to_that_vendor_alone(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepdistill.distill.teachers.endpoint import _api_key
-
     monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     monkeypatch.setenv("DEEPSEEK_API_KEY", "sk-deepseek")
     hosts = ("api.openai.com", "api.deepseek.com", "notopenai.com", "127.0.0.1")
-    assert [_api_key(host) for host in hosts] == ["sk-openai", "sk-deepseek", None, None]
+    assert [api_key(host) for host in hosts] == ["sk-openai", "sk-deepseek", None, None]
     with EndpointTeacher(server.url) as teacher:
         list(teacher.generate(ask(1), Sampling()))
     assert "Authorization" not in server.requests[0][3]

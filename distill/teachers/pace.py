@@ -1,0 +1,136 @@
+"""How much to ask of servers: how many requests at once, found by trying, and how many requests and tokens a minute.
+
+The level doubles, then goes to the middle between what paid and what did not, for as long as each step brings its share
+of tokens a second. Where a server pushes back (429, 5xx) it halves. Halving is taken back if it cost throughput without
+making the errors rarer: then they do not come from the load, and that share of them is put up with from then on.
+
+The idea of AIMD is from Jacobson, "Congestion Avoidance and Control" (1988), the search for the level between two known
+ones from BIC (Xu, Harfoush, Rhee 2004). Left out on purpose: latency as a signal, which says nothing where answers
+differ in length by a factor of a hundred.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_START = 8
+_MOST = 512  # connections; many systems let a process open 1024 files
+_PAYS = 0.25  # of the tokens a second that a step would bring if the server had nothing else to do
+_COSTS = 0.75  # of the tokens a second from before; fewer after halving say that the server was not overloaded
+_PATIENCE = 30  # windows at a level before a higher one is tried again
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What a time at one level came to: tokens/s, and the share of attempts that were pushed back."""
+
+    level: int
+    rate: float
+    share: float
+
+
+class Pace:
+    """The number of requests at once: `level`. A fixed one stays as it is."""
+
+    def __init__(
+        self,
+        fixed: int | None = None,
+        *,
+        window_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.level = fixed or _START
+        self._fixed, self._window_s, self._clock = fixed is not None, window_s, clock
+        self._last: _Window | None = None
+        self._good, self._ceiling = 1, 0  # the highest level known to do, the lowest known to be too high (0: none)
+        self._tolerated, self._n_waited = 0.0, 0
+        self._begin(fresh=True)
+
+    def _begin(self, fresh: bool) -> None:
+        """Begin to count. A fresh level has a window to take effect, which does not count."""
+        self._since, self._fresh = self._clock(), fresh
+        self._n_tokens = self._n_events = self._n_accepted = self._n_pushed = 0
+
+    def heard(self, n_tokens: int) -> None:
+        """Take notice that tokens have arrived."""
+        self._n_tokens += n_tokens
+        self._n_events += 1
+
+    def accepted(self) -> None:
+        """Take notice that a server has taken a request."""
+        self._n_accepted += 1
+
+    def pushed_back(self) -> None:
+        """Take notice of a 429 or 5xx."""
+        self._n_pushed += 1
+
+    def look(self, n_open: int, was_full: bool) -> None:
+        """Change the level if the time has come; to be called a few times in a window.
+
+        `n_open` requests are under way; `was_full` says that more were held back since the last look. Only a time with
+        the level reached and kept tells anything.
+        """
+        elapsed = self._clock() - self._since
+        if self._fixed:
+            return
+        if not was_full or n_open > self.level:
+            self._begin(fresh=True)
+        elif elapsed >= self._window_s and self._fresh:
+            self._begin(fresh=False)
+        elif elapsed >= self._window_s and (self._n_pushed or self._n_events >= 4 * self.level):
+            share = self._n_pushed / (self._n_pushed + self._n_accepted) if self._n_pushed else 0.0
+            before = self.level
+            self.level = self._next_level(_Window(before, self._n_tokens / elapsed, share))
+            self._begin(fresh=self.level != before)
+
+    def _next_level(self, now: _Window) -> int:
+        last, self._last = self._last, now
+        if last and last.level > now.level and now.rate < _COSTS * last.rate and now.share > last.share / 2:
+            self._tolerated, self._ceiling = 1.5 * last.share, 0
+            return last.level
+        if now.share > self._tolerated:
+            self._ceiling, half = now.level, max(1, now.level // 2)
+            self._good = self._good if self._good < now.level else half
+            return half
+        if last and last.level < now.level and now.rate < last.rate * (1 + _PAYS * (now.level / last.level - 1)):
+            self._good, self._ceiling, self._last = last.level, now.level, None
+            return last.level
+        self._good = max(self._good, now.level)
+        return self._higher(now.level)
+
+    def _higher(self, level: int) -> int:
+        """Return the next level to try; the same one where the ceiling is reached, for a while."""
+        if level < self._good:
+            return self._good
+        if self._ceiling <= level:
+            return min(_MOST, 2 * level)
+        middle = (level + self._ceiling) // 2
+        self._n_waited = self._n_waited + 1 if middle == level else 0
+        if self._n_waited > _PATIENCE:
+            self._ceiling, self._n_waited = level + 2 * max(1, level // 8), 0
+        return middle
+
+
+class RateLimit:
+    """Spreads an amount evenly over time, `per_minute` of it; None: without limit."""
+
+    def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_s = per_minute / 60 if per_minute else None
+        self._clock, self._free_at = clock, 0.0
+
+    @property
+    def wait_s(self) -> float:
+        """How long to wait before anything more may be taken, in seconds."""
+        return max(0.0, self._free_at - self._clock())
+
+    def take(self, amount: float) -> None:
+        """Count an amount from now on."""
+        if self._per_s:
+            self._free_at = max(self._clock(), self._free_at) + amount / self._per_s
+
+    def correct(self, more: float) -> None:
+        """Count what was taken more, or (negative) less, than had been expected."""
+        if self._per_s:
+            self._free_at += more / self._per_s
