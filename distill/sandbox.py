@@ -48,16 +48,17 @@ class NotConfined(Exception):
     """The kernel grants no layer that keeps files, or none that keeps the network, out of reach."""
 
 
-def confine(scratch: Path, readable: Iterable[Path], limits: Limits) -> list[str]:
+def confine(scratch: Path, readable: Iterable[Path], limits: Limits, parent: int) -> list[str]:
     """Confine this process, which has one thread, for good; return the names of the layers that hold.
 
     It can read `readable`, read and write `scratch` (its working directory from now on), and reach no network and no
-    other process. Descriptors that are open stay open.
+    other process. Descriptors that are open stay open. It dies with its parent, whose process id is given since it may
+    have died already.
 
     Raises:
         NotConfined: a layer for files or one for the network is missing.
     """
-    die_with_parent()
+    die_with(parent)
     set_limits(limits)
     readable = [path for path in readable if path.exists()]
     layers = ["limits"] if os.name == "posix" else []
@@ -65,6 +66,7 @@ def confine(scratch: Path, readable: Iterable[Path], limits: Limits) -> list[str
         layers += _namespaces(scratch, readable)
         os.chdir(scratch)
         _drop_capabilities()
+        die_with(parent)  # once more: the kernel forgets it when credentials change
         if _landlock(scratch, readable):
             layers.append("landlock")
         if install():
@@ -116,10 +118,9 @@ def limit_next(cpu_s: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when its parent ends."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(1)
@@ -234,6 +235,6 @@ def _landlock(scratch: Path, readable: Sequence[Path]) -> bool:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(confine(Path(sys.argv[1]), python_paths(), Limits())))
+        print(json.dumps(confine(Path(sys.argv[1]), python_paths(), Limits(), os.getppid())))
     except NotConfined as error:
         sys.exit(str(error))

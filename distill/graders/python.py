@@ -163,12 +163,14 @@ def _run_programs(code: str, tests: list[tuple[str, str]], scratch: Path, deadli
             child = _start("program", code, scratch, (), deadline, confined, stdin=stdin.fileno(), stdout=write)
             os.close(write)
             try:
-                output = _read(read, deadline, max(_MAX_OUTPUT, 2 * len(expected) + 2))
+                output = _read(read, deadline, len(expected) + _MAX_OUTPUT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.5)
             finally:
                 os.close(read)
                 _kill(child)
+        if len(output) > len(expected) + _MAX_OUTPUT:
+            return 0.0
         _check_status(child.returncode)
         if child.returncode or _lines(output.decode(errors="replace")) != _lines(expected):
             return 0.0
@@ -197,6 +199,7 @@ def _start(
         "scratch": str(folder),
         "channel": channel,
         "confined": confined,
+        "parent": os.getpid(),
         "cpu_s": max(1, round(deadline - time.monotonic() + 0.5)),
     }
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}

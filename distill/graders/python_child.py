@@ -32,12 +32,12 @@ def main(settings: dict[str, Any]) -> None:
     limits = sandbox.Limits(cpu_s=settings["cpu_s"])
     if settings["confined"]:
         try:
-            sandbox.confine(scratch, map(Path, settings["readable"]), limits)
+            sandbox.confine(scratch, map(Path, settings["readable"]), limits, settings["parent"])
         except sandbox.NotConfined as error:
             print(error, file=sys.stderr)
             sys.exit(NOT_CONFINED)
     else:
-        sandbox.die_with_parent()
+        sandbox.die_with(settings["parent"])
         sandbox.set_limits(limits)
         os.chdir(scratch)
     sys.argv, sys.path[:] = ["solution.py"], settings["python_path"]
