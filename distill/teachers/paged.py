@@ -93,8 +93,8 @@ class PagedDecoder:
                     row.seconds = output.lifespan[1] - output.lifespan[0]
                     yield row
         finally:
-            if manager is not None and manager.is_running():
-                manager.stop(block=True, hard_stop=True)
+            if manager is not None:
+                manager.stop(block=True, hard_stop=True)  # also gives the cache's memory back after a crash
                 manager.destroy()
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)
