@@ -1,7 +1,7 @@
 """Which traces train, and what each filter took: verified, whole, unlike each other, not too many of a kind.
 
 The traces are read twice. The first pass judges each trace by itself and keeps a few numbers of those that are left
-(about 200 bytes, a MinHash signature among them); duplicates, evaluation questions and the caps are decided on these.
+(200 to 1,000 bytes, a MinHash signature among them); duplicates, evaluation questions and the caps are decided on these.
 The second pass yields what stays. So a million traces need no more memory than their numbers.
 """
 
@@ -136,7 +136,7 @@ class _Survey:
         self.settings, self.pass_rate, self.record = settings, pass_rate, record
         self.n_traces = 0
         self.problems: dict[bytes, int] = {}  # digest of the normalised question -> number
-        self.graded: set[int] = set()
+        self._is_graded, self._asked = bytearray(), array("i")  # of each problem; the question's number, or -1
         self.sources: dict[str, int] = {}
         self.position, self.problem, self.source = array("q"), array("i"), array("i")
         self.length = array("q")  # characters
@@ -144,7 +144,6 @@ class _Survey:
         self.text, self.numbers = array("Q"), array("Q")
         self.signatures = bytearray()
         self._words, self._ends = array("I"), array("q", [0])  # of the questions that survivors ask
-        self._asked: dict[int, int] = {}
 
     def add(self, trace: Trace) -> None:
         position = self.n_traces
@@ -152,8 +151,10 @@ class _Survey:
         question = question_of(trace)
         key = hashlib.blake2b(normalise_question(question).encode(), digest_size=8).digest()
         problem = self.problems.setdefault(key, len(self.problems))
-        if trace.verdict_by == "grader":
-            self.graded.add(problem)
+        if problem == len(self._asked):
+            self._asked.append(-1)
+            self._is_graded.append(False)
+        self._is_graded[problem] |= trace.verdict_by == "grader"
         reason = fault_of(trace, self.settings, self.pass_rate)
         if reason is None:
             words = word_hashes(f"{trace.reasoning_content or ''}\n{trace.content}")
@@ -164,8 +165,8 @@ class _Survey:
             self._note(trace, words, position, problem, question)
 
     def _note(self, trace: Trace, words: Words, position: int, problem: int, question: str) -> None:
-        if problem not in self._asked:
-            self._asked[problem] = len(self._asked)
+        if self._asked[problem] < 0:
+            self._asked[problem] = len(self._ends) - 1
             self._words.frombytes(word_hashes(question).tobytes())
             self._ends.append(len(self._words))
         self.position.append(position)
@@ -187,7 +188,10 @@ class _Survey:
     @cached_property
     def graded_questions(self) -> npt.NDArray[np.bool_]:
         """Whether a grader judged any trace of it, for each of `questions`."""
-        return np.array([problem in self.graded for problem in self._asked], np.bool_)
+        asked = np.frombuffer(self._asked, np.int32)
+        graded = np.zeros(len(self._ends) - 1, np.bool_)
+        graded[asked[asked >= 0]] = np.frombuffer(self._is_graded, np.bool_)[asked >= 0]
+        return graded
 
 
 class _Decision:
@@ -216,7 +220,8 @@ class _Decision:
         if self.settings.similarity is None:
             return
         asked, firsts = np.unique(self.problem[self.stays], return_index=True)
-        order = asked[np.argsort(firsts)].tolist()  # by first trace
+        by_first = np.argsort(firsts)
+        order, firsts = asked[by_first], np.flatnonzero(self.stays)[firsts[by_first]]
         questions = [self.survey.questions[i] for i in order]
         signatures, has_own = sign_questions(questions)
         numbers = np.array([numbers_in(words) for words in questions], np.uint64)
@@ -227,8 +232,7 @@ class _Decision:
 
         repeated = near_duplicates(signatures, self.settings.similarity, may_match)
         like = np.full(len(self.survey.questions), -1, np.int64)
-        for i in np.flatnonzero(repeated >= 0):
-            like[order[i]] = np.flatnonzero((self.problem == order[repeated[i]]) & self.stays)[0]
+        like[order[repeated >= 0]] = firsts[repeated[repeated >= 0]]
         found = like[self.problem]
         self._take("same_question", found >= 0, lambda i: self._position(found[i]))
 
@@ -262,12 +266,12 @@ class _Decision:
         starts = np.flatnonzero(np.diff(self.problem[index], prepend=-1))
         over = np.zeros(len(self.stays), np.bool_)
         for group in np.split(index, starts[1:]):
+            if len(group) <= keep:
+                continue
             left = group.tolist()
-            for slot in range(min(keep, len(left))):
-                question = digest(self.survey.questions[self.problem[left[0]]])
-                left.pop(-1 if share and _chance(self.settings.seed, question, slot) < share else 0)
-                if not left:
-                    break
+            for slot in range(keep):
+                takes_long = share and _chance(self.settings.seed, self._question(left[0]), slot) < share
+                left.pop(-1 if takes_long else 0)
             over[left] = True
         self._take("over_problem_cap", over)
 
@@ -278,7 +282,7 @@ class _Decision:
         index = np.flatnonzero(self.stays).tolist()
         by_source: dict[int, list[tuple[float, int]]] = {}
         for i in index:
-            chance = _chance(self.settings.seed, self.survey.text[i], digest(self.survey.questions[self.problem[i]]))
+            chance = _chance(self.settings.seed, self.survey.text[i], self._question(i))
             by_source.setdefault(self.survey.source[i], []).append((chance, i))
         over = np.zeros(len(self.stays), np.bool_)
         for drawn in by_source.values():
@@ -297,6 +301,10 @@ class _Decision:
             first = int(indices[0])
             self.record.take(name, self._position(first), like(first), len(indices))
         self.stays[indices] = False
+
+    def _question(self, i: int) -> int:
+        """Return a hash of what survivor i asks."""
+        return digest(self.survey.questions[self.problem[i]])
 
     def _position(self, i: int) -> int:
         return self.survey.position[i]

@@ -20,10 +20,10 @@ FILTERS = {
     "no_answer": "the trace ends in its thinking: there is no answer",
     "no_reasoning": "the trace holds no reasoning to learn from",
     "stray_tags": "think tags are left in the text: where the thinking ends is uncertain",
-    "too_short": "fewer tokens than --min-tokens",
-    "overlong": "more tokens than --max-trace-tokens",
-    "too_easy": "the untrained student solves the problem more often than --max-pass-rate",
-    "too_hard": "the untrained student solves the problem less often than --min-pass-rate",
+    "too_short": "fewer tokens than min_tokens",
+    "overlong": "more tokens than max_trace_tokens",
+    "too_easy": "the untrained student solves the problem more often than max_pass_rate",
+    "too_hard": "the untrained student solves the problem less often than min_pass_rate",
     "contaminated": "the question stands in the evaluation, or shares words in a row with a question that does",
     "same_question": "another problem asks nearly the same",
     "same_trace": "another trace says nearly the same",
@@ -76,11 +76,11 @@ class CurateSettings:
         for name in ("min_pass_rate", "max_pass_rate", "max_repeated", "similarity", "long_share"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"--{name.replace('_', '-')} is a share between 0 and 1, not {value}")
+                raise UsageError(f"{name} is a share between 0 and 1, not {value}")
         for name in ("keep", "per_source", "contamination_ngram"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
+                raise UsageError(f"{name} must be at least 1")
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
