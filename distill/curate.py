@@ -1,8 +1,8 @@
 """Which traces train, and what each filter took: verified, whole, unlike each other, not too many of a kind.
 
 The traces are read twice. The first pass judges each trace by itself and keeps a few numbers of those that are left
-(200 to 1,000 bytes, a MinHash signature among them); duplicates, evaluation questions and the caps are decided on these.
-The second pass yields what stays. So a million traces need no more memory than their numbers.
+(200 to 1,000 bytes, a MinHash signature among them); duplicates, evaluation questions and the caps are decided on
+these. The second pass yields what stays. So a million traces need no more memory than their numbers.
 """
 
 from __future__ import annotations
