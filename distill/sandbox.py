@@ -159,7 +159,7 @@ def _change_root(libc: ctypes.CDLL, scratch: Path, readable: Sequence[Path]) -> 
     root = scratch / "root"
     root.mkdir()
     _mount(libc, None, Path("/"), None, _MS_REC | _MS_PRIVATE)
-    _mount(libc, "tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=64m,nr_inodes=4k,mode=755")
+    _mount(libc, "tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     for path in readable:
         place = root / path.relative_to("/")
         if place.exists() or place.is_symlink():
@@ -174,7 +174,10 @@ def _change_root(libc: ctypes.CDLL, scratch: Path, readable: Sequence[Path]) -> 
         kept = os.statvfs(place).f_flag & (_MS_NOSUID | _MS_NODEV | 8 | 1024 | 2048)
         kept |= _MS_NOSUID if path.parts[1] == "dev" else _MS_NOSUID | _MS_NODEV
         _mount(libc, None, place, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | kept)
-    (root / scratch.relative_to("/")).mkdir(parents=True, exist_ok=True)
+    place = root / scratch.relative_to("/")
+    place.mkdir(parents=True, exist_ok=True)
+    _mount(libc, "tmpfs", place, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=64m,nr_inodes=4k,mode=700")
+    _mount(libc, None, root, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
     os.chdir(root)
     _check(libc.syscall(ctypes.c_long(_PIVOT_ROOT[platform.machine()]), b".", b"."))
     _check(libc.umount2(b".", _MNT_DETACH))
