@@ -26,6 +26,9 @@ from .turn import Turn
 _LEAST_PREFIX = 16  # tokens; a shorter shared prefix is not worth a pass of its own
 
 
+_Refused = tuple[int, Completion]
+
+
 @dataclass
 class _Request:
     """One prompt and what was said to it."""
@@ -35,7 +38,6 @@ class _Request:
     n_prompt: int
     turn: Turn
     started: float = field(default_factory=time.monotonic)
-    n_shared: int = 0  # of its tokens, computed for all
     n_cached: int = 0  # of its tokens, in the KV cache
     top: list[Row] = field(default_factory=list)  # of each generated token, if asked for
 
@@ -62,32 +64,27 @@ def complete_all(
     Raises:
         ModelError: llama.cpp failed.
     """
-    source = ((index, text, context.model.tokenize(text), seed) for index, (text, seed) in enumerate(prompts))
-    drawn = deque(islice(source, n_seq))
-    shared = _prefill_shared(context, [tokens for _, _, tokens, _ in drawn if 0 < len(tokens) < n_ctx], n_seq)
-    paused: list[_Request] = []
+    source = _requests(context, prompts, sampling, guidance, n_ctx, tags)
+    waiting = deque(islice(source, n_seq))  # those that gave up their cells come first
+    shared = _prefill_shared(context, [r.tokens for r in waiting if isinstance(r, _Request)], n_seq)
     running: dict[int, _Request] = {}  # by slot, the oldest first
     try:
         while True:
             while len(running) < n_seq:
-                if not paused:
-                    following = drawn.popleft() if drawn else next(source, None)
-                    if following is None:
-                        break
-                    index, text, tokens, seed = following
-                    if not 0 < len(tokens) < n_ctx:
-                        yield index, _refused(len(tokens), n_ctx)
-                        continue
-                    limit = min(sampling.max_tokens, n_ctx - len(tokens))
-                    turn = Turn(context.model, text, sampling, guidance, seed=seed, limit=limit, tags=tags)
-                    n_shared = len(shared) if shared == tokens[: len(shared)] and len(shared) < len(tokens) else 0
-                    paused.append(_Request(index, tokens, len(tokens), turn, n_shared=n_shared))
-                if running and not _has_room(context.n_ctx, len(shared), running, paused[-1]):
+                waiting.extend(islice(source, not waiting))
+                if not waiting:
                     break
-                _admit(context, running, paused.pop(), n_seq)
+                request = waiting.popleft()
+                if not isinstance(request, _Request):
+                    yield request
+                elif running and not _has_room(context, running, request, shared):
+                    waiting.appendleft(request)
+                    break
+                else:
+                    _admit(context, running, request, shared, n_seq)
             if not running:
                 return
-            at = _run_round(context, running, paused)
+            at = _run_round(context, running, waiting)
             for slot, entry in at.items():
                 request = running[slot]
                 if top_logprobs:
@@ -101,23 +98,49 @@ def complete_all(
                     request.turn.close()
                     yield request.index, _completion(request, top_logprobs)
     finally:
-        for request in [*running.values(), *paused]:
-            request.turn.close()
+        for unfinished in [*running.values(), *waiting]:
+            if isinstance(unfinished, _Request):
+                unfinished.turn.close()
 
 
-def _has_room(n_cells: int, n_shared: int, running: dict[int, _Request], request: _Request) -> bool:
+def _requests(
+    context: Context,
+    prompts: Iterable[tuple[str, int]],
+    sampling: Sampling,
+    guidance: Guidance,
+    n_ctx: int,
+    tags: Tags | None,
+) -> Iterator[_Request | _Refused]:
+    """Yield what each prompt asks for, or why it cannot be."""
+    for index, (text, seed) in enumerate(prompts):
+        tokens = context.model.tokenize(text)
+        if 0 < len(tokens) < n_ctx:
+            limit = min(sampling.max_tokens, n_ctx - len(tokens))
+            turn = Turn(context.model, text, sampling, guidance, seed=seed, limit=limit, tags=tags)
+            yield _Request(index, tokens, len(tokens), turn)
+        else:
+            yield index, _refused(len(tokens), n_ctx)
+
+
+def _n_shared(request: _Request, shared: list[int]) -> int:
+    """Return how many of a request's tokens are computed for all: those of the prefix, if it begins with them."""
+    n = len(shared)
+    return n if n < request.n_prompt and request.tokens[:n] == shared else 0
+
+
+def _has_room(context: Context, running: dict[int, _Request], request: _Request, shared: list[int]) -> bool:
     """Say whether a request's tokens fit beside the running ones and the next token of each."""
-    used = n_shared + sum(len(other.tokens) - other.n_shared for other in running.values())
-    return used + len(running) + len(request.tokens) - request.n_shared < n_cells
+    own = sum(len(other.tokens) - _n_shared(other, shared) for other in [*running.values(), request])
+    return len(shared) + own + len(running) < context.n_ctx
 
 
-def _admit(context: Context, running: dict[int, _Request], request: _Request, n_seq: int) -> None:
-    """Give a request a free slot, which begins with what it shares with the others."""
+def _admit(context: Context, running: dict[int, _Request], request: _Request, shared: list[int], n_seq: int) -> None:
+    """Give a request a free slot, which begins with what is computed for all if the request does."""
     slot = next(i for i in range(n_seq) if i not in running)
     running[slot] = request
-    if request.n_shared:
-        context.share(n_seq, slot, request.n_shared)
-        request.n_cached = request.n_shared
+    request.n_cached = _n_shared(request, shared)
+    if request.n_cached:
+        context.share(n_seq, slot, request.n_cached)
 
 
 def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) -> list[int]:
@@ -139,7 +162,7 @@ def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) 
     return first[:n]
 
 
-def _run_round(context: Context, running: dict[int, _Request], paused: list[_Request]) -> dict[int, int]:
+def _run_round(context: Context, running: dict[int, _Request], waiting: deque[_Request | _Refused]) -> dict[int, int]:
     """Decode one batch; return, for each slot whose next token can be sampled, where its logits stand."""
     while True:
         entries, at, n_cached = _plan(running, context.n_batch)
@@ -152,7 +175,7 @@ def _run_round(context: Context, running: dict[int, _Request], paused: list[_Req
         slot = next(reversed(running))
         context.forget(slot)
         running[slot].n_cached = 0
-        paused.append(running.pop(slot))
+        waiting.appendleft(running.pop(slot))
 
 
 def _plan(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict[int, int], dict[int, int]]:
