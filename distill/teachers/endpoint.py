@@ -18,8 +18,9 @@ import tenacity
 
 from ...errors import TeacherError, UsageError
 from ...localrun.generation import Completion, Sampling
+from .asking import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
 from .base import Request, Teacher
-from .endpoint_run import FIRST_ATTEMPTS, Endpoint, EndpointRun, backoff, is_absent
+from .endpoint_run import EndpointRun
 from .pace import Pace, RateLimit
 from .servers import Retryable, Server
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ import httpx
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
+from deepdistill.distill.teachers.asking import ATTEMPTS
 from deepdistill.distill.teachers.endpoint import EndpointTeacher
-from deepdistill.distill.teachers.endpoint_run import ATTEMPTS
+from deepdistill.distill.teachers.pace import Pace
 from deepdistill.distill.teachers.servers import api_key
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.generation import Completion, Message, Sampling
@@ -92,9 +95,10 @@ Failure = Callable[[Handler, str], None]
 
 class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 256
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
         self.lock = threading.Lock()
         self.models, self.models_status = ["toy"], 200
         self.failures: dict[str, list[Failure]] = {}
@@ -153,14 +157,25 @@ def error_event(handler: Handler, _: str) -> None:
     handler.events(delta(content="fine "), {"error": {"message": "CUDA out of memory"}})
 
 
+@contextmanager
+def serving(port: int = 0) -> Iterator[FakeServer]:
+    server = FakeServer(port)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield server
+    finally:
+        close(server)
+
+
+def close(server: FakeServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def server() -> Iterator[FakeServer]:
-    with FakeServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
+    with serving() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -382,6 +397,298 @@ def test_no_more_than_concurrency_requests_at_once(server: FakeServer, teacher: 
     assert most == 3
 
 
+def endless(pieces: Callable[[int], dict[str, Any]], ended: threading.Event) -> Failure:
+    """Stream without end, until the client hangs up: then `ended` is set."""
+
+    def answer(handler: Handler, _: str) -> None:
+        try:
+            handler.events(delta(role="assistant", content=""))
+            for i in range(1_000_000):
+                handler.wfile.write(f"data: {json.dumps(delta(**pieces(i)))}\n\n".encode())
+        except OSError:
+            ended.set()
+
+    return answer
+
+
+def test_a_server_that_ignores_the_limit_is_cut_and_what_came_is_kept(
+    server: FakeServer, teacher: EndpointTeacher
+) -> None:
+    ended = threading.Event()
+    number = endless(lambda i: {"content": f"{i} "} if i >= 10 else {"reasoning_content": f"{i} "}, ended)
+    server.failures["question 0"] = [number]
+    ((_, answer),) = teacher.generate(ask(1), Sampling(max_tokens=40))
+    assert (answer.finish_reason, answer.error) == ("length", None)
+    assert answer.reasoning_content == "0 1 2 3 4 5 6 7 8 9 "
+    assert answer.content.split() == [str(i) for i in range(10, 10 + len(answer.content.split()))]
+    assert 40 < answer.completion_tokens == 10 + len(answer.content.split()) < 60
+    assert 0 < answer.prompt_tokens < 10, "estimated, since the usage never came"
+    assert ended.wait(5), "the connection is closed, which tells the server to stop"
+    assert len(server.requests) == 1
+
+
+def test_a_loop_is_cut_while_it_streams(server: FakeServer, teacher: EndpointTeacher) -> None:
+    ended = threading.Event()
+    words = ["But", "wait,", "is", "that", "right?", "Let", "me", "check", "it", "again.", ""]
+    server.failures["question 0"] = [endless(lambda i: {"reasoning_content": words[i % len(words)] + " "}, ended)]
+    ((_, answer),) = teacher.generate(ask(1), Sampling(max_tokens=100_000))
+    assert (answer.finish_reason, answer.content, answer.closed) == ("loop", "", False)
+    assert (answer.reasoning_content or "").startswith("But wait, is that right?")
+    assert 3 * len(words) <= answer.completion_tokens < 100
+    assert answer.reasoning_tokens == answer.completion_tokens
+    assert ended.wait(5)
+
+
+def test_an_answer_whose_usage_never_comes_is_not_asked_again(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def without_end(handler: Handler, _: str) -> None:
+        handler.events(delta(content="4"), delta("stop", content="2"), "{broken")
+
+    answer = answer_one(server, teacher, without_end)
+    assert (answer.content, answer.finish_reason, answer.completion_tokens) == ("42", "stop", 2)
+    assert len(server.requests) == 1
+
+
+def test_any_character_may_stand_in_the_stream(server: FakeServer, teacher: EndpointTeacher) -> None:
+    text = "a\u2028b\u0085c\x1cd ✓ 😀"
+
+    def raw(handler: Handler, _: str) -> None:
+        handler.events(json.dumps(delta("stop", content=text), ensure_ascii=False))
+
+    assert answer_one(server, teacher, raw).content == text
+
+
+def test_what_breaks_off_for_good_says_what_it_took(server: FakeServer, teacher: EndpointTeacher) -> None:
+    server.failures["question 1"] = [cut] * ATTEMPTS
+    answers = dict(teacher.generate(ask(2), Sampling()))
+    assert (answers[1].finish_reason, answers[1].content) == ("error", "half an ans")
+    assert (answers[1].completion_tokens, answers[1].prompt_tokens) == (1, 4)  # the prompt's estimated
+    assert "cut before its end" in (answers[1].error or "")
+    assert len(server.tries("question 1")) == ATTEMPTS
+
+
+@pytest.mark.parametrize("comments", [False, True], ids=["silent", "comments"])
+def test_a_stream_that_hangs_in_the_middle_is_asked_again(
+    server: FakeServer, teacher: EndpointTeacher, comments: bool
+) -> None:
+    def hangs(handler: Handler, _: str) -> None:
+        handler.events(delta(content="half"))
+        for _ in range(30):
+            time.sleep(0.1)
+            if comments:
+                handler.wfile.write(b": keep-alive\n\n")
+
+    server.failures["question 0"] = [hangs]
+    started = time.monotonic()
+    assert dict(teacher.generate(ask(1), Sampling()))[0].content == "QUESTION 0!"
+    assert time.monotonic() - started < 2.9
+
+
+def test_a_slow_stream_is_not_a_silent_one(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def slow(handler: Handler, _: str) -> None:
+        handler.events()
+        for i in range(8):
+            time.sleep(0.15)
+            handler.wfile.write(f"data: {json.dumps(delta('stop' if i == 7 else None, content=str(i)))}\n\n".encode())
+
+    assert answer_one(server, teacher, slow).content == "01234567"
+    assert len(server.requests) == 1
+
+
+def test_one_in_three_fails_and_one_in_ten_hangs_and_all_answers_come(server: FakeServer) -> None:
+    rng = random.Random(5)
+    faults = [status(429, Retry_After="0"), status(500), status(503), cut, invalid_json]
+    for i in range(150):
+        failures: list[Failure] = []
+        while rng.random() < 0.4:
+            failures.append(hang if rng.random() < 0.25 else rng.choice(faults))
+        server.failures[f"question {i}"] = failures
+    n_faults = sum(map(len, server.failures.values()))
+    assert n_faults > 60
+    with EndpointTeacher(server.url, concurrency=24, timeout_s=0.4, max_backoff_s=0.05) as teacher:
+        answers = list(teacher.generate(ask(150), Sampling()))
+    assert sorted(i for i, _ in answers) == list(range(150))
+    assert {answer.content for _, answer in answers} == {f"QUESTION {i}!" for i in range(150)}
+    assert len(server.requests) == 150 + n_faults
+
+
+def test_no_more_is_drawn_than_the_caller_has_seen_the_answers_of(server: FakeServer) -> None:
+    drawn, done = 0, 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal drawn
+        for request in ask(30):
+            assert drawn - done < 3
+            drawn += 1
+            yield request
+
+    with EndpointTeacher(server.url, concurrency=3) as teacher:
+        for _ in teacher.generate(requests(), Sampling()):
+            time.sleep(0.01)
+            done += 1
+            if done == 20:
+                break
+    assert 20 <= drawn <= 23
+
+
+def test_an_error_of_the_callers_own_reaches_the_caller_after_what_was_paid_for(server: FakeServer) -> None:
+    def requests() -> Iterator[Request]:
+        yield from ask(2)
+        raise ValueError("out of problems")
+
+    with EndpointTeacher(server.url, concurrency=1) as teacher:
+        got = []
+        with pytest.raises(ValueError, match="out of problems"):
+            got.extend(teacher.generate(requests(), Sampling()))
+    assert sorted(i for i, _ in got) == [0, 1]
+
+
+def test_limits_a_minute_hold_for_attempts_and_tokens(server: FakeServer) -> None:
+    server.failures["question 1"] = [status(500)]
+    with EndpointTeacher(server.url, max_rpm=600, max_backoff_s=0.01) as teacher:
+        assert len(list(teacher.generate(ask(9), Sampling()))) == 9
+    times = sorted(at for at, *_ in server.requests)
+    assert len(times) == 10
+    assert times[-1] - times[0] > 0.85
+    with EndpointTeacher(server.url, max_tpm=1200) as teacher:
+        # 3 tokens of prompt and 7 of answer; before the first answer the most allowed is expected of each.
+        started = time.monotonic()
+        assert len(list(teacher.generate(ask(3), Sampling(max_tokens=20)))) == 3
+        assert time.monotonic() - started > 0.9
+    for name in ("concurrency", "max_rpm", "max_tpm"):
+        with pytest.raises(UsageError, match=name):
+            EndpointTeacher(server.url, **{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def second(server: FakeServer) -> Iterator[FakeServer]:
+    with serving() as second:
+        yield second
+
+
+def test_each_request_goes_to_the_address_with_the_fewest_outstanding(server: FakeServer, second: FakeServer) -> None:
+    def slow(handler: Handler, question: str) -> None:
+        time.sleep(0.25)
+        stream()(handler, question)
+
+    server.failures = {f"question {i}": [slow] for i in range(40)}
+    with open_teacher(f"{server.url}, {second.url},{server.url}", concurrency=4) as teacher:
+        assert teacher.name.count("127.0.0.1") == 2
+        assert len(list(teacher.generate(ask(40), Sampling()))) == 40
+    assert len(server.requests) + len(second.requests) == 40
+    assert len(second.requests) > 3 * len(server.requests) > 0
+
+
+def test_an_address_that_goes_down_is_avoided_and_tried_again(server: FakeServer, second: FakeServer) -> None:
+    notes: list[str] = []
+    with EndpointTeacher(f"{server.url},{second.url}", concurrency=4, max_backoff_s=0.05) as teacher:
+        teacher.on_note = notes.append
+        close(second)
+        assert len(list(teacher.generate(ask(30), Sampling()))) == 30
+        assert len(server.requests) == 30
+        assert len(notes) == 1
+        assert f"{second.server_address[1]} is down" in notes[0]
+        with serving(second.server_address[1]) as back:
+            time.sleep(1.1)  # its first rest is one second
+            assert len(list(teacher.generate(ask(30), Sampling()))) == 30
+            assert len(back.requests) > 5
+
+
+def test_an_address_that_only_fails_is_not_the_least_busy(server: FakeServer, second: FakeServer) -> None:
+    second.failures = {f"question {i}": [status(500)] * 99 for i in range(60)}
+    with EndpointTeacher(f"{server.url},{second.url}", concurrency=4, max_backoff_s=0.05) as teacher:
+        answers = list(teacher.generate(ask(60), Sampling()))
+    assert all(answer.finish_reason == "stop" for _, answer in answers)
+    assert len(answers) == len(server.requests) == 60
+    assert len(second.requests) < 20
+
+
+def test_an_address_that_is_down_from_the_beginning(server: FakeServer, second: FakeServer) -> None:
+    close(second)
+    with EndpointTeacher(f"{second.url},{server.url}", max_backoff_s=0.05) as teacher:
+        assert teacher.model == "toy"
+        assert len(list(teacher.generate(ask(5), Sampling()))) == 5
+
+
+def test_addresses_have_to_serve_one_model_and_offline_means_all(server: FakeServer, second: FakeServer) -> None:
+    second.models = ["other"]
+    with pytest.raises(TeacherError, match="serve 2 models: other, toy"):
+        EndpointTeacher(f"{server.url},{second.url}")
+    with pytest.raises(UsageError, match=r"forbids the teacher at example\.com"):
+        open_teacher(f"{server.url},https://example.com/v1", offline=True)
+
+
+def test_concurrency_finds_its_level(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepdistill.distill.teachers.endpoint_run._LOOK_S", 0.02)
+    running, most, lock = 0, 0, threading.Lock()
+
+    def answers_16_at_once(handler: Handler, question: str) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most, is_full = max(most, running), running > 16
+        try:
+            if is_full:
+                return status(429)(handler, question)
+            time.sleep(0.05)
+            stream()(handler, question)
+        finally:
+            with lock:
+                running -= 1
+
+    server.failures = {f"question {i}": [answers_16_at_once] * 99 for i in range(600)}
+    with EndpointTeacher(server.url, max_backoff_s=0.05) as teacher:
+        teacher._endpoint.pace = Pace(window_s=0.2)
+        assert len(list(teacher.generate(ask(600), Sampling()))) == 600
+        assert teacher.n_parallel != 8
+    assert most > 12
+
+
+def with_logprobs(handler: Handler, _: str) -> None:
+    """Answer as vLLM does when asked for token ids."""
+    entries = [
+        {"token": f"token_id:{i}", "logprob": -0.5, "top_logprobs": [{"token": f"token_id:{i}", "logprob": -0.5}]}
+        for i in (11, 12)
+    ]
+    parts = [{**delta(content="4")["choices"][0], "logprobs": {"content": entries}}]
+    usage = {"prompt_tokens": 5, "completion_tokens": 3}
+    handler.events({"choices": parts}, delta("stop"), {"choices": [], "usage": usage}, "[DONE]")
+
+
+def test_logprobs_are_asked_for_as_each_server_takes_it(server: FakeServer, teacher: EndpointTeacher) -> None:
+    notes: list[str] = []
+    teacher.on_note = notes.append
+    too_many = status(400, "Requested sample logprobs of 64, which is greater than max allowed: 20")
+    server.failures = {"question 0": [too_many, with_logprobs], "question 1": [with_logprobs]}
+    answers = [dict(teacher.generate([request], Sampling(), top_logprobs=64))[0] for request in ask(2)]
+    asked = [(body["top_logprobs"], body["return_tokens_as_token_ids"]) for _, _, body, _ in server.requests]
+    assert asked == [(64, True), (20, True), (20, True)]
+    assert len(notes) == 1
+    assert "20 log-probabilities a token, not 64" in notes[0]
+    for answer in answers:
+        assert answer.token_ids == (11, 12)
+        assert answer.logprobs is not None
+        assert answer.logprobs.ids.tolist() == [[11], [12]]
+
+
+def test_a_server_without_logprobs_is_asked_without(server: FakeServer, teacher: EndpointTeacher) -> None:
+    notes: list[str] = []
+    teacher.on_note = notes.append
+    server.failures = {"question 0": [status(400, "unknown parameter")] * 2, "question 1": []}
+    answers = [dict(teacher.generate([request], Sampling(), top_logprobs=8))[0] for request in ask(2)]
+    assert [(answer.content, answer.logprobs) for answer in answers] == [("QUESTION 0!", None), ("QUESTION 1!", None)]
+    assert ["logprobs" in body for _, _, body, _ in server.requests] == [True, True, False, False]
+    assert notes == [f"{server.url[7:-3]} refuses log-probabilities: it is asked without them"]
+
+
+def test_a_request_refused_for_itself_does_not_cost_the_others_their_logprobs(
+    server: FakeServer, teacher: EndpointTeacher
+) -> None:
+    server.failures = {"question 0": [status(400, "too long")] * 9, "question 1": [with_logprobs]}
+    answers = dict(teacher.generate(ask(2), Sampling(), top_logprobs=8))
+    assert answers[0].finish_reason == "error"
+    assert answers[1].logprobs is not None
+
+
 LLAMA_SERVER = """
 import sys, time
 import xllamacpp
@@ -451,3 +758,22 @@ def test_a_real_server_refuses_what_does_not_fit(llama_server: str) -> None:
     assert answers[0].finish_reason == "error"
     assert "context" in (answers[0].error or "")
     assert answers[1].error is None
+
+
+def test_a_real_server_gives_the_logprobs_of_its_tokens(llama_server: str) -> None:
+    question: list[Message] = [{"role": "user", "content": "Name a colour. Answer with one word."}]
+    with open_teacher(llama_server, timeout_s=120) as teacher:
+        ((_, answer),) = teacher.generate([Request(question)], Sampling(max_tokens=5), top_logprobs=40)
+    body = {"messages": question, "max_tokens": 5, "temperature": 0, "logprobs": True, "top_logprobs": 40}
+    reference = httpx.post(f"{llama_server}/chat/completions", json=body, timeout=120, trust_env=False).json()
+    entries = reference["choices"][0]["logprobs"]["content"]
+    assert answer.token_ids == tuple(entry["id"] for entry in entries)
+    assert answer.logprobs is not None
+    assert answer.logprobs.ids.shape == answer.logprobs.values.shape == (len(entries), 40)
+    assert answer.logprobs.ids[:, 0].tolist() == [entry["id"] for entry in entries], "greedy"
+    for ids, values, entry in zip(answer.logprobs.ids, answer.logprobs.values, entries, strict=True):
+        expected = {top["id"]: top["logprob"] for top in entry["top_logprobs"]}
+        got = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        shared = expected.keys() & got.keys()  # the last of them may change places with others
+        assert len(shared) >= 38
+        assert all(abs(expected[i] - got[i]) < 0.05 for i in shared)

@@ -1,0 +1,249 @@
+"""Ask one request of an endpoint until there is an answer or no hope of one: limits, servers, retries, logprobs.
+
+What can succeed later is tried again with growing pauses, or after as long as the server asks for; what never can fails
+that request alone; what no request can survive raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+import tenacity
+
+from ...errors import TeacherError
+from ...localrun.generation import Completion, Message, Sampling
+from .base import Request
+from .pace import Pace, RateLimit
+from .reply import Reply
+from .servers import Refused, Retryable, Server, least_busy
+
+# Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
+ATTEMPTS = 16
+FIRST_ATTEMPTS = 3  # until the server has answered once: it may simply not be there
+_LONGEST_WAIT_S = 600.0
+_LOOK_S = 0.25
+_TOKENS_A_CHARACTER = 0.3  # of English, Source: https://api-docs.deepseek.com/quick_start/token_usage
+
+# Ways to ask for log-probabilities, each for servers that refuse the one before: as many as wanted, with vLLM's switch
+# for token ids; OpenAI's limit of 20; that without the switch; none.
+_LOGPROBS_FORMS: tuple[tuple[int, bool], ...] = ((1 << 16, True), (20, True), (20, False), (0, False))
+
+
+@dataclass
+class Endpoint:
+    """What the calls of one teacher share: whom to ask for what, how much at once, and what was learned of them."""
+
+    servers: Sequence[Server]
+    model: str
+    pace: Pace
+    rpm: RateLimit
+    tpm: RateLimit
+    timeout_s: float
+    max_backoff_s: float
+    n_answers: int = 0
+    n_tokens: int = 0  # of those answers, without their prompts
+
+
+class Asker:
+    """Answers the requests of one call, each by `answer`. Everything here runs on one event loop: it needs no lock."""
+
+    def __init__(
+        self, endpoint: Endpoint, sampling: Sampling, top_logprobs: int, on_note: Callable[[str], None]
+    ) -> None:
+        self.stopped = asyncio.Event()
+        """No new attempts, and no more waiting; what is in flight may end."""
+        self.changed = asyncio.Event()
+        """Something happened that `until` may wait for."""
+        self._endpoint, self._sampling, self._top_logprobs = endpoint, sampling, top_logprobs
+        self._on_note = on_note
+        self._gate = asyncio.Lock()
+        self._n_given_up = 0  # in a row
+
+    async def until(self, is_ready: Callable[[], bool]) -> None:
+        """Wait until something holds, or the run stops."""
+        while not (is_ready() or self.stopped.is_set()):
+            self.changed.clear()
+            await self.changed.wait()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait for some time, or until the run stops."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.stopped.wait(), seconds)
+
+    async def answer(self, client: httpx.AsyncClient, request: Request) -> Completion | None:
+        """Return the answer, or a failure that is for good; None if the run stopped meanwhile.
+
+        Raises:
+            TeacherError: no request can succeed any more.
+        """
+        endpoint, started = self._endpoint, time.monotonic()
+        retry = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(Retryable),
+            stop=lambda state: self.stopped.is_set() or self._is_enough(state),
+            wait=self._wait,
+            sleep=self._pause,
+            reraise=True,
+        )
+        n_prompt = estimate_tokens(request.messages)
+        try:
+            reply: Reply = await retry(self._attempt, client, request, n_prompt)
+        except Retryable as error:
+            if self.stopped.is_set():
+                return None
+            self._n_given_up += 1
+            if error.down and not endpoint.n_answers:
+                raise is_absent(endpoint.servers[0], str(error)) from None
+            if self._n_given_up >= max(4, endpoint.pace.level):
+                hosts = ", ".join(server.host for server in endpoint.servers)
+                raise TeacherError(
+                    f"{hosts} gave up {self._n_given_up} requests in a row, the last with: {error}",
+                    "what was answered is kept; run the same command again when it is well",
+                ) from None
+            reason = f"after {ATTEMPTS} attempts: {error}"
+            return _failed(reason, time.monotonic() - started, error.reply, n_prompt)
+        except Refused as error:
+            return _failed(str(error), time.monotonic() - started, None, n_prompt)
+        self._n_given_up = 0
+        completion = reply.completion(time.monotonic() - started, n_prompt)
+        endpoint.n_answers += 1
+        endpoint.n_tokens += completion.completion_tokens
+        return completion
+
+    def _is_enough(self, state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        never_there = isinstance(error, Retryable) and error.down and not self._endpoint.n_answers
+        return state.attempt_number >= (FIRST_ATTEMPTS if never_there else ATTEMPTS)
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        """Return how long to wait for the next attempt: not as long as one server asks for while another is well."""
+        longest_s = self._endpoint.max_backoff_s
+        others = any(server.may_be_asked for server in self._endpoint.servers)
+        return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
+
+    async def _attempt(self, client: httpx.AsyncClient, request: Request, n_prompt: int) -> Reply:
+        """Ask once the limits allow it, the server that is least busy then."""
+        endpoint = self._endpoint
+        expected = n_prompt + self._expected_tokens()
+        async with self._gate:
+            await self.until(lambda: sum(s.n_in_flight for s in endpoint.servers) < endpoint.pace.level)
+            while (wait := max(endpoint.rpm.wait_s, endpoint.tpm.wait_s)) > 0 and not self.stopped.is_set():
+                await self._pause(min(wait, 1.0))  # answers that end meanwhile may have shortened it
+            if self.stopped.is_set():
+                raise Retryable("the run has stopped")
+            endpoint.rpm.take(1)
+            endpoint.tpm.take(expected)
+            server = least_busy(endpoint.servers)
+            server.n_in_flight += 1
+        used = 0
+        try:
+            reply = await self._ask(client, server, request)
+            used = reply.n_total(n_prompt)
+            server.has_answered()
+            return reply
+        except Retryable as error:
+            used = error.reply.n_total(n_prompt) if error.reply and error.reply.n_tokens else 0
+            self._note_failure(server, error)
+            raise
+        finally:
+            endpoint.tpm.correct(used - expected)
+            server.n_in_flight -= 1
+            self.changed.set()
+
+    def _note_failure(self, server: Server, error: Retryable) -> None:
+        was_down = server.is_down
+        server.has_failed(error)
+        if error.status:
+            self._endpoint.pace.pushed_back()
+        if server.is_down and not was_down and len(self._endpoint.servers) > 1:
+            self._on_note(f"{server.host} is down ({error}): the others go on, and it is tried again now and then")
+
+    def _expected_tokens(self) -> float:
+        """Return how many tokens an answer may take: as those before on average, at first the most that are allowed."""
+        endpoint = self._endpoint
+        return endpoint.n_tokens / endpoint.n_answers if endpoint.n_answers else self._sampling.max_tokens
+
+    async def _ask(self, client: httpx.AsyncClient, server: Server, request: Request) -> Reply:
+        """Ask with as many log-probabilities as are wanted, then with what the server takes."""
+        pace, k = self._endpoint.pace, self._top_logprobs
+        refused: Refused | None = None
+        asked: dict[str, Any] | None = None
+        first = server.logprobs_form
+        for form, (most, with_ids) in enumerate(_LOGPROBS_FORMS[first:], first) if k else [(first, (0, False))]:
+            body = self._body(request, min(k, most), with_ids)
+            if body == asked:
+                continue
+            asked = body
+            try:
+                reply = await server.ask(client, body, self._endpoint.timeout_s, pace.accepted, pace.heard)
+            except Refused as error:
+                refused = refused or error
+                continue
+            if form > server.logprobs_form:
+                server.logprobs_form = form
+                self._on_note(_logprobs_note(server, k, min(k, most), with_ids))
+            return reply
+        assert refused is not None
+        raise refused
+
+    def _body(self, request: Request, n_logprobs: int, with_ids: bool) -> dict[str, Any]:
+        sampling = self._sampling
+        body: dict[str, Any] = {
+            "model": self._endpoint.model,
+            "messages": [dict(message) for message in request.messages],
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "seed": request.seed,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        # Not part of OpenAI's API: only for who asks for them.
+        body |= {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
+        body |= {"min_p": sampling.min_p} if sampling.min_p > 0 else {}
+        body |= {"logprobs": True, "top_logprobs": n_logprobs} if n_logprobs else {}
+        return body | ({"return_tokens_as_token_ids": True} if with_ids else {})
+
+
+def backoff(longest_s: float, *, heed_server: bool = True) -> Callable[[tenacity.RetryCallState], float]:
+    """Return tenacity's wait: what the server asked for, else pauses that double from half a second, with jitter."""
+
+    def wait(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        if heed_server and isinstance(error, Retryable) and error.retry_after is not None:
+            return min(error.retry_after, _LONGEST_WAIT_S)
+        # Jitter, so that requests that failed together do not come back together.
+        return min(longest_s, 0.5 * 2.0 ** (state.attempt_number - 1)) * random.uniform(0.5, 1.0)
+
+    return wait
+
+
+def is_absent(server: Server, reason: str) -> TeacherError:
+    """Return what to say of a server that never answered."""
+    return TeacherError(f"no answer from {server.url}: {reason}", "is the server running, and is this its address?")
+
+
+def estimate_tokens(messages: Sequence[Message]) -> int:
+    """Return about how many tokens a conversation takes, for where the server does not say it."""
+    return round(_TOKENS_A_CHARACTER * sum(len(text) for message in messages for text in message.values()))
+
+
+def _logprobs_note(server: Server, wanted: int, given: int, with_ids: bool) -> str:
+    if not given:
+        return f"{server.host} refuses log-probabilities: it is asked without them"
+    if not with_ids:
+        return f"{server.host} names no token ids with its log-probabilities: only what has ids is kept"
+    return f"{server.host} gives {given} log-probabilities a token, not {wanted}"
+
+
+def _failed(error: str, seconds: float, reply: Reply | None, n_prompt: int) -> Completion:
+    """Return a failure, with what the last attempt brought: it may have to be paid for."""
+    if reply is None or not reply.n_tokens:
+        return Completion("", None, None, "error", 0, 0, 0, seconds, error=error)
+    return replace(reply.completion(seconds, n_prompt), finish_reason="error", error=error)
