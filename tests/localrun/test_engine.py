@@ -175,7 +175,7 @@ def test_an_answer_may_be_dropped_after_the_engine_was_closed(random_gguf: Path)
 
 def test_a_later_prompt_need_not_begin_as_the_first_did(random_gguf: Path) -> None:
     with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
-        shared = [prompt_of(engine, f"{i}?") for i in range(3)]
+        shared = [prompt_of(engine, f"{'be kind ' * 4}{i}?") for i in range(3)]
         prompts = [*shared[:2], "other words " * 8, shared[0][:-9], shared[2], "so"]
         done = dict(engine.generate_many(iter(prompts), GREEDY))
         for index, prompt in enumerate(prompts):
