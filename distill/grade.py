@@ -65,7 +65,7 @@ class Grader:
         """Return the verdict on a content: `unknown` without a reference answer, or if grading hangs or fails.
 
         Raises:
-            UsageError: there is no such grader.
+            UsageError: there is no such grader, its argument is off, or this system cannot confine the code it runs.
             ModelError: the grader's package is not installed, or no worker can be started.
         """
         if problem.grader == NONE:
@@ -166,6 +166,10 @@ class _Worker:
         reply = self._exchange({"load": grader}, _LOADING_S)
         if reply is None:
             raise ModelError(f"the grader {grader} does not start", "run python -m deepdistill.distill.grade_worker")
+        if reply["error"] and reply["usage"]:
+            raise UsageError(
+                f"cannot grade with {grader}: {reply['error']}", "docs/verification.md describes each grader"
+            )
         if reply["error"] and kind.module == "own":
             raise UsageError(f"cannot import the grader {grader}: {reply['error']}", "run where its module lies")
         if reply["error"]:

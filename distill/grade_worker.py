@@ -1,7 +1,8 @@
 """The process that grades: one JSON request a line on stdin, one JSON reply a line on stdout, all on the main thread.
 
 `{"load": "math"}` imports a grader. `{"problem", "content", "answer", "timeout_s"}` has an answer graded. The reply is
-`{"score": 0.0 to 1.0, or null where the grader cannot tell, "reason", "error"}`; `error` is what could not be loaded.
+`{"score": 0.0 to 1.0, or null where the grader cannot tell, "reason"}`, to a load `{"error", "usage"}`: what failed, or
+null, and whether it is the grader's name or argument that is off.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _answer(request: dict[str, Any], loaded: dict[str, Callable[[Submission], fl
     try:
         if "load" in request:
             loaded[request["load"]] = load(request["load"])
-            return {"error": None}
+            return {"error": None, "usage": False}
         _limit_cpu(request["timeout_s"])
         grader = request["problem"]["grader"]
         submission = Submission(
@@ -50,10 +51,10 @@ def _answer(request: dict[str, Any], loaded: dict[str, Callable[[Submission], fl
         score = loaded[grader](submission)
         return {"score": score, "reason": ""}
     except CannotTell as error:
-        return {"score": None, "reason": str(error)}
+        return {"error": str(error), "usage": True} if "load" in request else {"score": None, "reason": str(error)}
     except Exception as error:  # whatever a scorer stumbles over, it could not tell
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        return {"error": reason} if "load" in request else {"score": None, "reason": reason}
+        return {"error": reason, "usage": False} if "load" in request else {"score": None, "reason": reason}
 
 
 def _limit_cpu(seconds: float) -> None:

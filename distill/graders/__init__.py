@@ -96,7 +96,12 @@ def is_trusted(grader: str) -> bool:
 
 
 def load(grader: str) -> Callable[[Submission], float | None]:
-    """Return a grader's function, its libraries imported; the user's own function too."""
+    """Return a grader's function, its libraries imported and its argument checked; the user's own function too.
+
+    Raises:
+        CannotTell: the argument is off, or this system cannot do what the grader takes.
+        ImportError: a library is not installed.
+    """
     kind, argument = kind_of(grader)
     module = import_module(f".{kind.module}", __name__)
     if hasattr(module, "load"):

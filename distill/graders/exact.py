@@ -7,10 +7,14 @@ import unicodedata
 from . import CannotTell, Submission
 
 
+def load(argument: str) -> None:
+    """Check the argument."""
+    if argument not in ("", "ignore_case"):
+        raise CannotTell(f"exact has no option {argument!r}; it takes ignore_case")
+
+
 def grade(submission: Submission) -> float:
     """Return 1.0 if the final answer is the reference, else 0.0."""
-    if submission.argument not in ("", "ignore_case"):
-        raise CannotTell(f"exact has no option {submission.argument!r}; it takes ignore_case")
     gold, answer = submission.reference(), submission.answer
     assert answer is not None
     forms = [" ".join(unicodedata.normalize("NFC", text).split()) for text in (gold, answer)]

@@ -7,7 +7,9 @@ reference without a unit is measured in (and an answer that names none). Without
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 from . import CannotTell, Submission, options
 from .answer import clean, marked_answer
@@ -30,7 +32,16 @@ _HEDGE = re.compile(
     r"\d\W*\b(?:or|and|to)\b|\b(?:not|isn't|or|between|than|either)\b|[<>≤≥≈±!^√\\]|\d\s*[*/×:]|[*/×:]\s*\d"
 )
 
+_OPTIONS: dict[str, Callable[[str], Any]] = {"tolerance": Fraction, "absolute": Fraction, "units": str}
+
 Quantity = tuple[Fraction, str]  # a value and the text after it
+
+
+def load(argument: str) -> None:
+    """Check the argument."""
+    known = options(argument, _OPTIONS)
+    if "units" in known and not _measured(Fraction(1), known["units"]):
+        raise CannotTell(f"the unit {known['units']!r} is unknown")
 
 
 def grade(submission: Submission) -> float:
@@ -39,7 +50,7 @@ def grade(submission: Submission) -> float:
     Raises:
         CannotTell: the reference is no number, or the answer's unit is unknown where the reference has one.
     """
-    known = options(submission.argument, {"tolerance": Fraction, "absolute": Fraction, "units": str})
+    known = options(submission.argument, _OPTIONS)
     gold = parse(clean(_plain(submission.reference())))
     if gold is None:
         raise CannotTell(f"the reference {submission.reference()[:40]!r} is no number")

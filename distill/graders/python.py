@@ -36,14 +36,22 @@ _START = (
 )
 
 
+def load(argument: str) -> None:
+    """Check the argument, and that this system can confine code."""
+    from ..sandbox import confinement
+
+    if argument not in ("", "unconfined"):
+        raise CannotTell(f"python has no option {argument!r}; it takes unconfined")
+    if not argument and not confinement():
+        raise CannotTell("this system cannot confine code; python:unconfined runs it all the same")
+
+
 def grade(submission: Submission) -> float:
     """Return 1.0 if the code passes every test, else 0.0.
 
     Raises:
         CannotTell: no tests, tests that are broken or check nothing, a limit of time or memory, or no confinement.
     """
-    if submission.argument not in ("", "unconfined"):
-        raise CannotTell(f"python:{submission.argument} is no grader: write python or python:unconfined")
     tests = read_tests(submission.metadata)
     code = extract(submission.content, names_in(tests))
     deadline = time.monotonic() + submission.timeout_s * 0.9

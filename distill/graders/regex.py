@@ -7,12 +7,19 @@ import re
 from . import CannotTell, Submission
 
 
+def load(argument: str) -> None:
+    """Check the pattern."""
+    _compiled(argument)
+
+
 def grade(submission: Submission) -> float:
     """Return 1.0 if the pattern matches the final answer from its first character to its last, else 0.0."""
-    pattern = submission.argument or submission.reference()
+    assert submission.answer is not None
+    return 1.0 if _compiled(submission.argument or submission.reference()).fullmatch(submission.answer) else 0.0
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        compiled = re.compile(pattern)
+        return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise CannotTell(f"the pattern {pattern!r} is broken: {error}") from error
-    assert submission.answer is not None
-    return 1.0 if compiled.fullmatch(submission.answer) else 0.0

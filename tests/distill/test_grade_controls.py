@@ -213,13 +213,9 @@ def test_gym_answers_to_other_problems_and_hostile_ones(grader: Grader) -> None:
     ("kind", "answer", "metadata", "content", "reason"),
     [
         ("exact", " ", {}, "Paris", "reference answer is empty"),
-        ("exact:upper", "Paris", {}, "Paris", "no option 'upper'"),
         ("number", "five", {}, "5", "no number"),
         ("number", "5 blobs/s", {}, "5", "no number"),
         ("number", "5", {}, "5", ""),
-        ("number:tolerance=much", "5", {}, "5", "cannot read the option"),
-        ("number:slack=1", "5", {}, "5", "no option 'slack=1'"),
-        ("number:units=blobs", "5", {}, "5", "unit 'blobs' is unknown"),
         ("math", "Paris", {}, "Lyon", "no mathematics"),
         ("math", None, {}, "4", "no reference"),
         ("choice", "E", {}, "A", "none of the options"),
@@ -233,7 +229,6 @@ def test_gym_answers_to_other_problems_and_hostile_ones(grader: Grader) -> None:
         ("json_schema", None, {}, "1", "no schema"),
         ("json_schema:nowhere.json", None, {}, "1", "cannot read"),
         ("python", None, {}, "x = 1", "no tests"),
-        ("python:fast", None, {"tests": "assert x"}, "x = 1", "no grader"),
     ],
 )
 def test_what_cannot_be_told_is_unknown_with_a_reason(
@@ -242,6 +237,22 @@ def test_what_cannot_be_told_is_unknown_with_a_reason(
     grade = grader.grade(problem(kind, answer, **metadata), content)
     assert grade.verdict == ("unknown" if reason else "right")
     assert reason in grade.reason
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("exact:upper", "no option 'upper'"),
+        ("number:tolerance=much", "cannot read the option"),
+        ("number:slack=1", "no option 'slack=1'"),
+        ("number:units=blobs", "unit 'blobs' is unknown"),
+        ("regex:(", "is broken"),
+        ("python:fast", "no option 'fast'"),
+    ],
+)
+def test_an_argument_that_is_off_is_said_at_once(grader: Grader, kind: str, says: str) -> None:
+    with pytest.raises(UsageError, match=f"cannot grade with .*{says}"):
+        grader.grade(problem(kind, "5"), "5")
 
 
 def test_a_pattern_that_never_ends_is_unknown_and_its_worker_replaced() -> None:
