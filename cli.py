@@ -18,7 +18,7 @@ from .errors import ArtifactError, DeepDistillError, GateError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .distill.teach import TeachSettings
+    from .distill.recipe import TeachSettings
     from .localrun.progress import Bars
     from .quantize.quantize import QuantizeReport
 
@@ -95,9 +95,10 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
+    from .distill.recipe import TeachSettings, Work
     from .distill.report import print_hops
     from .distill.student import student_dir
-    from .distill.teach import TeachSettings, Work, teach
+    from .distill.teach import teach
 
     pupil = student or ("pocket" if quick else "smollm2")
     full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
@@ -150,6 +151,28 @@ def teach(
     max_tokens: Annotated[int | None, typer.Option(help="A trace's limit; 512 for pocket, else 4096.", min=1)] = None,
     samples: Annotated[int, typer.Option(help="Of each problem, at most.", min=1)] = 1,
     keep: Annotated[int, typer.Option(help="Right ones of each problem, after which it is asked no more.", min=1)] = 1,
+    expand: Annotated[int, typer.Option(help="New problems that the teacher writes like each given one.", min=0)] = 0,
+    accept: Annotated[
+        str | None,
+        typer.Option(help="vote, judge or vote,judge: what may stand for a grader; where there is none, both may."),
+    ] = None,
+    vote_share: Annotated[
+        float, typer.Option(help="Of a problem's samples that have to agree.", min=0.01, max=1)
+    ] = 0.6,
+    judge: Annotated[
+        str | None, typer.Option(help="A model that judges what the vote leaves open; given as a teacher is.")
+    ] = None,
+    judge_compare: Annotated[
+        bool, typer.Option("--judge-compare", help="Compare the samples of a problem instead of scoring each.")
+    ] = False,
+    rubric: Annotated[Path | None, typer.Option(help="A text file with what the judge's scores 1 to 5 take.")] = None,
+    curate: Annotated[
+        list[str] | None, typer.Option(help="FILTER=VALUE or FILTER=off; docs/curation.md lists the filters.")
+    ] = None,
+    pass_samples: Annotated[
+        int,
+        typer.Option(help="Tries of the untrained student at each problem; what it always solves is left out.", min=0),
+    ] = 0,
     logprobs: Annotated[
         int, typer.Option(help="Log-probabilities a token to keep beside the traces; 64 is usual.", min=0)
     ] = 0,
@@ -181,6 +204,8 @@ def teach(
     concurrency: Concurrency = 8,
     batch_size: BatchSize = None,
     timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.", min=0.1)] = 600.0,
+    max_rpm: Annotated[int | None, typer.Option(help="Requests a minute to an endpoint.", min=1)] = None,
+    max_tpm: Annotated[int | None, typer.Option(help="Tokens a minute of an endpoint.", min=1)] = None,
     seed: Seed = 0,
     json_output: AsJson = False,
     offline: Offline = False,
@@ -188,9 +213,10 @@ def teach(
 ) -> None:
     """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
     from .distill.budget import Limits, Price
-    from .distill.report import print_hops
+    from .distill.judge import DEFAULT_RUBRIC, read_rubric
+    from .distill.recipe import TeachSettings, Work
+    from .distill.report import print_curation, print_hops
     from .distill.run import run_name
-    from .distill.teach import TeachSettings, Work
     from .distill.teach import teach as run_teach
 
     settings = TeachSettings(
@@ -200,6 +226,14 @@ def teach(
         n_traces=n_traces,
         samples=samples,
         keep=min(keep, samples),
+        expand=expand,
+        accept=[part.strip() for part in accept.split(",") if part.strip()] if accept else None,
+        vote_share=vote_share,
+        judge=judge,
+        judge_compare=judge_compare,
+        rubric=read_rubric(rubric) if rubric else DEFAULT_RUBRIC,
+        curation=TeachSettings.curation_of(curate or ()),
+        pass_samples=pass_samples,
         logprobs=logprobs,
         n_eval=n_eval,
         temperature=temperature,
@@ -233,10 +267,11 @@ def teach(
         result = run_teach(
             settings,
             folder,
-            work=Work(concurrency, batch_size, timeout, limits, offline, say=_note),
+            work=Work(concurrency, batch_size, timeout, max_rpm, max_tpm, limits, offline, _note),
             stop_after=stop_after,
             on_progress=progress,
         )
+    print_curation(_console(), result.curation)
     kept, total = result.curation["kept"], result.curation["traces"]
     print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
     if result.scores:
@@ -244,6 +279,55 @@ def teach(
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
+
+
+@app.command()
+def plan(
+    teacher: Annotated[
+        str,
+        typer.Argument(help="A known model (a wrong name lists them), a config.json, or a folder with one."),
+    ] = "DeepSeek-R1",
+    n_traces: Annotated[int, typer.Option(help="To be made.", min=1)] = 10_000,
+    tokens: Annotated[int, typer.Option(help="Of a trace on average, thinking and answer.", min=1)] = 4_000,
+    prompt_tokens: Annotated[int, typer.Option(help="Of a prompt on average.", min=0)] = 200,
+    gpu: Annotated[str, typer.Option(help="H200, H100, A100, RTX4090, …; a wrong name lists them.")] = "H200",
+    n_gpus: Annotated[int | None, typer.Option(help="The fewest that hold it, if not given.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; the publisher's if not given.")] = None,
+    kv_dtype: Annotated[Literal["bf16", "fp8"], typer.Option(help="Of the KV cache.")] = "bf16",
+    concurrency: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 256,
+    tokens_per_s: Annotated[
+        float | None,
+        typer.Option(help="Measured on the deployment; a bound stands in if not given.", min=0.01),
+    ] = None,
+    gpu_hour: Annotated[float | None, typer.Option(help="Dollars for a GPU and hour.", min=0)] = None,
+    price: Annotated[str | None, typer.Option(help="IN,OUT: an endpoint's dollars a million tokens.")] = None,
+    json_output: AsJson = False,
+) -> None:
+    """What a full-size teacher takes: memory, GPUs, hours and money, each formula shown."""
+    from .distill.budget import Price
+    from .distill.plan import PlanSettings
+    from .distill.plan import plan as make_plan
+    from .distill.plan_text import plan_json, print_plan
+
+    made = make_plan(
+        PlanSettings(
+            teacher,
+            n_traces,
+            tokens,
+            prompt_tokens,
+            gpu,
+            n_gpus,
+            dtype,  # type: ignore[arg-type]  # PlanSettings checks it, and says which there are
+            kv_dtype,
+            concurrency,
+            tokens_per_s,
+            gpu_hour,
+            Price.parse(price) if price else None,
+        )
+    )
+    print_plan(made, _console())
+    if json_output:
+        print(json.dumps(plan_json(made)))
 
 
 @app.command()
@@ -291,7 +375,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     continue_: Annotated[bool, typer.Option("--continue", help="Go on with the newest kept conversation.")] = False,
     pick: Annotated[bool, typer.Option("--pick", help="Go on with a kept conversation, from a list.")] = False,
-    keep: Annotated[bool, typer.Option("--keep/--no-keep", help="Keep the conversation on this machine.")] = True,
+    log: Annotated[bool, typer.Option("--log/--no-log", help="Keep the conversation on this machine.")] = True,
     think: Annotated[Think | None, typer.Option(help="auto leaves it to the model's template.")] = None,
     think_budget: Annotated[
         int | None, typer.Option(help="Tokens of thinking, at most; an answer always follows.", min=0)
@@ -341,7 +425,7 @@ def chat(
         kv_type=kv_type,
         draft_path=draft,
         resume="pick" if pick else ("newest" if continue_ else None),
-        keep=keep,
+        keep=log,
         fold=fold,
         images=tuple(image or ()),
         mmproj_path=mmproj,
@@ -389,9 +473,18 @@ def doctor(json_output: AsJson = False) -> None:
 
 @app.command()
 def export(
-    model: Annotated[str | None, typer.Argument(help="A .gguf file, a run folder or hf:ORG/REPO[:FILE].")] = None,
-    to: Annotated[Literal["phone"], typer.Option(help="phone: a folder for phones and browsers.")] = "phone",
-    out: Annotated[Path | None, typer.Option(help="The folder; NAME-phone if not given.")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help="traces.jsonl; or a .gguf file, a run folder or hf:ORG/REPO[:FILE].")
+    ] = None,
+    to: Annotated[
+        Literal["phone", "messages", "parquet"],
+        typer.Option(help="phone: a GGUF as a folder; messages (JSONL) or parquet: traces for other trainers."),
+    ] = "phone",
+    out: Annotated[Path | None, typer.Option(help="The folder or file; named after the path if not given.")] = None,
+    reasoning: Annotated[
+        Literal["field", "think"], typer.Option(help="Of traces: in a field of its own, or between think tags.")
+    ] = "field",
+    all_traces: Annotated[bool, typer.Option("--all", help="Traces that are not right, too.")] = False,
     memory: Annotated[
         int | None, typer.Option(help="MB that the model and its context may take; 2000 if not given.", min=1)
     ] = None,
@@ -399,13 +492,16 @@ def export(
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """A GGUF as a folder for phones: split for browsers, with a page that runs it offline, and steps for apps."""
+    """A GGUF as a folder for phones with a page that runs it offline, or traces as other trainers load them."""
+    if to != "phone":
+        _export_traces(path, to, out, reasoning, all_traces, json_output)
+        return
     from .localrun.find import find_model
     from .localrun.phone import export_phone
 
-    folder = Path(model) if model and Path(model).is_dir() else None
-    path = folder or find_model(model, offline=offline)
-    name = (folder or path.with_suffix("")).resolve().name
+    folder = Path(path) if path and Path(path).is_dir() else None
+    model = folder or find_model(path, offline=offline)
+    name = (folder or model.with_suffix("")).resolve().name
     run, settings = _run_of(folder) if folder else (None, None)
     with _bars(quiet) as progress:
 
@@ -415,7 +511,7 @@ def export(
             return _export(run / "student", target, type_, None, settings, progress, proofs=False).path
 
         report = export_phone(
-            path,
+            model,
             out or Path(f"{name}-phone"),
             memory_mb=memory,
             make=make if run and (run / "student").is_dir() else None,
@@ -425,6 +521,55 @@ def export(
     print(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000", sep="\n")
     if json_output:
         print(json.dumps(dataclasses.asdict(report), default=str))
+
+
+def _export_traces(
+    path: str | None,
+    to: Literal["messages", "parquet"],
+    out: Path | None,
+    reasoning: Literal["field", "think"],
+    all_traces: bool,
+    json_output: bool,
+) -> None:
+    """Write traces, a run's or a file's, as rows for another trainer."""
+    from .distill.exports import export_traces
+
+    if path is None:
+        raise UsageError("which traces?", "give a traces.jsonl or a run folder")
+    source = Path(path) / "traces.jsonl" if Path(path).is_dir() else Path(path)
+    target = out or source.with_name(f"{source.stem}-{to}.{'parquet' if to == 'parquet' else 'jsonl'}")
+    n_rows = export_traces(source, target, to, reasoning=reasoning, include="all" if all_traces else "accepted")
+    print(f"{target}: {n_rows:,} rows")
+    if json_output:
+        print(json.dumps({"path": str(target), "rows": n_rows}))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A traces.jsonl or a run folder.")],
+    show: Annotated[
+        str | None, typer.Option("--show", help="One trace to read: its number, or how its id begins.")
+    ] = None,
+    json_output: AsJson = False,
+) -> None:
+    """What an artifact holds: traces with their verdicts, lengths and cost, or a run with its scores."""
+    from .distill.inspection import find_trace, inspect_run, inspect_traces
+    from .distill.show import print_report, print_run, print_trace
+
+    console = _console()
+    if show is not None:
+        trace = find_trace(path / "traces.jsonl" if path.is_dir() else path, show)
+        print_trace(trace, console)
+        found = dataclasses.asdict(trace)
+    elif path.is_dir():
+        found = inspect_run(path)
+        print_run(found, console)
+    else:
+        report = inspect_traces(path)
+        print_report(report, console)
+        found = report.to_json()
+    if json_output:
+        print(json.dumps(found, default=str))
 
 
 @app.command("eval")
@@ -514,8 +659,8 @@ def _run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
     """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
     if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
         return None, None  # nothing to import a stage for
+    from .distill.recipe import TeachSettings
     from .distill.run import find_run
-    from .distill.teach import TeachSettings
 
     folder = find_run(path)
     return folder, TeachSettings.of_run(folder) if folder else None

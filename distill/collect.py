@@ -20,6 +20,7 @@ from ..localrun.progress import Progress, no_progress
 from .budget import Budget, Limits
 from .evaluate import messages_of
 from .grade import Grade
+from .graders import NONE
 from .problems import Problem
 from .teachers.base import Request, Teacher
 from .traces import Trace, TraceStore, sample_seed, trace_id
@@ -52,7 +53,6 @@ class Collected:
 
     n_asked: int
     n_failed: int
-    usd: float | None
     stopped: str | None
 
 
@@ -61,14 +61,12 @@ class Ledger:
 
     def __init__(self, problems: Sequence[Problem], settings: CollectSettings, store: TraceStore) -> None:
         self.problems, self.settings = problems, settings
-        self.usd = 0.0
         self.n_done = 0  # samples that ended with a trace
         self._right, self._drawn, self._ended = Counter[str](), Counter[str](), Counter[str]()
         self._there: set[str] = set()
         self._asked: set[str] = set()
         by_id = {problem.id: problem for problem in problems}
         for trace in store if len(store) else ():
-            self.usd += trace.cost_usd or 0.0
             if trace.problem_id in by_id:
                 self._there.add(trace.id)
                 self._drawn[trace.problem_id] += 1
@@ -129,7 +127,7 @@ class Ledger:
 
 def has_answer(problem: Problem) -> bool:
     """Say whether a grader can tell right from wrong answers to this problem."""
-    return problem.grader != "none"
+    return problem.grader != NONE
 
 
 def collect(
@@ -140,7 +138,7 @@ def collect(
     open_teacher: Callable[[], Teacher],
     open_grader: Callable[[], GradesAnswers],
     failures_path: Path,
-    limits: Limits | None = None,
+    budget: Budget | None = None,
     on_progress: Progress = no_progress,
 ) -> Collected:
     """Bring the store to what is wanted of it. The teacher is opened only if there is something to ask.
@@ -150,11 +148,11 @@ def collect(
         ArtifactError: a trace cannot be written.
     """
     ledger = Ledger(problems, settings, store)
-    budget = Budget(limits or Limits(), ledger.usd)
+    budget = budget or Budget(Limits())
     n_asked = n_failed = 0
     stopped = budget.why_stop(0)
     if stopped or next(Ledger(problems, settings, store).wanted(), None) is None:
-        return Collected(0, 0, budget.usd if budget.limits.price else None, stopped)
+        return Collected(0, 0, stopped)
     with open_teacher() as teacher:
         for source in sorted({problem.source for problem in problems}):
             teacher.accepts(source)
@@ -194,14 +192,15 @@ def collect(
                         settings.sampling,
                         sample,
                         cost_usd=cost,
+                        created=round(time.time(), 3),
                     )
-                    store.append(trace)
+                    store.append(trace, completion)
                     ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
                 if time.monotonic() - told > _TELL_EVERY_S:
                     _tell(on_progress, ledger, budget, n_failed)
                     told = time.monotonic()
         _tell(on_progress, ledger, budget, n_failed)
-    return Collected(n_asked, n_failed, budget.usd if budget.limits.price else None, stopped)
+    return Collected(n_asked, n_failed, stopped)
 
 
 def _tell(on_progress: Progress, ledger: Ledger, budget: Budget, n_failed: int) -> None:

@@ -49,6 +49,8 @@ class _Said:
     reasoning: str | None = None
     finish_reason: FinishReason | None = None
     usage: Usage = field(default_factory=lambda: Usage(0, 0, 0))
+    column: str = ""
+    """Which one the content stands in, where it could be one of references too: what is graded is no reference."""
 
 
 def import_traces(
@@ -132,11 +134,13 @@ def _chat(row: Mapping[str, Any]) -> list[_Said] | None:
 def _columns(row: Mapping[str, Any]) -> list[_Said] | None:
     """A question, a reasoning and an answer, each a column, as parsed by Curator: `deepseek_reasoning` and others."""
     asked, reasoning = _asked(row), _first(row, _REASONINGS)
-    content = _first(row, _CONTENTS if reasoning is None else (*_CONTENTS, "solution", "answer"))
+    columns = _CONTENTS if reasoning is None else (*_CONTENTS, "solution", "answer")
+    column = next((name for name in columns if isinstance(row.get(name), str) and row[name]), "")
+    content = row.get(column)
     turns = _turns(row.get("completion"))
     if turns and turns[-1]["role"] == "assistant":
         content, reasoning = turns[-1]["content"], turns[-1].get("reasoning_content", reasoning)
-    return None if asked is None or content is None else [_Said(asked, content, reasoning)]
+    return None if asked is None or content is None else [_Said(asked, content, reasoning, column=column)]
 
 
 def _asked(row: Mapping[str, Any]) -> list[Message] | None:
@@ -194,9 +198,7 @@ def _thinking_apart(message: Message) -> Message:
 def _make(row: Mapping[str, Any], said: _Said, sample: int, teacher: str, name: str) -> tuple[Problem, Trace]:
     reasoning, content, closed = (said.reasoning, said.content, True) if said.reasoning else _split(said.content)
     question = next((m["content"] for m in reversed(said.messages) if m["role"] == "user"), "")
-    answer = _gold(row)
-    if answer == content or answer == said.content:
-        answer = None  # what is to be graded is no reference
+    answer = _gold({name: value for name, value in row.items() if name != said.column})
     source = str(row.get("source") or name)
     problem = Problem(question_hash(question)[:16], question, answer, source, "math" if answer else "none")
     info = TeacherInfo(str(row.get("model_name") or row.get("model") or teacher), "imported")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .budget import Limits
 from .problems import Problem
-from .teach import TeachSettings
+from .recipe import TeachSettings
 from .traces import TraceStore
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly, with today's tokenizers

@@ -60,7 +60,8 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     """Write report.html from the run's artifacts. The traces that were kept, where they are given, are marked so."""
     artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
     recipe = artifacts["recipe"] or {}
-    traces_path = Path(recipe["traces"]) if recipe.get("traces") else run.traces_path
+    is_elsewhere = recipe.get("traces") and not run.traces_path.exists()
+    traces_path = Path(recipe["traces"]) if is_elsewhere else run.traces_path
     overview = Overview.of(TraceStore.read(traces_path) if traces_path.exists() else ())
     kept_ids = None if kept is None else {trace.id for trace in kept}
     shown = [_show(trace, kept_ids) for trace in overview.sample()]

@@ -6,95 +6,26 @@ A stage that finds its artifact in the run folder is done, so the same command g
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError
 from ..localrun.generation import Sampling
 from ..localrun.progress import Progress, no_progress
-from .budget import Limits
-from .collect import CollectSettings, collect
 from .curate import curate
-from .evaluate import Score, evaluate
+from .evaluate import Score, evaluate, messages_of
+from .filters import LONG_SHARE_SMALL
+from .gather import gather, is_traces_file, take_in
 from .grade import Grader
+from .graders import NONE
 from .problems import Problem, load_problems
+from .recipe import TeachSettings, Work
 from .report import write_report
 from .run import Run
 from .student import student_dir, teach_template
-from .teachers import Teacher, open_teacher
+from .teachers import Request, open_teacher
 from .traces import Trace, TraceStore
-
-
-@dataclass(frozen=True)
-class TeachSettings:
-    """Every setting of a run, saved as recipe.json. Sampling None: greedy for pocket, else what R1's card advises."""
-
-    problems: str
-    teacher: str = "pocket"
-    student: str = "smollm2"
-    n_traces: int = 2000
-    samples: int = 1
-    keep: int = 1
-    logprobs: int = 0
-    n_eval: int = 200
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-    eval_max_tokens: int = 512
-    teacher_model: str | None = None
-    seed: int = 0
-    traces: str | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of_run(cls, folder: Path) -> TeachSettings:
-        """Return the settings that a run folder was made with."""
-        try:
-            return cls(**json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise ArtifactError(f"{folder}/recipe.json is broken: {error}") from error
-
-    def teacher_sampling(self) -> Sampling:
-        """Return how the teacher is sampled.
-
-        Raises:
-            UsageError: several samples of each problem, and all of them greedy.
-        """
-        is_pocket = self.teacher == "pocket"
-        greedy = is_pocket and self.samples == 1
-        temperature = self.temperature if self.temperature is not None else (0.0 if greedy else 0.6)
-        if self.samples > 1 and temperature == 0:
-            raise UsageError("at temperature 0 all samples of a problem are the same", "give --temperature 0.6")
-        top_p = self.top_p if self.top_p is not None else (1.0 if greedy else 0.95)
-        limit = self.max_tokens if self.max_tokens is not None else (512 if is_pocket else 4096)
-        return Sampling(temperature=temperature, top_p=top_p, seed=self.seed, max_tokens=limit)
-
-
-@dataclass(frozen=True)
-class Work:
-    """How to work, not what to make: this may change when a run goes on."""
-
-    concurrency: int | None = None
-    batch_size: int | None = None
-    timeout_s: float = 600.0
-    limits: Limits = field(default_factory=Limits)
-    offline: bool = False
-    say: Callable[[str], None] = lambda _: None
-    """Told what a user should know and no number shows."""
-
-    def open_teacher(self, settings: TeachSettings) -> Teacher:
-        """Open the teacher of a run."""
-        return open_teacher(
-            settings.teacher,
-            concurrency=self.concurrency or 8,
-            batch_size=self.batch_size,
-            timeout_s=self.timeout_s,
-            model=settings.teacher_model,
-            offline=self.offline,
-        )
 
 
 @dataclass(frozen=True)
@@ -123,23 +54,38 @@ def teach(
     """
     work = work or Work()
     with Run(folder, dataclasses.asdict(settings)) as run:
-        base = (
-            student_dir(settings.student, work.offline) if stop_after != "traces" else None
-        )  # before anything is paid for
+        # Before anything is paid for: what is off with the student, the held-out problems or the filters ends it here.
+        base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
+        filters = settings.curate_settings()
+        if base and "long_share" not in settings.curation and _is_small(base):
+            filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
+        problems, held_out = _problems(settings, work.offline)
         if settings.traces is None:
-            problems = load_problems(settings.problems, "train", settings.n_traces, settings.seed)
-            _collect_traces(run, problems, settings, work, on_progress)
-        traces_path = Path(settings.traces) if settings.traces else run.traces_path
-        kept, record = curate(TraceStore.read(traces_path))
+            gather(run, problems, [problem.question for problem in held_out], settings, work, on_progress)
+            traces_path = run.traces_path
+        elif is_traces_file(traces_path := Path(settings.traces)):
+            pass  # read where they are
+        else:
+            take_in(run, traces_path, settings, work, on_progress)
+            traces_path = run.traces_path
+        rates = _pass_rates(run, base, problems, settings, work.batch_size, on_progress) if base else None
+        kept, record = curate(
+            lambda: TraceStore.read(traces_path),
+            filters,
+            evaluation=[problem.question for problem in held_out],
+            pass_rate=rates,
+        )
         run.save("curation.json", record)
         if not kept:
             raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(record))
         if base is not None:
             _train(run, base, kept, settings, on_progress)
-            if stop_after != "training":
-                held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
-                _score(run, "base", base, held_out, settings, work.batch_size, on_progress)
-                _score(run, "student", run.student_dir, held_out, settings, work.batch_size, on_progress)
+            graded = [problem for problem in held_out if problem.grader != NONE]
+            if stop_after != "training" and graded:
+                _score(run, "base", base, graded, settings, work.batch_size, on_progress)
+                _score(run, "student", run.student_dir, graded, settings, work.batch_size, on_progress)
+            elif stop_after != "training":
+                work.say("nothing is scored: no held-out problem has an answer")
         result = TeachResult(
             folder=folder,
             student_dir=run.student_dir if run.student_dir.exists() else None,
@@ -151,27 +97,47 @@ def teach(
         return result
 
 
-def _collect_traces(
-    run: Run, problems: list[Problem], settings: TeachSettings, work: Work, on_progress: Progress
-) -> None:
-    """Ask the teacher for every trace that is still wanted; say why it ended early, if it did."""
-    with TraceStore(run.traces_path) as store, Grader() as grader:
-        collected = collect(
-            problems,
-            store,
-            CollectSettings(
-                settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep, settings.logprobs
-            ),
-            open_teacher=lambda: work.open_teacher(settings),
-            open_grader=lambda: grader,
-            failures_path=run.folder / "failures.jsonl",
-            limits=work.limits,
-            on_progress=on_progress,
-        )
-    if collected.n_failed:
-        work.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
-    if collected.stopped:
-        work.say(f"no more traces: {collected.stopped}")
+def _is_small(base: Path) -> bool:
+    """Say whether a checkpoint has less than 3 B parameters, taking two bytes for each."""
+    return sum(path.stat().st_size for path in base.glob("*.safetensors")) < 6e9
+
+
+def _problems(settings: TeachSettings, offline: bool) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to ask and the held-out ones; of problems without an answer none need be held out."""
+    asked = load_problems(settings.problems, "train", settings.n_traces, settings.seed, offline=offline)
+    try:
+        return asked, load_problems(settings.problems, "test", settings.n_eval, settings.seed, offline=offline)
+    except ArtifactError:
+        if all(problem.grader == NONE for problem in asked):
+            return asked, []
+        raise
+
+
+def _pass_rates(
+    run: Run,
+    base: Path,
+    problems: list[Problem],
+    settings: TeachSettings,
+    batch_size: int | None,
+    on_progress: Progress,
+) -> dict[str, float] | None:
+    """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
+    if not settings.pass_samples:
+        return None
+    if rates := run.load("pass_rate.json"):
+        return dict(rates)
+    graded = [problem for problem in problems if problem.grader != NONE] * settings.pass_samples
+    right = dict.fromkeys((problem.id for problem in graded), 0)
+    sampling = Sampling(temperature=0.7 if settings.pass_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
+    requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
+    with open_teacher(str(base), batch_size=batch_size) as student, Grader() as grader:
+        for done, (index, completion) in enumerate(student.generate(requests, sampling), 1):
+            problem = graded[index]
+            right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
+            on_progress("the student's own", done, len(graded), f"{sum(right.values())} right")
+    rates = {problem_id: n / settings.pass_samples for problem_id, n in right.items()}
+    run.save("pass_rate.json", rates)
+    return rates
 
 
 def _why_none(record: dict[str, Any]) -> str:

@@ -68,6 +68,8 @@ class Trace:
     """The k of its log-probabilities in the sidecar; 0: there are none."""
     agreement: float | None = None
     """The share of the samples that gave this answer, or the judge's."""
+    created: float | None = None
+    """When it ended, in seconds since 1970 (UTC)."""
 
     def to_json(self) -> str:
         """Return the trace as one line without its newline."""
@@ -90,6 +92,7 @@ class Trace:
         *,
         messages: Sequence[Message] | None = None,
         cost_usd: float | None = None,
+        created: float | None = None,
     ) -> Trace:
         """Put together what was asked (by default the question alone), what came back and the verdict."""
         return cls(
@@ -109,6 +112,7 @@ class Trace:
             cost_usd=cost_usd,
             source=problem.source,
             sample=sample_index,
+            created=created,
         )
 
     @classmethod

@@ -1,0 +1,155 @@
+"""The first stage of `teach`: judged traces in the run's store, asked of a teacher or taken in from others' files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..localrun.progress import Progress
+from .budget import Budget
+from .collect import CollectSettings, collect
+from .expand import ExpandSettings, expand
+from .grade import Grader
+from .imports import import_traces
+from .problems import Problem
+from .recipe import TeachSettings, Work
+from .replies import stored_replies
+from .run import Run
+from .settle import settle
+from .teachers import Teacher
+from .teachers.probe import describe, probe
+from .traces import Trace, TraceStore
+
+
+def gather(
+    run: Run,
+    problems: Sequence[Problem],
+    evaluation: Sequence[str],
+    settings: TeachSettings,
+    work: Work,
+    on_progress: Progress,
+) -> None:
+    """Ask for every trace that is still wanted, and judge what no grader could. What is there is not asked again.
+
+    `evaluation` holds the questions that the student will be scored on: no new problem may touch them.
+
+    Raises:
+        DeepDistillError: see each part; what was paid for is kept.
+    """
+    expanded_path, judged_path = run.folder / "expand.jsonl", run.folder / "judge.jsonl"
+    with TraceStore(run.traces_path) as store, Grader() as grader:
+        for repair in store.repairs:
+            work.say(repair)
+        spent = 0.0
+        if work.limits.price:
+            spent = sum(trace.cost_usd or 0.0 for trace in store)
+            for path in (expanded_path, judged_path):
+                spent += sum(reply.cost_usd or 0.0 for reply in stored_replies(path).values())
+        budget = Budget(work.limits, spent)
+
+        def open_teacher() -> Teacher:
+            return work.open_teacher(settings.teacher, settings.teacher_model)
+
+        def open_and_probe() -> Teacher:
+            teacher = open_teacher()
+            try:
+                work.say(describe(probe(teacher, settings.logprobs)))
+            except BaseException:
+                teacher.close()
+                raise
+            return teacher
+
+        if settings.expand:
+            new = expand(
+                problems,
+                ExpandSettings(settings.teacher, settings.expand),
+                expanded_path,
+                open_teacher=open_teacher,
+                evaluation=evaluation,
+                budget=budget,
+                on_progress=on_progress,
+            )
+            dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in new.dropped.items() if n)
+            work.say(
+                f"{len(new.problems)} new problems of {new.n_written} written" + (f"; {dropped}" if dropped else "")
+            )
+            problems = [*problems, *new.problems]
+        collected = collect(
+            problems,
+            store,
+            CollectSettings(
+                settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep, settings.logprobs
+            ),
+            open_teacher=open_and_probe,
+            open_grader=lambda: grader,
+            failures_path=run.folder / "failures.jsonl",
+            budget=budget,
+            on_progress=on_progress,
+        )
+        if collected.n_failed:
+            work.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
+        if collected.stopped:
+            work.say(f"no more traces: {collected.stopped}")
+        _settle(run, store, grader, settings, work, budget, on_progress)
+        if work.limits.price:
+            work.say(f"${budget.usd:.2f} spent on this run so far")
+
+
+def take_in(run: Run, path: Path, settings: TeachSettings, work: Work, on_progress: Progress) -> None:
+    """Import the traces of another tool's file, each graded here if its row holds an answer; once for each trace.
+
+    Raises:
+        ArtifactError: the file is missing or broken, or nothing in it is recognised.
+    """
+    n_skipped = 0
+
+    def skip(where: str, why: str) -> None:
+        nonlocal n_skipped
+        n_skipped += 1
+
+    with TraceStore(run.traces_path) as store, Grader() as grader:
+        for n, (problem, trace) in enumerate(import_traces(path, on_skip=skip), 1):
+            if not store.has(trace.id):
+                grade = grader.grade(problem, trace.content)
+                store.append(replace(trace, answer=grade.answer, verdict=grade.verdict, verdict_by=grade.verdict_by))
+            on_progress("import", n, n + 1, f"{len(store)} traces")
+        on_progress("import", 1, 1, f"{len(store)} traces")
+        _settle(run, store, grader, settings, work, Budget(work.limits), on_progress)
+    if n_skipped:
+        work.say(f"{n_skipped} rows of {path} hold no answer and were left out")
+
+
+def is_traces_file(path: Path) -> bool:
+    """Say whether a file holds our own traces."""
+    if not path.is_file() or path.suffix != ".jsonl":
+        return False
+    with path.open("rb") as lines:
+        try:
+            Trace.from_json(lines.readline())
+        except ValueError:
+            return False
+    return True
+
+
+def _settle(
+    run: Run,
+    store: TraceStore,
+    grader: Grader,
+    settings: TeachSettings,
+    work: Work,
+    budget: Budget,
+    on_progress: Progress,
+) -> None:
+    judged = settle(
+        store,
+        grader,
+        voting=settings.vote_settings(),
+        judging=settings.judge_settings(),
+        replies_path=run.folder / "judge.jsonl",
+        open_judge=lambda: work.open_teacher(settings.judge or settings.teacher, settings.teacher_model),
+        budget=budget,
+        on_progress=on_progress,
+    )
+    if judged and judged.n_unreadable:
+        work.say(f"{judged.n_unreadable} verdicts of the judge could not be read: those traces stay unjudged")

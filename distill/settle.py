@@ -1,0 +1,64 @@
+"""Judge what no grader could: the samples of a problem vote, and a judge looks at what the vote leaves open.
+
+What they say goes beside the traces, and only where it is new, so that settling twice adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..localrun.progress import Progress, no_progress
+from .budget import Budget
+from .collect import GradesAnswers
+from .judge import Judged, JudgeSettings, judge_traces
+from .judgements import Judgement
+from .problems import Problem
+from .teachers.base import Teacher
+from .traces import Trace, TraceStore
+from .vote import VoteSettings, vote_on_traces
+
+
+def settle(
+    store: TraceStore,
+    grader: GradesAnswers,
+    *,
+    voting: VoteSettings | None,
+    judging: JudgeSettings | None,
+    replies_path: Path,
+    open_judge: Callable[[], Teacher],
+    budget: Budget | None = None,
+    on_progress: Progress = no_progress,
+) -> Judged | None:
+    """Bring the judgements of the traces that no grader judged up to date. None switches a way of judging off.
+
+    Return what the judge said, None without one.
+
+    Raises:
+        TeacherError: the judge cannot answer any more; what it said before is kept.
+    """
+    known: dict[str, tuple[str, float | None]] = {}
+
+    def unknown() -> Iterator[Trace]:
+        for trace in store:
+            if trace.verdict == "unknown":
+                known[trace.id] = (trace.verdict_by, trace.agreement)
+                yield trace
+
+    def is_same(one: str, other: str) -> bool:
+        return grader.grade(Problem("", "", one, "", "math"), other).verdict == "right"
+
+    said = {judgement.id: judgement for judgement in vote_on_traces(unknown(), voting, is_same)} if voting else {}
+    judged = None
+    if judging:
+        left = (trace for trace in unknown() if trace.id not in said or said[trace.id].verdict_by == "none")
+        judged = judge_traces(
+            left, judging, replies_path, open_judge=open_judge, budget=budget, on_progress=on_progress
+        )
+        said |= {judgement.id: judgement for judgement in judged.judgements}
+    store.append_judgements(judgement for judgement in said.values() if known[judgement.id] != _as_stored(judgement))
+    return judged
+
+
+def _as_stored(judgement: Judgement) -> tuple[str, float | None]:
+    return judgement.verdict_by, judgement.agreement

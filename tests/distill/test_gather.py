@@ -1,0 +1,196 @@
+"""From problems to judged traces in one run folder: expansion, sampling, voting, judging, imports, and going on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepdistill.distill.budget import Limits, Price
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.split import bucket_of
+from deepdistill.distill.teach import teach
+from deepdistill.distill.teachers.base import Request, Teacher
+from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.errors import ArtifactError, TeacherError, UsageError
+from deepdistill.localrun.generation import Completion, Sampling
+
+
+class Writer(Teacher):
+    """Answers as the first of `rules` says whose pattern is found in the last message; counts what it was asked."""
+
+    name, backend = "writer", "endpoint"
+
+    def __init__(self, rules: dict[str, Any]) -> None:
+        self.rules, self.asked = rules, list[str]()
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
+    ) -> Iterator[tuple[int, Completion]]:
+        for index, request in enumerate(requests):
+            text = request.messages[-1]["content"]
+            said = next(say for pattern, say in self.rules.items() if re.search(pattern, text))
+            content = said(text, request.seed) if callable(said) else said
+            if "What is 2 + 3?" not in text:  # the probe
+                self.asked.append(text)
+            if content == "dead":
+                raise TeacherError("the server is down")
+            yield index, Completion(content, f"let me see: {content}", True, "stop", 10, 20, 10, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted(Work):
+    writer: Any = None
+
+    def open_teacher(self, spec: str, model: str | None = None) -> Teacher:
+        return self.writer  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Problems without answers: ten of them in the training bucket."""
+    names = [f"Which number does the word w{i} stand for?" for i in range(40)]
+    chosen = [name for name in names if bucket_of(name) == "train"][:10]
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"{name}\n" for name in chosen))
+    return path
+
+
+def settings_of(problems: Path, **changes: Any) -> TeachSettings:
+    return dataclasses.replace(
+        TeachSettings(problems=str(problems), teacher="toy", samples=4, keep=1, temperature=1.0), **changes
+    )
+
+
+def gather_only(folder: Path, settings: TeachSettings, writer: Writer, **work: Any) -> list[Trace]:
+    with suppress(ArtifactError):  # nothing may be fit to train on
+        teach(settings, folder, work=Scripted(writer=writer, **work), stop_after="traces")
+    return list(TraceStore.read(folder / "traces.jsonl"))
+
+
+def agreeing(text: str, seed: int) -> str:
+    """Say 7 to an even word always, and to an odd one something else at each seed."""
+    word = re.search(r"w(\d+)", text)
+    return "Answer: 7" if word and int(word[1]) % 2 == 0 else f"Answer: {seed}"
+
+
+def test_samples_that_agree_are_voted_in_and_no_others(prompts: Path, tmp_path: Path) -> None:
+    settings = settings_of(prompts, curation={"similarity": None})  # the questions are much alike
+    traces = gather_only(tmp_path / "run", settings, Writer({"": agreeing}))
+    assert len(traces) == 40
+    for trace in traces:
+        is_even = int(re.search(r"w(\d+)", trace.messages[0]["content"])[1]) % 2 == 0  # type: ignore[index]
+        assert trace.verdict == "unknown"
+        assert (trace.verdict_by, trace.agreement) == (("vote", 1.0) if is_even else ("none", 0.25))
+    curation = json.loads((tmp_path / "run" / "curation.json").read_text())
+    assert curation["kept"] == len({t.problem_id for t in traces if t.verdict_by == "vote"})
+
+
+def test_settling_again_writes_nothing_new(prompts: Path, tmp_path: Path) -> None:
+    gather_only(tmp_path / "run", settings_of(prompts), Writer({"": agreeing}))
+    path = tmp_path / "run" / "traces.verdicts.jsonl"
+    before, again = path.read_bytes(), Writer({"": agreeing})
+    gather_only(tmp_path / "run", settings_of(prompts), again)
+    assert path.read_bytes() == before
+    assert not again.asked
+
+
+def verdict(text: str, seed: int) -> str:
+    """Score what says 7 with 5, all else with 1, in the form that the judge is asked for."""
+    mark = re.search(r"VERDICT (\w+)", text)
+    assert mark
+    return f'VERDICT {mark[1]} {{"score": {5 if "Answer: 70" in text else 1}}}'
+
+
+def test_a_judge_looks_at_what_the_vote_leaves_open_and_is_asked_once(prompts: Path, tmp_path: Path) -> None:
+    def say(text: str, seed: int) -> str:
+        return f"Answer: 70{seed}" if seed % 2 else f"Answer: 6{seed}"
+
+    settings = settings_of(prompts, judge="judge", samples=2)
+    writer = Writer({"VERDICT": verdict, "": say})
+    traces = gather_only(tmp_path / "run", settings, writer)
+    assert {(t.verdict_by, "Answer: 70" in t.content) for t in traces} <= {("judge", True), ("none", False)}
+    assert {t.verdict_by for t in traces} == {"judge", "none"}
+    again = Writer({"": "dead"})
+    assert gather_only(tmp_path / "run", settings, again) == traces
+    assert not again.asked
+
+
+def test_new_problems_are_asked_too_and_bought_once(prompts: Path, tmp_path: Path) -> None:
+    def write(text: str, seed: int) -> str:
+        given = re.search(r"w(\d+) stand for\?\n</problem>", text)
+        assert given
+        new = [f"What colour has the flag number {given[1]}{i} of this long list?" for i in range(2)]
+        return json.dumps(new)
+
+    writer = Writer({"<problem>": write, "": "Answer: 7"})
+    settings = settings_of(prompts, samples=2, expand=2)
+    traces = gather_only(tmp_path / "run", settings, writer)
+    new = {t.problem_id for t in traces if t.source.startswith("expand:")}
+    assert 8 <= len(new) <= 20, "some fall into the held-out part of the split"
+    assert all(bucket_of(t.messages[0]["content"]) == "train" for t in traces)
+    again = Writer({"": "dead"})
+    assert gather_only(tmp_path / "run", settings, again) == traces
+
+
+def test_the_budget_holds_for_everything_together(prompts: Path, tmp_path: Path) -> None:
+    price, said = Price(0, 1e6 / 20), list[str]()  # a dollar for each answer
+    writer = Writer({"VERDICT": verdict, "": lambda text, seed: f"Answer: {seed}"})
+    settings = settings_of(prompts, samples=1, judge="judge")
+    limits = Limits(price, max_usd=14.0)
+    gather_only(tmp_path / "run", settings, writer, limits=limits, say=said.append)
+    assert len(writer.asked) == 14, "ten traces, four judgements"
+    assert any("$14.00 spent" in line for line in said)
+    gather_only(tmp_path / "run", settings, writer, limits=limits)
+    assert len(writer.asked) == 14
+    gather_only(tmp_path / "run", settings, writer, limits=Limits(price, max_usd=99.0))
+    assert len(writer.asked) == 20
+
+
+def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:
+    questions = [f"What is {i} + {i}?" for i in range(30)]
+    rows = [
+        {"problem": q, "answer": str(2 * i), "generation": f"<think>\n{i}+{i}\n</think>\n\n{2 * i + (i % 5 == 0)}"}
+        for i, q in enumerate(questions)
+    ]
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = tmp_path / "p.jsonl"
+    problems.write_text("".join(json.dumps({"question": r["problem"], "answer": r["answer"]}) + "\n" for r in rows))
+    settings = TeachSettings(problems=str(problems), traces=str(theirs))
+    for _ in range(2):  # the second time there is nothing to do
+        result = teach(settings, tmp_path / "run", stop_after="traces")
+    traces = list(TraceStore.read(tmp_path / "run" / "traces.jsonl"))
+    assert len(traces) == 30
+    for i, trace in enumerate(traces):
+        assert trace.verdict == ("wrong" if i % 5 == 0 else "right")
+        assert trace.reasoning_content == f"{i}+{i}"
+    in_training = [i for i, q in enumerate(questions) if bucket_of(q) == "train"]
+    assert result.curation["kept"] == sum(i % 5 != 0 for i in in_training)
+
+
+@pytest.mark.parametrize("text", ["colour=1", "similarity", "similarity=", "similarity=much", "verified=3", "keep=2"])
+def test_filters_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--curate"):
+        TeachSettings.curation_of([text])
+
+
+def test_filters_are_switched_by_their_names() -> None:
+    given = TeachSettings.curation_of(["similarity=.9", "per-source=20", "verified=off", "max_repeated=off"])
+    assert given == {"similarity": 0.9, "per_source": 20, "verified": False, "max_repeated": None}
+    settings = TeachSettings(problems="x", keep=3, accept=["vote"], curation=given).curate_settings()
+    assert (settings.similarity, settings.per_source, settings.verified) == (0.9, 20, False)
+    assert settings.max_repeated is None
+    assert (settings.keep, settings.accept) == (3, ["vote"])
+
+
+def test_several_greedy_samples_are_refused() -> None:
+    with pytest.raises(UsageError, match="temperature 0"):
+        TeachSettings(problems="x", samples=2, temperature=0.0).teacher_sampling()
+    assert TeachSettings(problems="x", samples=2).teacher_sampling().temperature > 0
