@@ -36,13 +36,21 @@ DEMO_PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2
 Stage = Literal["traces", "training"]
 Think = Literal["auto", "on", "off"]
 KVType = Literal["f16", "q8_0", "q4_0"]
-Problems = Annotated[str, typer.Option(help="gym:NAME?param=value&…, or a .jsonl, .csv or .parquet file.")]
+Problems = Annotated[
+    str,
+    typer.Option(
+        help="gym:NAME?param=value&…, a .jsonl, .csv, .parquet or .txt file, a folder of prompts, or "
+        "hf:ORG/NAME?split=…; ?grader=KIND:ARGUMENT says how to grade."
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Where to write.")]
 Seed = Annotated[int, typer.Option(help="Of the problems, the sampling and the training.", min=0)]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object as the last line of standard output.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never touch the network.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on standard error.")]
-Concurrency = Annotated[int, typer.Option(help="Requests in flight to an endpoint.", min=1)]
+Concurrency = Annotated[
+    int | None, typer.Option(help="Requests in flight to an endpoint; it finds the best number if not given.", min=1)
+]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences that a model in process answers at once.", min=1)]
 ServerModel = Annotated[str | None, typer.Option("--model", help="The model's name on the server, if it has several.")]
 
@@ -201,7 +209,7 @@ def teach(
         int, typer.Option(help="Tokens of a training row, at most; longer ones are counted.", min=16)
     ] = 1024,
     stop_after: Annotated[Stage | None, typer.Option(help="End early, after this stage.")] = None,
-    concurrency: Concurrency = 8,
+    concurrency: Concurrency = None,
     batch_size: BatchSize = None,
     timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.", min=0.1)] = 600.0,
     max_rpm: Annotated[int | None, typer.Option(help="Requests a minute to an endpoint.", min=1)] = None,
@@ -261,7 +269,10 @@ def teach(
         from .distill.preview import preview
         from .distill.problems import load_problems
 
-        print(*preview(load_problems(problems, "train", n_traces, seed), settings, limits, folder), sep="\n")
+        print(
+            *preview(load_problems(problems, "train", n_traces, seed, offline=offline), settings, limits, folder),
+            sep="\n",
+        )
         return
     with _bars(quiet) as progress, _resumable(folder):
         result = run_teach(
@@ -461,14 +472,17 @@ def bench(
 
 @app.command()
 def doctor(json_output: AsJson = False) -> None:
-    """This machine: cores, memory, GPU, llama.cpp's build, and which models fit with which context."""
+    """This machine: cores, memory, GPU, llama.cpp's build, which models fit, and what confines code that is graded."""
     from .localrun.doctor import doctor as run_doctor
     from .localrun.doctor import print_doctor
 
     report = run_doctor()
     print_doctor(report, _console())
+    layers = _confinement()
+    if layers is not None:
+        print("grading code: " + (f"confined by {', '.join(layers)}" if layers else "not here: nothing confines it"))
     if json_output:
-        print(json.dumps(report.to_json()))
+        print(json.dumps(report.to_json() | {"confinement": layers}))
 
 
 @app.command()
@@ -587,7 +601,7 @@ def eval_(
         Path | None, typer.Option(help="Write every question, answer and verdict to this JSONL file.")
     ] = None,
     server_model: ServerModel = None,
-    concurrency: Concurrency = 8,
+    concurrency: Concurrency = None,
     batch_size: BatchSize = None,
     json_output: AsJson = False,
     offline: Offline = False,
@@ -601,7 +615,7 @@ def eval_(
     from .distill.teachers import open_teacher
     from .localrun.generation import Sampling
 
-    held_out = load_problems(problems, "test", n, seed)
+    held_out = load_problems(problems, "test", n, seed, offline=offline)
     spec = str(student_dir(model)) if model == "smollm2" else model
     folder, _ = _run_of(Path(model))
     with (
@@ -635,6 +649,15 @@ def eval_(
     )
     if json_output:
         print(json.dumps({"model": model, "problems": problems, "seed": seed} | score.to_json()))
+
+
+def _confinement() -> list[str] | None:
+    """Return what holds code that a grader runs; None where the graders are not installed or cannot be."""
+    try:
+        from .distill.sandbox import confinement
+    except ImportError:
+        return None
+    return list(confinement())
 
 
 def _grammar(schema: Path | None, grammar: Path | None) -> str | None:

@@ -137,9 +137,11 @@ class Work:
         """Open a teacher or a judge; `model` is its name on a server."""
         return open_teacher(
             spec,
-            concurrency=self.concurrency or 8,
+            concurrency=self.concurrency,
             batch_size=self.batch_size,
             timeout_s=self.timeout_s,
+            max_rpm=self.max_rpm,
+            max_tpm=self.max_tpm,
             model=model,
             offline=self.offline,
         )
