@@ -146,6 +146,7 @@ class Asker:
             reply = await self._ask(client, server, request)
             used = reply.n_total(n_prompt)
             server.has_answered()
+            endpoint.pace.answered()
             return reply
         except Retryable as error:
             used = error.reply.n_total(n_prompt) if error.reply and error.reply.n_tokens else 0

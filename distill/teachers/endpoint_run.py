@@ -17,7 +17,7 @@ import httpx
 from ...localrun.generation import Completion, Sampling
 from .asking import Asker, Endpoint
 from .base import Request
-from .servers import CONNECT_S
+from .servers import CONNECT_S, tls_context
 
 _LOOK_S = 0.25
 
@@ -68,7 +68,7 @@ class EndpointRun:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
         # How long a server may be silent is for `Server.ask` to watch: httpx would take a comment for a sign of life.
         timeout = httpx.Timeout(None, connect=min(CONNECT_S, self._endpoint.timeout_s))
-        async with httpx.AsyncClient(limits=limits, timeout=timeout) as client:
+        async with httpx.AsyncClient(limits=limits, timeout=timeout, verify=tls_context()) as client:
             watcher = asyncio.create_task(self._watch())
             try:
                 async with asyncio.TaskGroup() as group:

@@ -11,24 +11,38 @@ differ in length by a factor of a hundred.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 _START = 8
 _MOST = 512  # connections; many systems let a process open 1024 files
-_PAYS = 0.25  # of the tokens a second that a step would bring if the server had nothing else to do
+_PAYS = 0.1  # of the tokens a second that a step would bring if the server had nothing else to do
 _COSTS = 0.75  # of the tokens a second from before; fewer after halving say that the server was not overloaded
-_PATIENCE = 30  # windows at a level before a higher one is tried again
+_ANSWERS, _PIECES = 1, 8  # for each place, either of them: until then a rate is mere chance
+# Windows until a level is tried again that brought nothing, which costs nothing, or that was pushed back, which does.
+_PATIENCE, _LONG_PATIENCE = 5, 30
 
 
 @dataclass(frozen=True)
 class _Window:
-    """What a time at one level came to: tokens/s, and the share of attempts that were pushed back."""
+    """What a time at one level came to: tokens/s, attempts, and how many of them were pushed back."""
 
     level: int
     rate: float
-    share: float
+    n_tried: int
+    n_pushed: int
+
+    @property
+    def share(self) -> float:
+        """Share of the attempts that were pushed back."""
+        return self.n_pushed / self.n_tried if self.n_tried else 0.0
+
+    def is_pushed_more_than(self, share: float) -> bool:
+        """Whether more attempts were pushed back than by chance where that share of them fails anyway."""
+        usual = share * self.n_tried
+        return self.n_pushed > usual + 2 * math.sqrt(usual)
 
 
 class Pace:
@@ -45,18 +59,22 @@ class Pace:
         self._fixed, self._window_s, self._clock = fixed is not None, window_s, clock
         self._last: _Window | None = None
         self._good, self._ceiling = 1, 0  # the highest level known to do, the lowest known to be too high (0: none)
-        self._tolerated, self._n_waited = 0.0, 0
+        self._tolerated, self._n_waited, self._patience = 0.0, 0, _PATIENCE
         self._begin(fresh=True)
 
     def _begin(self, fresh: bool) -> None:
         """Begin to count. A fresh level has a window to take effect, which does not count."""
         self._since, self._fresh = self._clock(), fresh
-        self._n_tokens = self._n_events = self._n_accepted = self._n_pushed = 0
+        self._n_tokens = self._n_pieces = self._n_answers = self._n_accepted = self._n_pushed = 0
 
     def heard(self, n_tokens: int) -> None:
-        """Take notice that tokens have arrived."""
+        """Take notice that a piece of so many tokens has arrived."""
         self._n_tokens += n_tokens
-        self._n_events += 1
+        self._n_pieces += 1
+
+    def answered(self) -> None:
+        """Take notice that an answer is whole."""
+        self._n_answers += 1
 
     def accepted(self) -> None:
         """Take notice that a server has taken a request."""
@@ -79,23 +97,32 @@ class Pace:
             self._begin(fresh=True)
         elif elapsed >= self._window_s and self._fresh:
             self._begin(fresh=False)
-        elif elapsed >= self._window_s and (self._n_pushed or self._n_events >= 4 * self.level):
-            share = self._n_pushed / (self._n_pushed + self._n_accepted) if self._n_pushed else 0.0
-            before = self.level
-            self.level = self._next_level(_Window(before, self._n_tokens / elapsed, share))
+        elif elapsed >= self._window_s and (self._is_telling or (self._n_pushed and elapsed >= 4 * self._window_s)):
+            before, n_tried = self.level, self._n_accepted + self._n_pushed
+            self.level = self._next_level(_Window(before, self._n_tokens / elapsed, n_tried, self._n_pushed))
             self._begin(fresh=self.level != before)
 
+    @property
+    def _is_telling(self) -> bool:
+        """Whether enough has been counted to compare: a rate over few answers, or parts of them, is chance."""
+        return self._n_answers >= _ANSWERS * self.level or self._n_pieces >= _PIECES * self.level
+
     def _next_level(self, now: _Window) -> int:
+        """Return the level after a window at this one."""
         last, self._last = self._last, now
-        if last and last.level > now.level and now.rate < _COSTS * last.rate and now.share > last.share / 2:
+        is_pushed = now.is_pushed_more_than(self._tolerated)
+        was_in_vain = last and last.level > now.level and now.rate < _COSTS * last.rate and now.share > last.share / 2
+        if is_pushed and now.level == 1:  # one request at a time is no load
+            self._tolerated, self._ceiling = 1.5 * now.share, 0
+        elif last and was_in_vain:
             self._tolerated, self._ceiling = 1.5 * last.share, 0
             return last.level
-        if now.share > self._tolerated:
-            self._ceiling, half = now.level, max(1, now.level // 2)
+        elif is_pushed:
+            self._ceiling, self._patience, half = now.level, _LONG_PATIENCE, max(1, now.level // 2)
             self._good = self._good if self._good < now.level else half
             return half
         if last and last.level < now.level and now.rate < last.rate * (1 + _PAYS * (now.level / last.level - 1)):
-            self._good, self._ceiling, self._last = last.level, now.level, None
+            self._good, self._ceiling, self._patience, self._last = last.level, now.level, _PATIENCE, None
             return last.level
         self._good = max(self._good, now.level)
         return self._higher(now.level)
@@ -108,8 +135,9 @@ class Pace:
             return min(_MOST, 2 * level)
         middle = (level + self._ceiling) // 2
         self._n_waited = self._n_waited + 1 if middle == level else 0
-        if self._n_waited > _PATIENCE:
-            self._ceiling, self._n_waited = level + 2 * max(1, level // 8), 0
+        if self._n_waited > self._patience:
+            step = max(1, level // 8) if self._patience == _LONG_PATIENCE else level
+            self._ceiling, self._n_waited = level + 2 * step, 0
         return middle
 
 

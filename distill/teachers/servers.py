@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -113,7 +115,10 @@ class Server:
         """
         try:
             response = httpx.get(
-                f"{self.url}/models", headers=self.headers, timeout=httpx.Timeout(10.0, connect=CONNECT_S)
+                f"{self.url}/models",
+                headers=self.headers,
+                timeout=httpx.Timeout(10.0, connect=CONNECT_S),
+                verify=tls_context(),
             )
         except httpx.RequestError as error:
             raise Retryable(_reason(error), down=True) from None
@@ -197,6 +202,12 @@ class Server:
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Return the certificates that servers are checked with: reading them takes longer than many a request."""
+    return httpx.create_ssl_context()
 
 
 def least_busy(servers: Sequence[Server]) -> Server:

@@ -63,9 +63,10 @@ def test_it_finds_what_a_server_takes(capacity: int) -> None:
 
 
 def test_what_brings_nothing_is_not_kept_though_nobody_refuses_it() -> None:
-    levels = levels_over(SimulatedServer(48, refuses=False), 200)
-    assert min(levels[200:]) >= 32
-    assert max(levels[200:]) <= 96
+    late = levels_over(SimulatedServer(48, refuses=False), 200)[200:]
+    assert min(late) >= 32
+    assert sum(late) / len(late) <= 96
+    assert max(late) <= 160
 
 
 def test_errors_that_do_not_come_from_the_load_do_not_hold_it_down() -> None:
