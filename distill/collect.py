@@ -208,9 +208,8 @@ def _tell(on_progress: Progress, ledger: Ledger, budget: Budget, n_failed: int) 
     failed = f", {n_failed} failed" if n_failed else ""
     whole = budget.project(left)
     about = f"; in all about {whole}" if whole else ""
-    on_progress(
-        "traces", ledger.n_done, ledger.n_done + left, f"{ledger.n_right} of {ledger.n_done} right{failed}{about}"
-    )
+    right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
+    on_progress("traces", ledger.n_done, ledger.n_done + left, f"{right}{failed}{about}")
 
 
 def _note_failure(path: Path, problem: Problem, sample: int, completion: Completion) -> None:

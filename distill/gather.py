@@ -149,6 +149,7 @@ def _settle(
         replies_path=run.folder / "judge.jsonl",
         open_judge=lambda: work.open_teacher(settings.judge or settings.teacher, settings.teacher_model),
         budget=budget,
+        say=work.say,
         on_progress=on_progress,
     )
     if judged and judged.n_unreadable:

@@ -17,6 +17,12 @@ from .judge import DEFAULT_RUBRIC, JudgeSettings
 from .teachers import Teacher, open_teacher
 from .vote import VoteSettings
 
+MAY_CHANGE = frozenset(
+    {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}
+    | {"accept", "vote_share", "judge", "judge_compare", "rubric"}
+)
+"""Settings that may change until the training has begun: what they ask for is added to what is there."""
+
 _OWN_FLAGS = {"accept", "keep", "seed"}
 _NUMBER = re.compile(r"\d{1,9}(\.\d+)?|(\.\d+)")
 
@@ -135,7 +141,7 @@ class Work:
 
     def open_teacher(self, spec: str, model: str | None = None) -> Teacher:
         """Open a teacher or a judge; `model` is its name on a server."""
-        return open_teacher(
+        teacher = open_teacher(
             spec,
             concurrency=self.concurrency,
             batch_size=self.batch_size,
@@ -145,3 +151,5 @@ class Work:
             model=model,
             offline=self.offline,
         )
+        teacher.on_note = self.say
+        return teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,12 +18,14 @@ from ..errors import ArtifactError
 class Run:
     """A folder of a run, held while work goes on in it; use it as a context manager.
 
+    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay.
+
     Raises on entry:
         ArtifactError: another process holds it, or it was made with another recipe.
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
-        self.folder, self._recipe = folder, json.loads(json.dumps(recipe))
+    def __init__(self, folder: Path, recipe: dict[str, Any], may_change: Collection[str] = ()) -> None:
+        self.folder, self._recipe, self._may_change = folder, json.loads(json.dumps(recipe)), may_change
         self.traces_path = folder / "traces.jsonl"
         self.checkpoints_dir = folder / "checkpoints"
         self.student_dir = folder / "student"
@@ -54,17 +57,19 @@ class Run:
         self._lock.release()
 
     def _check_recipe(self) -> None:
-        kept = self.load("recipe.json")
-        if kept is None:
+        kept = self.load("recipe.json") or {}
+        # A key that it lacks is one that the version before did not know.
+        changed = [key for key in sorted(kept) if kept[key] != self._recipe.get(key)]
+        is_trained = self.student_dir.exists() or self.checkpoints_dir.exists()
+        fixed = [key for key in changed if is_trained or key not in self._may_change]
+        if fixed:
+            was = ", ".join(f"{key} was {kept[key]!r}, is {self._recipe.get(key)!r}" for key in fixed[:3])
+            hint = "give another folder with --out, or the same settings"
+            if is_trained and all(key in self._may_change for key in fixed):
+                hint += f"; to train anew on more traces, delete student/ and checkpoints/ in {self.folder}"
+            raise ArtifactError(f"{self.folder} holds a run with another recipe: {was}", hint)
+        if kept != self._recipe:
             self.save("recipe.json", self._recipe)
-            return
-        changed = [key for key in sorted({*kept, *self._recipe}) if kept.get(key) != self._recipe.get(key)]
-        if changed:
-            was = ", ".join(f"{key} was {kept.get(key)!r}, is {self._recipe.get(key)!r}" for key in changed[:3])
-            raise ArtifactError(
-                f"{self.folder} holds a run with another recipe: {was}",
-                "give another folder with --out, or the same settings",
-            )
 
     def load(self, name: str) -> Any:
         """Return a JSON artifact of the run, or None if there is none yet."""

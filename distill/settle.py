@@ -5,6 +5,7 @@ What they say goes beside the traces, and only where it is new, so that settling
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def settle(
     replies_path: Path,
     open_judge: Callable[[], Teacher],
     budget: Budget | None = None,
+    say: Callable[[str], None] = lambda _: None,
     on_progress: Progress = no_progress,
 ) -> Judged | None:
     """Bring the judgements of the traces that no grader judged up to date. None switches a way of judging off.
@@ -56,6 +58,10 @@ def settle(
             left, judging, replies_path, open_judge=open_judge, budget=budget, on_progress=on_progress
         )
         said |= {judgement.id: judgement for judgement in judged.judgements}
+    if said:
+        counts = Counter(judgement.verdict_by for judgement in said.values())
+        favoured = ", ".join(f"{counts[by]} by {by}" for by in ("vote", "judge") if counts[by]) or "none"
+        say(f"of {len(said)} traces that no grader judged are favoured: {favoured}")
     store.append_judgements(judgement for judgement in said.values() if known[judgement.id] != _as_stored(judgement))
     return judged
 

@@ -20,7 +20,7 @@ from .gather import gather, is_traces_file, take_in
 from .grade import Grader
 from .graders import NONE
 from .problems import Problem, load_problems
-from .recipe import TeachSettings, Work
+from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
 from .student import student_dir, teach_template
@@ -53,7 +53,7 @@ def teach(
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
     work = work or Work()
-    with Run(folder, dataclasses.asdict(settings)) as run:
+    with Run(folder, dataclasses.asdict(settings), MAY_CHANGE) as run:
         # Before anything is paid for: what is off with the student, the held-out problems or the filters ends it here.
         base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
         filters = settings.curate_settings()
@@ -124,8 +124,9 @@ def _pass_rates(
     """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
     if not settings.pass_samples:
         return None
-    if rates := run.load("pass_rate.json"):
-        return dict(rates)
+    known = run.load("pass_rate.json")
+    if known and known["samples"] == settings.pass_samples:
+        return dict(known["rates"])
     graded = [problem for problem in problems if problem.grader != NONE] * settings.pass_samples
     right = dict.fromkeys((problem.id for problem in graded), 0)
     sampling = Sampling(temperature=0.7 if settings.pass_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
@@ -136,7 +137,7 @@ def _pass_rates(
             right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
             on_progress("the student's own", done, len(graded), f"{sum(right.values())} right")
     rates = {problem_id: n / settings.pass_samples for problem_id, n in right.items()}
-    run.save("pass_rate.json", rates)
+    run.save("pass_rate.json", {"samples": settings.pass_samples, "rates": rates})
     return rates
 
 
@@ -150,7 +151,7 @@ def _train(run: Run, base: Path, traces: list[Trace], settings: TeachSettings, o
     if run.student_dir.exists():
         return
     from .rows import make_row
-    from .teachers.transformers_model import load_tokenizer
+    from .teachers.loading import load_tokenizer
     from .train import TrainSettings, train
 
     training = TrainSettings(**settings.training, seed=settings.seed)

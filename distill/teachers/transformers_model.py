@@ -25,7 +25,7 @@ from .decode import BatchDecoder, Row, make_row
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
 
-__all__ = ["TransformersTeacher", "check_pocket_source", "load_tokenizer"]
+__all__ = ["TransformersTeacher", "check_pocket_source"]
 
 _SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
 

@@ -175,6 +175,19 @@ def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:
     assert result.curation["kept"] == sum(i % 5 != 0 for i in in_training)
 
 
+def test_more_may_be_asked_for_until_the_training_has_begun(prompts: Path, tmp_path: Path) -> None:
+    first, more = Writer({"": agreeing}), Writer({"": agreeing})
+    gather_only(tmp_path / "run", settings_of(prompts, n_traces=4, samples=2), first)
+    traces = gather_only(tmp_path / "run", settings_of(prompts, n_traces=10, samples=3), more)
+    assert (len(first.asked), len(more.asked), len(traces)) == (8, 22, 30)
+    with pytest.raises(ArtifactError, match="temperature was"):
+        teach(settings_of(prompts, temperature=0.5), tmp_path / "run", stop_after="traces")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(ArtifactError, match="samples was 3, is 4") as caught:
+        teach(settings_of(prompts), tmp_path / "run", stop_after="traces")
+    assert "delete student/" in caught.value.hint
+
+
 @pytest.mark.parametrize("text", ["colour=1", "similarity", "similarity=", "similarity=much", "verified=3", "keep=2"])
 def test_filters_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="--curate"):
