@@ -173,7 +173,7 @@ class Asker:
     async def _ask(self, client: httpx.AsyncClient, server: Server, request: Request) -> Reply:
         """Ask with as many log-probabilities as are wanted, then with what the server takes."""
         pace, k = self._endpoint.pace, self._top_logprobs
-        refused: Refused | None = None
+        refused: Refused | Retryable | None = None
         asked: dict[str, Any] | None = None
         first = server.logprobs_form
         for form, (most, with_ids) in enumerate(_LOGPROBS_FORMS[first:], first) if k else [(first, (0, False))]:
@@ -186,6 +186,13 @@ class Asker:
             except Refused as error:
                 refused = refused or error
                 continue
+            except Retryable as error:
+                # mlx-lm hangs up on numbers that it does not like.
+                if not (k and error.hung_up) or server.logprobs_taken:
+                    raise
+                refused = refused or error
+                continue
+            server.logprobs_taken = server.logprobs_taken or k > 0
             if form > server.logprobs_form:
                 server.logprobs_form = form
                 self._on_note(_logprobs_note(server, k, min(k, most), with_ids))

@@ -115,6 +115,8 @@ def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
         try:
             names.update(retry(server.list_models))
         except Retryable as error:
+            if wanted and not error.down:  # it is there, and what it serves is known
+                continue
             server.has_failed(error)
             absent.append(is_absent(server, str(error)))
     if len(absent) == len(servers):

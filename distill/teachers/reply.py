@@ -112,7 +112,8 @@ class Reply:
             reasoning, content, closed = split_thinking(text, starts_inside)
         n_completion = self.n_tokens
         details = self.usage.get("completion_tokens_details")
-        n_reasoning = _count(details, "reasoning_tokens") if isinstance(details, dict) else 0
+        counts = details if isinstance(details, dict) else self.usage  # SGLang has it in the usage itself
+        n_reasoning = _count(counts, "reasoning_tokens")
         if not n_reasoning and reasoning:
             n_reasoning = round(n_completion * len(reasoning) / max(1, len(reasoning) + len(content)))
         # The token that ends a turn has no entry on some servers. Where more is missing, nobody knows which.

@@ -2,7 +2,8 @@
 
 OpenAI's format has the tokens as text alone. llama-server adds an `id`; vLLM, asked for `return_tokens_as_token_ids`,
 writes `token_id:123` instead of the text. Text does not say which token it was: two tokens may read alike, and half a
-character reads as nothing. So where there are no ids there is nothing to keep.
+character reads as nothing. So where there are no ids there is nothing to keep. mlx-lm gives ids too, but at each place
+those of the most probable tokens alone, not of the one that it chose: its entries, which have no `bytes`, do not count.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def read_logprobs(entries: Sequence[Any]) -> tuple[tuple[int, ...] | None, TopLo
 
 def _id(entry: Any) -> int:
     """Return the token id of an entry; a KeyError or ValueError says that it has none."""
-    if "id" in entry:
+    if "id" in entry and "bytes" in entry:
         return int(entry["id"])
     token = entry["token"]
     if not token.startswith(_PREFIX):

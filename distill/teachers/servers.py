@@ -35,7 +35,8 @@ class Retryable(Exception):
     """May succeed later.
 
     `status` is the HTTP status of a server that refused to begin, `retry_after` how long it wants to be left alone, in
-    seconds; `down` says that nobody is there; `reply` is what it sent until it broke off.
+    seconds; `down` says that nobody is there, `hung_up` that it closed the connection without a word; `reply` is what
+    it sent until it broke off.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Retryable(Exception):
         status: int | None = None,
         retry_after: float | None = None,
         down: bool = False,
+        hung_up: bool = False,
         reply: Reply | None = None,
     ) -> None:
         super().__init__(reason)
-        self.status, self.retry_after, self.down, self.reply = status, retry_after, down, reply
+        self.status, self.retry_after, self.down, self.hung_up = status, retry_after, down, hung_up
+        self.reply = reply
 
 
 class Refused(Exception):
@@ -79,6 +82,8 @@ class Server:
         self.n_in_flight = 0
         self.logprobs_form = 0
         """Which way of asking for log-probabilities it takes: an index into those that the caller knows."""
+        self.logprobs_taken = False
+        """Whether it has answered when asked that way."""
         self._clock, self._heard_at = clock, clock()
         self._n_failed, self._rests_until, self._rest_s = 0, 0.0, 1.0
 
@@ -184,7 +189,8 @@ class Server:
             return Retryable("the server fell silent", down=self._heard_at < started, reply=reply)
         if isinstance(error, httpx.RequestError):
             is_absent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            return Retryable(self._redact(_reason(error)), down=is_absent, reply=reply)
+            hung_up = isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)) and not reply.n_tokens
+            return Retryable(self._redact(_reason(error)), down=is_absent, hung_up=hung_up, reply=reply)
         return Retryable(self._redact(str(error)), reply=reply)
 
     def _refuse(self, response: httpx.Response) -> None:

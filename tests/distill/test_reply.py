@@ -87,12 +87,15 @@ def test_where_there_are_no_ids_there_is_nothing() -> None:
     assert read_logprobs([entry(text, (text, -0.1))]) == (None, None)
     assert read_logprobs([]) == (None, None)
     assert read_logprobs([None]) == (None, None)
-    assert read_logprobs([{"id": 5, "logprob": -1.0}]) == ((5,), None)
+    assert read_logprobs([{"id": 5, "bytes": [], "logprob": -1.0}]) == ((5,), None)
+    mlx = {"id": 5, "token": "x", "logprob": -1.0}  # the most probable token, not the one chosen
+    assert read_logprobs([mlx | {"top_logprobs": [mlx]}]) == (None, None)
 
 
 def reply_of(n_entries: int, n_tokens: int) -> Reply:
     reply = Reply(content=["x"], finish_reason="stop", usage={"completion_tokens": n_tokens})
-    reply.logprobs = [entry({"id": i}, ({"id": i}, -0.1)) for i in range(n_entries)]
+    ids: list[dict[str, Any]] = [{"id": i, "bytes": [65]} for i in range(n_entries)]
+    reply.logprobs = [entry(token, (token, -0.1)) for token in ids]
     return reply
 
 
@@ -101,3 +104,9 @@ def test_logprobs_with_holes_are_not_kept() -> None:
     assert whole.token_ids == tuple(range(10))
     assert without_end.token_ids == tuple(range(9))
     assert (holey.token_ids, holey.logprobs) == (None, None)
+
+
+def test_reasoning_tokens_stand_in_the_usage_or_in_its_details() -> None:
+    for usage in ({"reasoning_tokens": 6}, {"completion_tokens_details": {"reasoning_tokens": 6}}):
+        reply = Reply(reasoning=["a"], content=["b"], finish_reason="stop", usage={"completion_tokens": 10, **usage})
+        assert reply.completion(0, 0).reasoning_tokens == 6
