@@ -246,7 +246,7 @@ def _logprobs_note(server: Server, wanted: int, given: int, with_ids: bool) -> s
     if not given:
         return f"{server.host} refuses log-probabilities: it is asked without them"
     if not with_ids:
-        return f"{server.host} names no token ids with its log-probabilities: only what has ids is kept"
+        return f"{server.host} names no token ids: log-probabilities without them are not kept"
     return f"{server.host} gives {given} log-probabilities a token, not {wanted}"
 
 
