@@ -180,6 +180,8 @@ class Asker:
             body = self._body(request, min(k, most), with_ids)
             if body == asked:
                 continue
+            if asked is not None:
+                self._endpoint.rpm.take(1)
             asked = body
             try:
                 reply = await server.ask(client, body, self._endpoint.timeout_s, pace.accepted, pace.heard)
