@@ -103,11 +103,16 @@ def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
 
     A server that is down is left out, if another answers.
     """
+
+    def is_vital(error: BaseException) -> bool:
+        """Say whether the list is worth waiting for: what a server serves that is there may be known."""
+        return isinstance(error, Retryable) and (error.down or not wanted)
+
     names: set[str] = set()
     absent: list[TeacherError] = []
     for server in servers:
         retry = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Retryable),
+            retry=tenacity.retry_if_exception(is_vital),
             stop=tenacity.stop_after_attempt(FIRST_ATTEMPTS),
             wait=backoff(1.0),
             reraise=True,
@@ -115,10 +120,9 @@ def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
         try:
             names.update(retry(server.list_models))
         except Retryable as error:
-            if wanted and not error.down:  # it is there, and what it serves is known
-                continue
-            server.has_failed(error)
-            absent.append(is_absent(server, str(error)))
+            if is_vital(error):
+                server.has_failed(error)
+                absent.append(is_absent(server, str(error)))
     if len(absent) == len(servers):
         raise absent[0]
     if wanted:

@@ -180,7 +180,7 @@ def server() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def teacher(server: FakeServer) -> Iterator[EndpointTeacher]:
-    with EndpointTeacher(server.url, concurrency=3, timeout_s=0.5, max_backoff_s=0.05) as teacher:
+    with EndpointTeacher(server.url, concurrency=3, timeout_s=0.5, max_backoff_s=0.02) as teacher:
         yield teacher
 
 
@@ -276,8 +276,6 @@ def test_the_model_is_the_only_one_or_has_to_be_named(server: FakeServer) -> Non
         model_at(server.url)
     server.models_status = 500
     assert model_at(server.url, "d") == "d", "transformers serve fails to list where its cache folder is missing"
-    with pytest.raises(TeacherError, match="HTTP 500"):
-        model_at(server.url)
 
 
 @pytest.mark.parametrize("url", ["http://", "ftp://host/v1", "https://user:secret@host/v1"])
@@ -490,11 +488,11 @@ def test_a_stream_that_hangs_in_the_middle_is_asked_again(
 def test_a_slow_stream_is_not_a_silent_one(server: FakeServer, teacher: EndpointTeacher) -> None:
     def slow(handler: Handler, _: str) -> None:
         handler.events()
-        for i in range(8):
+        for i in range(5):
             time.sleep(0.15)
-            handler.wfile.write(f"data: {json.dumps(delta('stop' if i == 7 else None, content=str(i)))}\n\n".encode())
+            handler.wfile.write(f"data: {json.dumps(delta('stop' if i == 4 else None, content=str(i)))}\n\n".encode())
 
-    assert answer_one(server, teacher, slow).content == "01234567"
+    assert answer_one(server, teacher, slow).content == "01234"
     assert len(server.requests) == 1
 
 
@@ -548,16 +546,16 @@ def test_an_error_of_the_callers_own_reaches_the_caller_after_what_was_paid_for(
 
 def test_limits_a_minute_hold_for_attempts_and_tokens(server: FakeServer) -> None:
     server.failures["question 1"] = [status(500)]
-    with EndpointTeacher(server.url, max_rpm=1200, max_backoff_s=0.01) as teacher:
+    with EndpointTeacher(server.url, max_rpm=2400, max_backoff_s=0.01) as teacher:
         assert len(list(teacher.generate(ask(9), Sampling()))) == 9
     times = sorted(at for at, *_ in server.requests)
     assert len(times) == 10
-    assert times[-1] - times[0] > 0.4
-    with EndpointTeacher(server.url, max_tpm=3000) as teacher:
+    assert times[-1] - times[0] > 0.2
+    with EndpointTeacher(server.url, max_tpm=6000) as teacher:
         # 3 tokens of prompt and 7 of answer; before the first answer the most allowed is expected of each.
         started = time.monotonic()
         assert len(list(teacher.generate(ask(3), Sampling(max_tokens=20)))) == 3
-        assert time.monotonic() - started > 0.35
+        assert time.monotonic() - started > 0.17
     for name in ("concurrency", "max_rpm", "max_tpm"):
         with pytest.raises(UsageError, match=name):
             EndpointTeacher(server.url, **{name: 0})  # type: ignore[arg-type]
@@ -639,10 +637,10 @@ def test_concurrency_finds_its_level(server: FakeServer, monkeypatch: pytest.Mon
             with lock:
                 running -= 1
 
-    server.failures = {f"question {i}": [answers_16_at_once] * 99 for i in range(600)}
+    server.failures = {f"question {i}": [answers_16_at_once] * 99 for i in range(300)}
     with EndpointTeacher(server.url, max_backoff_s=0.05) as teacher:
-        teacher._endpoint.pace = Pace(window_s=0.2)
-        assert len(list(teacher.generate(ask(600), Sampling()))) == 600
+        teacher._endpoint.pace = Pace(window_s=0.1)
+        assert len(list(teacher.generate(ask(300), Sampling()))) == 300
         assert teacher.n_parallel != 8
     assert most > 12
 
