@@ -42,7 +42,7 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
     `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are one, half, the
     performance cores and all physical cores, the fewest first, twice each. On a busy or oversubscribed machine two
     threads can be a hundred times slower than one, which no count of cores tells. `OMP_NUM_THREADS` decides without
-    measuring; `again` measures anew.
+    measuring; `again` measures anew. What is measured while other programs keep the cores busy is not kept.
     """
     cores = physical_cores()
     if _thread_limit() or cores == 1:
@@ -53,8 +53,16 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
     if not again and isinstance(kept, int) and 1 <= kept <= cores:
         return kept
     best = _measure_threads(sorted({1, max(1, cores // 2), performance_cores(), cores}), measure)
-    _keep_threads(machine, file, best)
+    if not _is_busy(cores):
+        _keep_threads(machine, file, best)
     return best
+
+
+def _is_busy(cores: int) -> bool:
+    """Say whether half of the cores or more were taken in the last minute."""
+    import psutil  # type: ignore[import-untyped]
+
+    return bool(psutil.getloadavg()[0] >= cores / 2)
 
 
 def _measure_threads(candidates: list[int], measure: Callable[[int], float]) -> int:
@@ -141,7 +149,7 @@ def performance_cores() -> int:
 def _usable_cores() -> list[list[int]]:
     """Return the physical cores that this process may use, each as the logical CPUs that are its threads."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         return [[cpu] for cpu in range(psutil.cpu_count(logical=False) or os.cpu_count() or 1)]
     cores: dict[tuple[str, str], list[int]] = {}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deepdistill.localrun import hardware
@@ -20,6 +21,7 @@ def cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildCPUs:
     """Make this machine have the given cores: (highest clock in kHz or None, threads) each."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.4, 0.4, 0.4))
 
     def build(*cores: tuple[int | None, int], quota: int | None = None) -> None:
         cpu = 0
@@ -99,6 +101,18 @@ def test_candidates(cpus: BuildCPUs, tmp_path: Path) -> None:
     clock = Clock({1: 1.0, 4: 1.6})  # more threads would take longer still: they are not waited for
     assert best_threads(tmp_path / "model.gguf", clock, again=True) == 1
     assert clock.asked == [1, 1, 4, 4]
+
+
+def test_a_measurement_on_busy_cores_is_not_kept(
+    cpus: BuildCPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpus(*[(None, 1)] * 2)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (1.9, 0.0, 0.0))
+    assert best_threads(tmp_path / "model.gguf", Clock({2: 5.0, 1: 1.0})) == 1
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (0.1, 5.0, 5.0))
+    assert best_threads(tmp_path / "model.gguf", Clock({2: 1.0, 1: 2.0})) == 2
+    assert best_threads(tmp_path / "model.gguf", Clock({2: 5.0, 1: 1.0})) == 2, "now it is kept"
 
 
 def test_one_measurement_a_machine_and_model(cpus: BuildCPUs, tmp_path: Path) -> None:
