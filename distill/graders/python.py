@@ -30,8 +30,13 @@ from .python_child import NOT_CONFINED, OUT_OF_MEMORY
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _MAX_OUTPUT = 1 << 20
+_PACKAGE, _ROOT = __package__.split(".")[0], Path(__file__).parents[2]
+# The package's folder may have any name, and an editable install is found by a hook that -S leaves out.
 _START = (
-    "import sys, json; s = json.loads(sys.argv[1]); sys.path[:] = s['import_path']; "
+    "import sys, json, importlib.util as i; s = json.loads(sys.argv[1]); "
+    f"p = i.spec_from_file_location({_PACKAGE!r}, {str(_ROOT / '__init__.py')!r}, "
+    f"submodule_search_locations=[{str(_ROOT)!r}]); "
+    f"m = sys.modules[{_PACKAGE!r}] = i.module_from_spec(p); p.loader.exec_module(m); "
     f"from {__package__}.python_child import main; main(s)"
 )
 
@@ -231,7 +236,6 @@ def _fixed_settings() -> dict[str, Any]:
     standard = [path for path in sys.path if path.startswith(sysconfig.get_path("stdlib")) and "-packages" not in path]
     packages = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))
     return {
-        "import_path": [os.path.abspath(path) for path in sys.path],
         "python_path": [*standard, *packages],
         "readable": [str(path) for path in python_paths()],
     }
