@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from deepdistill.distill.curate import curate
 from deepdistill.distill.split import bucket_of
 from deepdistill.distill.teach import TeachSettings, teach
+from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces import TraceStore
 from deepdistill.errors import ArtifactError, TeacherError
 
@@ -92,6 +94,20 @@ def test_wrong_unknown_cut_and_held_out_traces_are_kept_out_of_training(finished
     kept, record = curate(traces)
     assert [t.reasoning_content for t in kept] == ["1"]
     assert record["dropped"] == dict.fromkeys(record["dropped"], 1)
+
+
+def test_what_the_untrained_student_always_solves_is_left_out(chain_sum: str, tmp_path: Path) -> None:
+    skilled = _settings(chain_sum, student=str(pocket_dir()), n_traces=16, pass_samples=2)  # it solves nearly all
+    with suppress(ArtifactError):  # nothing may be left
+        teach(skilled, tmp_path / "run", stop_after="training")
+    known = json.loads((tmp_path / "run" / "pass_rate.json").read_text())
+    right = {t.problem_id for t in TraceStore.read(tmp_path / "run" / "traces.jsonl") if t.verdict == "right"}
+    always = {problem for problem, rate in known["rates"].items() if rate == 1}
+    assert known["samples"] == 2
+    assert set(known["rates"].values()) <= {0, 0.5, 1}
+    assert len(always) >= 12
+    curation = json.loads((tmp_path / "run" / "curation.json").read_text())
+    assert curation["dropped"]["too_easy"] == len(right & always)
 
 
 def test_the_pocket_teacher_refuses_what_it_never_learned(tmp_path: Path) -> None:
