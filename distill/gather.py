@@ -19,6 +19,7 @@ from .run import Run
 from .settle import settle
 from .teachers import Teacher
 from .teachers.probe import describe, probe
+from .teachers.worked import WORKED, WorkedTeacher
 from .traces import Trace, TraceStore
 
 
@@ -52,6 +53,8 @@ def gather(
             return work.open_teacher(settings.teacher, settings.teacher_model)
 
         def open_and_probe() -> Teacher:
+            if settings.teacher == WORKED:
+                return WorkedTeacher(problems)
             teacher = open_teacher()
             try:
                 work.say(describe(probe(teacher, settings.logprobs)))

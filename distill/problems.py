@@ -2,7 +2,8 @@
 
 `gym:NAME?param=value&…` (reasoning-gym), a JSONL, CSV or Parquet file, `hf:ORG/NAME?split=train&config=…` (a data set
 on the hub), a .txt file with a prompt a line, or a folder of prompts. Columns can be named, and the grader:
-`file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`.
+`file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`. A column
+with worked solutions (`worked=COLUMN`) makes the problems their own teacher: `--teacher worked`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _METADATA_COLUMNS = {
     "choices": ("choices", "options"),
     "schema": ("schema", "json_schema"),
 }
+_WORKED_COLUMNS = ("worked", "answer_cot", "solution", "worked_solution", "rationale", "explanation")
 _DEFAULT_N = 1000
 
 
@@ -164,11 +166,11 @@ def _draw_gym(name: str, params: dict[str, Any], n: int, bucket: Bucket | None, 
 
 
 def _draw_rows(rows: Iterator[tuple[str, Mapping[str, Any]]], params: dict[str, Any], source: str) -> Iterator[Problem]:
-    unknown = sorted(set(params) - {"question", "answer", "grader"})
+    unknown = sorted(set(params) - {"question", "answer", "grader", "worked"})
     if unknown:
         raise UsageError(
             f"{source} has no parameter {', '.join(unknown)}",
-            "it takes question=COLUMN, answer=COLUMN and grader=GRADER" + _hub_hint(source),
+            "it takes question=COLUMN, answer=COLUMN, worked=COLUMN and grader=GRADER" + _hub_hint(source),
         )
     grader = params.get("grader")
     if grader is not None:
@@ -187,7 +189,7 @@ def _draw_rows(rows: Iterator[tuple[str, Mapping[str, Any]]], params: dict[str, 
         if not text:
             raise ArtifactError(f"{where}: the question is empty")
         count += 1
-        metadata = _metadata(row)
+        metadata = _metadata(row) | _worked(row, params.get("worked"), answer, where)
         gold = None if answer is None else _gold(row[answer])
         yield Problem(
             id=question_hash(text)[:16],
@@ -221,6 +223,16 @@ def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
         if column is not None and row[column] not in (None, "", [], {}):
             found[name] = json.loads(json.dumps(row[column], default=str))
     return found
+
+
+def _worked(row: Mapping[str, Any], named: str | None, answer: str | None, where: str) -> dict[str, Any]:
+    """Return the worked solution of a row: in the named column, in a usual one, or before the answer's `####`."""
+    column = _column(row, named, [name for name in _WORKED_COLUMNS if name != (answer or "").lower()])
+    if named is not None and column is None:
+        raise ArtifactError(f"{where} has no column {named}; it has {', '.join(map(str, row))}")
+    text = row[column] if column is not None else (row[answer] if answer is not None else None)
+    is_worked = isinstance(text, str) and text.strip() and (column is not None or "####" in text)
+    return {"worked": text} if is_worked else {}
 
 
 def _grader_of(row: Mapping[str, Any], gold: str | None, metadata: Mapping[str, Any], where: str) -> str:

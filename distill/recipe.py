@@ -74,8 +74,10 @@ class TeachSettings:
             UsageError: several samples of each problem, and all of them greedy.
         """
         is_pocket = self.teacher == "pocket"
-        greedy = is_pocket and self.samples == 1
+        greedy = (is_pocket and self.samples == 1) or self.teacher == "worked"
         temperature = self.temperature if self.temperature is not None else (0.0 if greedy else 0.6)
+        if self.samples > 1 and self.teacher == "worked":
+            raise UsageError("a problem brings one worked solution", "leave --samples out")
         if self.samples > 1 and temperature == 0:
             raise UsageError("at temperature 0 all samples of a problem are the same", "give --temperature 0.6")
         top_p = self.top_p if self.top_p is not None else (1.0 if greedy else 0.95)

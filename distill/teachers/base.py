@@ -14,7 +14,7 @@ from typing import Literal, Self
 from ...errors import TeacherError
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 
-Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported"]
+Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "worked"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""Worked solutions as the teacher: what the problems bring with them becomes traces, graded like any other.
+
+A problem brings one in its metadata: `answer_cot` (some of reasoning-gym's data sets), or `worked`, which stands in a
+file's column (`problems.jsonl?worked=COLUMN`; a solution before GSM8K's `####` is found by itself). The steps are the
+reasoning, and what they come to is the answer: where that is not the problem's answer, the grader says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from ...errors import TeacherError
+from ...localrun.generation import Completion, Sampling
+from ..graders.answer import final_answer, is_number
+from ..problems import Problem
+from .base import Request, Teacher
+
+WORKED = "worked"
+"""The string that names this teacher."""
+
+_KEYS = ("worked", "answer_cot")
+_CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's marks for a calculator: `<<48/2=24>>`
+
+
+def worked_solution(problem: Problem) -> tuple[str, str] | None:
+    """Return (steps, final answer) of the solution that a problem brings; None if it brings none."""
+    text = next((problem.metadata[key] for key in _KEYS if isinstance(problem.metadata.get(key), str)), "")
+    text = _CALCULATOR.sub("", text).strip()
+    if not text:
+        return None
+    if "####" in text:
+        steps, _, answer = text.rpartition("####")
+        return steps.strip(), answer.strip()
+    numeric = problem.answer is not None and is_number(problem.answer)
+    return text, final_answer(text, numeric=numeric) or ""
+
+
+class WorkedTeacher(Teacher):
+    """Answers each of its problems with the solution that it brings."""
+
+    backend = "worked"
+    name = WORKED
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        """Read the solutions.
+
+        Raises:
+            TeacherError: not one problem brings any.
+        """
+        found = {problem.question: worked_solution(problem) for problem in problems}
+        self._solutions = {question: solution for question, solution in found.items() if solution}
+        if not self._solutions:
+            raise TeacherError(
+                f"none of {len(problems)} problems brings a worked solution",
+                "gym:gsm_symbolic does; in a file name its column: 'problems.jsonl?worked=COLUMN'",
+            )
+        digest = hashlib.sha256(repr(sorted(self._solutions.items())).encode())
+        self.revision = digest.hexdigest()[:16]
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the solution of each problem; one without comes back as an error."""
+        for index, request in enumerate(requests):
+            solution = self._solutions.get(request.messages[-1]["content"])
+            if solution is None:
+                error = "the problem brings no worked solution"
+                yield index, Completion("", None, None, "error", 0, 0, 0, 0.0, error=error)
+            else:
+                steps, answer = solution
+                yield index, Completion(answer, steps, True, "stop", 0, 0, 0, 0.0)
