@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -28,8 +27,10 @@ from transformers.trainer_callback import PrinterCallback
 from ..errors import ArtifactError, ModelError, UsageError
 from ..localrun.progress import Progress, no_progress
 from .device import choose_device, has_fast_bf16
+from .losses import LOSSES, projected_loss
+from .packing import Batch, pad
 from .quiet import quiet_transformers
-from .rows import IGNORED, Row, collate, order_rows
+from .rows import Row, order_rows
 
 # torch's and safetensors' ways to say so
 _DISK_FULL = re.compile(r"No space left|File too large|inline_container|PytorchStreamWriter|os error")
@@ -102,7 +103,7 @@ def train(
         model=model,
         args=_arguments(settings, checkpoints_dir, device),
         train_dataset=ordered,
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+        data_collator=lambda batch: pad(batch, tokenizer.pad_token_id).inputs(),
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
@@ -112,20 +113,14 @@ def train(
     return clock.report(trainer.state.global_step)
 
 
-def answer_loss(model: Any, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the mean cross-entropy over positions with a label, projecting to the vocabulary only there.
-
-    input_ids and labels are `[B, T]`, labels already shifted (see `rows.collate`). With no label at all the loss is 0.
-    """
+def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """Return the weighted mean of what the batch's targets cost; 0 where there is no target."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, H]
-    wanted = labels != IGNORED
-    targets = hidden[wanted]  # [targets, H]
-    if not len(targets):
-        return torch.as_tensor(hidden.sum() * 0.0)
-    logits = causal_lm.get_output_embeddings()(targets).float()  # [targets, V]
-    loss: torch.Tensor = F.cross_entropy(logits, labels[wanted])
-    return loss
+    hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
+    head = causal_lm.get_output_embeddings()
+    wanted = hidden.flatten(0, 1)[batch.positions]  # [N, H]
+    total = projected_loss(wanted, head.weight, batch.targets, batch.segments, LOSSES, bias=head.bias)
+    return total / max(batch.weight, 1e-9)
 
 
 class _Trainer(Trainer):
@@ -139,7 +134,7 @@ class _Trainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
     ) -> Any:
         with self.compute_loss_context_manager():
-            loss = answer_loss(model, inputs["input_ids"], inputs["labels"])
+            loss = batch_loss(model, Batch(**inputs))
         return (loss, None) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from deepdistill.distill.rows import IGNORED, Row, collate, make_row, order_rows
+from deepdistill.distill.rows import Row, make_row, order_rows
 from deepdistill.distill.student import teach_template
 from deepdistill.errors import ModelError
 
@@ -49,18 +49,36 @@ def test_a_template_without_chatml_or_reasoning_is_refused(pocket_student: Path)
         teach_template(tokenizer)
 
 
-def test_labels_are_the_next_tokens_of_the_answer_only() -> None:
-    batch = collate([Row([5, 6, 7, 8], 2), Row([5, 6, 9], 2)], pad_token_id=0)
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 9, 0]]
-    assert batch["labels"].tolist() == [[IGNORED, 7, 8, IGNORED], [IGNORED, 9, IGNORED, IGNORED]]
-
-
 def test_every_epoch_holds_every_row_and_batches_are_of_like_length() -> None:
     rows = [Row(list(range(n)), 1) for n in range(10, 110)]
     ordered = order_rows(rows, batch_size=8, epochs=2, seed=0)
     lengths = [len(row.input_ids) for row in ordered]
     assert sorted(lengths[:100]) == sorted(lengths[100:]) == list(range(10, 110))
     spread = [max(lengths[i : i + 8]) - min(lengths[i : i + 8]) for i in range(0, 48, 8)]
-    assert max(spread) < 40  # of 100 in a random batch
+    assert max(spread[1:]) < 40  # of 100 in a random batch
+    assert lengths[:8] == list(range(109, 101, -1))  # what does not fit the memory fails in the first step
     assert ordered == order_rows(rows, batch_size=8, epochs=2, seed=0)
     assert ordered != order_rows(rows, batch_size=8, epochs=2, seed=1)
+
+
+def test_each_part_of_the_answer_has_its_weight(pocket_student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    plain = make_row(tokenizer, MESSAGES, "4+3=7", "7")
+    row = make_row(tokenizer, MESSAGES, "4+3=7", "7", reasoning_weight=0.5, answer_weight=2.0)
+    assert plain.weights is None
+    assert row.weights is not None
+    assert row.input_ids == plain.input_ids
+    tokens = [tokenizer.decode([token]) for token in row.input_ids[row.n_prompt :]]
+    heavy = "".join(token for token, weight in zip(tokens, row.weights, strict=True) if weight == 2.0)
+    light = "".join(token for token, weight in zip(tokens, row.weights, strict=True) if weight == 0.5)
+    assert (light, heavy) == ("4+3=7\n</think>\n\n", "7<|im_end|>")
+
+
+def test_a_template_without_a_slot_for_reasoning_is_refused(pocket_student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(ModelError, match="no slot for reasoning"):
+        make_row(tokenizer, MESSAGES, "4+3=7", "7")

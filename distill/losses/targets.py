@@ -1,0 +1,39 @@
+"""What N positions are taught: the token, and what else the losses of their rows read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Flat tensors of the N targets of a batch; what no row of the batch has is None.
+
+    `top_ids` is -1 where the teacher gave fewer than k. Where a row lacks what others have, advantages are 0 and old
+    log-probabilities NaN.
+    """
+
+    ids: Tensor  # [N], the token that follows
+    weights: Tensor  # [N], fp32, how much a target counts; also in the mean's denominator
+    top_ids: Tensor | None = None  # [N, k]
+    top_logprobs: Tensor | None = None  # [N, k], fp32
+    advantages: Tensor | None = None  # [N], fp32, any sign
+    old_logprobs: Tensor | None = None  # [N], fp32, of the target when it was sampled
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Targets:
+        return self._each(lambda tensor: tensor[part])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """Return the same targets on another device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in known.items() if value is not None})

@@ -1,0 +1,170 @@
+"""Rows as one batch: packed end to end without padding, what rows have in common only once.
+
+The flat tokens of all rows go through the linear layers. Attention alone sees rows: `gather` lays each row's tokens
+out `[n, L]`, padded on the right, where a causal model never looks, and `scatter` brings the results back. So rows are
+apart as they are in a padded batch, without a mask.
+
+Rows that begin alike share the beginning: the states of equal tokens behind equal beginnings are equal, so they are
+computed once and gathered for each row, and their gradients add up by themselves. Loss and gradient are those of
+separate rows; only the work is less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .losses import Segment, Targets
+from .rows import Row
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How T packed tokens stand in n rows of at most L."""
+
+    gather: Tensor  # [n, L], the flat index of each row's tokens; 0 in the padding
+    scatter: Tensor  # [T], where in [n * L] each flat token stands, in the first row that has it
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
+        """Return the same layout on another device."""
+        return replace(
+            self,
+            gather=self.gather.to(device, non_blocking=non_blocking),
+            scatter=self.scatter.to(device, non_blocking=non_blocking),
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes. `n_tokens` counts the tokens of the rows, shared beginnings in each of them."""
+
+    input_ids: Tensor  # [1, T] packed, or [n, L] padded
+    position_ids: Tensor  # the same shape
+    layout: Layout | None  # None: padded
+    positions: Tensor  # [N], which of the flattened states predicts each target
+    targets: Targets
+    segments: tuple[Segment, ...]
+    n_tokens: int
+    weight: float  # the sum of the targets' weights, the mean's denominator
+
+    def inputs(self) -> dict[str, Any]:
+        """Return the arguments of the model's forward."""
+        return dict(self.__dict__)
+
+
+def pack(rows: Sequence[Row]) -> Batch:
+    """Return the rows packed end to end, common beginnings once."""
+    ordered = sorted(rows, key=lambda row: (row.losses, row.input_ids))  # neighbours have the most in common
+    width = max(len(row.input_ids) for row in ordered)
+    gather = np.zeros((len(ordered), width), np.int64)
+    flat: list[int] = []
+    flat_positions: list[int] = []
+    scatter: list[int] = []
+    before: list[int] = []
+    for i, row in enumerate(ordered):
+        ids, shared = row.input_ids, _n_shared(before, row.input_ids)
+        start = len(flat)
+        gather[i, :shared] = gather[i - 1, :shared]
+        gather[i, shared : len(ids)] = np.arange(start, start + len(ids) - shared)
+        flat += ids[shared:]
+        flat_positions += range(shared, len(ids))
+        scatter += range(i * width + shared, i * width + len(ids))
+        before = ids
+    predicted_from = [gather[i, row.n_prompt - 1 : len(row.input_ids) - 1] for i, row in enumerate(ordered)]
+    layout = Layout(torch.from_numpy(gather), torch.tensor(scatter))
+    return _batch(ordered, torch.tensor([flat]), torch.tensor([flat_positions]), layout, predicted_from)
+
+
+def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
+    """Return the rows padded on the right `[n, L]`, for models whose attention is not ours.
+
+    No attention mask: a causal model never looks right, so real tokens cannot see the padding.
+    """
+    ordered = sorted(rows, key=lambda row: row.losses)
+    width = max(len(row.input_ids) for row in ordered)
+    input_ids = torch.full((len(ordered), width), pad_token_id)
+    for i, row in enumerate(ordered):
+        input_ids[i, : len(row.input_ids)] = torch.tensor(row.input_ids)
+    predicted_from = [
+        np.arange(i * width + row.n_prompt - 1, i * width + len(row.input_ids) - 1) for i, row in enumerate(ordered)
+    ]
+    position_ids = torch.arange(width).expand(len(ordered), width)
+    return _batch(ordered, input_ids, position_ids, None, predicted_from)
+
+
+def _batch(
+    rows: Sequence[Row],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    layout: Layout | None,
+    predicted_from: Sequence[np.ndarray[Any, Any]],
+) -> Batch:
+    targets = _targets(rows)
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        layout=layout,
+        positions=torch.from_numpy(np.concatenate(predicted_from)),
+        targets=targets,
+        segments=_segments(rows),
+        n_tokens=sum(len(row.input_ids) for row in rows),
+        weight=float(targets.weights.sum()),
+    )
+
+
+def _n_shared(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
+    found: list[Segment] = []
+    start = 0
+    for row in rows:
+        end = start + row.n_targets
+        if found and found[-1].losses == row.losses:
+            found[-1] = found[-1]._replace(end=end)
+        else:
+            found.append(Segment(start, end, row.losses))
+        start = end
+    return tuple(found)
+
+
+def _targets(rows: Sequence[Row]) -> Targets:
+    def flat(name: str, missing: float) -> Tensor | None:
+        if all(getattr(row, name) is None for row in rows):
+            return None
+        each = [getattr(row, name) or [missing] * row.n_targets for row in rows]
+        return torch.tensor([value for values in each for value in values], dtype=torch.float32)
+
+    weights = flat("weights", 1.0)
+    ids = torch.tensor([token for row in rows for token in row.input_ids[row.n_prompt :]], dtype=torch.long)
+    top_ids, top_logprobs = _top(rows)
+    return Targets(
+        ids=ids,
+        weights=weights if weights is not None else torch.ones(len(ids)),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
+        advantages=flat("advantages", 0.0),
+        old_logprobs=flat("old_logprobs", float("nan")),
+    )
+
+
+def _top(rows: Sequence[Row]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the teacher's tokens and log-probabilities `[N, k]`, -1 and -inf where there are none."""
+    k = max((row.top.ids.shape[1] for row in rows if row.top is not None), default=0)
+    if not k:
+        return None, None
+    n = sum(row.n_targets for row in rows)
+    ids, logprobs = np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32)
+    start = 0
+    for row in rows:
+        if row.top is not None:
+            here = np.s_[start : start + row.n_targets, : row.top.ids.shape[1]]
+            ids[here], logprobs[here] = row.top.ids, row.top.values
+        start += row.n_targets
+    return torch.from_numpy(ids), torch.from_numpy(logprobs)
