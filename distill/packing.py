@@ -127,7 +127,7 @@ def _segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
     for row in rows:
         end = start + row.n_targets
         if found and found[-1].losses == row.losses:
-            found[-1] = found[-1]._replace(end=end)
+            found[-1] = replace(found[-1], end=end)
         else:
             found.append(Segment(start, end, row.losses))
         start = end

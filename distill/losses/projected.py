@@ -10,6 +10,7 @@ Source: the idea is Liger Kernel's fused linear cross-entropy (arXiv 2410.10989)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ Loss = Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 48 << 20  # of fp32 logits at once
 
 
-class Segment(NamedTuple):
+@dataclass(frozen=True)
+class Segment:
     """A run of targets that carry the same losses, each with its share: `((name, share), …)`."""
 
     start: int
@@ -91,11 +93,12 @@ class _ProjectedLoss(torch.autograd.Function):
         by_projection = torch.zeros_like(projection) if projection.requires_grad else None
         by_bias = torch.zeros_like(bias) if bias is not None and bias.requires_grad else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for start, end, terms in _chunks(segments, head.rows):
+            for segment in _chunks(segments, head.rows):
+                start, end = segment.start, segment.end
                 part = hidden[start:end]  # [n, H]
                 logits = head.logits(part, weight, None if bias is None else bias.to(hidden.dtype))
                 slope = head.slope(logits)
-                loss, gradient = _mixture(logits, targets[start:end], terms, losses)
+                loss, gradient = _mixture(logits, targets[start:end], segment.losses, losses)
                 total += loss
                 gradient = gradient if slope is None else gradient.mul_(slope)
                 gradient = gradient.mul_(head.scale) if head.scale != 1.0 else gradient

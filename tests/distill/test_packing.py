@@ -67,7 +67,7 @@ def test_each_row_keeps_its_losses_weights_and_log_probabilities() -> None:
     batch = pack(rows)
     names = [(segment.end - segment.start, segment.losses[0][0]) for segment in batch.segments]
     assert names == [(2, "cross_entropy"), (2, "cross_entropy"), (1, "policy_gradient")]
-    assert [segment.losses for segment in batch.segments][0] == kl
+    assert batch.segments[0].losses == kl
     assert batch.targets.ids.tolist() == [2, 3, 4, 5, 2]
     assert batch.targets.weights.tolist() == [0.5, 2, 1, 1, 1]
     assert batch.weight == 5.5
