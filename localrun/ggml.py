@@ -26,17 +26,16 @@ _HINT = (
     "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu"
 )
 _CHUNK = 1 << 18  # elements a task: long enough to hide Python's overhead, short enough to share among cores
-# They are useless or refused without an importance matrix.
-_NEED_IMATRIX = frozenset(
+NEED_IMATRIX = frozenset(
     {
         GGMLQuantizationType.IQ1_S,
         GGMLQuantizationType.IQ1_M,
         GGMLQuantizationType.IQ2_XXS,
         GGMLQuantizationType.IQ2_XS,
         GGMLQuantizationType.IQ2_S,
-        GGMLQuantizationType.IQ3_XXS,
     }
 )
+"""ggml refuses them without an importance matrix."""
 
 
 @functools.cache
@@ -132,7 +131,7 @@ def quantize_rows(
     n_rows, n_per_row = data.shape
     if imatrix is not None and (imatrix.shape != (n_per_row,) or imatrix.dtype != np.float32):
         raise ValueError(f"the imatrix must be float32 [{n_per_row}], not {imatrix.dtype} {list(imatrix.shape)}")
-    if imatrix is None and type_ in _NEED_IMATRIX:
+    if imatrix is None and type_ in NEED_IMATRIX:
         raise ValueError(f"{type_.name} needs an importance matrix")
     out = np.empty((n_rows, row_size(type_, n_per_row)), dtype=np.uint8)
     data = np.ascontiguousarray(data)

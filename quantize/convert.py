@@ -10,7 +10,7 @@ import errno
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,23 +21,29 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError, ModelError, UsageError
 from ..localrun import ggml
 from ..localrun.progress import Progress
 from .architecture import Architecture, Planned
 from .card import Provenance, read_provenance, write_provenance
 from .checkpoint import Checkpoint
-from .ftypes import FTYPES, choose
+from .ftypes import FTYPES, Shape, choose
 from .tokenizer import Tokenizer, read_tokenizer, write_tokenizer
+
+Types = Mapping[str, GGMLQuantizationType]
+"""Tensor name -> the type that it shall have."""
+Importance = Mapping[str, npt.NDArray[np.float32]]
+"""Tensor name -> a weight for each column `[n_per_row]`, for stacked experts `[n_experts, n_per_row]`."""
 
 
 @dataclass(frozen=True)
 class Typed:
-    """A tensor of the file, with the type that the recipe asks for and the one that it gets."""
+    """A tensor of the file, with the type that the recipe asks for, the one that it gets, and its columns' weights."""
 
     tensor: Planned
     asked: GGMLQuantizationType
     got: GGMLQuantizationType
+    importance: npt.NDArray[np.float32] | None = None
 
     @property
     def n_weights(self) -> int:
@@ -61,19 +67,49 @@ class Conversion:
     tensors: tuple[Typed, ...]
 
 
-def plan(folder: Path, ftype: str) -> Conversion:
+def plan(folder: Path, ftype: str, *, types: Types | None = None, importance: Importance | None = None) -> Conversion:
     """Read a checkpoint's config, tokenizer and tensor index, and choose the type of every tensor.
+
+    Args:
+        folder: the checkpoint.
+        ftype: the recipe, one of `ftypes.FTYPES`.
+        types: what single tensors get instead of the recipe's type.
+        importance: an importance matrix; tensors that it leaves out are quantized without.
 
     Raises:
         ArtifactError: a file is missing or broken.
-        ModelError: something that this converter would get wrong.
+        ModelError: something that this converter would get wrong, or an importance matrix of another model.
+        UsageError: a type that its tensor cannot have, or for a tensor that is not there.
     """
     checkpoint = Checkpoint(folder)
     architecture = Architecture(checkpoint)
-    shape = architecture.shape
-    tensors = [Typed(t, *choose(ftype, t.name, t.shape, shape)) for t in architecture.tensors()]
+    importance, types = importance or {}, types or {}
+    planned = architecture.tensors()
+    if unknown := sorted(set(types) - {t.name for t in planned}):
+        raise UsageError(f"{folder} becomes no tensor {unknown[0]}", "a type can be given only to its own tensors")
+    tensors = [_typed(ftype, t, architecture.shape, types.get(t.name), importance) for t in planned]
     tokenizer = read_tokenizer(checkpoint, architecture.n_vocab)
     return Conversion(ftype, architecture, tokenizer, read_provenance(checkpoint), tuple(tensors))
+
+
+def _typed(
+    ftype: str, tensor: Planned, model: Shape, given: GGMLQuantizationType | None, importance: Importance
+) -> Typed:
+    name, shape = tensor.name, tensor.shape
+    weights = importance.get(name)
+    asked, got = (given, given) if given is not None else choose(ftype, name, shape, model)
+    if shape[-1] % ggml.block_size(got):
+        raise UsageError(f"{name} cannot be {got.name}: rows of {shape[-1]} are no multiple of its block")
+    wanted = shape[:1] + shape[-1:] if len(shape) == 3 else shape[-1:]
+    if weights is not None and weights.shape != wanted:
+        found = list(weights.shape)
+        raise ModelError(
+            f"the importance matrix has {found} weights for {name}, which takes {list(wanted)}",
+            "it was made with another model",
+        )
+    if weights is None and got in ggml.NEED_IMATRIX:
+        raise UsageError(f"{name} cannot be {got.name} without an importance matrix", "deepdistill quantize makes one")
+    return Typed(tensor, asked, got, weights)
 
 
 def write(conversion: Conversion, out: Path, metadata: dict[str, str], on_progress: Progress, n_threads: int) -> None:
@@ -123,9 +159,9 @@ def _write_tensors(conversion: Conversion, writer: GGUFWriter, on_progress: Prog
     done, total = 0, sum(t.n_weights for t in conversion.tensors)
     for typed in conversion.tensors:
         n_written = 0
-        for rows in typed.tensor.read():
+        for rows, weights in _parts(typed):
             try:
-                data = _encode(rows, typed.got, pool)
+                data = _encode(rows, typed.got, pool, weights)
             except ValueError as error:
                 hint = "the checkpoint's training diverged, or the file is broken"
                 raise ArtifactError(f"{typed.tensor.name}: {error}", hint) from error
@@ -136,14 +172,32 @@ def _write_tensors(conversion: Conversion, writer: GGUFWriter, on_progress: Prog
         writer.write_padding(file, n_written)
 
 
-def _encode(rows: npt.NDArray[np.float32], type_: GGMLQuantizationType, pool: Executor) -> bytes:
+def _parts(typed: Typed) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]]:
+    """Yield a tensor's rows, in parts that belong to one expert, with the weights of their columns."""
+    weights, n_rows = typed.importance, math.prod(typed.tensor.shape[-2:-1])
+    done = 0
+    for rows in typed.tensor.read():
+        if weights is None or weights.ndim == 1:
+            yield rows, weights
+            continue
+        for start in range(0, len(rows), n_rows):
+            yield rows[start : start + n_rows], weights[(done + start) // n_rows]
+        done += len(rows)
+
+
+def _encode(
+    rows: npt.NDArray[np.float32],
+    type_: GGMLQuantizationType,
+    pool: Executor,
+    weights: npt.NDArray[np.float32] | None = None,
+) -> bytes:
     if type_ == GGMLQuantizationType.F32:
         if not np.isfinite(rows).all():
             raise ValueError("NaN or infinite values")
         return rows.astype("<f4", copy=False).tobytes()
     if type_ == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError("values too large for F16: BF16 and F32 hold them")
-    return ggml.quantize_rows(rows, type_, pool=pool).tobytes()
+    return ggml.quantize_rows(rows, type_, weights, pool).tobytes()
 
 
 @contextmanager

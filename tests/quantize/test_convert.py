@@ -13,9 +13,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
+from deepdistill.localrun import ggml
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.header import read_gguf
 from deepdistill.quantize import architecture, convert
@@ -141,6 +143,48 @@ def test_parts_and_shards_change_no_byte(student: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(architecture, "_PART", 1024)
     quantize(sharded, tmp_path / "parts.gguf", "Q4_0", n_threads=3)
     assert (tmp_path / "parts.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_explicit_types_and_an_importance_matrix(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """The bytes of each tensor against ggml, called with the tensor's own type and weights."""
+    folder = make_checkpoint(hidden_size=256, num_hidden_layers=1)
+    name, other = "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"
+    weights = np.random.default_rng(0).random(256, dtype=np.float32)
+    conversion = convert.plan(folder, "Q8_0", types={name: Type.IQ2_XXS, other: Type.Q2_K}, importance={name: weights})
+    convert.write(conversion, tmp_path / "out.gguf", {}, lambda *_: None, 2)
+    stored = read_gguf(tmp_path / "out.gguf").tensors
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    data = (tmp_path / "out.gguf").read_bytes()
+    for tensor, source, type_, column in (
+        (name, "up_proj", Type.IQ2_XXS, weights),
+        (other, "gate_proj", Type.Q2_K, None),
+        ("blk.0.attn_v.weight", "v_proj", Type.Q8_0, None),
+    ):
+        rows = next(value for key, value in state.items() if f"{source}.weight" in key).numpy()
+        there = stored[tensor]
+        assert there.type == type_
+        expected = ggml.quantize_rows(rows, type_, column).tobytes()
+        assert data[there.offset : there.offset + there.n_bytes] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"types": {"blk.9.ffn_up.weight": Type.Q8_0}}, UsageError, "no tensor blk.9"),
+        ({"types": {"blk.0.ffn_down.weight": Type.Q4_K}}, UsageError, "rows of 96 are no multiple"),
+        ({"types": {"token_embd.weight": Type.IQ2_XS}}, UsageError, "no multiple|importance matrix"),
+        (
+            {"importance": {"blk.0.ffn_up.weight": np.ones(5, np.float32)}},
+            ModelError,
+            r"\[5\] weights for blk.0.ffn_up",
+        ),
+    ],
+)
+def test_an_assignment_that_does_not_fit_is_refused(
+    student: Path, given: dict[str, Any], error: type[DeepDistillError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        convert.plan(student, "Q8_0", **given)
 
 
 @pytest.fixture
