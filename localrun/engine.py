@@ -17,9 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import numpy.typing as npt
-
 from ..errors import ArtifactError, ModelError
 from . import template
 from .batching import complete_all
@@ -27,12 +24,15 @@ from .drafts import Latch, NgramDrafts, Propose
 from .generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
 from .hardware import best_threads, default_threads
 from .llama import Context, Entry, Model, llama_version
-from .logprobs import stack_rows, top_of
+from .logprobs import stack_rows, top_with
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from .vision import Projector
 
 _STATE_MAGIC = b"deepdistill-state-1\n"
@@ -355,6 +355,8 @@ class Engine:
         Raises:
             ModelError: the tokens do not fit the context.
         """
+        import numpy as np
+
         rows = np.empty((len(tokens), self.n_vocab), np.float32)
         for i, row in enumerate(self._logit_rows(tokens)):
             rows[i] = row
@@ -363,11 +365,13 @@ class Engine:
     def top_logprobs(self, tokens: Sequence[int], k: int, start: int = 1) -> TopLogprobs:
         """Return the k most probable tokens at the place of every token of a text from `start`, at least 1, on.
 
+        The text's own token takes the last place where it is not among them.
+
         Raises:
             ModelError: the tokens do not fit the context.
         """
         rows = itertools.islice(self._logit_rows(tokens), start - 1, len(tokens) - 1)
-        return stack_rows([top_of(row, k) for row in rows], k)
+        return stack_rows([top_with(row, k, token) for row, token in zip(rows, tokens[start:], strict=True)], k)
 
     def _logit_rows(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the logits `[V]` that follow each token: views that are overwritten."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from .generation import TopLogprobs
 
-_BLOCK = 64
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+    Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+
+_BLOCK = 64
 
 
 def top_of(logits: npt.NDArray[np.float32], k: int) -> Row:
@@ -20,6 +22,8 @@ def top_of(logits: npt.NDArray[np.float32], k: int) -> Row:
     The k-th highest of the maxima of blocks bounds the k-th highest logit from below, so that only a few candidates are
     sorted: a tenth of what partitioning the whole row takes.
     """
+    import numpy as np
+
     k = min(k, len(logits))
     n_blocks = len(logits) // _BLOCK
     if n_blocks >= k:
@@ -33,8 +37,22 @@ def top_of(logits: npt.NDArray[np.float32], k: int) -> Row:
     return ids.astype(np.int32), (logits[ids] - total).astype(np.float32)
 
 
+def top_with(logits: npt.NDArray[np.float32], k: int, given: int) -> Row:
+    """Return `top_of`, where a given token that is not among the k takes the last place."""
+    import numpy as np
+
+    ids, values = top_of(logits, k)
+    if given not in ids:
+        highest = logits.max()
+        total = highest + np.log(np.exp(logits - highest).sum(dtype=np.float64))
+        ids[-1], values[-1] = given, logits[given] - total
+    return ids, values
+
+
 def stack_rows(rows: Sequence[Row], k: int) -> TopLogprobs:
     """Return the rows of T tokens as one record, `[T, k]`."""
+    import numpy as np
+
     if not rows:
         return TopLogprobs(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
     return TopLogprobs(np.stack([ids for ids, _ in rows]), np.stack([values for _, values in rows]))

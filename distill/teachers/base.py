@@ -19,11 +19,15 @@ Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "wor
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Who answered: what a trace keeps of its teacher. `revision` is a commit or a hash of the weights, if known."""
+    """Who answered: what a trace keeps of its teacher.
+
+    `revision` is a commit or a hash of the weights, `vocabulary` the fingerprint of its tokens, where they are known.
+    """
 
     name: str
     backend: Backend
     revision: str | None = None
+    vocabulary: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Teacher(ABC):
     name: str
     backend: Backend
     revision: str | None = None
+    vocabulary: str | None = None
     n_parallel: int = 1
     on_note: Callable[[str], None] = staticmethod(_ignore)
     """Is told, in one line, what the teacher does otherwise than asked: set it to show that to the user."""
@@ -85,13 +90,18 @@ class Teacher(ABC):
         """Return the most probable tokens `[T, top_logprobs]` at the place of each of the T tokens of a given answer.
 
         The answer, of this model or any other, follows the rendered conversation: token ids of this teacher's
-        vocabulary, or text, which it tokenizes, special tokens parsed.
+        vocabulary, or text, which it tokenizes, special tokens parsed. The answer's own token is always among them: in
+        the last place where it is not one of the most probable.
 
         Raises:
             TeacherError: this teacher cannot score what it has not generated.
             ModelError: the text does not fit the context.
         """
         raise TeacherError(f"{self.name} gives no log-probabilities of a given text", "use a model in this process")
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the token ids of a text without special tokens added; None if the teacher does not tell them."""
+        return None
 
     def accepts(self, problem_source: str) -> None:  # noqa: B027 - most teachers answer anything
         """Return if the teacher was made for problems of this source.
@@ -106,7 +116,7 @@ class Teacher(ABC):
     @property
     def info(self) -> TeacherInfo:
         """Who this is, as a trace keeps it."""
-        return TeacherInfo(self.name, self.backend, self.revision)
+        return TeacherInfo(self.name, self.backend, self.revision, self.vocabulary)
 
     def __enter__(self) -> Self:
         return self

@@ -51,6 +51,16 @@ def top_of(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return top.indices.int(), top.values - logits.logsumexp(-1, keepdim=True)
 
 
+def top_with(logits: torch.Tensor, k: int, given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `top_of`, where given tokens `[B]` that are not among the k take the last place."""
+    logits = logits.float()
+    ids, values = top_of(logits, k)
+    missing = (ids != given[:, None]).all(1)
+    own = logits.gather(1, given[:, None])[:, 0] - logits.logsumexp(-1)
+    ids[missing, -1], values[missing, -1] = given[missing].int(), own[missing]
+    return ids, values
+
+
 def _sorted_head(probs: torch.Tensor, sampling: Sampling, captured: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the most probable tokens in descending order: as many as any filter can leave."""
     n_vocab = probs.shape[-1]

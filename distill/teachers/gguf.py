@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...localrun.engine import Engine
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
+from ..vocabulary import of_gguf
 from .base import Request, Teacher
 
 _PARALLEL = 16
@@ -34,7 +35,7 @@ class GGUFTeacher(Teacher):
         self.n_parallel = n_parallel or _PARALLEL
         self.name = path.name
         self._engine = Engine(path, n_seq=self.n_parallel)
-        self.revision = _file_hash(path)
+        self.revision, self.vocabulary = _file_hash(path), of_gguf(path)
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
@@ -71,6 +72,10 @@ class GGUFTeacher(Teacher):
         tokens = self._engine.model.tokenize(answer, whole=False) if isinstance(answer, str) else list(answer)
         self._make_room(len(prompt) + len(tokens), 1)
         return self._engine.top_logprobs([*prompt, *tokens], top_logprobs, len(prompt))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self._engine.model.tokenize(text, whole=False)
 
     def _n_tokens(self, prompt: str, sampling: Sampling) -> int:
         """Return the context that an answer may take; none where the prompt alone is more than the model can read."""

@@ -7,6 +7,7 @@ code from a checkpoint is ever run.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ..device import SMALL_MODEL, choose_device
+from ..vocabulary import of_tokenizer
 from .base import Backend, Request, Teacher
-from .choose import top_of
+from .choose import top_with
 from .decode import BatchDecoder, Row, make_row
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
@@ -114,14 +116,26 @@ class TransformersTeacher(Teacher):
         if self.n_ctx is not None and len(ids) > self.n_ctx:
             raise ModelError(f"the text takes {len(ids)} tokens and the context of {self.name} holds {self.n_ctx}")
         cache, top = DynamicCache(config=self.model.config), []
+        following = torch.tensor([*ids[1:], ids[-1]], device=self.model.device)  # nothing follows the last
         for start in range(0, len(ids), _SCORED_TOKENS):
             chunk = torch.tensor([ids[start : start + _SCORED_TOKENS]], device=self.model.device)
-            n_wanted = max(1, start + chunk.shape[1] - len(prompt) + 1)  # the prompt's last token begins the answer
+            end = start + chunk.shape[1]
+            n_wanted = max(1, min(chunk.shape[1], end - len(prompt) + 1))  # the prompt's last token begins the answer
             output = self.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=n_wanted)
-            if start + chunk.shape[1] >= len(prompt):
-                top.append([part.cpu() for part in top_of(output.logits[0], top_logprobs)])
+            if end >= len(prompt):
+                found = top_with(output.logits[0], top_logprobs, following[end - n_wanted : end])
+                top.append([part.cpu() for part in found])
         tokens, values = (torch.cat(part)[:-1].numpy() for part in zip(*top, strict=True))
         return TopLogprobs(tokens, values)
+
+    @cached_property
+    def vocabulary(self) -> str:  # type: ignore[override]
+        """The fingerprint of its tokens."""
+        return of_tokenizer(self.tokenizer)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text."""
+        return self._tokenize(text)
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -194,13 +194,19 @@ def test_a_given_text_is_scored_in_passes_of_any_size(
     prompt = teacher.tokenizer(teacher.render(messages), add_special_tokens=False).input_ids
     with torch.inference_mode():
         logits = teacher.model(torch.tensor([[*prompt, *made]])).logits[0, len(prompt) - 1 : -1]
-    expected = torch.log_softmax(logits.float(), -1).topk(5)
+    everything = torch.log_softmax(logits.float(), -1)
+    ids, values = (part.clone() for part in everything.topk(5)[::-1])
+    for i, token in enumerate(made):  # the answer's own token is among them, in the last place if need be
+        if token not in ids[i]:
+            ids[i, -1], values[i, -1] = token, everything[i, token]
+    assert bool((values[:, -1] < everything.topk(5).values[:, -1]).any())
     for n in (1024, 1, 3, len(prompt) - 1, len(prompt), len(prompt) + 1):
         monkeypatch.setattr(transformers_model, "_SCORED_TOKENS", n)
         for answer in (text, made):
             scored = teacher.score(messages, answer, top_logprobs=5)
-            np.testing.assert_allclose(scored.values, expected.values.numpy(), atol=1e-4)
-            assert (scored.ids == expected.indices.numpy()).mean() > 0.9
+            np.testing.assert_allclose(scored.values, values.numpy(), atol=1e-4)
+            assert (scored.ids == ids.numpy()).mean() > 0.9
+            assert all(token in row for token, row in zip(made, scored.ids, strict=True))
     with pytest.raises(ModelError, match="context"):
         teacher.score(messages, made * 20, top_logprobs=5)
 

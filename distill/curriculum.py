@@ -1,0 +1,70 @@
+"""Which rows train when, by how often the student itself solves their problems.
+
+A problem that it nearly always solves teaches little, so it comes in a part of the passes; one that it solves now and
+then is where it can learn, and comes twice a pass; one that it never solves waits until the rest has been seen once.
+
+Source: difficulty by the model's own pass rate, as Kimi k1.5 (arXiv 2501.12599, section 2.3) and others sample prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .rows import Row, order_rows
+
+Level = Literal["easy", "middle", "hopeless"]
+
+
+@dataclass(frozen=True)
+class CurriculumSettings:
+    """`easy_from` is the pass rate from which a problem is easy; `easy_share` the share of passes that it comes in."""
+
+    easy_from: float = 0.75
+    easy_share: float = 0.5
+    middle_times: int = 2
+
+
+def level_of(rate: float | None, settings: CurriculumSettings) -> Level:
+    """Return the level of a pass rate; a problem that was never tried is in the middle."""
+    if rate is None:
+        return "middle"
+    if rate >= settings.easy_from:
+        return "easy"
+    return "middle" if rate > 0 else "hopeless"
+
+
+def arrange(
+    rows: Sequence[tuple[Row, float | None]],
+    batch_size: int,
+    epochs: int,
+    seed: int,
+    settings: CurriculumSettings | None = None,
+) -> list[Row]:
+    """Return the rows of every pass in order, given each with its problem's pass rate.
+
+    The first pass has two halves: what the student can learn now, then the same again among the hopeless ones. Where
+    nothing is easy or in the middle this is the plain order.
+    """
+    settings = settings or CurriculumSettings()
+    levels = [level_of(rate, settings) for _, rate in rows]
+    hopeless = [row for (row, _), level in zip(rows, levels, strict=True) if level == "hopeless"]
+    middle = [row for (row, _), level in zip(rows, levels, strict=True) if level == "middle"]
+    easy = [row for (row, _), level in zip(rows, levels, strict=True) if level == "easy"]
+    rng = random.Random(seed)
+    ordered: list[Row] = []
+    for epoch in range(epochs):
+        some_easy = rng.sample(easy, round(settings.easy_share * len(easy)))
+        again = middle * (settings.middle_times - 1)
+        halves = [middle + some_easy, again + hopeless] if epoch == 0 else [middle + again + some_easy + hopeless]
+        for half, part in enumerate(halves):
+            ordered += order_rows(part, batch_size, 1, seed + 2 * epoch + half) if part else []
+    return ordered
+
+
+def counts(rates: Sequence[float | None], settings: CurriculumSettings | None = None) -> dict[str, int]:
+    """Return how many problems stand on each level."""
+    levels = [level_of(rate, settings or CurriculumSettings()) for rate in rates]
+    return {level: levels.count(level) for level in ("easy", "middle", "hopeless")}

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from collections import Counter
+
+from deepdistill.distill.curriculum import CurriculumSettings, arrange, counts, level_of
+from deepdistill.distill.rows import Row, order_rows
+
+
+def rows_at(rate: float | None, n: int, first: int) -> list[tuple[Row, float | None]]:
+    return [(Row([1, first + i], 1), rate) for i in range(n)]
+
+
+def test_levels() -> None:
+    rates = [None, 0.0, 0.25, 0.74, 0.75, 1.0]
+    settings = CurriculumSettings()
+    assert [level_of(rate, settings) for rate in rates] == ["middle", "hopeless", "middle", "middle", "easy", "easy"]
+    assert counts(rates) == {"easy": 2, "middle": 3, "hopeless": 1}
+
+
+def test_easy_come_less_middle_more_and_hopeless_after_what_can_be_learned_now() -> None:
+    easy, middle, hopeless = rows_at(1.0, 40, 100), rows_at(0.5, 40, 200), rows_at(0.0, 40, 300)
+    ordered = arrange([*easy, *middle, *hopeless], batch_size=4, epochs=2, seed=0)
+    kinds = [row.input_ids[1] // 100 for row in ordered]
+    assert Counter(kinds) == {1: 40, 2: 160, 3: 80}  # in two passes: each easy once, middle four times, hopeless twice
+    first = kinds[:60]
+    assert 3 not in first
+    assert Counter(kinds[60:140]) == {2: 40, 3: 40}
+    assert arrange([*easy, *middle, *hopeless], 4, 2, 0) == ordered
+    assert arrange([*easy, *middle, *hopeless], 4, 2, 1) != ordered
+
+
+def test_without_differences_it_is_the_plain_order() -> None:
+    rows = rows_at(0.0, 30, 300)
+    assert sorted(row.input_ids for row in arrange(rows, 4, 1, 0)) == sorted(
+        row.input_ids for row in order_rows([row for row, _ in rows], 4, 1, 0)
+    )
