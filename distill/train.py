@@ -86,15 +86,19 @@ def train(
     checkpoints_dir: Path,
     out: Path,
     on_progress: Progress = no_progress,
+    *,
+    is_ordered: bool = False,
 ) -> TrainReport:
     """Train the checkpoint in base_dir on rows and save it, merged, to out; go on from the last whole checkpoint.
+
+    With `is_ordered` the rows are those of every epoch, in order (a curriculum's).
 
     Raises:
         ModelError: the weights cannot be loaded.
         ArtifactError: the disk is full.
     """
     device = choose_device()
-    ordered = order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
+    ordered = list(rows) if is_ordered else order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
     model = _load(base_dir, settings, device)
     clock = _Clock(settings, ordered, on_progress)
     trainer = _Trainer(
