@@ -15,13 +15,17 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from .generation import Completion, Guidance, Sampling
 from .llama import Context, Entry
-from .logprobs import Row, stack_rows, top_of
+from .logprobs import stack_rows, top_of
 from .thinking import Tags
 from .turn import Turn
+
+if TYPE_CHECKING:
+    from .logprobs import Row
 
 _LEAST_PREFIX = 16  # tokens; a shorter shared prefix is not worth a pass of its own
 

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 _CPUS = Path("/sys/devices/system/cpu")
 _PROC = Path("/proc")
 _PERFORMANCE = 0.85  # of the highest clock: efficiency cores stay below, the spread among equal cores above
 _CLEARLY = 1.5  # times slower: with still more threads it would be slower still
 _WITHIN = 1.05  # of the fastest: the fewest threads so near to it leave the others to other programs
+_BUSY_S = 600.0  # for how long a thread count is good that was measured on busy cores
 _HEADER = 1 << 20  # bytes that tell a file from another of its size
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: a card of its own, one that shares the system's memory
 
@@ -42,20 +41,28 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
     `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are one, half, the
     performance cores and all physical cores, the fewest first, twice each. On a busy or oversubscribed machine two
     threads can be a hundred times slower than one, which no count of cores tells. `OMP_NUM_THREADS` decides without
-    measuring; `again` measures anew. What is measured while other programs keep the cores busy is not kept.
+    measuring; `again` measures anew. What is measured while other programs keep the cores busy, as the calls of a
+    script do, is kept for ten minutes.
     """
     cores = physical_cores()
     if _thread_limit() or cores == 1:
         return default_threads()
     machine, file = f"{cpu_name()}, {cores} cores", _file_key(path)
     known = _read_threads().get(machine, {})
-    kept = known.get(file) if isinstance(known, dict) else None
-    if not again and isinstance(kept, int) and 1 <= kept <= cores:
+    kept = _still_good(known.get(file) if isinstance(known, dict) else None)
+    if not again and kept is not None and 1 <= kept <= cores:
         return kept
     best = _measure_threads(sorted({1, max(1, cores // 2), performance_cores(), cores}), measure)
-    if not _is_busy(cores):
-        _keep_threads(machine, file, best)
+    _keep_threads(machine, file, {"threads": best, "until": time.time() + _BUSY_S} if _is_busy(cores) else best)
     return best
+
+
+def _still_good(kept: Any) -> int | None:
+    """Return the thread count of an entry of the cache; None if it has had its time, or is none."""
+    if isinstance(kept, dict):
+        until = kept.get("until")
+        kept = kept.get("threads") if isinstance(until, int | float) and time.time() < until else None
+    return kept if isinstance(kept, int) else None
 
 
 def _is_busy(cores: int) -> bool:
@@ -106,7 +113,7 @@ def _read_threads() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _keep_threads(machine: str, file: str, n: int) -> None:
+def _keep_threads(machine: str, file: str, n: int | dict[str, float]) -> None:
     """Add one measurement to the cache; without a folder to write to, measuring again is all that is lost."""
     found = _read_threads()
     known = found.get(machine)
@@ -227,6 +234,8 @@ def memory_bandwidth(n_bytes: int = 1 << 28, n_threads: int | None = None, n_pas
     Generating a token reads all of a model's weights once, so that this bounds the tokens/s of any file. The maximum of
     a float array is a plain read: numpy computes it with vector instructions and without the interpreter's lock.
     """
+    import numpy as np
+
     n_threads = n_threads or default_threads()
     parts = np.array_split(np.ones(n_bytes // 4, np.float32), n_threads)  # written to, so that its pages are there
     best = float("inf")

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .hardware import bound_spinning
+from .lazy import import_part
 from .memory import KV_TYPES
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 bound_spinning()  # before OpenMP is loaded: it reads its settings once
 
 try:
+    import_part("llama_cpp", "llama_cpp")  # the C functions
     import llama_cpp
 except (ImportError, OSError, RuntimeError) as error:  # not installed, or built for another machine
     raise ModelError(
@@ -84,21 +90,46 @@ def _start_library() -> None:
     seen = (context.n_ubatch, context.rope_scaling_type, context.type_k, context.n_seq_max, model.vocab_only)
     if seen != (512, -1, 1, 1, False):
         raise ModelError(
-            f"llama-cpp-python {llama_cpp.__version__} does not fit the llama.cpp library that it loads",
+            f"llama-cpp-python {llama_version()} does not fit the llama.cpp library that it loads",
             "reinstall it: pip install --force-reinstall llama-cpp-python; and unset LLAMA_CPP_LIB_PATH",
         )
 
 
 def llama_version() -> str:
     """Return the version of the installed bindings, and with it of llama.cpp."""
-    return str(llama_cpp.__version__)
+    try:
+        return version("llama-cpp-python")
+    except PackageNotFoundError:  # a checkout on the path
+        return str(llama_cpp.__version__)
+
+
+def has_amx() -> bool:
+    """Whether the installed llama.cpp would multiply with AMX, which is left aside.
+
+    It crashes in the first prompt where GCC compiled it: the tiles' shapes, which llama.cpp writes on the stack, are
+    optimized away. Source: https://github.com/ggml-org/llama.cpp/pull/26954, seen with 0.3.36 and GCC 12.
+    """
+    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
+
+
+def _model_params(writable: bool) -> Any:
+    params = llama_cpp.llama_model_default_params()
+    if has_amx():
+        params.use_extra_bufts = False
+    if writable:
+        if hasattr(params, "load_mode"):
+            params.load_mode = 0  # LLAMA_LOAD_MODE_NONE; older versions have a flag of its own
+        else:
+            params.use_mmap = False
+        params.use_extra_bufts = False  # nothing repacked for the processor
+    return params
 
 
 class Model:
     """A loaded GGUF: its weights, vocabulary and metadata."""
 
-    def __init__(self, path: Path) -> None:
-        """Load a file.
+    def __init__(self, path: Path, *, writable: bool = False) -> None:
+        """Load a file; `writable` keeps its weights as they stand in the file, in memory of their own.
 
         Raises:
             ArtifactError: it is missing, cut short, corrupt or no GGUF.
@@ -108,7 +139,7 @@ class Model:
         _start_library()
         self.path = path
         _log.clear()
-        self._handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
+        self._handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), _model_params(writable))
         if not self._handle:
             raise _load_error(path, _reason())
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
@@ -203,9 +234,18 @@ class Context:
     """A KV cache that all sequences share, and one batch that is used again and again."""
 
     def __init__(
-        self, model: Model, n_ctx: int, n_seq: int, n_threads: int, n_batch: int, kv_type: str = "f16"
+        self,
+        model: Model,
+        n_ctx: int,
+        n_seq: int,
+        n_threads: int,
+        n_batch: int,
+        kv_type: str = "f16",
+        on_eval: Callable[[int, bool], bool] | None = None,
     ) -> None:
         """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once, cached in one of `KV_TYPES`.
+
+        `on_eval` is called with the address of every node of the graph; see `tensors.scheduler_callback`.
 
         Raises:
             ModelError: not enough memory, or the model cannot have such a cache.
@@ -222,6 +262,9 @@ class Context:
         if hasattr(params, "n_outputs_max_per_seq"):
             params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
         params.no_perf = True
+        if on_eval is not None:  # the C function lives as long as its Python object
+            self._on_eval = type(params.cb_eval)(lambda node, is_asked, _: on_eval(node, is_asked))
+            params.cb_eval = self._on_eval
         # Flash attention stays at the default, which is automatic.
         _log.clear()
         self.model, self.n_batch = model, n_batch
@@ -264,8 +307,23 @@ class Context:
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
         """Return the logits `[V]` of one entry of the last batch: a view that the next batch overwrites."""
+        import numpy as np  # what only samples does without
+
         row = llama_cpp.llama_get_logits_ith(self.handle, index)
         return np.ctypeslib.as_array(row, shape=(self.model.n_vocab,))
+
+    @contextmanager
+    def without(self, index: int, tokens: Collection[int]) -> Iterator[None]:
+        """Make some tokens impossible in one entry of the last batch, for as long as the block lasts."""
+        row = llama_cpp.llama_get_logits_ith(self.handle, index)
+        kept = [(token, row[token]) for token in tokens]
+        for token in tokens:
+            row[token] = -math.inf
+        try:
+            yield
+        finally:
+            for token, logit in kept:
+                row[token] = logit
 
     def forget(self, sequence: int, start: int = 0) -> int:
         """Drop a sequence's cache from a position on; return how many of its tokens stay."""

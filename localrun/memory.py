@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import ModelError, UsageError
 from .hardware import gpus
-from .header import Header, read_gguf
+from .lazy import import_part
+
+import_part("gguf", "constants")  # before anything imports the rest of it
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402
+
+from .header import Header, read_gguf  # noqa: E402
 
 KV_TYPES = {
     "f16": GGMLQuantizationType.F16,

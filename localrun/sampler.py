@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import llama_cpp
-import numpy as np
 
 from .generation import Guidance, Sampling
 from .llama import Context, Model
@@ -20,7 +19,7 @@ _DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 to
 _DRY_AGAINST_LOOPS = 1.0
 _PENALIZED = 64  # last tokens that the repeat penalty looks at
 _ROOT = "deepdistill-root"  # a blank line after the thinking, then the grammar's own root
-_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+_CANDIDATE = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # numpy's words for llama_token_data
 
 
 class Sampler:
@@ -73,19 +72,19 @@ class Sampler:
 
     def sample(self, context: Context, index: int, banned: Collection[int] = ()) -> int:
         """Return the token chosen from one entry's logits of the last batch; `accept` it if it is taken."""
-        if self._grammar is None and not banned:
-            return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
-        logits = context.logits(index)
-        if banned:
-            logits = logits.copy()
-            logits[list(banned)] = -np.inf
-        token = self._choose(logits, grammar_first=False)
-        if self._grammar is not None and not self._allows(token):
-            token = self._choose(logits, grammar_first=True)
+        with context.without(index, banned):
+            if self._grammar is None:
+                return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
+            logits = context.logits(index)
+            token = self._choose(logits, grammar_first=False)
+            if not self._allows(token):
+                token = self._choose(logits, grammar_first=True)
         self.accept(token)
         return token
 
     def _choose(self, logits: Any, grammar_first: bool) -> int:
+        import numpy as np
+
         candidates = np.empty(len(logits), _CANDIDATE)
         candidates["id"], candidates["logit"], candidates["p"] = np.arange(len(logits)), logits, 0
         array = _as_array(candidates)
@@ -95,6 +94,8 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def _allows(self, token: int) -> bool:
+        import numpy as np
+
         candidate = np.array([(token, 0.0, 0.0)], _CANDIDATE)
         llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(_as_array(candidate)))
         return bool(np.isfinite(candidate["logit"][0]))

@@ -103,16 +103,22 @@ def test_candidates(cpus: BuildCPUs, tmp_path: Path) -> None:
     assert clock.asked == [1, 1, 4, 4]
 
 
-def test_a_measurement_on_busy_cores_is_not_kept(
+def test_a_measurement_on_busy_cores_is_kept_for_a_short_time(
     cpus: BuildCPUs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpus(*[(None, 1)] * 2)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(psutil, "getloadavg", lambda: (1.9, 0.0, 0.0))
+    now = 1000.0
+    monkeypatch.setattr(hardware.time, "time", lambda: now)
     assert best_threads(tmp_path / "model.gguf", Clock({2: 5.0, 1: 1.0})) == 1
+    now += 599
+    assert best_threads(tmp_path / "model.gguf", Clock({2: 1.0, 1: 2.0})) == 1
+    now += 2
     monkeypatch.setattr(psutil, "getloadavg", lambda: (0.1, 5.0, 5.0))
     assert best_threads(tmp_path / "model.gguf", Clock({2: 1.0, 1: 2.0})) == 2
-    assert best_threads(tmp_path / "model.gguf", Clock({2: 5.0, 1: 1.0})) == 2, "now it is kept"
+    now += 1e9
+    assert best_threads(tmp_path / "model.gguf", Clock({2: 5.0, 1: 1.0})) == 2, "now it is kept for good"
 
 
 def test_one_measurement_a_machine_and_model(cpus: BuildCPUs, tmp_path: Path) -> None:
