@@ -285,6 +285,8 @@ def _facts(report: DoctorReport) -> Iterator[tuple[str, str]]:
 def _notes(report: DoctorReport) -> Iterator[str]:
     if report.llama_cpp.error:
         yield "reinstall llama.cpp: pip install --force-reinstall --no-cache-dir llama-cpp-python"
+    if "AMX_INT8" in report.llama_cpp.instruction_sets:
+        yield "AMX is left aside, since llama.cpp crashes with it where GCC compiled it"
     if report.llama_cpp.unused:
         yield (
             f"the processor has {' '.join(report.llama_cpp.unused)}, which this llama.cpp does not use; compiled here "

@@ -179,6 +179,9 @@ def test_instructions_that_the_build_leaves_unused(home: Path, monkeypatch: pyte
     assert report.llama_cpp.instruction_sets == ("AVX2", "FMA")
     assert report.llama_cpp.unused == ("F16C", "AVX512")
     assert "note: the processor has F16C AVX512" in printed(report, 200)
+    assert "AMX" not in printed(report, 200)
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: b"CPU : AVX2 = 1 | AMX_INT8 = 1 | ")
+    assert "note: AMX is left aside" in printed(doctor(), 200)
 
 
 def test_a_llama_cpp_that_does_not_work_is_reported(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, Usag
 from deepdistill.localrun import memory
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.llama import _model_params
 from deepdistill.localrun.logprobs import top_of
 
 GREEDY, LONG = Sampling(max_tokens=40), Sampling(max_tokens=120)
@@ -428,3 +429,13 @@ def test_without_llama_cpp_there_is_a_hint(random_gguf: Path) -> None:
     assert done.stderr.startswith("error: llama-cpp-python does not work here")
     assert "--extra-index-url" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "said", [b"CPU : AVX512 = 1 | AMX_INT8 = 1 | OPENMP = 1 | ", b"CPU : AVX2 = 1 | OPENMP = 1 | "]
+)
+def test_amx_is_left_aside_and_only_that(monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """The other buffers, which hold weights repacked for the processor, are llama.cpp's own choice."""
+    monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: said)
+    default = llama_cpp.llama_model_default_params().use_extra_bufts
+    assert _model_params(writable=False).use_extra_bufts == (default and b"AMX" not in said)
