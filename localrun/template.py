@@ -27,8 +27,9 @@ def render(
     bos_token: str = "",
     eos_token: str = "",
     tools: Sequence[Mapping[str, Any]] | None = None,
+    asks: bool = True,
 ) -> str:
-    """Return the prompt that asks for the next assistant turn.
+    """Return the prompt that asks for the next assistant turn; without `asks`, the conversation as it stands.
 
     `tools` and the messages' `tool_calls` have OpenAI's form. A call's `arguments`, there a JSON text, reach the
     template as the object that most templates expect; those that expect text get the text, see `_Arguments`.
@@ -41,7 +42,7 @@ def render(
             messages=[_as_templates_want(message) for message in messages],
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=None,
-            add_generation_prompt=True,
+            add_generation_prompt=asks,
             enable_thinking=thinking,
             bos_token=bos_token,
             eos_token=eos_token,

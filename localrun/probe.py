@@ -1,0 +1,122 @@
+"""A model in memory whose weights can be exchanged one by one, to see what each change does to what it says.
+
+The model is loaded once as F16; a weight is set through ggml's own backend, so the same holds on a GPU, and a
+measurement takes one reading of the texts: no file is written, nothing is loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ModelError
+from .hardware import default_threads
+from .llama import Context, Entry, Model
+from .memory import N_BATCH
+from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
+
+
+class LogitReader:
+    """A GGUF that is read for its logits, as it computes when it is run. Close it, or use it as a context manager."""
+
+    def __init__(self, path: Path, *, n_threads: int | None = None, writable: bool = False) -> None:
+        """Load the file.
+
+        Raises:
+            ArtifactError, ModelError: see `llama.Model` and `llama.Context`.
+        """
+        self.model = Model(path, writable=writable)
+        self._n_threads = n_threads or default_threads()
+        try:
+            n_ctx = max(N_BATCH, min(self.model.n_ctx_train or 4096, 4096))
+            self._context = Context(self.model, n_ctx, 1, self._n_threads, N_BATCH)
+        except BaseException:
+            self.model.close()
+            raise
+
+    def logit_rows(self, tokens: Sequence[int], start: int = 1) -> Iterator[npt.NDArray[np.float32]]:
+        """Yield the logits `[V]` that predict each token from `start`, at least 1, on: views that are overwritten.
+
+        Raises:
+            ModelError: the tokens do not fit the context.
+        """
+        if not start < len(tokens) <= self._context.n_ctx:
+            raise ModelError(f"{len(tokens)} tokens do not fit the context of {self._context.n_ctx}")
+        self._context.forget(0)
+        last = len(tokens) - 1  # nothing comes after the last token
+        for begin in range(0, last, N_BATCH):
+            part = range(begin, min(begin + N_BATCH, last))
+            self._context.decode([Entry(tokens[i], i, 0, i >= start - 1) for i in part])
+            yield from (self._context.logits(i - begin) for i in part if i >= start - 1)
+
+    def close(self) -> None:
+        """Free the cache and the weights. More than one call does no harm."""
+        self._context.close()
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Probe(LogitReader):
+    """An F16 GGUF to be read with other weights."""
+
+    def __init__(self, path: Path, *, n_threads: int | None = None) -> None:
+        """Load the file into memory of its own, and find where each weight stands there.
+
+        Raises:
+            ArtifactError, ModelError: the file cannot be run, or ggml's tensors do not look as they should.
+        """
+        super().__init__(path, n_threads=n_threads, writable=True)
+        self._weights: dict[str, list[Pointer]] = {}
+        try:
+            self._locate(self._n_threads)
+        except BaseException:
+            self.close()
+            raise
+
+    def _locate(self, n_threads: int) -> None:
+        failed: list[BaseException] = []
+
+        def on_node(node: Pointer, _: bool) -> bool:
+            for source in node.contents.src[:2]:
+                name = name_of(source) if source else ""
+                if name.endswith(".weight"):
+                    known = self._weights.setdefault(name, [])
+                    if all(source.contents.data != other.contents.data for other in known):
+                        known.append(address_of(source))
+            return False
+
+        context = Context(self.model, N_BATCH, 1, n_threads, 8, on_eval=scheduler_callback(on_node, failed))
+        try:
+            context.decode([Entry(0, i, 0, True) for i in range(4)])
+        finally:
+            context.close()
+        if failed:
+            raise failed[0]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The weights that the model computes with."""
+        return frozenset(self._weights)
+
+    def set(self, name: str, rows: npt.NDArray[np.float32]) -> None:
+        """Exchange a weight's values, of any shape with as many elements.
+
+        Raises:
+            ModelError: the model computes with no such weight.
+        """
+        if name not in self._weights:
+            raise ModelError(f"{self.model.path} computes with no {name}")
+        for tensor in self._weights[name]:
+            set_f16(tensor, rows)
