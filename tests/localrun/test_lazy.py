@@ -103,7 +103,7 @@ def test_a_chat_starts_without_what_it_does_not_need(scripted_gguf: Path) -> Non
     code = (
         "import sys; from deepdistill.cli import main\n"
         f"code = main(['chat', {str(scripted_gguf)!r}, '-p', 'hi'])\n"
-        "unwanted = {'numpy', 'rich', 'prompt_toolkit', 'yaml', 'torch', 'diskcache', 'gguf.quants', 'llama_cpp.llama'}\n"
+        "unwanted = {'numpy', 'rich', 'prompt_toolkit', 'yaml', 'diskcache', 'gguf.quants', 'llama_cpp.llama'}\n"
         "print(code, sorted(unwanted & set(sys.modules)))\n"
         "import gguf, llama_cpp\n"
         "print(gguf.GGUFReader.__name__, llama_cpp.Llama.__name__)\n"
