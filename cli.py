@@ -18,6 +18,7 @@ from .errors import ArtifactError, DeepDistillError, GateError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from .distill.budget import Limits
     from .distill.recipe import TeachSettings
     from .localrun.progress import Bars
     from .quantize.quantize import QuantizeReport
@@ -52,6 +53,7 @@ Concurrency = Annotated[
     int | None, typer.Option(help="Requests in flight to an endpoint; it finds the best number if not given.", min=1)
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Sequences that a model in process answers at once.", min=1)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1, for a model that answers in this process.")]
 ServerModel = Annotated[str | None, typer.Option("--model", help="The model's name on the server, if it has several.")]
 
 
@@ -170,6 +172,7 @@ def teach(
     judge: Annotated[
         str | None, typer.Option(help="A model that judges what the vote leaves open; given as a teacher is.")
     ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name on its server, if it has several.")] = None,
     judge_compare: Annotated[
         bool, typer.Option("--judge-compare", help="Compare the samples of a problem instead of scoring each.")
     ] = False,
@@ -185,6 +188,7 @@ def teach(
         int, typer.Option(help="Log-probabilities a token to keep beside the traces; 64 is usual.", min=0)
     ] = 0,
     price: Annotated[str | None, typer.Option(help="IN,OUT: the teacher's dollars a million tokens.")] = None,
+    judge_price: Annotated[str | None, typer.Option(help="IN,OUT of the judge; the teacher's if not given.")] = None,
     max_usd: Annotated[float | None, typer.Option(help="What the traces may cost in all.", min=0)] = None,
     max_hours: Annotated[float | None, typer.Option(help="How long this command may ask.", min=0)] = None,
     dry_run: Annotated[
@@ -211,6 +215,7 @@ def teach(
     stop_after: Annotated[Stage | None, typer.Option(help="End early, after this stage.")] = None,
     concurrency: Concurrency = None,
     batch_size: BatchSize = None,
+    device: Device = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that an endpoint may be silent.", min=0.1)] = 600.0,
     max_rpm: Annotated[int | None, typer.Option(help="Requests a minute to an endpoint.", min=1)] = None,
     max_tpm: Annotated[int | None, typer.Option(help="Tokens a minute of an endpoint.", min=1)] = None,
@@ -233,11 +238,12 @@ def teach(
         student=student,
         n_traces=n_traces,
         samples=samples,
-        keep=min(keep, samples),
+        keep=keep if traces else min(keep, samples),
         expand=expand,
         accept=[part.strip() for part in accept.split(",") if part.strip()] if accept else None,
         vote_share=vote_share,
         judge=judge,
+        judge_model=judge_model,
         judge_compare=judge_compare,
         rubric=read_rubric(rubric) if rubric else DEFAULT_RUBRIC,
         curation=TeachSettings.curation_of(curate or ()),
@@ -264,21 +270,17 @@ def teach(
         },
     )
     folder = out or Path("runs") / run_name(student, problems)
-    limits = Limits(Price.parse(price) if price else None, max_usd, max_hours)
+    limits = Limits(
+        Price.parse(price) if price else None, max_usd, max_hours, Price.parse(judge_price) if judge_price else None
+    )
     if dry_run:
-        from .distill.preview import preview
-        from .distill.problems import load_problems
-
-        print(
-            *preview(load_problems(problems, "train", n_traces, seed, offline=offline), settings, limits, folder),
-            sep="\n",
-        )
+        _preview(settings, limits, folder, offline, json_output)
         return
     with _bars(quiet) as progress, _resumable(folder):
         result = run_teach(
             settings,
             folder,
-            work=Work(concurrency, batch_size, timeout, max_rpm, max_tpm, limits, offline, _note),
+            work=Work(concurrency, batch_size, timeout, max_rpm, max_tpm, limits, device, offline, _note),
             stop_after=stop_after,
             on_progress=progress,
         )
@@ -290,6 +292,18 @@ def teach(
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
+
+
+def _preview(settings: TeachSettings, limits: Limits, folder: Path, offline: bool, json_output: bool) -> None:
+    """Print what `teach` would ask for and what that may cost, without asking."""
+    from .distill.preview import describe_preview, preview
+    from .distill.teach import draw_problems
+
+    problems, held_out = draw_problems(settings, offline)
+    made = preview(problems, held_out, settings, limits, folder)
+    print(*describe_preview(made, problems, settings, limits), sep="\n")
+    if json_output:
+        print(json.dumps(dataclasses.asdict(made)))
 
 
 @app.command()
@@ -395,6 +409,10 @@ def chat(
     fold: Annotated[bool, typer.Option("--fold", help="Show the thinking as one line.")] = False,
     temperature: Annotated[float | None, typer.Option(help="0 if not given.", min=0)] = None,
     top_p: Annotated[float | None, typer.Option(help="1 if not given.", min=0, max=1)] = None,
+    top_k: Annotated[int | None, typer.Option(help="0, which is off, if not given.", min=0)] = None,
+    min_p: Annotated[float | None, typer.Option(help="0, which is off, if not given.", min=0, max=1)] = None,
+    repeat_penalty: Annotated[float, typer.Option(help="Of the last 64 tokens; 1 is off.", min=1)] = 1.0,
+    dry: Annotated[float, typer.Option(help="DRY's multiplier against long repeats; 0 is off.", min=0)] = 0.0,
     max_tokens: Annotated[
         int | None, typer.Option(help="An answer's limit, thinking included; 2048 if not given.", min=1)
     ] = None,
@@ -414,6 +432,9 @@ def chat(
     ] = None,
     schema: Annotated[Path | None, typer.Option(help="Hold the answer to the JSON schema in this file.")] = None,
     grammar: Annotated[Path | None, typer.Option(help="Hold the answer to the GBNF grammar in this file.")] = None,
+    tools: Annotated[
+        Path | None, typer.Option(help="Offer the tools in this JSON file, in OpenAI's form; calls come out in it too.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling; 0 if not given.", min=0)] = None,
     json_output: AsJson = False,
     offline: Offline = False,
@@ -428,6 +449,10 @@ def chat(
         think_budget=think_budget,
         temperature=temperature,
         top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repeat_penalty=repeat_penalty,
+        dry=dry,
         max_tokens=max_tokens,
         seed=seed,
         loop_guard=loop_guard,
@@ -441,6 +466,7 @@ def chat(
         images=tuple(image or ()),
         mmproj_path=mmproj,
         grammar=_grammar(schema, grammar),
+        tools=_tools(tools),
         offline=offline,
     )
     code = run_chat(model, settings, prompt=prompt, json_output=json_output)
@@ -603,6 +629,7 @@ def eval_(
     server_model: ServerModel = None,
     concurrency: Concurrency = None,
     batch_size: BatchSize = None,
+    device: Device = "auto",
     json_output: AsJson = False,
     offline: Offline = False,
     quiet: Quiet = False,
@@ -622,6 +649,7 @@ def eval_(
         _bars(quiet) as progress,
         open_teacher(
             str(folder / "student") if folder else spec,
+            device=device,
             batch_size=batch_size,
             concurrency=concurrency,
             model=server_model,
@@ -667,15 +695,28 @@ def _grammar(schema: Path | None, grammar: Path | None) -> str | None:
         return None
     if schema and grammar:
         raise UsageError("--schema and --grammar are two ways to say one thing", "give one of them")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from error
+    text = _read(path)
     if not schema:
         return text
     from .localrun.schema import grammar_of_schema
 
     return grammar_of_schema(text)
+
+
+def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
+    """Return the tools that a file holds, in OpenAI's form."""
+    if path is None:
+        return ()
+    from .localrun.tools import read_tools
+
+    return read_tools(_read(path))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error
 
 
 def _run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..errors import UsageError
+from ..localrun.generation import Completion
 
 _JUDGED_FROM = 20  # samples; fewer say little about the rest
 
@@ -41,15 +42,26 @@ class Price:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the traces of a run may cost: dollars in all, hours a command. None: as much as it takes."""
+    """What the traces of a run may cost: dollars in all, hours a command. None: as much as it takes.
+
+    `judge_price` is for a judge that is not the teacher; without it a server's tokens cost what the teacher's do.
+    """
 
     price: Price | None = None
     max_usd: float | None = None
     max_hours: float | None = None
+    judge_price: Price | None = None
 
     def __post_init__(self) -> None:
         if self.max_usd is not None and self.price is None:
             raise UsageError("--max-usd needs the teacher's price", "give --price IN,OUT in dollars a million tokens")
+
+    def price_of_judge(self, judge: str | None, teacher: str) -> Price | None:
+        """Return what a judge's tokens cost: nothing in this process, unless a price is given; None if not known."""
+        if judge is None or judge == teacher:
+            return self.judge_price or self.price
+        is_here = not judge.startswith(("http://", "https://"))
+        return self.judge_price or (Price(0.0, 0.0) if is_here and self.price else self.price)
 
 
 @dataclass(frozen=True)
@@ -70,21 +82,26 @@ class Projection:
 
 
 class Budget:
-    """Counts what is spent. A run that goes on begins with what it spent before."""
+    """Counts what is spent. A run that goes on begins with what it spent before.
+
+    `price` is that of who is asked at the moment.
+    """
 
     def __init__(self, limits: Limits, spent_usd: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.usd = limits, spent_usd
+        self.limits, self.price, self.usd = limits, limits.price, spent_usd
         self._clock, self._started = clock, clock()
         self._n, self._n_prompt, self._n_completion, self._own_usd = 0, 0, 0, 0.0
 
-    def record(self, n_prompt: int, n_completion: int) -> float | None:
-        """Count one sample's tokens and return what it cost, in dollars; None without a price."""
+    def record(self, completion: Completion) -> float | None:
+        """Count one sample's tokens, lost attempts included; return what it cost in dollars, None without a price."""
+        n_prompt = completion.prompt_tokens + completion.lost_tokens[0]
+        n_completion = completion.completion_tokens + completion.lost_tokens[1]
         self._n += 1
         self._n_prompt += n_prompt
         self._n_completion += n_completion
-        if self.limits.price is None:
+        if self.price is None:
             return None
-        cost = self.limits.price.of(n_prompt, n_completion)
+        cost = self.price.of(n_prompt, n_completion)
         self.usd += cost
         self._own_usd += cost
         return cost

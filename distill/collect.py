@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from typing import Protocol
 from ..localrun.generation import Completion, Sampling
 from ..localrun.progress import Progress, no_progress
 from .budget import Budget, Limits
+from .durable import whole_lines
 from .evaluate import messages_of
 from .grade import Grade
 from .graders import NONE
@@ -59,14 +61,14 @@ class Collected:
 class Ledger:
     """Which samples of which problems are there, in flight and wanted."""
 
-    def __init__(self, problems: Sequence[Problem], settings: CollectSettings, store: TraceStore) -> None:
+    def __init__(self, problems: Sequence[Problem], settings: CollectSettings, there: Iterable[Trace]) -> None:
         self.problems, self.settings = problems, settings
         self.n_done = 0  # samples that ended with a trace
         self._right, self._drawn, self._ended = Counter[str](), Counter[str](), Counter[str]()
         self._there: set[str] = set()
         self._asked: set[str] = set()
         by_id = {problem.id: problem for problem in problems}
-        for trace in store if len(store) else ():
+        for trace in there:
             if trace.problem_id in by_id:
                 self._there.add(trace.id)
                 self._drawn[trace.problem_id] += 1
@@ -176,10 +178,10 @@ def collect(
             ):
                 problem, sample = drawn[first + index]
                 n_asked += 1
-                cost = budget.record(completion.prompt_tokens, completion.completion_tokens)
+                cost = budget.record(completion)
                 if completion.finish_reason == "error":
                     n_failed += 1
-                    _note_failure(failures_path, problem, sample, completion)
+                    _note_failure(failures_path, problem, sample, completion, cost)
                     ledger.end(problem, is_right=False, has_failed=True)
                 else:
                     grade = grader.grade(problem, completion.content)
@@ -212,8 +214,17 @@ def _tell(on_progress: Progress, ledger: Ledger, budget: Budget, n_failed: int) 
     on_progress("traces", ledger.n_done, ledger.n_done + left, f"{right}{failed}{about}")
 
 
-def _note_failure(path: Path, problem: Problem, sample: int, completion: Completion) -> None:
+def _note_failure(path: Path, problem: Problem, sample: int, completion: Completion, cost_usd: float | None) -> None:
     """Record a request that failed for good: a line in a file beside the traces."""
     record = {"problem_id": problem.id, "sample": sample, "error": completion.error, "time": time.time()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | {"seconds": completion.seconds}, ensure_ascii=False) + "\n")
+        file.write(json.dumps(record | {"seconds": completion.seconds, "cost_usd": cost_usd}) + "\n")
+
+
+def failures_usd(path: Path) -> float:
+    """Return what the failures that stand in a file have cost, in dollars; one that was cut off while written is not."""
+    total = 0.0
+    for _, line in whole_lines(path) if path.exists() else ():
+        with suppress(ValueError, AttributeError):
+            total += json.loads(line).get("cost_usd") or 0.0
+    return total

@@ -145,8 +145,8 @@ class WriterLock:
     The lock file tells others who holds it. It stays when the lock is given back: deleting it would race.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Take the lock of a file.
+    def __init__(self, path: Path, *, what: Path | None = None) -> None:
+        """Take the lock of a file; `what` is named instead of it where it stands for more.
 
         Raises:
             ArtifactError: another writer holds it, with who that is; or the folder cannot be written.
@@ -158,10 +158,13 @@ class WriterLock:
             self._lock.acquire()
         except Timeout as error:
             raise ArtifactError(
-                f"{path} is being written by {_holder(lock_path)}", "wait for it to end, or work on another file"
+                f"{what or path} is being written by {_holder(lock_path)}",
+                f"wait for it to end, or work in another {'folder with --out' if what else 'file'}",
             ) from error
         except OSError as error:
-            raise ArtifactError(f"cannot lock {path}: {error.strerror or error}") from error
+            raise ArtifactError(
+                f"cannot work in {path.parent}: {error.strerror or error}", "give another folder with --out"
+            ) from error
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..localrun.progress import Progress
 from .budget import Budget
-from .collect import CollectSettings, collect
+from .collect import CollectSettings, collect, failures_usd
 from .expand import ExpandSettings, expand
 from .grade import Grader
 from .imports import import_traces
@@ -18,9 +18,11 @@ from .replies import stored_replies
 from .run import Run
 from .settle import settle
 from .teachers import Teacher
-from .teachers.probe import describe, probe
+from .teachers.probe import USUAL_LOGPROBS, describe, probe
 from .teachers.worked import WORKED, WorkedTeacher
 from .traces import Trace, TraceStore
+
+_EXPANDED, _JUDGED = "expand.jsonl", "judge.jsonl"
 
 
 def gather(
@@ -38,16 +40,11 @@ def gather(
     Raises:
         DeepDistillError: see each part; what was paid for is kept.
     """
-    expanded_path, judged_path = run.folder / "expand.jsonl", run.folder / "judge.jsonl"
+    expanded_path = run.folder / _EXPANDED
     with TraceStore(run.traces_path) as store, Grader() as grader:
         for repair in store.repairs:
             work.say(repair)
-        spent = 0.0
-        if work.limits.price:
-            spent = sum(trace.cost_usd or 0.0 for trace in store)
-            for path in (expanded_path, judged_path):
-                spent += sum(reply.cost_usd or 0.0 for reply in stored_replies(path).values())
-        budget = Budget(work.limits, spent)
+        budget = Budget(work.limits, spent_before(run) if work.limits.price else 0.0)
 
         def open_teacher() -> Teacher:
             return work.open_teacher(settings.teacher, settings.teacher_model)
@@ -57,7 +54,10 @@ def gather(
                 return WorkedTeacher(problems)
             teacher = open_teacher()
             try:
-                work.say(describe(probe(teacher, settings.logprobs)))
+                if not settings.logprobs:
+                    teacher.on_note = lambda _: None  # what is not asked for later need not be said
+                work.say(describe(probe(teacher, settings.logprobs or USUAL_LOGPROBS)))
+                teacher.on_note = work.say
             except BaseException:
                 teacher.close()
                 raise
@@ -97,6 +97,17 @@ def gather(
         _settle(run, store, grader, settings, work, budget, on_progress)
         if work.limits.price:
             work.say(f"${budget.usd:.2f} spent on this run so far")
+
+
+def spent_before(run: Run) -> float:
+    """Return the dollars that a run has cost so far: traces, failures, corrections, new problems, a judge's replies."""
+    spent = failures_usd(run.folder / "failures.jsonl")
+    for path in (run.traces_path, *run.folder.glob("rounds/*/corrections.jsonl")):
+        if path.exists():
+            spent += sum(trace.cost_usd or 0.0 for trace in TraceStore.read(path))
+    for name in (_EXPANDED, _JUDGED):
+        spent += sum(reply.cost_usd or 0.0 for reply in stored_replies(run.folder / name).values())
+    return spent
 
 
 def take_in(run: Run, path: Path, settings: TeachSettings, work: Work, on_progress: Progress) -> None:
@@ -144,13 +155,14 @@ def _settle(
     budget: Budget,
     on_progress: Progress,
 ) -> None:
+    budget.price = work.limits.price_of_judge(settings.judge, settings.teacher)
     judged = settle(
         store,
         grader,
         voting=settings.vote_settings(),
         judging=settings.judge_settings(),
-        replies_path=run.folder / "judge.jsonl",
-        open_judge=lambda: work.open_teacher(settings.judge or settings.teacher, settings.teacher_model),
+        replies_path=run.folder / _JUDGED,
+        open_judge=lambda: work.open_teacher(settings.judge or settings.teacher, settings.model_of_judge),
         budget=budget,
         say=work.say,
         on_progress=on_progress,

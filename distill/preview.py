@@ -1,56 +1,174 @@
-"""What a run would do and cost, without a call: from the problems, the settings, and the traces that are there."""
+"""What a run would do and cost, without a call: from the problems, the settings, and the traces that are there.
+
+Where traces are there, what is left is projected from them; else every answer is taken to need its limit, so that the
+figures are upper bounds.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from .budget import Limits
+from .collect import CollectSettings, Ledger, has_answer
+from .expand import ExpandSettings, missing_expansions
 from .problems import Problem
 from .recipe import TeachSettings
-from .traces import TraceStore
+from .traces import Trace, TraceStore
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly, with today's tokenizers
-_LOOKED_AT = 1000  # traces
+_JUDGED_FROM = 20  # traces; fewer say little about the rest
+_AT_ONCE = 8  # requests to a server at the beginning
 
 
-def preview(problems: Sequence[Problem], settings: TeachSettings, limits: Limits, folder: Path) -> list[str]:
-    """Return the plan of a run in lines, with a projection of tokens and dollars."""
-    sampling, n_requests = settings.teacher_sampling(), len(problems) * settings.samples
-    sources = Counter(problem.source for problem in problems)
-    until = f", until {settings.keep} are right" if settings.samples > settings.keep else ""
-    lines = [
-        f"problems  {len(problems):,} from the training part: {_listed(sources)}",
-        f"samples   {settings.samples} of each{until}: at most {n_requests:,} requests to {settings.teacher}",
-        f"sampling  temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
-        f"{sampling.max_tokens:,} tokens or less",
-    ]
-    n_prompt = sum(len(problem.question) for problem in problems) * settings.samples // _CHARACTERS_PER_TOKEN
+@dataclass(frozen=True)
+class Preview:
+    """What is left to ask, at most: requests by kind, their tokens, dollars and hours (None: not known)."""
+
+    n_problems: int
+    n_held_out: int
+    n_there: int
+    """Traces that need not be asked for again."""
+    n_traces: int
+    n_expansions: int
+    n_judgements: int
+    prompt_tokens: int
+    completion_tokens: int
+    usd: float | None
+    hours: float | None
+    is_projected: bool
+    """Whether the traces that are there say how long answers are, instead of their limit."""
+
+
+def preview(
+    problems: Sequence[Problem], held_out: Sequence[Problem], settings: TeachSettings, limits: Limits, folder: Path
+) -> Preview:
+    """Return what a run would ask for.
+
+    Raises:
+        DeepDistillError: a setting is off, or what the folder holds is broken.
+    """
+    settings.curate_settings()
+    seen = _Seen()
     path = folder / "traces.jsonl"
-    there = list(islice(TraceStore.read(path), _LOOKED_AT)) if path.exists() else []
-    if there:
-        n_completion = round(n_requests * sum(trace.usage.completion for trace in there) / len(there))
-        how = f"as the {len(there):,} traces there had {n_completion // n_requests:,} on average"
-    else:
-        n_completion, how = (
-            n_requests * sampling.max_tokens,
-            "if every answer took its limit; 20 samples will tell better",
-        )
-    lines.append(f"tokens    about {n_prompt:,} of prompts and {n_completion:,} of answers, {how}")
+    wanted = CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep)
+    there = seen.watch(TraceStore.read(path)) if path.exists() else iter(())
+    ledger = Ledger(problems, wanted, there)
+    n_traces = 0 if settings.traces else ledger.n_left
+    limit = wanted.sampling.max_tokens
+    per_trace = seen.completion / seen.n if seen.is_telling else limit
+
+    expansion = ExpandSettings(settings.teacher, settings.expand) if settings.expand else None
+    expansions = missing_expansions(problems, expansion, folder / "expand.jsonl") if expansion else []
+    n_traces += len(problems) * settings.expand * settings.samples if expansions else 0  # none of them is known yet
+    n_judgements = _n_judgements(problems, settings)
+
+    asked = sum(len(problem.question) for problem in problems) / max(1, len(problems)) / _CHARACTERS_PER_TOKEN
+    expand_prompts = sum(len(m["content"]) for ask in expansions for m in ask.messages) / _CHARACTERS_PER_TOKEN
+    expand_limit = expansion.sampling.max_tokens if expansion else 0
+    judging = settings.judge_settings()
+    judge_prompts = n_judgements * (asked + (2 if settings.judge_compare else 1) * per_trace)
+    judge_answers = n_judgements * judging.sampling.max_tokens if judging else 0
+    prompts = n_traces * asked + expand_prompts
+    answers = n_traces * per_trace + len(expansions) * expand_limit
+    usd = None
     if limits.price:
-        bound = "" if limits.max_usd is None else f"; it ends at ${limits.max_usd:g}"
-        lines.append(f"cost      ${limits.price.of(n_prompt, n_completion):,.2f}{bound}")
+        price_of_judge = limits.price_of_judge(settings.judge, settings.teacher) or limits.price
+        usd = limits.price.of(round(prompts), round(answers))
+        usd += price_of_judge.of(round(judge_prompts), round(judge_answers))
+    return Preview(
+        n_problems=len(problems),
+        n_held_out=len(held_out),
+        n_there=seen.n,
+        n_traces=n_traces,
+        n_expansions=len(expansions),
+        n_judgements=n_judgements,
+        prompt_tokens=round(prompts + judge_prompts),
+        completion_tokens=round(answers + judge_answers),
+        usd=usd,
+        hours=n_traces * seen.seconds / seen.n / _AT_ONCE / 3600 if seen.is_telling and seen.seconds else None,
+        is_projected=seen.is_telling,
+    )
+
+
+def describe_preview(
+    made: Preview, problems: Sequence[Problem], settings: TeachSettings, limits: Limits
+) -> Iterator[str]:
+    """Yield the plan of a run in lines."""
+    sampling = settings.teacher_sampling()
+    sources = Counter(problem.source for problem in problems)
+    n_open = sum(not has_answer(problem) for problem in problems)
+    without = f", {n_open:,} of them without an answer" if n_open else ""
+    yield f"problems  {made.n_problems:,} from the training part: {_listed(sources)}{without}"
+    if settings.traces:
+        yield f"traces    {settings.traces}: no teacher is asked"
+        yield from _student(made, settings)
+        return
+    until = f", until {settings.keep} are right" if settings.samples > settings.keep else ""
+    there = f" beside {made.n_there:,} that are there" if made.n_there else ""
+    requests = f"at most {made.n_traces:,} requests to {settings.teacher}{there}"
+    yield f"samples   {settings.samples} of each{until}: {requests}"
+    yield (
+        f"sampling  temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
+        f"{sampling.max_tokens:,} tokens or less"
+    )
+    if settings.expand:
+        yield f"expand    {settings.expand} new problems to each, {made.n_expansions:,} requests"
+    if settings.judge:
+        yield f"judge     {settings.judge}: at most {made.n_judgements:,} requests for what no grader can judge"
+    how = (
+        f"as the {made.n_there:,} traces there had on average"
+        if made.is_projected
+        else f"if every answer took its limit; {_JUDGED_FROM} samples will tell better"
+    )
+    yield f"tokens    about {made.prompt_tokens:,} of prompts and {made.completion_tokens:,} of answers, {how}"
+    if made.usd is None:
+        yield "cost      not known: give --price IN,OUT in dollars a million tokens"
     else:
-        lines.append("cost      not known: give --price IN,OUT in dollars a million tokens")
-    if limits.max_hours is not None:
-        lines.append(f"time      it asks for {limits.max_hours:g} hours at most")
-    return [
-        *lines,
-        f"student   {settings.student}, scored on {settings.n_eval:,} held-out problems",
-        "nothing was asked",
-    ]
+        yield f"cost      ${made.usd:,.2f}" + ("" if limits.max_usd is None else f"; it ends at ${limits.max_usd:g}")
+    time = "not known before some samples are there" if made.hours is None else _duration(made.hours)
+    yield f"time      {time}" + ("" if limits.max_hours is None else f"; it asks for {limits.max_hours:g} h at most")
+    yield from _student(made, settings)
+
+
+def _student(made: Preview, settings: TeachSettings) -> Iterator[str]:
+    yield f"student   {settings.student}, scored on {made.n_held_out:,} held-out problems"
+    yield "nothing was asked"
+
+
+class _Seen:
+    """Sums up traces as somebody else reads them."""
+
+    def __init__(self) -> None:
+        self.n, self.completion, self.seconds = 0, 0, 0.0
+
+    def watch(self, traces: Iterator[Trace]) -> Iterator[Trace]:
+        for trace in traces:
+            self.n += 1
+            self.completion += trace.usage.completion
+            self.seconds += trace.seconds
+            yield trace
+
+    @property
+    def is_telling(self) -> bool:
+        return self.n >= _JUDGED_FROM and self.completion > 0
+
+
+def _n_judgements(problems: Sequence[Problem], settings: TeachSettings) -> int:
+    """Return how often the judge is asked at most: of every sample, or of every pair in a ring, in both orders."""
+    if settings.judge is None or settings.traces:
+        return 0
+    n_open = sum(not has_answer(problem) for problem in problems) + len(problems) * settings.expand
+    if not settings.judge_compare:
+        return n_open * settings.samples
+    n_pairs = settings.samples if settings.samples > 2 else settings.samples - 1
+    return n_open * 2 * n_pairs
+
+
+def _duration(hours: float) -> str:
+    return f"about {60 * hours:,.0f} min" if hours < 1 else f"about {hours:,.1f} h" if hours < 48 else f"{hours:,.0f} h"
 
 
 def _listed(sources: Counter[str]) -> str:

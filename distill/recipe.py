@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.generation import Sampling
@@ -19,9 +19,13 @@ from .vote import VoteSettings
 
 MAY_CHANGE = frozenset(
     {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}
-    | {"accept", "vote_share", "judge", "judge_compare", "rubric"}
+    | {"accept", "vote_share", "judge", "judge_model", "judge_compare", "rubric"}
+    | {"loss", "logit_share", "curriculum", "rounds", "round_problems", "round_samples", "on_policy_loss"}
 )
 """Settings that may change until the training has begun: what they ask for is added to what is there."""
+
+Loss = Literal["auto", "cross-entropy", "logits"]
+OnPolicy = Literal["auto", "reverse-kl", "forward-kl", "policy-gradient", "off"]
 
 _OWN_FLAGS = {"accept", "keep", "seed"}
 _NUMBER = re.compile(r"\d{1,9}(\.\d+)?|(\.\d+)")
@@ -45,6 +49,7 @@ class TeachSettings:
     accept: list[str] | None = None
     vote_share: float = 0.6
     judge: str | None = None
+    judge_model: str | None = None
     judge_compare: bool = False
     rubric: str = DEFAULT_RUBRIC
     curation: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +62,13 @@ class TeachSettings:
     teacher_model: str | None = None
     seed: int = 0
     traces: str | None = None
+    loss: Loss = "auto"
+    logit_share: float = 0.9
+    curriculum: bool = False
+    rounds: int = 0
+    round_problems: int = 500
+    round_samples: int = 4
+    on_policy_loss: OnPolicy = "auto"
     training: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -119,13 +131,28 @@ class TeachSettings:
             given[name] = float(value) if number.lastindex else int(value)
         return given
 
+    def stage_training(self, number: int) -> dict[str, Any]:
+        """Return the training settings of the first training (0) or of a round; they share `minutes` equally."""
+        training = dict(self.training)
+        if training.get("minutes") is not None:
+            training["minutes"] = training["minutes"] / (1 + self.rounds)
+        return training
+
     def vote_settings(self) -> VoteSettings | None:
         """Return when samples that agree are believed; None if they never are."""
         return VoteSettings(self.vote_share) if self.accept is None or "vote" in self.accept else None
 
+    @property
+    def model_of_judge(self) -> str | None:
+        """The judge's name on its server: the teacher's, if they are one."""
+        return self.judge_model or (self.teacher_model if self.judge in (None, self.teacher) else None)
+
     def judge_settings(self) -> JudgeSettings | None:
         """Return who judges and by what; None without a judge."""
-        return JudgeSettings(self.judge, self.rubric, compare=self.judge_compare) if self.judge else None
+        if not self.judge:
+            return None
+        name = f"{self.judge} {self.judge_model}" if self.judge_model else self.judge
+        return JudgeSettings(name, self.rubric, compare=self.judge_compare)
 
 
 @dataclass(frozen=True)
@@ -138,6 +165,7 @@ class Work:
     max_rpm: int | None = None
     max_tpm: int | None = None
     limits: Limits = field(default_factory=Limits)
+    device: str = "auto"
     offline: bool = False
     say: Callable[[str], None] = lambda _: None
 
@@ -151,6 +179,7 @@ class Work:
             max_rpm=self.max_rpm,
             max_tpm=self.max_tpm,
             model=model,
+            device=self.device,
             offline=self.offline,
         )
         teacher.on_note = self.say

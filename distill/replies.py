@@ -122,7 +122,7 @@ def ask_once(
             with open_teacher() as teacher:
                 for index, completion in teacher.generate(requests(), sampling):
                     n_asked += 1
-                    cost = budget.record(completion.prompt_tokens, completion.completion_tokens)
+                    cost = budget.record(completion)
                     if completion.finish_reason == "error":
                         n_failed += 1
                     else:

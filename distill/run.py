@@ -10,18 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from ..errors import ArtifactError
+from .durable import WriterLock
 
 
 class Run:
     """A folder of a run, held while work goes on in it; use it as a context manager.
 
-    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay.
+    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay. All of
+    it may, as long as there is nothing that was made by it.
 
     Raises on entry:
-        ArtifactError: another process holds it, or it was made with another recipe.
+        ArtifactError: another process holds it, which is named, or it was made with another recipe.
     """
 
     def __init__(self, folder: Path, recipe: dict[str, Any], may_change: Collection[str] = ()) -> None:
@@ -30,34 +30,33 @@ class Run:
         self.checkpoints_dir = folder / "checkpoints"
         self.student_dir = folder / "student"
         self.report_path = folder / "report.html"
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock: WriterLock | None = None
 
     def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
             raise ArtifactError(f"{self.folder} is a file", "give another folder with --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
-        except Timeout as error:
-            raise ArtifactError(
-                f"{self.folder} is in use by another deepdistill", "wait for it, or work in another folder with --out"
-            ) from error
-        except OSError as error:
-            raise ArtifactError(f"cannot work in {self.folder}: {error}", "give another folder with --out") from error
+        lock = WriterLock(self.folder / "recipe.json", what=self.folder)
         try:
             self._check_recipe()
         except BaseException:
-            self._lock.release()
+            lock.release()
             raise
+        self._lock = lock
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _holds_work(self) -> bool:
+        """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
+        others = (p for p in self.folder.iterdir() if p.name not in ("recipe.json", "failures.jsonl"))
+        return any(p.is_dir() or p.stat().st_size for p in others if not p.name.startswith("."))
 
     def _check_recipe(self) -> None:
-        kept = self.load("recipe.json") or {}
+        kept = (self.load("recipe.json") or {}) if self._holds_work() else {}
         # A key that it lacks is one that the version before did not know.
         changed = [key for key in sorted(kept) if kept[key] != self._recipe.get(key)]
         is_trained = self.student_dir.exists() or self.checkpoints_dir.exists()

@@ -6,15 +6,17 @@ What they say goes beside the traces, and only where it is new, so that settling
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from ..errors import UsageError
 from ..localrun.progress import Progress, no_progress
 from .budget import Budget
-from .collect import GradesAnswers
+from .collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces
 from .judgements import Judgement
 from .problems import Problem
+from .recipe import TeachSettings
 from .teachers.base import Teacher
 from .traces import Trace, TraceStore
 from .vote import VoteSettings, vote_on_traces
@@ -64,6 +66,22 @@ def settle(
         say(f"of {len(said)} traces that no grader judged are favoured: {favoured}")
     store.append_judgements(judgement for judgement in said.values() if known[judgement.id] != _as_stored(judgement))
     return judged
+
+
+def check_judged(problems: Sequence[Problem], settings: TeachSettings) -> None:
+    """Return if traces of these problems can come to train: a grader, a vote or a judge may speak for them.
+
+    Raises:
+        UsageError: nothing would, and every trace would be paid for in vain.
+    """
+    votes = settings.vote_settings() is not None and settings.samples > 1
+    judges = settings.judge is not None and (settings.accept is None or "judge" in settings.accept)
+    if votes or judges or not settings.curate_settings().verified or any(has_answer(p) for p in problems):
+        return
+    raise UsageError(
+        "no problem has an answer, and nothing would say which traces are good",
+        "--samples 8 lets samples vote, --judge MODEL has a model judge, --curate verified=off trains on every trace",
+    )
 
 
 def _as_stored(judgement: Judgement) -> tuple[str, float | None]:

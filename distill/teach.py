@@ -23,6 +23,7 @@ from .problems import Problem, load_problems
 from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
+from .settle import check_judged
 from .student import student_dir, teach_template
 from .teachers import Request, open_teacher
 from .traces import Trace, TraceStore
@@ -59,8 +60,10 @@ def teach(
         filters = settings.curate_settings()
         if base and "long_share" not in settings.curation and _is_small(base):
             filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
-        problems, held_out = _problems(settings, work.offline)
+        problems, held_out = draw_problems(settings, work.offline)
         if settings.traces is None:
+            if stop_after != "traces":
+                check_judged(problems, settings)
             gather(run, problems, [problem.question for problem in held_out], settings, work, on_progress)
             traces_path = run.traces_path
         elif is_traces_file(traces_path := Path(settings.traces)):
@@ -76,7 +79,8 @@ def teach(
             pass_rate=rates,
         )
         run.save("curation.json", record)
-        if not kept:
+        if not kept and stop_after != "traces":
+            write_report(run, kept)
             raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(record))
         if base is not None:
             _train(run, base, kept, settings, on_progress)
@@ -102,7 +106,7 @@ def _is_small(base: Path) -> bool:
     return sum(path.stat().st_size for path in base.glob("*.safetensors")) < 6e9
 
 
-def _problems(settings: TeachSettings, offline: bool) -> tuple[list[Problem], list[Problem]]:
+def draw_problems(settings: TeachSettings, offline: bool) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to ask and the held-out ones; of problems without an answer none need be held out."""
     asked = load_problems(settings.problems, "train", settings.n_traces, settings.seed, offline=offline)
     try:

@@ -87,3 +87,5 @@ class Completion:
     error: str | None = None
     logprobs: TopLogprobs | None = None
     """Of each of `token_ids`, where they were asked for and the backend gives them."""
+    lost_tokens: tuple[int, int] = (0, 0)
+    """Of prompt and completion, in attempts that broke off before this one: paid for, and not counted above."""

@@ -27,6 +27,8 @@ from .servers import Refused, Retryable, Server, least_busy
 # Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
 ATTEMPTS = 16
 FIRST_ATTEMPTS = 3  # until the server has answered once: it may simply not be there
+_FIRST_REFUSALS = 10  # likewise, of one that is there: about two minutes, in which a model may get ready
+_TELL_AFTER, _TELL_EVERY_S = 6, 60.0  # failures of one request in a row; chance alone seldom gives as many
 _LONGEST_WAIT_S = 600.0
 _LOOK_S = 0.25
 _TOKENS_A_CHARACTER = 0.3  # of English, Source: https://api-docs.deepseek.com/quick_start/token_usage
@@ -65,6 +67,7 @@ class Asker:
         self._on_note = on_note
         self._gate = asyncio.Lock()
         self._n_given_up = 0  # in a row
+        self._told_at = -_TELL_EVERY_S
 
     async def until(self, is_ready: Callable[[], bool]) -> None:
         """Wait until something holds, or the run stops."""
@@ -89,11 +92,12 @@ class Asker:
             stop=lambda state: self.stopped.is_set() or self._is_enough(state),
             wait=self._wait,
             sleep=self._pause,
+            before_sleep=self._tell,
             reraise=True,
         )
-        n_prompt = estimate_tokens(request.messages)
+        n_prompt, broken = estimate_tokens(request.messages), list[Reply]()
         try:
-            reply: Reply = await retry(self._attempt, client, request, n_prompt)
+            reply: Reply = await retry(self._attempt, client, request, n_prompt, broken)
         except Retryable as error:
             if self.stopped.is_set():
                 return None
@@ -106,20 +110,32 @@ class Asker:
                     f"{hosts} gave up {self._n_given_up} requests in a row, the last with: {error}",
                     "what was answered is kept; run the same command again when it is well",
                 ) from None
-            reason = f"after {ATTEMPTS} attempts: {error}"
-            return _failed(reason, time.monotonic() - started, error.reply, n_prompt)
+            reason = f"after {retry.statistics['attempt_number']} attempts: {error}"
+            return _failed(reason, time.monotonic() - started, broken, n_prompt)
         except Refused as error:
-            return _failed(str(error), time.monotonic() - started, None, n_prompt)
+            return _failed(str(error), time.monotonic() - started, broken, n_prompt)
         self._n_given_up = 0
         completion = reply.completion(time.monotonic() - started, n_prompt)
+        completion = replace(completion, lost_tokens=_lost(broken, n_prompt)) if broken else completion
         endpoint.n_answers += 1
         endpoint.n_tokens += completion.completion_tokens
         return completion
 
     def _is_enough(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
-        never_there = isinstance(error, Retryable) and error.down and not self._endpoint.n_answers
-        return state.attempt_number >= (FIRST_ATTEMPTS if never_there else ATTEMPTS)
+        if self._endpoint.n_answers:
+            return state.attempt_number >= ATTEMPTS
+        never_there = isinstance(error, Retryable) and error.down
+        return state.attempt_number >= (FIRST_ATTEMPTS if never_there else _FIRST_REFUSALS)
+
+    def _tell(self, state: tenacity.RetryCallState) -> None:
+        """Say, now and then, why nothing seems to happen."""
+        error = state.outcome.exception() if state.outcome else None
+        enough = _TELL_AFTER if self._endpoint.n_answers else FIRST_ATTEMPTS
+        if error and state.attempt_number >= enough and time.monotonic() - self._told_at >= _TELL_EVERY_S:
+            self._told_at = time.monotonic()
+            hosts = ", ".join(server.host for server in self._endpoint.servers)
+            self._on_note(f"{hosts}: {error}; asking again")
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         """Return how long to wait for the next attempt: not as long as one server asks for while another is well."""
@@ -127,8 +143,8 @@ class Asker:
         others = any(server.may_be_asked for server in self._endpoint.servers)
         return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
 
-    async def _attempt(self, client: httpx.AsyncClient, request: Request, n_prompt: int) -> Reply:
-        """Ask once the limits allow it, the server that is least busy then."""
+    async def _attempt(self, client: httpx.AsyncClient, request: Request, n_prompt: int, broken: list[Reply]) -> Reply:
+        """Ask once the limits allow it, the server that is least busy then. What breaks off goes to `broken`."""
         endpoint = self._endpoint
         expected = n_prompt + self._expected_tokens()
         async with self._gate:
@@ -148,9 +164,12 @@ class Asker:
             server.has_answered()
             endpoint.pace.answered()
             return reply
-        except Retryable as error:
-            used = error.reply.n_total(n_prompt) if error.reply and error.reply.n_tokens else 0
-            self._note_failure(server, error)
+        except (Refused, Retryable) as error:
+            if error.reply and error.reply.n_tokens:
+                used = error.reply.n_total(n_prompt)
+                broken.append(error.reply)
+            if isinstance(error, Retryable):
+                self._note_failure(server, error)
             raise
         finally:
             endpoint.tpm.correct(used - expected)
@@ -252,8 +271,13 @@ def _logprobs_note(server: Server, wanted: int, given: int, with_ids: bool) -> s
     return f"{server.host} gives {given} log-probabilities a token, not {wanted}"
 
 
-def _failed(error: str, seconds: float, reply: Reply | None, n_prompt: int) -> Completion:
-    """Return a failure, with what the last attempt brought: it may have to be paid for."""
-    if reply is None or not reply.n_tokens:
-        return Completion("", None, None, "error", 0, 0, 0, seconds, error=error)
-    return replace(reply.completion(seconds, n_prompt), finish_reason="error", error=error)
+def _failed(error: str, seconds: float, broken: Sequence[Reply], n_prompt: int) -> Completion:
+    """Return a failure, with what its attempts brought: it may have to be paid for."""
+    lost = _lost(broken, n_prompt)
+    return Completion("", None, None, "error", 0, 0, 0, seconds, error=error, lost_tokens=lost)
+
+
+def _lost(broken: Sequence[Reply], n_prompt: int) -> tuple[int, int]:
+    """Return the tokens of prompt and completion that attempts brought before they broke off."""
+    n_completion = sum(reply.n_tokens for reply in broken)
+    return sum(reply.n_total(n_prompt) for reply in broken) - n_completion, n_completion

@@ -98,6 +98,12 @@ def split_addresses(spec: str) -> list[str]:
     return list(dict.fromkeys(address.strip() for address in spec.split(",") if address.strip())) or [spec]
 
 
+def _is_listless(server: Server, error: Retryable) -> TeacherError:
+    """Return what to say of a server that is there and cannot say what it serves."""
+    what = f"{server.host} cannot list its models: {error}"
+    return TeacherError(what, "try again when it is well, or name the model with --model")
+
+
 def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
     """Return the model to ask for: the one wanted, else the only one that the servers list.
 
@@ -122,7 +128,7 @@ def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
         except Retryable as error:
             if is_vital(error):
                 server.has_failed(error)
-                absent.append(is_absent(server, str(error)))
+                absent.append(is_absent(server, str(error)) if error.down else _is_listless(server, error))
     if len(absent) == len(servers):
         raise absent[0]
     if wanted:

@@ -11,6 +11,7 @@ from ...errors import TeacherError
 from ...localrun.generation import Completion, Sampling
 from .base import Capabilities, Request, Rung, Teacher
 
+USUAL_LOGPROBS = 64
 _MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 _N_TOKENS = 8
 _ALLOWS: dict[Rung, str] = {
@@ -22,7 +23,7 @@ _ALLOWS: dict[Rung, str] = {
 }
 
 
-def probe(teacher: Teacher, top_logprobs: int = 64) -> Capabilities:
+def probe(teacher: Teacher, top_logprobs: int = USUAL_LOGPROBS) -> Capabilities:
     """Ask a teacher for a few tokens with `top_logprobs` log-probabilities each, and for those of a given text.
 
     Raises:

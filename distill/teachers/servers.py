@@ -55,7 +55,11 @@ class Retryable(Exception):
 
 
 class Refused(Exception):
-    """This request can never succeed; others may."""
+    """This request can never succeed; others may. `reply` is what came before the server ended it."""
+
+    def __init__(self, reason: str, reply: Reply | None = None) -> None:
+        super().__init__(reason)
+        self.reply = reply
 
 
 class Server:
@@ -173,7 +177,7 @@ class Server:
 
                 await read_reply(response, reply, int(body["max_tokens"]), heard)
         except RefusedReply as error:
-            raise Refused(self._redact(str(error))) from None
+            raise Refused(self._redact(str(error)), reply) from None
         except (TimeoutError, httpx.RequestError, BrokenReply) as error:
             if reply.finish_reason in ("stop", "length"):  # it is all there, but for the usage
                 return reply

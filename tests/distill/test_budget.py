@@ -6,6 +6,11 @@ import pytest
 
 from deepdistill.distill.budget import Budget, Limits, Price
 from deepdistill.errors import UsageError
+from deepdistill.localrun.generation import Completion
+
+
+def paid(n_prompt: int, n_completion: int, lost: tuple[int, int] = (0, 0)) -> Completion:
+    return Completion("", None, None, "stop", n_prompt, n_completion, 0, 0.0, lost_tokens=lost)
 
 
 def test_a_price_is_dollars_a_million_tokens() -> None:
@@ -26,7 +31,7 @@ def test_a_bound_in_dollars_needs_a_price() -> None:
 def test_what_is_in_flight_counts_against_the_bound() -> None:
     budget = Budget(Limits(Price(0, 1e6), max_usd=10.0))  # a dollar a token
     assert budget.why_stop(1000) is None, "nothing is known yet of what a sample costs"
-    assert [budget.record(5, 2), budget.record(5, 2)] == [2.0, 2.0]
+    assert [budget.record(paid(5, 2)), budget.record(paid(5, 2))] == [2.0, 2.0]
     assert budget.why_stop(2) is None  # 4 spent, 4 on the way
     assert "10" in (budget.why_stop(3) or "")
 
@@ -34,6 +39,20 @@ def test_what_is_in_flight_counts_against_the_bound() -> None:
 def test_what_was_spent_before_counts_too() -> None:
     assert Budget(Limits(Price(1, 1), max_usd=2.0), spent_usd=1.9).why_stop(0) is None
     assert Budget(Limits(Price(1, 1), max_usd=2.0), spent_usd=2.0).why_stop(0)
+
+
+def test_attempts_that_broke_off_are_paid_for_too() -> None:
+    assert Budget(Limits(Price(1e6, 2e6))).record(paid(1, 10, (2, 20))) == 63.0
+
+
+def test_a_judge_has_a_price_of_its_own() -> None:
+    limits = Limits(Price(1, 2))
+    assert limits.price_of_judge("http://a/v1", "http://a/v1") == Price(1, 2)
+    assert limits.price_of_judge("http://b/v1", "http://a/v1") == Price(1, 2), "not known: it may cost as much"
+    assert limits.price_of_judge("judge.gguf", "http://a/v1") == Price(0, 0), "in this process"
+    assert Limits().price_of_judge("judge.gguf", "http://a/v1") is None
+    own = Limits(Price(1, 2), judge_price=Price(3, 4))
+    assert own.price_of_judge("http://b/v1", "http://a/v1") == Price(3, 4)
 
 
 def test_the_hours_are_a_command_s() -> None:
@@ -49,9 +68,9 @@ def test_twenty_samples_tell_what_all_of_them_come_to() -> None:
     now = 0.0
     budget = Budget(Limits(Price(1, 10)), spent_usd=3.0, clock=lambda: now)
     for _ in range(19):
-        budget.record(100, 1000)
+        budget.record(paid(100, 1000))
     assert budget.project(80) is None
-    budget.record(100, 1000)
+    budget.record(paid(80, 900, (20, 100)))
     now = 36.0
     whole = budget.project(80)
     assert whole is not None

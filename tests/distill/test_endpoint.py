@@ -276,6 +276,9 @@ def test_the_model_is_the_only_one_or_has_to_be_named(server: FakeServer) -> Non
         model_at(server.url)
     server.models_status = 500
     assert model_at(server.url, "d") == "d", "transformers serve fails to list where its cache folder is missing"
+    with pytest.raises(TeacherError, match="cannot list its models: HTTP 500") as caught:
+        model_at(server.url)
+    assert "--model" in caught.value.hint
 
 
 @pytest.mark.parametrize("url", ["http://", "ftp://host/v1", "https://user:secret@host/v1"])
@@ -462,10 +465,33 @@ def test_any_character_may_stand_in_the_stream(server: FakeServer, teacher: Endp
 def test_what_breaks_off_for_good_says_what_it_took(server: FakeServer, teacher: EndpointTeacher) -> None:
     server.failures["question 1"] = [cut] * ATTEMPTS
     answers = dict(teacher.generate(ask(2), Sampling()))
-    assert (answers[1].finish_reason, answers[1].content) == ("error", "half an ans")
-    assert (answers[1].completion_tokens, answers[1].prompt_tokens) == (1, 4)  # the prompt's estimated
-    assert "cut before its end" in (answers[1].error or "")
+    assert (answers[1].finish_reason, answers[1].completion_tokens) == ("error", 0)
+    assert answers[1].lost_tokens == (4 * ATTEMPTS, ATTEMPTS)  # the prompt's estimated
+    assert f"after {ATTEMPTS} attempts: the stream was cut before its end" in (answers[1].error or "")
     assert len(server.tries("question 1")) == ATTEMPTS
+
+
+def test_what_broke_off_before_an_answer_counts_as_paid_for(server: FakeServer, teacher: EndpointTeacher) -> None:
+    filtered = stream({"content": "I can"}, finish="content_filter")
+    server.failures = {"question 0": [cut, status(500), cut], "question 1": [filtered]}
+    answers = dict(teacher.generate(ask(3), Sampling()))
+    assert (answers[0].content, answers[0].prompt_tokens, answers[0].completion_tokens) == ("QUESTION 0!", 5, 7)
+    assert answers[0].lost_tokens == (8, 2)
+    assert answers[1].lost_tokens == (5, 7), "the server's own count"
+    assert answers[2].lost_tokens == (0, 0)
+
+
+def test_who_waits_is_told_for_what(server: FakeServer) -> None:
+    notes: list[str] = []
+    server.failures = {"question 0": [status(503, "Loading model")] * 4, "question 1": [status(503, "busy")] * 5}
+    with EndpointTeacher(server.url, concurrency=1, max_backoff_s=0.01) as teacher:
+        teacher.on_note = notes.append
+        assert len(list(teacher.generate(ask(2), Sampling()))) == 2
+        assert notes == [f"{server.url[7:-3]}: HTTP 503: Loading model; asking again"]
+    server.failures["question 0"] = [status(503, "CB worker is dead")] * 99
+    with EndpointTeacher(server.url, concurrency=1, max_backoff_s=0.01) as teacher:
+        ((_, answer),) = teacher.generate(ask(1), Sampling())
+    assert "after 10 attempts: HTTP 503: CB worker is dead" in (answer.error or "")
 
 
 @pytest.mark.parametrize("comments", [False, True], ids=["silent", "comments"])

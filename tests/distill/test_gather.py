@@ -142,7 +142,7 @@ def test_new_problems_are_asked_too_and_bought_once(prompts: Path, tmp_path: Pat
 def test_the_budget_holds_for_everything_together(prompts: Path, tmp_path: Path) -> None:
     price, said = Price(0, 1e6 / 20), list[str]()  # a dollar for each answer
     writer = Writer({"VERDICT": verdict, "": lambda text, seed: f"Answer: {seed}"})
-    settings = settings_of(prompts, samples=1, judge="judge")
+    settings = settings_of(prompts, samples=1, judge="toy")
     limits = Limits(price, max_usd=14.0)
     gather_only(tmp_path / "run", settings, writer, limits=limits, say=said.append)
     assert len(writer.asked) == 14, "ten traces, four judgements"
@@ -151,6 +151,71 @@ def test_the_budget_holds_for_everything_together(prompts: Path, tmp_path: Path)
     assert len(writer.asked) == 14
     gather_only(tmp_path / "run", settings, writer, limits=Limits(price, max_usd=99.0))
     assert len(writer.asked) == 20
+
+
+def test_what_failed_has_been_paid_for_when_a_run_goes_on(prompts: Path, tmp_path: Path) -> None:
+    class Breaks(Writer):
+        def generate(self, *arguments: Any, **options: Any) -> Iterator[tuple[int, Completion]]:
+            for index, completion in super().generate(*arguments, **options):
+                lost = dataclasses.replace(completion, completion_tokens=0, lost_tokens=(0, 20))
+                yield index, dataclasses.replace(lost, finish_reason="error") if self.asked else completion
+
+    price, said = Price(0, 1e6 / 20), list[str]()  # a dollar for each answer, and for each failure
+    settings = settings_of(prompts, samples=2, judge="toy")
+    gather_only(tmp_path / "run", settings, Breaks({"": "7"}), limits=Limits(price, max_usd=5.0))
+    again = Writer({"": "7"})
+    gather_only(tmp_path / "run", settings, again, limits=Limits(price, max_usd=7.0), say=said.append)
+    assert len(again.asked) == 2
+    assert any("$7.00 spent" in line for line in said)
+
+
+def test_a_judge_has_a_name_and_a_price_of_its_own(prompts: Path, tmp_path: Path) -> None:
+    opened: list[tuple[str, str | None]] = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Notes(Scripted):
+        def open_teacher(self, spec: str, model: str | None = None) -> Teacher:
+            opened.append((spec, model))
+            return super().open_teacher(spec, model)
+
+    writer = Writer({"VERDICT": verdict, "": lambda text, seed: f"Answer: {seed}"})
+    judge = {"judge": "http://judge/v1", "judge_model": "strict"}
+    settings = settings_of(prompts, samples=1, teacher_model="r1", **judge)
+    limits = Limits(Price(0, 1e6 / 20), judge_price=Price(0, 2e6 / 20))
+    said: list[str] = []
+    with suppress(ArtifactError):
+        teach(
+            settings, tmp_path / "run", work=Notes(writer=writer, limits=limits, say=said.append), stop_after="traces"
+        )
+    assert opened == [("toy", "r1"), ("http://judge/v1", "strict")]
+    assert any("$30.00 spent" in line for line in said), "ten traces at one dollar, ten judgements at two"
+    assert dataclasses.replace(settings, judge_model=None).model_of_judge is None, "r1 is the teacher's server's name"
+    assert dataclasses.replace(settings, judge="toy", judge_model=None).model_of_judge == "r1"
+    other = dataclasses.replace(settings, judge_model="other")
+    assert other.judge_settings() != settings.judge_settings(), "another model's verdicts are not taken for its own"
+
+
+def test_traces_that_nothing_would_judge_are_not_paid_for(prompts: Path, tmp_path: Path) -> None:
+    writer = Writer({"": "7"})
+    lonely = settings_of(prompts, samples=1, student="pocket")
+    for settings in (lonely, settings_of(prompts, accept=["judge"], student="pocket")):
+        with pytest.raises(UsageError, match="nothing would say which traces are good") as caught:
+            teach(settings, tmp_path / "run", work=Scripted(writer=writer))
+        assert "--samples 8" in caught.value.hint
+    assert not writer.asked
+    result = teach(lonely, tmp_path / "run", work=Scripted(writer=writer), stop_after="traces")
+    assert (len(writer.asked), result.curation["kept"]) == (10, 0), "who wants traces alone gets them"
+
+
+def test_the_probe_tells_what_a_teacher_gives_though_it_is_not_asked_for(prompts: Path, tmp_path: Path) -> None:
+    class Knows(Writer):
+        def score(self, *_: Any, **__: Any) -> Any:
+            self.on_note("asked for more than is wanted later")
+
+    said: list[str] = []
+    gather_only(tmp_path / "run", settings_of(prompts), Knows({"": "7"}), say=said.append)
+    assert "on-policy distillation" in said[0]
+    assert not any("asked for more" in line for line in said)
 
 
 def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:

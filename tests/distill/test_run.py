@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,17 +22,28 @@ def test_a_run_is_locked_against_another_process(tmp_path: Path) -> None:
             "except ArtifactError as error:\n    print(error.message)\n"
         )
         other = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-        assert "is in use by another deepdistill" in other.stdout
+        assert re.search(rf"run is being written by process {os.getpid()} on .* since 20", other.stdout)
     with Run(folder, {"a": 1}) as run:  # and free afterwards
         assert run.load("recipe.json") == {"a": 1}
 
 
 def test_another_recipe_is_refused_and_nothing_is_overwritten(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", {"seed": 1, "same": 2}):
-        pass
+    with Run(tmp_path / "run", {"seed": 1, "same": 2}) as run:
+        run.save("curation.json", {})
     with pytest.raises(ArtifactError, match="seed was 1, is 5"), Run(tmp_path / "run", {"seed": 5, "same": 2}):
         pass
     with Run(tmp_path / "run", {"seed": 1, "same": 2}):  # the failed entry let the lock go
+        pass
+
+
+def test_a_run_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", {"model": "typo"}) as run:
+        run.traces_path.touch()
+        (run.folder / "failures.jsonl").write_text("{}\n")
+    with Run(tmp_path / "run", {"model": "right"}) as run:
+        assert run.load("recipe.json") == {"model": "right"}
+        run.traces_path.write_text("{}\n")
+    with pytest.raises(ArtifactError, match="model was 'right'"), Run(tmp_path / "run", {"model": "other"}):
         pass
 
 
