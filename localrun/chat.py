@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .conversations import Conversation, Store
@@ -35,10 +35,17 @@ class ChatSettings:
     think_budget: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     max_tokens: int | None = None
     seed: int | None = None
+    repeat_penalty: float = 1.0
+    dry: float = 0.0
+    """DRY's multiplier: what repeats itself is penalized the more, the longer it is."""
     grammar: str | None = None
     """GBNF that holds every answer."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Offered to the model in OpenAI's form."""
     images: tuple[Path, ...] = ()
     """What the first question is about."""
     loop_guard: bool = True
@@ -67,8 +74,11 @@ class ChatSettings:
             grammar=self.grammar,
             loop_guard=self.loop_guard,
             speculate=self.speculate,
+            repeat_penalty=self.repeat_penalty,
+            dry_multiplier=self.dry,
         )
-        names = ("temperature", "top_p", "max_tokens", "seed")
+        session.tools = self.tools
+        names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         session.sampling = replace(session.sampling, **given)
 
@@ -95,6 +105,8 @@ def chat(
     once = prompt is not None or piped or not is_terminal(sys.stdout)
     if json_output and not once:
         raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in")
+    if settings.tools and not once:
+        raise UsageError("--tools answers one question: nobody is there to run a call", "add -p 'QUESTION'")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer

@@ -12,6 +12,7 @@ from .session import Question, Session
 
 if TYPE_CHECKING:
     from .screen import Screen
+    from .tools import ToolCall
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -39,12 +40,15 @@ def read_question(prompt: str | None, read_stdin: bool) -> str:
 def answer_once(session: Session, question: Question, *, json_output: bool = False, folded: bool = False) -> None:
     """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
 
+    Where tools were offered the answer comes once it is whole, and after it a JSON line for each call.
+
     The thinking goes beside a plain answer, to standard error, if a terminal shows it.
 
     Raises:
         ModelError: the question does not fit the context.
     """
-    on_screen = is_terminal(sys.stdout) and not json_output
+    whole = json_output or bool(session.tools)  # a call is none before it is whole
+    on_screen = is_terminal(sys.stdout) and not whole
     screen = _screen(on_screen, folded) if on_screen or is_terminal(sys.stderr) else None
     last: Step | None = None
     text, notes = {"thinking": "", "answer": ""}, []
@@ -54,19 +58,31 @@ def answer_once(session: Session, question: Question, *, json_output: bool = Fal
             notes += [last.note] if last.note else []
             if screen:
                 screen.show(last)
-            if last.part == "answer" and not on_screen and not json_output:
+            if last.part == "answer" and not (on_screen or whole):
                 print(last.text, end="", flush=True)
     finally:
         if screen:
             screen.end()
     assert last is not None
+    content, calls = _split_calls(session, text["answer"])
     if json_output:
-        record = _answer_record(session, last, text["thinking"], text["answer"]) | {"notes": notes}
-        print(json.dumps(record, ensure_ascii=False))
-    elif not on_screen and not text["answer"].endswith("\n"):
+        record = _answer_record(session, last, text["thinking"], content) | {"notes": notes}
+        print(json.dumps(record | ({"tool_calls": calls} if session.tools else {}), ensure_ascii=False))
+    elif whole:
+        print(*([content] if content.strip() else []), *map(json.dumps, calls), sep="\n")
+    elif not on_screen and not content.endswith("\n"):
         print()
     for note in [*notes, *why_cut(session, last)]:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _split_calls(session: Session, answer: str) -> tuple[str, list[ToolCall]]:
+    """Return what an answer says, and the tools that it calls."""
+    if not session.tools:
+        return answer, []
+    from .tools import parse_tool_calls
+
+    return parse_tool_calls(answer, {tool["function"]["name"] for tool in session.tools})
 
 
 def _screen(on_screen: bool, folded: bool) -> Screen:

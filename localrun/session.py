@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from .conversations import DEFAULT_SAMPLING, Conversation
 from .engine import Engine, Step
@@ -47,7 +47,10 @@ class Session:
         think: Think = "auto",
         sampling: Sampling = DEFAULT_SAMPLING,
         guidance: Guidance = FREE,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
+        """Begin a conversation; `tools`, in OpenAI's form, are offered to the model."""
+        self.tools = tools
         self.engine, self.system, self.think, self.sampling, self.guidance = engine, system, think, sampling, guidance
         self.turns: list[Message] = []
 
@@ -65,7 +68,7 @@ class Session:
             ModelError: the conversation does not fit the context.
         """
         asked = question.message
-        prompt = self.engine.prompt([*self.messages, _as_shown(asked)], self.think)
+        prompt = self.engine.prompt([*self.messages, _as_shown(asked)], self.think, self.tools)
         images = [Path(image) for turn in [*self.turns, asked] for image in turn.get("images", "").splitlines()]
         said = {"thinking": "", "answer": ""}
         opened, finished = False, False

@@ -15,6 +15,10 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NoReturn, TypedDict
 
+from ..errors import UsageError
+
+_TOOLS_HINT = 'a list of {"type": "function", "function": {"name": …, "description": …, "parameters": JSON schema}}'
+
 
 class Function(TypedDict):
     """What is called; `arguments` is a JSON object, as text."""
@@ -29,6 +33,27 @@ class ToolCall(TypedDict):
     id: str
     type: Literal["function"]
     function: Function
+
+
+def read_tools(text: str) -> tuple[dict[str, Any], ...]:
+    """Return the tools of a JSON text in OpenAI's form; functions alone, or one of either, are taken too.
+
+    Raises:
+        UsageError: it holds none.
+    """
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"the tools are no JSON: {error}", _TOOLS_HINT) from error
+    tools = []
+    for item in given if isinstance(given, list) else [given]:
+        function = item.get("function", item) if isinstance(item, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UsageError("a tool has no name", _TOOLS_HINT)
+        tools.append({"type": "function", "function": {"description": "", "parameters": {}} | function})
+    if not tools:
+        raise UsageError("there is no tool in it", _TOOLS_HINT)
+    return tuple(tools)
 
 
 def parse_tool_calls(content: str, known: Collection[str] | None = None) -> tuple[str, list[ToolCall]]:

@@ -25,6 +25,7 @@ from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Sampling
 from deepdistill.localrun.session import Question, Session
 
+BuildGGUF = Callable[..., Path]
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -82,6 +83,65 @@ def test_a_cut_answer_is_announced(scripted_gguf: Path, capsys: pytest.CaptureFi
     long = "x" * 484  # leaves a few tokens of the context
     assert main(["chat", str(scripted_gguf), "-p", long]) == 0
     assert "context of 512 tokens is full" in capsys.readouterr().err
+
+
+WEATHER = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
+CALLS = b'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+SHOWS_TOOLS = (
+    "{% if tools %}{{ tools[0].function.name }}: {{ tools[0].function.description }}\n{% endif %}"
+    "{{ messages[-1].content + '\n' }}"
+)
+
+
+@pytest.mark.usefixtures("no_stdin")
+def test_tools_are_offered_and_calls_come_out_in_openais_form(
+    tmp_path: Path, build_gguf: BuildGGUF, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build_gguf(tmp_path / "calls.gguf", script=[CALLS], template=SHOWS_TOOLS)
+    (tmp_path / "tools.json").write_text(json.dumps([{"type": "function", "function": WEATHER}]))
+    (tmp_path / "other.json").write_text(json.dumps(WEATHER | {"name": "other"}))
+    ask = ["chat", str(model), "-p", "is it warm?", "--tools"]
+    assert main([*ask, str(tmp_path / "tools.json"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    (call,) = record["tool_calls"]
+    assert record["content"] == "Let me see."
+    assert (call["type"], call["function"]["name"]) == ("function", "weather")
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+    with Engine(model) as engine:
+        assert record["prompt_tokens"] == len(engine.tokenize("weather: of a city\nis it warm?\n"))
+    assert main([*ask, str(tmp_path / "tools.json")]) == 0
+    said, printed = capsys.readouterr().out.splitlines()
+    assert said == "Let me see."
+    assert json.loads(printed)["function"] == call["function"]
+    assert main([*ask, str(tmp_path / "other.json"), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["tool_calls"], record["content"]) == ([], CALLS.decode())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[1]", '[{"type": "function"}]', '{"name": 3}'])
+def test_tools_that_are_none_are_refused(
+    tmp_path: Path, scripted_gguf: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tools.json").write_text(text)
+    assert main(["chat", str(scripted_gguf), "-p", "hi", "--tools", str(tmp_path / "tools.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: .*tool.*\nhint: a list of .*\n", err)
+
+
+def test_every_sampler_can_be_asked_for(random_gguf: Path) -> None:
+    def say(*flags: str) -> str:
+        ask = ("chat", str(random_gguf), "-p", "hi", "--json", "--no-loop-guard", "--max-tokens", "40")
+        done = deepdistill(*ask, *flags)
+        record = json.loads(done.stdout)
+        return f"{record['reasoning_content']} {record['content']}"
+
+    greedy = say()
+    hot = say("--temperature", "5")
+    assert hot != greedy
+    for flags in (["--top-k", "1"], ["--min-p", "1"], ["--top-p", "0"]):
+        assert say("--temperature", "5", *flags) == greedy
+    assert say("--repeat-penalty", "1000") != greedy
 
 
 @pytest.mark.usefixtures("no_stdin")
