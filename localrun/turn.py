@@ -178,6 +178,7 @@ class Turn:
             self._notes.append(f"the {part} goes in circles of {period} tokens; repetition is penalized from here")
         elif part == "thinking":
             self._notes.append("the thinking still goes in circles and was closed")
+            self._queue.extend([] if self._hinted else self._hint)
             self._close_thinking()
         else:
             self._notes.append("the answer still goes in circles and was ended")

@@ -14,6 +14,7 @@ from deepdistill.errors import UsageError
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import FREE, Guidance, Sampling
 from deepdistill.localrun.loops import LEAST_TOKENS, LoopDetector
+from deepdistill.localrun.sampler import Sampler
 from deepdistill.localrun.turn import _StopStrings
 
 BuildGGUF = Callable[..., Path]
@@ -122,6 +123,25 @@ def test_the_guard_answers_a_loop_with_dry_and_the_thinking_goes_on(looping: Eng
     assert tokens[noticed + 1 : noticed + 21] != tokens[noticed - 19 : noticed + 1], "it goes on otherwise"
     assert guarded[-1].closed is True
     assert text_of(guarded, "answer").strip()
+
+
+def test_where_dry_does_not_help_the_thinking_is_wound_down_and_the_answer_ended(
+    looping: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "fight_loops", lambda self, history: None)
+    steps = ask(looping, Sampling(max_tokens=450), Guidance(loop_guard=True))
+    thinking, answer = text_of(steps, "thinking"), text_of(steps, "answer")
+    assert thinking.endswith("\nI have to answer now.\n")
+    assert thinking.count(" wait") == 2 * LEAST_TOKENS // 5, "noticed twice"
+    assert "</think>" not in thinking + answer
+    assert " let me see" in answer
+    assert (steps[-1].finish_reason, steps[-1].closed) == ("loop", True)
+    assert notes_of(steps).split("; ") == [
+        "the thinking goes in circles of 5 tokens",
+        "repetition is penalized from here",
+        "the thinking still goes in circles and was closed",
+        "the answer still goes in circles and was ended",
+    ]
 
 
 @relaxed
