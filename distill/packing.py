@@ -12,7 +12,7 @@ separate rows; only the work is less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,14 +29,25 @@ class Layout:
 
     gather: Tensor  # [n, L], the flat index of each row's tokens; 0 in the padding
     scatter: Tensor  # [T], where in [n * L] each flat token stands, in the first row that has it
+    shared: Tensor  # [U], the flat tokens that several rows have
+    again: Tensor  # [M], where in [n * L] the later rows have them
+    again_of: Tensor  # [M], which of the U each of those is
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """Return the same layout on another device."""
-        return replace(
-            self,
-            gather=self.gather.to(device, non_blocking=non_blocking),
-            scatter=self.scatter.to(device, non_blocking=non_blocking),
-        )
+        return Layout(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
+
+    def sum_back(self, rows: Tensor) -> Tensor:
+        """Return for each flat token the sum of what stands in its places: `[T, C]` of rows `[n * L, C]`.
+
+        It is the gradient of gathering. The few tokens of several rows are summed in fp32.
+        """
+        flat = rows.index_select(0, self.scatter)
+        if len(self.shared):
+            sums = flat.index_select(0, self.shared).float()
+            sums.index_add_(0, self.again_of, rows.index_select(0, self.again).float())
+            flat.index_copy_(0, self.shared, sums.to(flat.dtype))
+        return flat
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ def pack(rows: Sequence[Row]) -> Batch:
     flat: list[int] = []
     flat_positions: list[int] = []
     scatter: list[int] = []
+    again: list[int] = []
     before: list[int] = []
     for i, row in enumerate(ordered):
         ids, shared = row.input_ids, _n_shared(before, row.input_ids)
@@ -73,10 +85,13 @@ def pack(rows: Sequence[Row]) -> Batch:
         gather[i, shared : len(ids)] = np.arange(start, start + len(ids) - shared)
         flat += ids[shared:]
         flat_positions += range(shared, len(ids))
+        again += range(i * width, i * width + shared)
         scatter += range(i * width + shared, i * width + len(ids))
         before = ids
     predicted_from = [gather[i, row.n_prompt - 1 : len(row.input_ids) - 1] for i, row in enumerate(ordered)]
-    layout = Layout(torch.from_numpy(gather), torch.tensor(scatter))
+    several, again_of = np.unique(gather.ravel()[again], return_inverse=True)
+    places = (gather, np.array(scatter), several, np.array(again, np.int64), again_of)
+    layout = Layout(*(torch.from_numpy(place) for place in places))
     return _batch(ordered, torch.tensor([flat]), torch.tensor([flat_positions]), layout, predicted_from)
 
 

@@ -1,81 +1,56 @@
-"""Teach a student its rows: `transformers.Trainer` carries the loop; rows, loss, schedule and clock are ours.
+"""Teach a student its rows: the plan, the run, and what is left of it.
 
-The vocabulary projection, the dearest product of a small model, is computed only where there is a target. The frozen
-weights stand in bf16 where the machine multiplies it natively; what learns stays in fp32 under autocast. With `minutes`
-the learning rate follows the clock, so that it has decayed whatever the machine's speed was.
+`transformers.Trainer` carries the loop (`trainer`), the rows say which loss they carry (`losses`), the states come from
+the fastest pass that is exact (`objective`). What is measured at the start, number format, threads and rows at once, is
+written down (`checkpoints/plan.json`) and kept, so that a run that was killed comes to the very weights of one that was
+not.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-import os
 import re
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
-from ..errors import ArtifactError, ModelError, UsageError
+from ..errors import ArtifactError, ModelError
 from ..localrun.progress import Progress, no_progress
-from .device import choose_device, has_fast_bf16
-from .losses import LOSSES, projected_loss
-from .packing import Batch, pad
-from .quiet import quiet_transformers
+from .clock import Clock, Validation, last_checkpoint, validation_of
+from .device import SMALL_MODEL, choose_device
+from .lora import check_vocabulary, load_student
+from .merge import save_student
+from .objective import Objective
+from .packing import Batch
+from .precision import fastest
 from .rows import Row, order_rows
+from .run import write_text
+from .train_settings import TrainReport, TrainSettings
+from .trainer import StudentTrainer, arguments, processes
+
+__all__ = ["TrainReport", "TrainSettings", "train"]
 
 # torch's and safetensors' ways to say so
 _DISK_FULL = re.compile(r"No space left|File too large|inline_container|PytorchStreamWriter|os error")
-_CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
+_PLAN_FILE = "plan.json"
+_N_CHECKED = 4  # rows on which the merge is checked
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train. `lr` None is 6e-4 for LoRA and 1e-4 for all weights; `minutes` None trains `epochs` to the end.
+class Plan:
+    """What a run found out at its start and keeps. `micro_batch` is the number of rows a process computes at once."""
 
-    Layers below `lora_first_layer` have no adapter, so the backward pass stops there: a third of them left out makes a
-    step about 1.4 times as fast.
-    """
-
-    full: bool = False
-    lora_rank: int = 32
-    lora_alpha: int = 32
-    lora_first_layer: int = 0
-    lr: float | None = None
-    batch_size: int = 16
-    epochs: int = 3
-    minutes: float | None = None
-    max_length: int = 1024
-    warmup: float = 0.03
-    final_lr: float = 0.05
-    weight_decay: float = 0.0
-    save_every_s: float = 60.0
-    seed: int = 0
-
-    @property
-    def peak_lr(self) -> float:
-        """The highest learning rate of the schedule."""
-        return self.lr if self.lr is not None else (1e-4 if self.full else 6e-4)
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a training run did. `tokens_per_s` counts every token of the rows, prompts included, without padding."""
-
-    steps: int
-    rows: int
-    tokens: int
-    minutes: float
-    tokens_per_s: float
-    final_loss: float
+    dtype: str
+    threads: int
+    micro_batch: int
 
 
 def train(
@@ -88,209 +63,170 @@ def train(
     on_progress: Progress = no_progress,
     *,
     is_ordered: bool = False,
+    validation: Sequence[Row] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train the checkpoint in base_dir on rows and save it, merged, to out; go on from the last whole checkpoint.
 
-    With `is_ordered` the rows are those of every epoch, in order (a curriculum's).
+    With `is_ordered` the rows are those of every epoch, in order (a curriculum's). An adapter is left in
+    `out/../adapter`, the curve in `checkpoints_dir/../curve.jsonl`.
 
     Raises:
-        ModelError: the weights cannot be loaded.
+        ModelError: the weights cannot be loaded, do not fit the rows or the memory, or the loss diverges.
         ArtifactError: the disk is full.
     """
     device = choose_device()
     ordered = list(rows) if is_ordered else order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
-    model = _load(base_dir, settings, device)
-    clock = _Clock(settings, ordered, on_progress)
-    trainer = _Trainer(
-        settings,
-        clock,
-        model=model,
-        args=_arguments(settings, checkpoints_dir, device),
-        train_dataset=ordered,
-        data_collator=lambda batch: pad(batch, tokenizer.pad_token_id).inputs(),
-        callbacks=[clock],
-    )
-    trainer.remove_callback(PrinterCallback)
     with _disk_errors(checkpoints_dir):
-        trainer.train(resume_from_checkpoint=_last_checkpoint(checkpoints_dir))
-        _save_merged(trainer.model, base_dir, tokenizer, out)
-    return clock.report(trainer.state.global_step)
+        plan = _plan(base_dir, rows, settings, device, checkpoints_dir)
+        while True:
+            try:
+                return _run(base_dir, ordered, tokenizer, settings, plan, checkpoints_dir, out, on_progress, validation)
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+                    raise
+                plan = _smaller(plan, checkpoints_dir, say)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
-def batch_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """Return the weighted mean of what the batch's targets cost; 0 where there is no target."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # [B, T, H]
-    head = causal_lm.get_output_embeddings()
-    wanted = hidden.flatten(0, 1)[batch.positions]  # [N, H]
-    total = projected_loss(wanted, head.weight, batch.targets, batch.segments, LOSSES, bias=head.bias)
-    return total / max(batch.weight, 1e-9)
-
-
-class _Trainer(Trainer):
-    """`transformers.Trainer` with our loss, row order and schedule."""
-
-    def __init__(self, settings: TrainSettings, clock: _Clock, **keywords: Any) -> None:
-        self._settings, self._clock = settings, clock
-        super().__init__(**keywords)
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
-    ) -> Any:
-        with self.compute_loss_context_manager():
-            loss = batch_loss(model, Batch(**inputs))
-        return (loss, None) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return SequentialSampler(rows)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_scheduler is None:
-            rate = _schedule(self._settings, lambda step: self._clock.progress(step / num_training_steps))
-            optimizer = optimizer if optimizer is not None else self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-
-class _Clock(TrainerCallback):
-    """Knows how far the run is, by time where it is boxed; saves a checkpoint every minute; stops; reports."""
-
-    def __init__(self, settings: TrainSettings, rows: Sequence[Row], on_progress: Progress) -> None:
-        self._settings, self._on_progress = settings, on_progress
-        self._tokens = [len(row.input_ids) for row in rows]
-        self._before = 0.0  # seconds of training before this process
-        self._started = self._saved = time.monotonic()
-        self._losses: list[float] = []
-
-    def seconds(self) -> float:
-        return self._before + time.monotonic() - self._started
-
-    def progress(self, steps_done: float) -> float:
-        """Return how much of the run is done, 0 to 1."""
-        if self._settings.minutes is None:
-            return steps_done
-        return min(1.0, max(steps_done, self.seconds() / (60 * self._settings.minutes)))
-
-    def report(self, steps: int) -> TrainReport:
-        """Sum the run up after its last step."""
-        n_rows = min(steps * self._settings.batch_size, len(self._tokens))
-        tokens = sum(self._tokens[:n_rows])
-        last = self._losses[-20:]
+def _run(
+    base_dir: Path,
+    ordered: Sequence[Row],
+    tokenizer: Any,
+    settings: TrainSettings,
+    plan: Plan,
+    checkpoints_dir: Path,
+    out: Path,
+    on_progress: Progress,
+    validation: Sequence[Row],
+) -> TrainReport:
+    device, dtype = choose_device(), _dtype(plan)
+    with _threads(plan.threads):
+        model = load_student(base_dir, settings, device, dtype)
+        check_vocabulary(model, [*ordered, *validation], len(tokenizer))
+        objective = Objective(model, max(len(row.input_ids) for row in [*ordered, *validation]))
+        collate = objective.collator(tokenizer.pad_token_id)
+        validate = _validation(objective, model, collate, validation, plan.micro_batch)
+        clock = Clock(settings, ordered, _computed_share(ordered, collate, plan.micro_batch), validate, on_progress)
+        # The fast pass holds its weights in the plan's format already; any other computes under autocast.
+        autocast = objective.pass_ != "fast" and dtype == torch.bfloat16
+        trainer = StudentTrainer(
+            settings,
+            objective,
+            clock,
+            model=model,
+            args=arguments(settings, str(checkpoints_dir), device, plan.micro_batch, autocast),
+            train_dataset=ordered,
+            data_collator=collate,
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
+        objective.release()
+        error = None
+        if trainer.is_world_process_zero():
+            error = save_student(trainer.model, base_dir, tokenizer, out, ordered[:_N_CHECKED])
         return TrainReport(
-            steps=steps,
-            rows=n_rows,
-            tokens=tokens,
-            minutes=round(self.seconds() / 60, 2),
-            tokens_per_s=round(tokens / max(self.seconds(), 1e-9), 1),
-            final_loss=round(sum(last) / len(last), 4) if last else 0.0,
+            **clock.summary(trainer.state.global_step), pass_=objective.pass_, merge_error=error, **asdict(plan)
         )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _CLOCK_FILE
-        if saved.exists():
-            self._before = json.loads(saved.read_text())["seconds"]
-        self._started = self._saved = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        done = self.progress(state.global_step / state.max_steps)
-        if done >= 1:
-            control.should_training_stop = True
-        if time.monotonic() - self._saved >= self._settings.save_every_s or done >= 1:
-            control.should_save = True
-            self._saved = time.monotonic()
-        rate = sum(self._tokens[: state.global_step * self._settings.batch_size]) / self.seconds()
-        loss = f"loss {self._losses[-1]:.3f}, " if self._losses else ""
-        self._on_progress("training", done, 1.0, f"{loss}{rate:.0f} tokens/s")
+def _validation(
+    objective: Objective,
+    model: Any,
+    collate: Callable[[Sequence[Row]], dict[str, Any]],
+    rows: Sequence[Row],
+    n_at_once: int,
+) -> Callable[[], Validation] | None:
+    """Return what scores the held-out rows; None if there are none."""
+    if not rows:
+        return None
+    batches = [Batch(**collate(rows[i : i + n_at_once])) for i in range(0, len(rows), n_at_once)]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs and "loss" in logs:
-            self._losses.append(float(logs["loss"]))
+    def validate() -> Validation:
+        was_training = model.training
+        model.eval()
+        try:
+            return validation_of(objective.scores, batches)
+        finally:
+            model.train(was_training)
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (folder / _CLOCK_FILE).write_text(json.dumps({"seconds": self.seconds()}))
-        for older in _checkpoints(Path(args.output_dir))[:-1]:
-            shutil.rmtree(older, ignore_errors=True)
+    return validate
 
 
-def _schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Callable[[int], float]:
-    """Return the learning rate's factor by step: a linear warm-up, then a linear way down to `final_lr`."""
+def _computed_share(
+    ordered: Sequence[Row], collate: Callable[[Sequence[Row]], dict[str, Any]], n_at_once: int
+) -> float:
+    """Return which share of the rows' tokens is computed, from a few batches; above 1 where there is padding."""
+    computed = given = 0
+    for start in range(0, min(len(ordered), 16 * n_at_once), n_at_once):
+        batch = collate(ordered[start : start + n_at_once])
+        computed += batch["input_ids"].numel()
+        given += batch["n_tokens"]
+    return computed / max(given, 1)
 
-    def rate(step: int) -> float:
-        done = progress(step)
-        if done < settings.warmup:
-            return max(done / settings.warmup, 0.01)
-        return 1 - (1 - settings.final_lr) * (done - settings.warmup) / (1 - settings.warmup)
 
-    return rate
-
-
-def _arguments(settings: TrainSettings, checkpoints_dir: Path, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(checkpoints_dir),
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=1,  # the rows hold every epoch already, in order
-        learning_rate=settings.peak_lr,
-        weight_decay=settings.weight_decay,
-        adam_beta2=0.99,
-        max_grad_norm=1.0,
-        bf16=has_fast_bf16(device),
-        use_cpu=device.type == "cpu",
-        logging_steps=5,
-        save_strategy="no",  # the clock says when
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        seed=settings.seed,
+def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: torch.device, folder: Path) -> Plan:
+    """Return the plan that the run began with, or make it."""
+    path = folder / _PLAN_FILE
+    if path.exists():
+        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    width, inner = text.get("hidden_size", 512), text.get("intermediate_size") or 4 * text.get("hidden_size", 512)
+    choice = fastest(width, inner, device)
+    is_small = sum(file.stat().st_size for file in base_dir.glob("*.safetensors")) < 2 * SMALL_MODEL
+    kind = settings.dtype or ("fp32" if is_small or choice.dtype == torch.float32 else "bf16")
+    plan = Plan(
+        kind, settings.threads or choice.threads, settings.micro_batch or _fitting(text, rows, settings, device)
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(asdict(plan)) + "\n")
+    return plan
 
 
-def _load(base_dir: Path, settings: TrainSettings, device: torch.device) -> Any:
-    """Load the student, with a LoRA adapter on every linear layer unless all weights are trained."""
-    quiet_transformers()
-    frozen = torch.bfloat16 if has_fast_bf16(device) and not settings.full else torch.float32
+def _fitting(config: dict[str, Any], rows: Sequence[Row], settings: TrainSettings, device: torch.device) -> int:
+    """Return how many rows at once fit the memory by a rule with room to spare: a step's, or half of it, and so on."""
+    share = max(1, settings.batch_size // processes())
+    width, inner = config.get("hidden_size", 512), config.get("intermediate_size") or 4 * config.get("hidden_size", 512)
+    longest = max(len(row.input_ids) for row in rows)
+    # what the passes keep of a token and layer: twelve states as wide as the stream, four as the MLP, in fp32 at worst
+    of_a_row = longest * config.get("num_hidden_layers", 32) * (12 * width + 4 * inner) * 4
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    while share > 1 and share * of_a_row > 0.5 * free:
+        share //= 2
+    return share
+
+
+def _smaller(plan: Plan, folder: Path, say: Callable[[str], None]) -> Plan:
+    """Return the plan with half the rows at once; a step still takes as many in all.
+
+    Raises:
+        ModelError: it is one row already.
+    """
+    if plan.micro_batch == 1:
+        raise ModelError(
+            "not even one row at a time fits the memory", "give a smaller --max-length, or train an adapter, not --full"
+        )
+    smaller = Plan(plan.dtype, plan.threads, plan.micro_batch // 2)
+    write_text(folder / _PLAN_FILE, json.dumps(asdict(smaller)) + "\n")
+    say(f"{plan.micro_batch} rows at once do not fit the memory: {smaller.micro_batch} from here on, as many a step")
+    return smaller
+
+
+def _dtype(plan: Plan) -> torch.dtype:
+    return torch.bfloat16 if plan.dtype == "bf16" else torch.float32
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=frozen, attn_implementation="sdpa")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load the student in {base_dir}: {str(error).splitlines()[0]}") from error
-    model.config.use_cache = False
-    if settings.full:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(settings.seed)
-    linears = _linears(model, settings.lora_first_layer)
-    lora = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=linears, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, lora)  # adapters in fp32
-
-
-def _save_merged(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
-    """Write a plain checkpoint in the base's number format, merged in fp32, beside its place, then rename."""
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        if hasattr(model, "peft_config"):
-            model = _merged(model, base_dir)
-        stored = _stored_dtype(base_dir) or torch.float32
-        model.config.use_cache = True
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.config.eos_token_id = tokenizer.eos_token_id
-        model.config.pad_token_id = tokenizer.pad_token_id
-        model.to(device="cpu", dtype=stored).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for card in ("README.md", "LICENSE"):
-            if (base_dir / card).exists():
-                shutil.copy(base_dir / card, temporary / card)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
+        yield
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -307,46 +243,3 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             f"cannot write in {folder.parent}: {reason}",
             "free some disk space; the same command goes on from the last whole checkpoint",
         ) from error
-
-
-def _linears(model: Any, first_layer: int) -> list[str]:
-    """Return the names of every linear map in the decoder's layers from first_layer on."""
-    found = []
-    for name, module in model.get_decoder().layers.named_modules():
-        if isinstance(module, torch.nn.Linear) and int(name.split(".")[0]) >= first_layer:
-            found.append(f"layers.{name}")
-    if not found:
-        raise UsageError(f"the student has no layer {first_layer}", "give a smaller --lora-first-layer")
-    return found
-
-
-def _merged(adapted: Any, base_dir: Path) -> Any:
-    """Return the base model as it stands on disk, in fp32, with the adapter's deltas added."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    fresh = get_peft_model(base, adapted.peft_config["default"])
-    set_peft_model_state_dict(fresh, get_peft_model_state_dict(adapted))
-    return fresh.to("cpu").merge_and_unload()
-
-
-def _stored_dtype(folder: Path) -> torch.dtype | None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if isinstance(name, str) else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest whole checkpoint, deleting those that were cut off while being written."""
-    whole = None
-    for path in _checkpoints(folder):
-        if (path / _CLOCK_FILE).exists():
-            whole = str(path)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return whole

@@ -1,0 +1,124 @@
+"""Which students the fast pass knows, and the pass itself.
+
+It knows decoders laid out like Llama (SmolLM2, Llama 3, Mistral, Qwen 2 and their kin): RMS norms before attention and
+a gated SiLU MLP, rotary halves, weights that are frozen or carry plain LoRA. Whether a student is one is not taken on
+trust: `fast_decoder` compares both passes on a few tokens and gives up the fast one where they differ.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..packing import Batch, Layout, pack
+from ..rows import Row
+from .blocks import gated_mlp_onto, linear_onto, normed_linears, rms_norm, row_attention
+from .linears import Linears, is_plain
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+class _Layer:
+    """One decoder layer: x + attention(norm(x)), then the same with the MLP."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._norms = [getattr(layer, name) for name in _NORMS]
+        self._eps = [norm.variance_epsilon for norm in self._norms]
+        self._qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._o = Linears([attention.o_proj])
+        self._gate_up = Linears([mlp.gate_proj, mlp.up_proj])
+        self._down = Linears([mlp.down_proj])
+        self._scale = attention.scaling
+        self._heads = (
+            attention.q_proj.out_features // attention.head_dim,
+            attention.k_proj.out_features // attention.head_dim,
+        )
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+        """Return the layer's output `[T, H]`."""
+        qkv = normed_linears(x, self._norms[0].weight, self._eps[0], self._qkv)
+        x = linear_onto(x, row_attention(qkv, cos, sin, layout, *self._heads, self._scale), self._o)
+        return gated_mlp_onto(x, self._norms[1].weight, self._eps[1], self._gate_up, self._down)
+
+
+class FastDecoder:
+    """The decoder of a causal language model, from token ids to the last normalised states."""
+
+    def __init__(self, decoder: Any) -> None:
+        self._decoder = decoder
+        self._layers = [_Layer(layer) for layer in decoder.layers]
+
+    def __call__(self, input_ids: Tensor, layout: Layout) -> Tensor:
+        """Return the states `[T, H]` of packed ids `[1, T]`."""
+        x = self._decoder.embed_tokens(input_ids)[0]
+        places = torch.arange(layout.gather.shape[1], device=x.device)[None]
+        cos, sin = (part[0] for part in self._decoder.rotary_emb(x, places))  # [L, d]
+        for layer in self._layers:
+            x = layer(x, cos, sin, layout)
+        return (
+            rms_norm(x, self._decoder.norm.weight, self._decoder.norm.variance_epsilon)[0]
+            if (not x.requires_grad)
+            else self._decoder.norm(x)
+        )
+
+
+def fast_decoder(causal_lm: Any) -> FastDecoder | None:
+    """Return the fast pass of a model whose weights stand where they will be trained; None where it is not exact.
+
+    The linear modules' weights become views of joint matrices; everything else of the model stays as it is.
+    """
+    decoder = causal_lm.get_decoder()
+    if not _is_llama_like(decoder):
+        return None
+    rows = [Row([1 + (7 * i + 3 * j) % 11 for i in range(5 + j)], 1) for j in range(3)]
+    batch = pack(rows)
+    device = next(causal_lm.parameters()).device
+    layout, ids = batch.layout.to(device), batch.input_ids.to(device)  # type: ignore[union-attr]
+    with torch.no_grad():
+        expected = _plain_states(decoder, batch, device)
+        fast = FastDecoder(decoder)
+        found = fast(ids, layout)
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    return fast if error < (2e-2 if found.dtype != torch.float32 else 1e-4) else None
+
+
+def _plain_states(decoder: Any, batch: Batch, device: torch.device) -> Tensor:
+    """Return the states of the packed tokens, each row computed by itself."""
+    assert batch.layout is not None
+    flat = batch.input_ids[0].to(device)
+    width = batch.layout.gather.shape[1]
+    padded = flat[batch.layout.gather.to(device)]  # [n, L]
+    states: Tensor = decoder(input_ids=padded, use_cache=False).last_hidden_state
+    return states.reshape(len(padded) * width, -1)[batch.layout.scatter.to(device)]
+
+
+def _is_llama_like(decoder: Any) -> bool:
+    """Say whether every layer has exactly the parts that the fast pass computes."""
+    if not hasattr(decoder, "rotary_emb") or not hasattr(getattr(decoder, "norm", None), "variance_epsilon"):
+        return False
+    return all(_is_known_layer(layer) for layer in getattr(decoder, "layers", [None]))
+
+
+def _is_known_layer(layer: Any) -> bool:
+    parts: dict[str, Any] = {name: getattr(layer, name, None) for name in ("self_attn", "mlp", *_NORMS)}
+    if None in parts.values() or {name for name, _ in layer.named_children()} != set(parts):
+        return False
+    children = {name for part in ("self_attn", "mlp") for name, _ in parts[part].named_children()}
+    linears: list[Any] = [getattr(parts["self_attn"], name, None) for name in _ATTENTION]
+    linears += [getattr(parts["mlp"], name, None) for name in _MLP]
+    is_silu = isinstance(getattr(parts["mlp"], "act_fn", None), nn.SiLU) or "SiLU" in type(parts["mlp"].act_fn).__name__
+    norms = [parts[name] for name in _NORMS]
+    return (
+        None not in linears
+        and children <= {*_ATTENTION, *_MLP, "act_fn"}
+        and all(is_plain(linear) for linear in linears)
+        and all(hasattr(norm, "variance_epsilon") and not norm.weight.requires_grad for norm in norms)
+        and is_silu
+        and not getattr(parts["self_attn"], "attention_dropout", 0.0)
+        and getattr(parts["self_attn"], "sliding_window", None) is None
+    )

@@ -1,0 +1,180 @@
+"""The fast pass against plain PyTorch: states, losses and every gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deepdistill.distill.fast.blocks import rms_norm, rms_norm_backward
+from deepdistill.distill.fast.model import fast_decoder
+from deepdistill.distill.packing import pack
+from deepdistill.distill.rows import Row
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
+
+# rows that begin alike, in three ways
+ROWS = [
+    Row([5, 6, 7, 8, 9, 10], 2),
+    Row([5, 6, 7, 11, 12], 2),
+    Row([5, 6, 7, 8, 13, 14, 15, 16], 3),
+    Row([20, 21, 22], 1),
+    Row([5, 6, 7, 8, 9, 10], 4),
+]
+
+
+def _model(kind: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    if kind == "qwen2":
+        base: Any = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.5)
+    elif kind == "mistral":
+        base = MistralForCausalLM(MistralConfig(**sizes, sliding_window=None))
+    else:
+        base = LlamaForCausalLM(LlamaConfig(**sizes))
+    for name, parameter in base.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    config = LoraConfig(r=4, lora_alpha=10, target_modules="all-linear", task_type="CAUSAL_LM", **lora)
+    model = get_peft_model(base.to(dtype), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def _naive(model: Any, rows: list[Row]) -> Tensor:
+    """Return the summed loss of the targets, each row by itself through the plain model."""
+    total = torch.zeros(())
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0].float()
+        total = total + F.cross_entropy(
+            logits[row.n_prompt - 1 : -1], torch.tensor(row.input_ids[row.n_prompt :]), reduction="sum"
+        )
+    return total
+
+
+def _gradients(model: Any) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_packed_rows_that_share_their_beginnings_have_the_loss_and_gradients_of_separate_rows(kind: str) -> None:
+    model = _model(kind)
+    expected = _naive(model, ROWS)
+    expected.backward()
+    wanted = _gradients(model)
+    fast = fast_decoder(model.get_base_model())
+    assert fast is not None
+    batch = pack(ROWS)
+    assert batch.input_ids.shape[1] < batch.n_tokens
+    assert batch.layout is not None
+    hidden = fast(batch.input_ids, batch.layout)
+    logits = model.get_base_model().lm_head(hidden[batch.positions])
+    loss = F.cross_entropy(logits, batch.targets.ids, reduction="sum")
+    loss.backward()
+    found = _gradients(model)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found.keys() == wanted.keys()
+    assert len(wanted) == 28
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_in_bf16_the_gradients_are_those_of_fp32_up_to_rounding() -> None:
+    exact, coarse = _model("llama"), _model("llama", torch.bfloat16)
+    _naive(exact, ROWS).backward()
+    wanted = _gradients(exact)
+    fast = fast_decoder(coarse.get_base_model())
+    assert fast is not None
+    batch = pack(ROWS)
+    assert batch.layout is not None
+    logits = coarse.get_base_model().lm_head(fast(batch.input_ids, batch.layout)[batch.positions]).float()
+    F.cross_entropy(logits, batch.targets.ids, reduction="sum").backward()
+    for name, gradient in _gradients(coarse).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - wanted[name]).norm() < 0.05 * wanted[name].norm(), name
+
+
+def test_an_optimizer_step_reaches_the_fast_pass() -> None:
+    model = _model("llama")
+    fast = fast_decoder(model.get_base_model())
+    assert fast is not None
+    batch = pack(ROWS)
+    assert batch.layout is not None
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    fast(batch.input_ids, batch.layout).square().sum().backward()
+    optimizer.step()
+    found = fast(batch.input_ids, batch.layout)
+    row = model.get_base_model().get_decoder()(input_ids=torch.tensor([ROWS[3].input_ids])).last_hidden_state[0]
+    start = batch.input_ids[0].tolist().index(20)
+    torch.testing.assert_close(found[start : start + 3], row, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.1}])
+def test_what_the_fast_pass_does_not_compute_is_left_to_the_plain_one(lora: dict[str, Any]) -> None:
+    assert fast_decoder(_model("llama", **lora).get_base_model()) is None
+
+
+def test_a_decoder_that_only_looks_alike_is_found_out() -> None:
+    model = _model("llama")
+    model.get_base_model().get_decoder().layers[1].mlp.register_forward_hook(lambda module, given, out: out * 1.5)
+    assert fast_decoder(model.get_base_model()) is None
+
+
+def test_the_norm_and_its_gradient_equal_autograds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, dy = (torch.randn(*shape, generator=generator) for shape in ((7, 33), (33,), (7, 33)))
+    x.requires_grad_()
+    expected = F.rms_norm(x, (33,), weight, 1e-5)
+    (wanted,) = torch.autograd.grad(expected, x, dy)
+    y, r = rms_norm(x.detach(), weight, 1e-5)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(rms_norm_backward(dy, x.detach(), weight, r), wanted)
+
+
+@pytest.mark.slow
+def test_the_demos_student_in_fp32_is_exact() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from deepdistill.distill.student import student_dir
+
+    base = AutoModelForCausalLM.from_pretrained(student_dir("smollm2"), dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    expected = _naive(model, ROWS)
+    fast = fast_decoder(model.get_base_model())
+    assert fast is not None
+    batch = pack(ROWS)
+    assert batch.layout is not None
+    logits = model.get_base_model().lm_head(fast(batch.input_ids, batch.layout)[batch.positions])
+    assert F.cross_entropy(logits, batch.targets.ids, reduction="sum").item() == pytest.approx(
+        expected.item(), rel=1e-4
+    )
