@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,6 @@ from .rows import Row
 from .traces import Trace
 from .vocabulary import is_same
 
-Loss = Literal["auto", "cross-entropy", "logits"]
 _LEAST_ALIGNED = 0.5  # of a row's targets
 _HINT = "train with --loss cross-entropy, or take a student with the teacher's tokenizer"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import ArtifactError
 from ..localrun.generation import Sampling
@@ -28,6 +28,12 @@ from .student import student_dir, teach_template
 from .teachers import Request, open_teacher
 from .traces import Trace, TraceStore
 
+if TYPE_CHECKING:
+    from .rows import Row
+
+Stage = Literal["traces", "samples", "teacher", "training"]
+_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each problem, if --pass-samples does not say
+
 
 @dataclass(frozen=True)
 class TeachResult:
@@ -45,10 +51,12 @@ def teach(
     folder: Path,
     *,
     work: Work | None = None,
-    stop_after: Literal["traces", "training"] | None = None,
+    stop_after: Stage | None = None,
     on_progress: Progress = no_progress,
 ) -> TeachResult:
     """Run every stage that the folder does not hold yet and return what it holds then.
+
+    `stop_after` "samples" and "teacher" end before and after what a round wants of the teacher (see rounds).
 
     Raises:
         DeepDistillError: see each stage; what was done so far stays in the folder.
@@ -83,12 +91,13 @@ def teach(
             write_report(run, kept)
             raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(record))
         if base is not None:
-            _train(run, base, kept, settings, on_progress)
+            rows = _train(run, base, kept, traces_path, rates or {}, settings, work, on_progress)
+            done = _go_rounds(run, base, rows, settings, work, stop_after, on_progress)
             graded = [problem for problem in held_out if problem.grader != NONE]
-            if stop_after != "training" and graded:
-                _score(run, "base", base, graded, settings, work.batch_size, on_progress)
-                _score(run, "student", run.student_dir, graded, settings, work.batch_size, on_progress)
-            elif stop_after != "training":
+            if done and stop_after != "training" and graded:
+                for hop, model in _hops(run, base, settings).items():
+                    _score(run, hop, model, graded, settings, work.batch_size, on_progress)
+            elif done and stop_after != "training":
                 work.say("nothing is scored: no held-out problem has an answer")
         result = TeachResult(
             folder=folder,
@@ -126,22 +135,23 @@ def _pass_rates(
     on_progress: Progress,
 ) -> dict[str, float] | None:
     """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
-    if not settings.pass_samples:
+    n_samples = settings.pass_samples or (_CURRICULUM_SAMPLES if settings.curriculum else 0)
+    if not n_samples:
         return None
     known = run.load("pass_rate.json")
-    if known and known["samples"] == settings.pass_samples:
+    if known and known["samples"] == n_samples:
         return dict(known["rates"])
-    graded = [problem for problem in problems if problem.grader != NONE] * settings.pass_samples
+    graded = [problem for problem in problems if problem.grader != NONE] * n_samples
     right = dict.fromkeys((problem.id for problem in graded), 0)
-    sampling = Sampling(temperature=0.7 if settings.pass_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
+    sampling = Sampling(temperature=0.7 if n_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
     requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
     with open_teacher(str(base), batch_size=batch_size) as student, Grader() as grader:
         for done, (index, completion) in enumerate(student.generate(requests, sampling), 1):
             problem = graded[index]
             right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
             on_progress("the student's own", done, len(graded), f"{sum(right.values())} right")
-    rates = {problem_id: n / settings.pass_samples for problem_id, n in right.items()}
-    run.save("pass_rate.json", {"samples": settings.pass_samples, "rates": rates})
+    rates = {problem_id: n / n_samples for problem_id, n in right.items()}
+    run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
     return rates
 
 
@@ -150,27 +160,104 @@ def _why_none(record: dict[str, Any]) -> str:
     return f"of {record['traces']} traces: {', '.join(reasons) or 'none at all'}"
 
 
-def _train(run: Run, base: Path, traces: list[Trace], settings: TeachSettings, on_progress: Progress) -> None:
-    """Train the student on the kept traces unless the folder holds it already."""
-    if run.student_dir.exists():
-        return
-    from .rows import make_row
-    from .teachers.loading import load_tokenizer
+def _hops(run: Run, base: Path, settings: TeachSettings) -> dict[str, Path]:
+    """Return the models to score: with rounds also the student that only imitated."""
+    imitated = {"imitation": _first_student(run, settings)} if settings.rounds else {}
+    return {"base": base, **imitated, "student": run.student_dir}
+
+
+def _first_student(run: Run, settings: TeachSettings) -> Path:
+    """Return where the student of the first training stands."""
+    return run.folder / "rounds" / "0" / "student" if settings.rounds else run.student_dir
+
+
+def _train(
+    run: Run,
+    base: Path,
+    traces: list[Trace],
+    traces_path: Path,
+    rates: dict[str, float],
+    settings: TeachSettings,
+    work: Work,
+    on_progress: Progress,
+) -> list[Row]:
+    """Train the student on the kept traces unless the folder holds it already; return the rows, for rounds."""
+    out = _first_student(run, settings)
+    if out.exists() and not settings.rounds:
+        return []
+    from .lessons import by_level, lessons
     from .train import TrainSettings, train
 
-    training = TrainSettings(**settings.training, seed=settings.seed)
+    training = TrainSettings(**settings.stage_training(0), seed=settings.seed)
+    tokenizer = _tokenizer(base)
+    rows, kept = lessons(
+        traces,
+        traces_path,
+        tokenizer,
+        max_length=training.max_length,
+        loss=settings.loss,
+        logit_share=settings.logit_share,
+        work=work,
+    )
+    if out.exists():
+        return rows
+    record = run.load("curation.json")
+    record["dropped"]["too_long"] = len(traces) - len(rows)
+    record["kept"] = len(rows)
+    run.save("curation.json", record)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ordered = rows
+    if settings.curriculum:
+        ordered = by_level(rows, kept, rates, training.batch_size, training.epochs, settings.seed)
+    report = train(
+        base, ordered, tokenizer, training, run.checkpoints_dir, out, on_progress, is_ordered=settings.curriculum
+    )
+    run.save("training.json", dataclasses.asdict(report))
+    return rows
+
+
+def _tokenizer(base: Path) -> Any:
+    from .teachers.loading import load_tokenizer
+
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)
-    rows = [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in traces]
-    short = [row for row in rows if len(row.input_ids) <= training.max_length]
-    if not short:
-        raise ArtifactError(f"every trace is longer than {training.max_length} tokens", "raise --max-length")
-    record = run.load("curation.json")
-    record["dropped"]["too_long"] = len(rows) - len(short)
-    record["kept"] = len(short)
-    run.save("curation.json", record)
-    report = train(base, short, tokenizer, training, run.checkpoints_dir, run.student_dir, on_progress)
-    run.save("training.json", dataclasses.asdict(report))
+    return tokenizer
+
+
+def _go_rounds(
+    run: Run,
+    base: Path,
+    earlier: list[Row],
+    settings: TeachSettings,
+    work: Work,
+    stop_after: Stage | None,
+    on_progress: Progress,
+) -> bool:
+    """Go through the rounds that are not done; say whether all are, or `stop_after` ended it before."""
+    if not settings.rounds:
+        return True
+    from .rounds import RoundSettings, go_round, problems_of, rounds_of
+    from .train import TrainSettings
+
+    options = RoundSettings(settings.round_problems, settings.round_samples, settings.on_policy_loss)
+    n_problems = settings.n_traces + settings.rounds * options.n_problems
+    problems = load_problems(settings.problems, "train", n_problems, settings.seed, offline=work.offline)
+    for round_ in rounds_of(run, settings.rounds):
+        if round_.out.exists():
+            continue
+        first = TrainSettings(**settings.stage_training(round_.number), seed=settings.seed + round_.number)
+        training = dataclasses.replace(
+            first,
+            lr=first.peak_lr * options.lr_scale,
+            epochs=first.epochs if first.minutes is not None else options.epochs,
+        )
+        asked = problems_of(round_, problems, options.n_problems, settings.n_traces)
+        until = stop_after if stop_after in ("samples", "teacher") else None
+        if not go_round(
+            run, round_, asked, _tokenizer(base), earlier, settings, options, training, work, until, on_progress
+        ):
+            return False
+    return True
 
 
 def _score(

@@ -99,6 +99,18 @@ class Teacher(ABC):
         """
         raise TeacherError(f"{self.name} gives no log-probabilities of a given text", "use a model in this process")
 
+    def score_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
+    ) -> Iterator[tuple[int, TopLogprobs]]:
+        """Yield (index, what `score` returns) for each (messages, answer's token ids), as they come.
+
+        Raises:
+            TeacherError: this teacher cannot score what it has not generated.
+            ModelError: a text does not fit the context.
+        """
+        for index, (messages, answer) in enumerate(conversations):
+            yield index, self.score(messages, answer, top_logprobs=top_logprobs)
+
     def tokenize(self, text: str) -> list[int] | None:
         """Return the token ids of a text without special tokens added; None if the teacher does not tell them."""
         return None

@@ -1,0 +1,83 @@
+"""The rows of the first training: curated traces as the student's template renders them, with what they carry.
+
+Log-probabilities beside the traces become the loss where the student shares the teacher's vocabulary; the student's own
+pass rate decides which problem comes when. What is too long for the student is counted and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from .curriculum import arrange
+from .logit_rows import add_logits, refuse, why_no_logits
+from .logprobs import Logprobs, logprobs_path
+from .recipe import Loss, Work
+from .rows import Row, make_row
+from .traces import Trace
+
+
+def lessons(
+    traces: Sequence[Trace],
+    traces_path: Path,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    loss: Loss,
+    logit_share: float,
+    work: Work,
+    weights: Mapping[str, float] | None = None,
+) -> tuple[list[Row], list[Trace]]:
+    """Return the rows of the traces that fit, and those traces. `weights` are `make_row`'s, by their names.
+
+    Raises:
+        ArtifactError: every trace is too long, or logits are asked for that cannot be had.
+    """
+    made = [
+        (make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content, **(weights or {})), trace)
+        for trace in traces
+    ]
+    fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= max_length]
+    if not fitting:
+        raise ArtifactError(f"every trace is longer than {max_length} tokens", "raise --max-length")
+    rows, kept = [row for row, _ in fitting], [trace for _, trace in fitting]
+    return _with_logits(rows, kept, traces_path, tokenizer, loss, logit_share, work), kept
+
+
+def _with_logits(
+    rows: list[Row],
+    traces: Sequence[Trace],
+    traces_path: Path,
+    tokenizer: Any,
+    loss: Loss,
+    share: float,
+    work: Work,
+) -> list[Row]:
+    """Return the rows with the teacher's distribution where it is there; without it, only if none was asked for."""
+    path = logprobs_path(traces_path)
+    if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
+        return rows
+    if not path.exists():
+        raise refuse(str(why_no_logits(None, traces, tokenizer)))
+    with closing(Logprobs.open(path)) as logprobs:
+        reason = why_no_logits(logprobs, traces, tokenizer)
+        if reason and loss == "logits":
+            raise refuse(reason)
+        if reason:
+            work.say(f"{reason}: training on the tokens alone (cross-entropy)")
+            return rows
+        rows, counted = add_logits(rows, traces, logprobs, share, tokenizer)
+    work.say(counted.describe())
+    return rows
+
+
+def by_level(
+    rows: Sequence[Row], traces: Sequence[Trace], rates: Mapping[str, float], batch_size: int, epochs: int, seed: int
+) -> list[Row]:
+    """Return the rows of every pass, by how often the student solves their problems."""
+    return arrange(
+        [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)], batch_size, epochs, seed
+    )
