@@ -106,13 +106,16 @@ class Budget:
         self._own_usd += cost
         return cost
 
-    def why_stop(self, n_in_flight: int) -> str | None:
-        """Return why no further sample may be asked for, or None if one may.
+    def why_stop(self, n_in_flight: int, most_tokens: int = 0) -> str | None:
+        """Return why no further sample may be asked for now, or None if one may.
 
-        What is in flight counts as much as a sample has cost on average: the bound is passed by no more than that.
+        What is in flight counts as much as a sample has cost on average, at first as much as `most_tokens` of an answer
+        would: the bound is passed by no more than what is in flight costs beyond that. What comes back for less makes
+        room again, so that only a reason with nothing in flight is the end.
         """
         limits = self.limits
-        expected = n_in_flight * self._own_usd / self._n if self._n else 0.0
+        first = self.price.of(0, most_tokens) if self.price else 0.0
+        expected = n_in_flight * (self._own_usd / self._n if self._n else first)
         if limits.max_usd is not None and self.usd + expected >= limits.max_usd:
             return f"the ${limits.max_usd:g} of --max-usd are spent"
         if limits.max_hours is not None and self._clock() - self._started >= 3600 * limits.max_hours:

@@ -92,6 +92,11 @@ class Ledger:
                 self._drawn[problem.id] += 1
                 yield problem, sample
 
+    def put_back(self, problem: Problem, sample: int) -> None:
+        """Take back what was drawn last: it is not asked for yet."""
+        self._asked.discard(self.id_of(problem, sample))
+        self._drawn[problem.id] -= 1
+
     @property
     def n_in_flight(self) -> int:
         """Samples that were drawn and have not ended."""
@@ -162,10 +167,9 @@ def collect(
         drawn: list[tuple[Problem, int]] = []
 
         def requests() -> Iterator[Request]:
-            nonlocal stopped
             for problem, sample in ledger.wanted():
-                stopped = budget.why_stop(ledger.n_in_flight - 1)
-                if stopped:
+                if budget.why_stop(ledger.n_in_flight - 1, settings.sampling.max_tokens):
+                    ledger.put_back(problem, sample)
                     return
                 drawn.append((problem, sample))
                 yield Request(messages_of(problem), sample_seed(ledger.id_of(problem, sample)))
@@ -201,7 +205,10 @@ def collect(
                 if time.monotonic() - told > _TELL_EVERY_S:
                     _tell(on_progress, ledger, budget, n_failed)
                     told = time.monotonic()
+            stopped = budget.why_stop(0)
         _tell(on_progress, ledger, budget, n_failed)
+    if stopped and next(ledger.wanted(), None) is None:
+        stopped = None  # spent, and all is there
     return Collected(n_asked, n_failed, stopped)
 
 
@@ -222,7 +229,7 @@ def _note_failure(path: Path, problem: Problem, sample: int, completion: Complet
 
 
 def failures_usd(path: Path) -> float:
-    """Return what the failures that stand in a file have cost, in dollars; one that was cut off while written is not."""
+    """Return what the failures that stand in a file have cost, in dollars; a torn line counts for nothing."""
     total = 0.0
     for _, line in whole_lines(path) if path.exists() else ():
         with suppress(ValueError, AttributeError):

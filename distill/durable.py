@@ -215,7 +215,7 @@ def parse_line(parse: Callable[[bytes], _T], path: Path, number: int, line: byte
     except ValueError as error:
         raise ArtifactError(
             f"{path}:{number} is broken: {error}",
-            "nothing was changed; mend or delete that line, or give another --out",
+            "if this is the right file, mend or delete that line: nothing was changed",
         ) from error
 
 

@@ -54,6 +54,8 @@ def gather(
                 return WorkedTeacher(problems)
             teacher = open_teacher()
             try:
+                for source in sorted({problem.source for problem in problems}):
+                    teacher.accepts(source)
                 if not settings.logprobs:
                     teacher.on_note = lambda _: None  # what is not asked for later need not be said
                 work.say(describe(probe(teacher, settings.logprobs or USUAL_LOGPROBS)))

@@ -83,6 +83,10 @@ def import_traces(
 
 
 def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ArtifactError(
+            f"no traces at {path}", "give a traces.jsonl, or a file or folder of another tool's (docs/traces.md)"
+        )
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _TABLES)

@@ -77,7 +77,7 @@ def preview(
     if limits.price:
         price_of_judge = limits.price_of_judge(settings.judge, settings.teacher) or limits.price
         usd = limits.price.of(round(prompts), round(answers))
-        usd += price_of_judge.of(round(judge_prompts), round(judge_answers))
+        usd = round(usd + price_of_judge.of(round(judge_prompts), round(judge_answers)), 6)
     return Preview(
         n_problems=len(problems),
         n_held_out=len(held_out),

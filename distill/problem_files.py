@@ -181,7 +181,13 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                row = json.loads(line)
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    why = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                    raise ArtifactError(
+                        f"{path}:{number} is no JSON: {why}", "mend that line: one JSON object a line"
+                    ) from error
                 if not isinstance(row, dict):
                     raise ArtifactError(f"{path}:{number} is not a JSON object")
                 yield f"{path}:{number}", row

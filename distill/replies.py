@@ -107,10 +107,9 @@ def ask_once(
     n_asked = n_failed = n_drawn = 0
 
     def requests() -> Iterator[Request]:
-        nonlocal stopped, n_drawn
-        for ask in wanted:
-            if stopped := budget.why_stop(n_drawn - n_asked):
-                return
+        nonlocal n_drawn
+        while n_drawn < len(wanted) and not budget.why_stop(n_drawn - n_asked, sampling.max_tokens):
+            ask = wanted[n_drawn]
             n_drawn += 1
             yield Request(ask.messages, int(ask.id[:7], 16))
 
@@ -120,23 +119,26 @@ def ask_once(
         file.cut_torn_line()
         try:
             with open_teacher() as teacher:
-                for index, completion in teacher.generate(requests(), sampling):
-                    n_asked += 1
-                    cost = budget.record(completion)
-                    if completion.finish_reason == "error":
-                        n_failed += 1
-                    else:
-                        reply = Reply(
-                            wanted[index].id,
-                            completion.content,
-                            completion.finish_reason,
-                            completion.prompt_tokens,
-                            completion.completion_tokens,
-                            cost,
-                        )
-                        file.append((json.dumps(asdict(reply)) + "\n").encode())
-                        stored[reply.id] = reply
-                    on_progress(stage, n_asked, len(wanted), f"{n_failed} failed" if n_failed else "")
+                while n_drawn < len(wanted) and not stopped:
+                    first = n_drawn
+                    for index, completion in teacher.generate(requests(), sampling):
+                        n_asked += 1
+                        cost = budget.record(completion)
+                        if completion.finish_reason == "error":
+                            n_failed += 1
+                        else:
+                            reply = Reply(
+                                wanted[first + index].id,
+                                completion.content,
+                                completion.finish_reason,
+                                completion.prompt_tokens,
+                                completion.completion_tokens,
+                                cost,
+                            )
+                            file.append((json.dumps(asdict(reply)) + "\n").encode())
+                            stored[reply.id] = reply
+                        on_progress(stage, n_asked, len(wanted), f"{n_failed} failed" if n_failed else "")
+                    stopped = budget.why_stop(0) if n_drawn < len(wanted) else None
         finally:
             file.close()
     return Replies({ask.id: stored[ask.id] for ask in asks if ask.id in stored}, n_asked, n_failed, stopped)

@@ -17,8 +17,8 @@ from .durable import WriterLock
 class Run:
     """A folder of a run, held while work goes on in it; use it as a context manager.
 
-    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay. All of
-    it may, as long as there is nothing that was made by it.
+    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay. As
+    long as nothing was made by it, all of it may.
 
     Raises on entry:
         ArtifactError: another process holds it, which is named, or it was made with another recipe.

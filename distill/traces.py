@@ -131,7 +131,9 @@ class Trace:
             for name, kind in (("usage", Usage), ("teacher", TeacherInfo), ("sampling", Sampling)):
                 record[name] = kind(**record[name])
             trace = cls(**record)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"not a trace: it has no {error.args[0]}") from error
+        except TypeError as error:
             raise ValueError(f"not a trace: {error}") from error
         if trace.verdict not in _VERDICTS or not isinstance(trace.content, str):
             raise ValueError(f"not a trace: verdict {trace.verdict!r}, content {type(trace.content).__name__}")

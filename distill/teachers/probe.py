@@ -34,7 +34,9 @@ def probe(teacher: Teacher, top_logprobs: int = USUAL_LOGPROBS) -> Capabilities:
     if answer.finish_reason == "error" and top_logprobs:
         answer = _ask(teacher, 0)  # a server may refuse the question for its log-probabilities alone
     if answer.finish_reason == "error":
-        raise TeacherError(f"{teacher.name} cannot answer: {answer.error}")
+        is_server = teacher.backend == "endpoint"
+        hint = "those are the server's words: is the name right (--model), and is it well?" if is_server else ""
+        raise TeacherError(f"{teacher.name} cannot answer: {answer.error}", hint)
     n_top = 0 if answer.logprobs is None else answer.logprobs.ids.shape[1]
     rung: Rung = "generated" if n_top else "text"
     if top_logprobs and _scores(teacher, answer.token_ids or "5", n_top or 1):

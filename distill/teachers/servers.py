@@ -252,7 +252,7 @@ def _retry_after(headers: httpx.Headers) -> float | None:
 def _error_text(response: httpx.Response) -> str:
     try:
         body = response.json()
-        error = body.get("error", body)
+        error = body.get("error") or body.get("detail") or body  # detail: FastAPI's own refusals
         text = error.get("message", error) if isinstance(error, dict) else error
     except (ValueError, AttributeError):
         text = response.text

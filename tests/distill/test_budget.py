@@ -31,8 +31,11 @@ def test_a_bound_in_dollars_needs_a_price() -> None:
 def test_what_is_in_flight_counts_against_the_bound() -> None:
     budget = Budget(Limits(Price(0, 1e6), max_usd=10.0))  # a dollar a token
     assert budget.why_stop(1000) is None, "nothing is known yet of what a sample costs"
+    assert budget.why_stop(0, most_tokens=99) is None, "one may always be asked for"
+    assert budget.why_stop(1, most_tokens=9) is None
+    assert budget.why_stop(1, most_tokens=10), "until something is known each may take its limit"
     assert [budget.record(paid(5, 2)), budget.record(paid(5, 2))] == [2.0, 2.0]
-    assert budget.why_stop(2) is None  # 4 spent, 4 on the way
+    assert budget.why_stop(2, most_tokens=10) is None  # 4 spent, 4 on the way
     assert "10" in (budget.why_stop(3) or "")
 
 

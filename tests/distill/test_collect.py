@@ -200,3 +200,28 @@ def test_the_bound_is_passed_by_no_more_than_what_is_in_flight(tmp_path: Path, w
     more = run(tmp_path, Scripted(lambda q, n: "right", width), n=200, price=price, max_usd=60.0)
     assert more.stopped
     assert 60 <= len(list(TraceStore.read(tmp_path / "traces.jsonl"))) <= 60 + width
+
+
+def test_until_answers_are_known_each_may_take_its_limit_and_short_ones_make_room(tmp_path: Path) -> None:
+    class Watched(Scripted):
+        def generate(
+            self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
+        ) -> Iterator[tuple[int, Completion]]:
+            for drawn in super().generate(requests, sampling):
+                ahead.append(self.most_ahead)
+                yield drawn
+
+    ahead: list[int] = []
+    wanted = CollectSettings("toy", Sampling(max_tokens=900))  # a dollar at the limit; ten cents for what comes back
+    with TraceStore(tmp_path / "traces.jsonl") as store:
+        collected = collect(
+            problems(40),
+            store,
+            wanted,
+            open_teacher=lambda: Watched(lambda q, n: "right", 16),
+            open_grader=Judges,
+            failures_path=tmp_path / "failures.jsonl",
+            budget=Budget(Limits(Price(0, 1e6 / 900), max_usd=5.0)),
+        )
+    assert (collected.n_asked, collected.stopped) == (40, None)
+    assert (ahead[0], max(ahead)) == (5, 16)

@@ -70,7 +70,7 @@ def test_columns_can_be_named_and_gsm8k_answers_are_cut(tmp_path: Path) -> None:
         ("gym:chain_sum?size=-1", UsageError, "size must be", ""),
         ("nowhere.jsonl", ArtifactError, "no problem file", ".csv"),
         ("{tmp}/empty.jsonl", ArtifactError, "holds no problems", ""),
-        ("{tmp}/broken.jsonl", ArtifactError, "is broken", ""),
+        ("{tmp}/broken.jsonl", ArtifactError, "broken.jsonl:2 is no JSON", "mend that line"),
         ("{tmp}/columns.jsonl?answer=gold", ArtifactError, "no answer column", "answer=COLUMN"),
         ("{tmp}/columns.jsonl?question=q", ArtifactError, "no question column", "question=COLUMN"),
         ("{tmp}/columns.jsonl?grader=exakt", UsageError, "no grader 'exakt'", "exact"),

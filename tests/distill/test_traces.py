@@ -37,7 +37,7 @@ def make(index: int, content: str = "42", reasoning: str | None = "40+2=42") -> 
 def test_a_trace_has_the_fields_of_the_format() -> None:
     record = json.loads(make(1).to_json())
     assert record["usage"] == {"prompt": 10, "completion": 5, "reasoning": 3}
-    assert record["teacher"] == {"name": "pocket", "backend": "pocket", "revision": "abc"}
+    assert record["teacher"] == {"name": "pocket", "backend": "pocket", "revision": "abc", "vocabulary": None}
     assert record["messages"] == [{"role": "user", "content": "question 1?"}]
     assert (record["verdict"], record["verdict_by"], record["cost_usd"]) == ("right", "grader", None)
     assert (record["reasoning_content"], record["content"]) == ("40+2=42", "42")
