@@ -36,6 +36,7 @@ from deepdistill.localrun import engine
 from deepdistill.localrun.drafts import Latch
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Guidance, Sampling
+from deepdistill.localrun.llama import has_amx
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 ROUNDS = 3
@@ -113,7 +114,8 @@ def bar_stream(model: Path) -> dict[str, Any]:
             for _ in opened.stream(ask(opened, question), Sampling(max_tokens=n)):
                 pass
             rates["ours"].append(n / (time.monotonic() - started))
-        peer = llama_cpp.Llama(str(model), n_ctx=4608, n_threads=n_threads, verbose=False)
+        with amx_aside():
+            peer = llama_cpp.Llama(str(model), n_ctx=4608, n_threads=n_threads, verbose=False)
         bias = {
             token: -1e9 for token in range(peer.n_vocab()) if llama_cpp.llama_vocab_is_eog(peer._model.vocab, token)
         }
@@ -137,6 +139,24 @@ def bar_stream(model: Path) -> dict[str, Any]:
         "over_llama_cpp_python": round(middle["ours"] / middle["llama_cpp_python"], 3),
         "over_server": round(middle["ours"] / middle["server"], 3),
     }
+
+
+@contextmanager
+def amx_aside() -> Iterator[None]:
+    """Let llama-cpp-python load a model as we do: with AMX it would crash, see `llama.has_amx`."""
+    default = llama_cpp.llama_cpp.llama_model_default_params
+
+    def without_amx() -> Any:
+        params = default()
+        if has_amx():
+            params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = without_amx
+    try:
+        yield
+    finally:
+        llama_cpp.llama_cpp.llama_model_default_params = default
 
 
 SERVER = """

@@ -13,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from . import hardware
 from .llama import Context, Entry, Model
-from .memory import KV_TYPES, N_BATCH, Footprint, fit_context, format_bytes
+from .memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
 from .progress import Progress, no_progress
 
 _PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
@@ -168,14 +169,11 @@ def bench(
         memory = []
         for kv_type in settings.kv_types:
             run = _Run(model, settings, kv_type, n_threads, footprint, bandwidth)
-            try:
-                for point in run.points():
-                    points.append(point)
-                    rate = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
-                    on_progress("bench", len(points), settings.n_points, rate)
-                memory.append(run.memory_use())
-            finally:
-                run.close()
+            for point in run.points():
+                points.append(point)
+                rate = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
+                on_progress("bench", len(points), settings.n_points, rate)
+            memory.append(run.memory_use())
     finally:
         model.close()
     return BenchReport(
@@ -194,7 +192,7 @@ def bench(
 
 
 class _Run:
-    """The measurements with one KV type."""
+    """The measurements with one KV type: of one sequence as the engine runs it, then of several in one cache."""
 
     def __init__(
         self,
@@ -206,14 +204,31 @@ class _Run:
         bandwidth: float,
     ) -> None:
         self.settings, self.kv_type, self.footprint, self.bandwidth = settings, kv_type, footprint, bandwidth
-        n_batch = max(N_BATCH, settings.n_seq)
-        self.context = Context(model, settings.n_ctx, settings.n_seq, n_threads, n_batch, kv_type)
+        self.model, self.n_threads = model, n_threads
+        self.resident_bytes = self.n_cells = 0
 
     def points(self) -> Iterator[Point]:
-        for depth in self.settings.depths:
-            yield self._prefill_at(depth)
-            yield self._decode_at(depth, 1)
-        yield from (self._decode_at(self.settings.depths[0], n_seq) for n_seq in self.settings.batch_sizes if n_seq > 1)
+        with self._opened(1):
+            for depth in self.settings.depths:
+                yield self._prefill_at(depth)
+                yield self._decode_at(depth, 1)
+        several = [n_seq for n_seq in self.settings.batch_sizes if n_seq > 1]
+        if several:
+            with self._opened(max(several)):
+                yield from (self._decode_at(self.settings.depths[0], n_seq) for n_seq in several)
+
+    @contextmanager
+    def _opened(self, n_seq: int) -> Iterator[None]:
+        n_ctx, self.n_seq = self.settings.n_ctx, n_seq
+        flash = flash_attention(self.footprint, n_ctx, self.kv_type) if n_seq == 1 else None
+        n_batch = max(N_BATCH, n_seq)
+        self.context = Context(self.model, n_ctx, n_seq, self.n_threads, n_batch, self.kv_type, flash=flash)
+        try:
+            yield
+            self.n_cells = self.context.n_ctx
+            self.resident_bytes = max(self.resident_bytes, int(psutil.Process().memory_info().rss))
+        finally:
+            self.context.close()
 
     def _prefill_at(self, depth: int) -> Point:
         n = self.settings.n_prompt
@@ -232,7 +247,7 @@ class _Run:
         seconds: list[float] = []
         began = time.monotonic()
         for trial in range(1 + self.settings.n_trials):
-            for sequence in range(self.settings.n_seq):
+            for sequence in range(self.n_seq):
                 wanted = depth if sequence < n_seq else 0
                 held = self.context.forget(sequence, wanted)
                 prefill(self.context, sequence, held, wanted - held)
@@ -254,17 +269,13 @@ class _Run:
         return Point(phase, self.kv_type, n_seq, depth, n_tokens, len(rates), rate, spread, share)
 
     def memory_use(self) -> MemoryUse:
-        n_cells = self.context.n_ctx
         return MemoryUse(
             self.kv_type,
-            n_cells,
-            n_cells * self.footprint.kv_bytes_per_token(self.kv_type),
-            int(psutil.Process().memory_info().rss),
-            self.footprint.total_bytes(n_cells, self.kv_type),
+            self.n_cells,
+            self.n_cells * self.footprint.kv_bytes_per_token(self.kv_type),
+            self.resident_bytes,
+            self.footprint.total_bytes(self.n_cells, self.kv_type),
         )
-
-    def close(self) -> None:
-        self.context.close()
 
 
 def prefill(context: Context, sequence: int, start: int, n_tokens: int) -> None:

@@ -25,7 +25,7 @@ from .generation import FREE, Completion, FinishReason, Guidance, Sampling, TopL
 from .hardware import best_threads, default_threads
 from .llama import Context, Entry, Model, llama_version
 from .logprobs import stack_rows, top_with
-from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, n_cells
+from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
 
@@ -102,7 +102,10 @@ class Engine:
             # One sequence more than asked for holds what all prompts begin with.
             n_sequences, n_batch = n_seq + 1 if n_seq > 1 else 1, max(N_BATCH, n_seq)
             n_kv = n_cells(self.n_ctx, n_seq)
-            self._context = Context(self.model, n_kv, n_sequences, n_threads or default_threads(), n_batch, kv_type)
+            self.flash = None if footprint is None or n_seq > 1 else flash_attention(footprint, self.n_ctx, kv_type)
+            self._context = Context(
+                self.model, n_kv, n_sequences, n_threads or default_threads(), n_batch, kv_type, flash=self.flash
+            )
             self.n_threads = n_threads or best_threads(self.path, self._seconds_with)
             self._context.set_threads(self.n_threads)
             if draft_path is not None:
@@ -427,7 +430,7 @@ class Engine:
 
     def _state_key(self) -> dict[str, object]:
         """What a state has to agree with to be of use."""
-        return {"model": self.model.hash, "kv_type": self.kv_type, "llama": llama_version()}
+        return {"model": self.model.hash, "kv_type": self.kv_type, "flash": self.flash, "llama": llama_version()}
 
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import ArtifactError, ModelError, UsageError
 from .hardware import bound_spinning
 from .lazy import import_part
-from .memory import KV_TYPES
+from .memory import KV_TYPES, N_MICRO_BATCH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -242,10 +242,14 @@ class Context:
         n_batch: int,
         kv_type: str = "f16",
         on_eval: Callable[[int, bool], bool] | None = None,
+        *,
+        flash: bool | None = None,
     ) -> None:
         """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once, cached in one of `KV_TYPES`.
 
-        `on_eval` is called with the address of every node of the graph; see `tensors.scheduler_callback`.
+        `flash` is whether to use flash attention, None where llama.cpp decides; without it every attention score of 128
+        tokens is there at once. `on_eval` is called with the address of every node of the graph; see
+        `tensors.scheduler_callback`.
 
         Raises:
             ModelError: not enough memory, or the model cannot have such a cache.
@@ -265,7 +269,10 @@ class Context:
         if on_eval is not None:  # the C function lives as long as its Python object
             self._on_eval = type(params.cb_eval)(lambda node, is_asked, _: on_eval(node, is_asked))
             params.cb_eval = self._on_eval
-        # Flash attention stays at the default, which is automatic.
+        if flash is not None:
+            params.flash_attn_type = int(flash)
+        if flash is False:
+            params.n_ubatch = min(n_batch, N_MICRO_BATCH)
         _log.clear()
         self.model, self.n_batch = model, n_batch
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)

@@ -32,6 +32,7 @@ KV_TYPES = {
 MAX_DEFAULT_CTX = 8192  # tokens: a model that thinks needs them, more is asked for
 ROOM_PER_SEQUENCE = 512  # tokens of KV cache for each of many sequences, on average
 N_BATCH = 512  # tokens that one call decodes at most
+N_MICRO_BATCH = 128  # of these, tokens computed at once where every attention score is kept
 
 _CELLS = 256  # llama.cpp rounds a KV cache up to a multiple
 _SPARE = 0.1  # of the free memory stays free: other programs grow, and swapping is slower than any shorter context
@@ -51,6 +52,7 @@ class Footprint:
     path: Path
     n_ctx_train: int  # 0 if the file does not say
     n_embd: int
+    n_head: int
     n_vocab: int
     kv_rows: tuple[tuple[int, int], ...]
     sliding_window: int | None  # tokens
@@ -77,6 +79,7 @@ class Footprint:
             path=path,
             n_ctx_train=_number(about.get("context_length")),
             n_embd=_number(about.get("embedding_length")),
+            n_head=_most(about.get("attention.head_count", 0)),
             n_vocab=len(vocabulary),
             kv_rows=tuple(_kv_rows(about)),
             sliding_window=_number(about.get("attention.sliding_window")) or None,
@@ -114,6 +117,10 @@ class Footprint:
         """
         cells = -(-n_cells(n_ctx, n_seq) // _CELLS) * _CELLS
         return self._fixed_bytes(n_seq) + cells * self._bytes_per_cell(kv_type, n_seq)
+
+    def score_bytes(self, n_ctx: int) -> int:
+        """Return what one sequence takes more without flash attention: a micro-batch's scores and their softmax."""
+        return 2 * 4 * self.n_head * N_MICRO_BATCH * -(-n_ctx // _CELLS) * _CELLS
 
     def max_ctx(self, available: int, kv_type: str = "f16", n_seq: int = 1) -> int:
         """Return the longest context that fits in so many bytes, a multiple of 256; 0 if none does."""
@@ -166,6 +173,19 @@ def fit_context(
         f"{format_bytes(_usable(available))}",
         _what_fits(footprint, kv_type, n_seq, n_ctx, available),
     )
+
+
+def flash_attention(footprint: Footprint, n_ctx: int, kv_type: str, available: int | None = None) -> bool | None:
+    """Return whether one sequence is better off with flash attention; None where llama.cpp decides.
+
+    On the processor llama.cpp's takes one cached token of one head at a time, and decodes slower the longer the context
+    is than without it. It saves memory, and a quantized cache needs it. Many sequences in one cache do better with it
+    everywhere, since it skips what the others hold.
+    """
+    if kv_type != "f16" or gpus():
+        return None
+    room = _usable(room_bytes() if available is None else available)
+    return False if footprint.total_bytes(n_ctx) + footprint.score_bytes(n_ctx) <= room else None
 
 
 def _what_fits(footprint: Footprint, kv_type: str, n_seq: int, n_ctx: int, available: int) -> str:
@@ -248,14 +268,18 @@ def _number(value: Any) -> int:
         return 0
 
 
+def _most(value: Any) -> int:
+    """Return a number, or the largest of one for each layer."""
+    return max(map(_number, value), default=0) if isinstance(value, list) else _number(value)
+
+
 def _kv_rows(about: dict[str, Any]) -> Iterator[tuple[int, int]]:
     """Yield (heads, head width) of each row a token adds, from an architecture's metadata without its prefix."""
     n_layer = _number(about.get("block_count")) - _number(about.get("nextn_predict_layers"))
     n_layer -= _number(about.get("attention.shared_kv_layers"))  # these read another layer's cache
     n_head = about.get("attention.head_count", 0)
     n_kv = about.get("attention.head_count_kv", n_head)  # a list where layers differ, 0 where one is recurrent
-    heads = max(n_head) if isinstance(n_head, list) and n_head else _number(n_head)
-    width = _number(about.get("embedding_length")) // max(heads, 1)
+    width = _number(about.get("embedding_length")) // max(_most(n_head), 1)
     key = _number(about.get("attention.key_length")) or width
     value = _number(about.get("attention.value_length")) or width
     is_latent = "attention.key_length_mla" in about

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
+from deepdistill.localrun import engine as engine_module
 from deepdistill.localrun import memory
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import Completion, Sampling
@@ -46,8 +47,8 @@ def prompt_of(engine: Engine, question: str) -> str:
     return engine.render([{"role": "user", "content": question}])
 
 
-def fresh(path: Path, prompt: str, sampling: Sampling) -> list[Step]:
-    with Engine(path, n_threads=1) as engine:
+def fresh(path: Path, prompt: str, sampling: Sampling, n_seq: int = 1) -> list[Step]:
+    with Engine(path, n_threads=1, n_seq=n_seq) as engine:
         return list(engine.stream(prompt, sampling))
 
 
@@ -138,7 +139,9 @@ def test_many_share_a_small_context_without_losing_one(random_gguf: Path) -> Non
         assert [done[i].finish_reason for i in (6, 7)] == ["error", "error"]
         assert f"context holds {engine.n_ctx}" in (done[6].error or "")
         for i in range(6):
-            assert done[i].token_ids == tuple(tokens_of(fresh(random_gguf, prompts[i], Sampling(max_tokens=100))))
+            # An engine for one sequence attends, and so rounds, otherwise.
+            alone = fresh(random_gguf, prompts[i], Sampling(max_tokens=100), n_seq=2)
+            assert done[i].token_ids == tuple(tokens_of(alone))
 
 
 def test_prompts_are_drawn_as_places_come_free_and_need_no_end(random_gguf: Path) -> None:
@@ -439,3 +442,17 @@ def test_amx_is_left_aside_and_only_that(monkeypatch: pytest.MonkeyPatch, said: 
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: said)
     default = llama_cpp.llama_model_default_params().use_extra_bufts
     assert _model_params(writable=False).use_extra_bufts == (default and b"AMX" not in said)
+
+
+def test_attention_is_the_same_without_flash_attention(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [5 + 7 * i % 250 for i in range(300)]  # more than a micro-batch
+    with Engine(random_gguf, n_threads=1) as without:
+        assert without.flash is False
+        plain = without.logits(tokens)
+    monkeypatch.setattr(engine_module, "flash_attention", lambda *_: True)
+    with Engine(random_gguf, n_threads=1) as with_flash:
+        flash = with_flash.logits(tokens)
+    assert np.abs(plain - flash).max() < 0.02 * plain.std()
+    assert not np.array_equal(plain, flash), "it was another computation"
+    with Engine(random_gguf, n_threads=1, n_seq=2) as several:
+        assert several.flash is None, "llama.cpp's own choice skips what other sequences hold"

@@ -17,7 +17,14 @@ import pytest
 
 from deepdistill.errors import ArtifactError, ModelError, UsageError
 from deepdistill.localrun import memory
-from deepdistill.localrun.memory import Footprint, available_bytes, fit_context, format_bytes, n_cells
+from deepdistill.localrun.memory import (
+    Footprint,
+    available_bytes,
+    fit_context,
+    flash_attention,
+    format_bytes,
+    n_cells,
+)
 
 N_CTX = 16384
 EMBD, HEADS, LAYERS, VOCAB = 64, 2, 4, 96
@@ -31,12 +38,17 @@ said = []
 def keep(level, text, data):
     said.append(text.decode())
 llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-for path, kv_type, n_seq in json.loads(sys.argv[1]):
+for path, kv_type, n_seq, flash in json.loads(sys.argv[1]):
     said.clear()
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    model_params = llama_cpp.llama_model_default_params()
+    if b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info():
+        model_params.use_extra_bufts = False
+    model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = int(sys.argv[2]), 512, 512
     params.n_seq_max, params.kv_unified = n_seq, True
+    if not flash:
+        params.flash_attn_type, params.n_ubatch = 0, 128
     params.type_k = params.type_v = {"f16": 1, "q4_0": 2, "q8_0": 8}[kv_type]
     context = llama_cpp.llama_init_from_model(model, params)
     print(json.dumps([bool(context), "".join(said)]))
@@ -46,9 +58,9 @@ for path, kv_type, n_seq in json.loads(sys.argv[1]):
 """
 
 
-def allocate(*runs: tuple[Path, str, int]) -> list[tuple[bool, dict[str, float]]]:
+def allocate(*runs: tuple[Path, str, int], flash: bool = True) -> list[tuple[bool, dict[str, float]]]:
     """Return, for each (file, KV type, sequences), whether llama.cpp took it, and its buffers in MiB by name."""
-    wanted = json.dumps([(str(path), kv_type, n_seq) for path, kv_type, n_seq in runs])
+    wanted = json.dumps([(str(path), kv_type, n_seq, flash) for path, kv_type, n_seq in runs])
     done = subprocess.run(
         [sys.executable, "-c", ALLOCATE, wanted, str(N_CTX)], capture_output=True, text=True, check=True
     )
@@ -163,6 +175,25 @@ def test_the_sum_is_what_llama_cpp_allocates(model: str, request: pytest.Fixture
         assert room < 1.2 * sum(said.values()) + 16, "more is asked for than is needed"
 
 
+@pytest.mark.parametrize("model", ["smollm2_gguf", "random_gguf", "latent_gguf", "window_gguf"])
+def test_the_scores_are_covered_where_there_is_no_flash_attention(model: str, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(model)
+    footprint = Footprint.of(path)
+    ((worked, said),) = allocate((path, "f16", 1), flash=False)
+    assert worked
+    assert sum(said.values()) < (footprint.total_bytes(N_CTX) + footprint.score_bytes(N_CTX)) / 2**20 + 2
+
+
+def test_one_sequence_does_without_flash_attention_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = MODEL.total_bytes(4096) + 2 * 4 * 32 * memory.N_MICRO_BATCH * 4096
+    room = int(enough / 0.9) + 2
+    assert flash_attention(MODEL, 4096, "f16", room) is False
+    assert flash_attention(MODEL, 4097, "f16", room) is None
+    assert flash_attention(MODEL, 4096, "q8_0", 10**12) is None, "a quantized cache needs it"
+    monkeypatch.setattr(memory, "gpus", lambda: [object()])
+    assert flash_attention(MODEL, 4096, "f16", 10**12) is None
+
+
 def test_a_kv_type_that_the_heads_do_not_divide_into_is_refused_as_llama_cpp_does(random_gguf: Path) -> None:
     footprint = Footprint.of(random_gguf)  # heads of 16
     assert footprint.kv_types() == ["f16"]
@@ -213,7 +244,7 @@ def test_a_file_that_is_no_model_is_told(tmp_path: Path) -> None:
         fit_context(tmp_path / "junk.gguf")
 
 
-MODEL = Footprint(Path("big.gguf"), 32768, 4096, 32000, ((8, 128),) * 64, None, 4_000_000_000, 4_000_000_000)
+MODEL = Footprint(Path("big.gguf"), 32768, 4096, 32, 32000, ((8, 128),) * 64, None, 4_000_000_000, 4_000_000_000)
 
 
 def test_the_context_is_the_models_own_up_to_the_default() -> None:
