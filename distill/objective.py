@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .fast.attention import use_row_attention
+from .fast.interface import use_row_attention
 from .fast.model import FastDecoder, fast_decoder
 from .losses import LOSSES, Segment, Targets, projected_loss, token_scores
 from .packing import Batch, Layout, pack, pad

@@ -1,72 +1,91 @@
-"""Packed rows for any model whose attention goes through transformers' attention interface.
+"""Causal attention of whole rows, forward and backward.
 
-The model's own layers compute everything but attention itself, which is laid out in rows (see `packing`). For what the
-fast pass does not know: dropout, DoRA, trained weights, other decoders.
+On a CPU, PyTorch's fused attention takes many times as long backward as forward. Rows of a few hundred tokens are
+faster as plain products, with the probabilities kept; queries of the heads that read the same keys go together.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
-from ..packing import Layout
-
-NAME = "deepdistill_rows"
+LONGEST_PLAIN = 512  # tokens; longer rows take the fused attention, whose memory does not grow with the square
 
 
-def use_row_attention(causal_lm: Any) -> bool:
-    """Let a model attend within rows when it is given a `layout`; say whether it can."""
-    if not getattr(causal_lm, "_supports_attention_backend", False) or not causal_lm._supports_sdpa:
-        return False
-    AttentionInterface.register(NAME, _attend)
-    causal_lm.config._attn_implementation = NAME
-    return True
+def attend(
+    rows: Tensor, n_heads: int, n_kv_heads: int, scale: float, needs_gradient: bool = True
+) -> tuple[Tensor, Any]:
+    """Return (attention `[n * L, n_heads * d]`, what `attend_back` needs).
+
+    rows `[n, L, n_heads + 2 n_kv_heads, d]` hold the queries, then the keys, then the values.
+    """
+    is_plain = rows.device.type == "cpu" and rows.shape[1] <= LONGEST_PLAIN
+    return (_plain if is_plain else _fused)(rows, n_heads, n_kv_heads, scale, needs_gradient)
 
 
-def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Return attention `[1, T, h, d]` of query `[1, h, T, d]` and keys and values `[1, h_kv, T, d]`."""
-    n, length = layout.gather.shape
-    n_heads, d = query.shape[1], value.shape[-1]
-    q, k, v = (_Gather.apply(part[0].transpose(0, 1).flatten(1), layout) for part in (query, key, value))  # type: ignore[no-untyped-call]
-    q, k, v = (
-        part.view(n, length, -1, size).transpose(1, 2)
-        for part, size in zip((q, k, v), _sizes(query, key, value), strict=True)
-    )
-    is_grouped = k.shape[1] != n_heads
-    out = F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=is_grouped
-    )  # [n, h, L, d]
-    flat = out.transpose(1, 2).reshape(n * length, n_heads * d).index_select(0, layout.scatter)
-    return flat.view(1, -1, n_heads, d), None
+def attend_back(d_out: Tensor, kept: Any, n_heads: int, n_kv_heads: int, scale: float) -> Tensor:
+    """Return the gradient of the rows `[n, L, n_heads + 2 n_kv_heads, d]` of d_out `[n * L, n_heads * d]`."""
+    return (_plain_back if len(kept) == 5 else _fused_back)(d_out, kept, n_heads, n_kv_heads, scale)
 
 
-def _sizes(*parts: Tensor) -> list[int]:
-    return [part.shape[-1] for part in parts]
+def _plain(rows: Tensor, n_heads: int, n_kv_heads: int, scale: float, needs_gradient: bool) -> tuple[Tensor, Any]:
+    n, length, _, d = rows.shape
+    q, k, v = (_by_key(part, n_kv_heads) for part in rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2))
+    mask = _mask(length, n_heads // n_kv_heads, rows.dtype).expand(n * n_kv_heads, -1, -1)
+    p = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)  # [n h_kv, L g, L]
+    out = _by_row(torch.bmm(p, v), n, length)  # [n, L, n_heads * d]
+    return out.reshape(n * length, n_heads * d), (q, k, v, p, n) if needs_gradient else ()
 
 
-class _Gather(torch.autograd.Function):
-    """Flat `[T, C]` to rows `[n * L, C]`; the gradient sums up what several rows share."""
+def _plain_back(d_out: Tensor, kept: Any, n_heads: int, n_kv_heads: int, scale: float) -> Tensor:
+    q, k, v, p, n = kept
+    length, d = k.shape[1:]
+    d_out = _by_key(d_out.view(n, length, n_heads, d), n_kv_heads)  # [n h_kv, L g, d]
+    d_v = torch.bmm(p.transpose(1, 2), d_out)
+    d_p = torch.bmm(d_out, v.transpose(1, 2))
+    d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype).mul_(scale)
+    d_rows = d_out.new_empty(n, length, n_heads + 2 * n_kv_heads, d)
+    parts = d_rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
+    for part, gradient in zip(
+        parts, (torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v), strict=True
+    ):
+        part.view(n, length, n_kv_heads, -1).copy_(_by_row(gradient, n, length).view(n, length, n_kv_heads, -1))
+    return d_rows
 
-    @staticmethod
-    def forward(ctx: Any, flat: Tensor, layout: Layout) -> Tensor:
-        ctx.layout = layout
-        return flat.index_select(0, layout.gather.flatten())
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> tuple[Tensor, None]:
-        return ctx.layout.sum_back(upstream[0]), None
+def _by_key(heads: Tensor, n_kv_heads: int) -> Tensor:
+    """Return heads `[n, L, h, d]` as `[n * h_kv, L * g, d]`: the g heads that read the same keys side by side."""
+    n, length, n_heads, d = heads.shape
+    grouped = heads.reshape(n, length, n_kv_heads, -1).transpose(1, 2)
+    return grouped.reshape(n * n_kv_heads, length * n_heads // n_kv_heads, d)
+
+
+def _by_row(heads: Tensor, n: int, length: int) -> Tensor:
+    """Return heads `[n * h_kv, L * g, d]` as rows `[n, L, h_kv, g * d]`, a view."""
+    return heads.view(n, heads.shape[0] // n, length, -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)
+def _mask(length: int, group: int, dtype: torch.dtype) -> Tensor:
+    """Return `[L * g, L]`: minus infinity above the diagonal, each row g times."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1).repeat_interleave(group, 0)
+
+
+def _fused(rows: Tensor, n_heads: int, n_kv_heads: int, scale: float, needs_gradient: bool) -> tuple[Tensor, Any]:
+    n, length, _, d = rows.shape
+    parts = (part.transpose(1, 2) for part in rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2))
+    q, k, v = (part.detach().requires_grad_(needs_gradient) for part in parts)
+    with torch.enable_grad():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=n_heads != n_kv_heads)
+    return out.detach().transpose(1, 2).reshape(n * length, n_heads * d), (q, k, v, out)
+
+
+def _fused_back(d_out: Tensor, kept: Any, n_heads: int, n_kv_heads: int, scale: float) -> Tensor:
+    *leaves, out = kept
+    n, _, length, d = out.shape
+    gradients = torch.autograd.grad(out, leaves, d_out.view(n, length, n_heads, d).transpose(1, 2))
+    return torch.cat([gradient.transpose(1, 2) for gradient in gradients], dim=2)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..packing import Layout
+from .attention import attend, attend_back
 from .linears import Linears
 
 
@@ -36,22 +37,21 @@ def gated_mlp_onto(x: Tensor, norm: Tensor, eps: float, gate_up: Linears, down: 
 
 
 def row_attention(
-    qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, n_heads: int, n_kv_heads: int, scale: float
+    qkv: Tensor, turn: tuple[Tensor, Tensor] | None, layout: Layout, n_heads: int, n_kv_heads: int, scale: float
 ) -> Tensor:
     """Return causal attention within each row, flat `[T, n_heads * d]`; qkv is `[T, (n_heads + 2 n_kv_heads) * d]`.
 
-    cos and sin `[L, d]` turn queries and keys by their place in the row (rotate-half convention).
+    turn: cos and sin `[L, d]`, which turn queries and keys by their place in the row (rotate-half convention).
     """
-    heads = (n_heads, n_kv_heads)
-    y: Tensor = _RowAttention.apply(qkv, cos, sin, layout, heads, scale)  # type: ignore[no-untyped-call]
+    y: Tensor = _RowAttention.apply(qkv, turn, layout, (n_heads, n_kv_heads), scale)  # type: ignore[no-untyped-call]
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (the normalised x times weight, 1 / rms `[T, 1]` in fp32)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (the normalised x times weight, 1 / rms `[T, 1]` in fp32); the former in `out` if given."""
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * r).to(x.dtype).mul_(weight), r
+    return torch.mul(x, r.to(x.dtype), out=out).mul_(weight), r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
@@ -64,8 +64,9 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tenso
 class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Tensor, eps: float, linears: Linears, *parameters: Tensor) -> Tensor:
-        normed, r = rms_norm(x, norm, eps)
-        y, inner = linears.forward(normed)
+        room = linears.room(x)
+        _, r = rms_norm(x, norm, eps, out=room[:, : x.shape[1]])
+        y, inner = linears.forward(room)
         ctx.save_for_backward(x, norm, r, inner)
         ctx.linears = linears
         return y
@@ -73,8 +74,9 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         x, norm, r, inner = ctx.saved_tensors
-        normed = (x * r).to(x.dtype).mul_(norm)
-        dx, gradients = ctx.linears.backward(upstream[0], normed, inner, ctx.needs_input_grad[0])
+        room = ctx.linears.room_back(x)
+        room[:, : upstream[0].shape[1]] = upstream[0]
+        dx, gradients = ctx.linears.backward(room, _normed(x, norm, r), inner, ctx.needs_input_grad[0])
         dx = dx if dx is None else rms_norm_backward(dx, x, norm, r)
         return (dx, None, None, None, *gradients)
 
@@ -82,7 +84,9 @@ class _NormedLinears(torch.autograd.Function):
 class _LinearOnto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, linears: Linears, *parameters: Tensor) -> Tensor:
-        y, inner = linears.forward(x, residual)
+        room = linears.room(x)
+        room[:, : x.shape[1]] = x
+        y, inner = linears.forward(room, residual)
         ctx.save_for_backward(x, inner)
         ctx.linears = linears
         return y
@@ -90,7 +94,9 @@ class _LinearOnto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
         x, inner = ctx.saved_tensors
-        dx, gradients = ctx.linears.backward(upstream[0], x, inner, ctx.needs_input_grad[1])
+        room = ctx.linears.room_back(x)
+        room[:, : upstream[0].shape[1]] = upstream[0]
+        dx, gradients = ctx.linears.backward(room, x, inner, ctx.needs_input_grad[1])
         return (upstream[0], dx, None, *gradients)
 
 
@@ -99,10 +105,13 @@ class _GatedMLPOnto(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: Tensor, eps: float, gate_up: Linears, down: Linears, *parameters: Tensor
     ) -> Tensor:
-        normed, r = rms_norm(x, norm, eps)
-        both, inner = gate_up.forward(normed)  # [T, 2 I]
+        room = gate_up.room(x)
+        _, r = rms_norm(x, norm, eps, out=room[:, : x.shape[1]])
+        both, inner = gate_up.forward(room)  # [T, 2 I]
         gate, up = both.chunk(2, dim=-1)
-        y, inner_down = down.forward(F.silu(gate).mul_(up), x)
+        room = down.room(x)
+        torch.mul(F.silu(gate), up, out=room[:, : gate.shape[1]])
+        y, inner_down = down.forward(room, x)
         ctx.save_for_backward(x, norm, r, both, inner, inner_down)
         ctx.linears = (gate_up, down)
         return y
@@ -114,49 +123,53 @@ class _GatedMLPOnto(torch.autograd.Function):
         dy = upstream[0]
         gate, up = both.chunk(2, dim=-1)
         silu = F.silu(gate)
-        hidden = silu * up  # [T, I]
-        d_hidden, down_gradients = down.backward(dy, hidden, inner_down)
-        d_both = torch.empty_like(both)
-        d_gate, d_up = d_both.chunk(2, dim=-1)
+        room = down.room_back(x)
+        room[:, : dy.shape[1]] = dy
+        d_hidden, down_gradients = down.backward(room, silu * up, inner_down)
+        assert d_hidden is not None
+        room = gate_up.room_back(x)
+        d_gate, d_up = room[:, : both.shape[1]].chunk(2, dim=-1)
         torch.mul(d_hidden, silu, out=d_up)
         torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
-        normed = (x * r).to(x.dtype).mul_(norm)
-        dx, gradients = gate_up.backward(d_both, normed, inner, ctx.needs_input_grad[0])
+        dx, gradients = gate_up.backward(room, _normed(x, norm, r), inner, ctx.needs_input_grad[0])
         if dx is not None:
             dx = rms_norm_backward(dx, x, norm, r).add_(dy)
         return (dx, None, None, None, None, *gradients, *down_gradients)
 
 
+def _normed(x: Tensor, norm: Tensor, r: Tensor) -> Tensor:
+    return torch.mul(x, r.to(x.dtype)).mul_(norm)
+
+
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, layout: Layout, heads: tuple[int, int], scale: float
+        ctx: Any,
+        qkv: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        layout: Layout,
+        heads: tuple[int, int],
+        scale: float,
     ) -> Tensor:
         n, length = layout.gather.shape
         n_heads, n_kv_heads = heads
         rows = qkv.index_select(0, layout.gather.flatten()).view(n, length, n_heads + 2 * n_kv_heads, -1)
-        rotate(rows[:, :, : n_heads + n_kv_heads], cos, sin)
-        q, k, v = (part.transpose(1, 2) for part in rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2))
-        leaves = [part.detach().requires_grad_(ctx.needs_input_grad[0]) for part in (q, k, v)]
-        with torch.enable_grad():
-            out = F.scaled_dot_product_attention(
-                leaves[0], leaves[1], leaves[2], is_causal=True, scale=scale, enable_gqa=n_heads != n_kv_heads
-            )  # [n, heads, L, d]
-        ctx.inner, ctx.turn, ctx.layout, ctx.heads = (leaves, out), (cos, sin), layout, heads
-        flat = out.detach().transpose(1, 2).reshape(n * length, -1)
-        return flat.index_select(0, layout.scatter)
+        if turn:
+            rotate(rows[:, :, : n_heads + n_kv_heads], *turn)
+        out, kept = attend(rows, n_heads, n_kv_heads, scale, needs_gradient=ctx.needs_input_grad[0])
+        ctx.kept, ctx.turn, ctx.layout, ctx.heads, ctx.scale = kept, turn, layout, heads, scale
+        return out.index_select(0, layout.scatter)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-        leaves, out = ctx.inner
+        n, length = ctx.layout.gather.shape
         n_heads, n_kv_heads = ctx.heads
-        n, _, length, d = out.shape
-        d_out = upstream[0].new_zeros(n * length, n_heads * d).index_copy_(0, ctx.layout.scatter, upstream[0])
-        d_parts = torch.autograd.grad(out, leaves, d_out.view(n, length, n_heads, d).transpose(1, 2))
-        d_rows = torch.cat([part.transpose(1, 2) for part in d_parts], dim=2)  # [n, L, heads, d]
-        rotate(d_rows[:, :, : n_heads + n_kv_heads], ctx.turn[0], -ctx.turn[1])
-        ctx.inner = None
-        return (ctx.layout.sum_back(d_rows.view(n * length, -1)), None, None, None, None, None)
+        d_out = upstream[0].new_zeros(n * length, upstream[0].shape[1]).index_copy_(0, ctx.layout.scatter, upstream[0])
+        d_rows = attend_back(d_out, ctx.kept, n_heads, n_kv_heads, ctx.scale)  # [n, L, heads, d]
+        if ctx.turn:
+            rotate(d_rows[:, :, : n_heads + n_kv_heads], ctx.turn[0], -ctx.turn[1])
+        ctx.kept = None
+        return (ctx.layout.sum_back(d_rows.view(n * length, -1)), None, None, None, None)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:

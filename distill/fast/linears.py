@@ -1,10 +1,15 @@
-"""Linear maps of one input as one product, frozen, with their LoRA adapters.
+"""Linear maps of one input as one product, frozen, with their LoRA adapters inside it.
 
-q, k and v read the same input, and so do gate and up: their weights stand in one matrix `[O, I]`, of which the modules'
-own weights become views, so no memory is added. peft's modules stay the owners of the adapters' parameters, in fp32;
-here stand copies in the weights' format, the A side by side and the B on a block diagonal, cast anew in every pass (a
-fused optimizer's step shows in no version counter).
-The backward pass computes no gradient of a frozen weight.
+q, k and v read the same input, and so do gate and up: their weights stand in one matrix. Beside it stand the adapters,
+so that a layer with LoRA is hardly more than a layer without:
+
+    joint `[O + R, I + R]` = | W  B |    y  = [x, x A^T] @ [W, B]^T
+                             | A  . |    dx = [dy, dy B] @ [W; A]
+
+W are the weights of the n modules, A the R rows of all their adapters, B their scaled columns, each in its own module's
+rows. The modules' own weights become views of the joint matrix, so no memory is added; peft's modules stay the owners
+of the adapters' parameters, in fp32, which are copied in anew in every pass (a fused optimizer's step shows in no
+version counter). The backward pass computes no gradient of a frozen weight.
 """
 
 from __future__ import annotations
@@ -32,58 +37,70 @@ class Linears:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-        self.weight = torch.cat([base.weight.detach() for base in bases])  # [O, I]
-        self.bias = _joint_bias(bases)
+        pairs = [None if base is module else adapter_of(module) for module, base in zip(modules, bases, strict=True)]
+        self.n_inputs, self.n_outputs = bases[0].in_features, sum(base.out_features for base in bases)
+        self.n_ranks = sum(pair[0].shape[0] for pair in pairs if pair)
+        shape = self.n_outputs + self.n_ranks, self.n_inputs + self.n_ranks
+        self._joint = bases[0].weight.new_zeros(shape)
+        self._bias = _joint_bias(bases)
         self.adapters: list[_Adapter] = []
-        start = n_ranks = 0
-        for module, base in zip(modules, bases, strict=True):
+        start = rank = 0
+        for base, pair in zip(bases, pairs, strict=True):
             outputs = slice(start, start + base.out_features)
-            base.weight.data = self.weight[outputs]
+            self._joint[outputs, : self.n_inputs] = base.weight.detach()
+            base.weight.data = self._joint[outputs, : self.n_inputs]
             start = outputs.stop
-            if base is not module:
-                a, b, scale = adapter_of(module)
-                self.adapters.append(_Adapter(a, b, scale, outputs, slice(n_ranks, n_ranks + a.shape[0])))
-                n_ranks += a.shape[0]
-        self._a = self.weight.new_zeros(n_ranks, self.weight.shape[1])  # [R, I]
-        self._b = self.weight.new_zeros(start, n_ranks)  # [O, R]
+            if pair:
+                self.adapters.append(_Adapter(*pair, outputs, slice(rank, rank + pair[0].shape[0])))
+                rank += pair[0].shape[0]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """Return what learns, as `backward` orders its gradients."""
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return (y `[T, O]`, the adapters' inner states `[T, R]`) of x `[T, I]`; residual `[T, O]` is added."""
+    def room(self, like: Tensor) -> Tensor:
+        """Return an empty `[T, I + R]`, whose first I columns are to be filled with the input."""
+        return like.new_empty(like.shape[0], self.n_inputs + self.n_ranks)
+
+    def room_back(self, like: Tensor) -> Tensor:
+        """Return an empty `[T, O + R]`, whose first O columns are to be filled with the gradient of y."""
+        return like.new_empty(like.shape[0], self.n_outputs + self.n_ranks)
+
+    def forward(self, room: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (y `[T, O]`, x A^T `[T, R]` to be kept) of a filled `room`; residual `[T, O]` is added."""
+        inner = None
+        if self.adapters:
+            self._refresh()
+            inner = F.linear(room[:, : self.n_inputs], self._joint[self.n_outputs :, : self.n_inputs])
+            room[:, self.n_inputs :] = inner
+        weight = self._joint[: self.n_outputs]
         if residual is None:
-            y = F.linear(x, self.weight, self.bias)
-        else:
-            y = torch.addmm(residual, x, self.weight.T)
-            y = y if self.bias is None else y.add_(self.bias)
-        if not self.adapters:
-            return y, None
-        self._refresh()
-        inner = F.linear(x, self._a)
-        return y.addmm_(inner, self._b.T), inner
+            return F.linear(room, weight, self._bias), inner
+        y = torch.addmm(residual, room, weight.T)
+        return (y if self._bias is None else y.add_(self._bias)), inner
 
     def backward(
-        self, dy: Tensor, x: Tensor, inner: Tensor | None, with_input: bool = True
+        self, room: Tensor, x: Tensor, inner: Tensor | None, with_input: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Return (the gradient of x `[T, I]`, the adapters' gradients in fp32)."""
-        dx = dy @ self.weight if with_input else None
-        if inner is None:
-            return dx, []
-        d_inner = dy @ self._b  # [T, R], scaled
-        d_a = d_inner.T @ x  # [R, I]
-        gradients = []
-        for adapter in self.adapters:
-            d_b = dy[:, adapter.outputs].T @ inner[:, adapter.ranks]
-            gradients += [d_a[adapter.ranks].float(), d_b.float().mul_(adapter.scale)]
-        return (None if dx is None else dx.addmm_(d_inner, self._a)), gradients
+        """Return (the gradient of x `[T, I]`, the adapters' gradients in fp32) of a filled `room_back`."""
+        gradients: list[Tensor] = []
+        if inner is not None:
+            dy, d_inner = room[:, : self.n_outputs], room[:, self.n_outputs :]
+            d_inner.copy_(dy @ self._joint[: self.n_outputs, self.n_inputs :])  # [T, R]
+            d_a = d_inner.T @ x  # [R, I]
+            d_b = inner.T @ dy  # [R, O], of which each adapter has its block
+            for adapter in self.adapters:
+                gradients.append(d_a[adapter.ranks].float())
+                gradients.append(d_b[adapter.ranks, adapter.outputs].T.float().mul_(adapter.scale))
+        return (room @ self._joint[:, : self.n_inputs] if with_input else None), gradients
 
     def _refresh(self) -> None:
         for adapter in self.adapters:
-            self._a[adapter.ranks].copy_(adapter.a.detach())
-            self._b[adapter.outputs, adapter.ranks].copy_(adapter.b.detach() * adapter.scale)
+            rows = slice(self.n_outputs + adapter.ranks.start, self.n_outputs + adapter.ranks.stop)
+            columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
+            self._joint[rows, : self.n_inputs].copy_(adapter.a.detach())
+            self._joint[adapter.outputs, columns].copy_(adapter.b.detach() * adapter.scale)
 
 
 def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float]:

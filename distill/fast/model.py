@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..packing import Batch, Layout, pack
 from ..rows import Row
-from .blocks import gated_mlp_onto, linear_onto, normed_linears, rms_norm, row_attention
+from .blocks import gated_mlp_onto, linear_onto, normed_linears, row_attention
 from .linears import Linears, is_plain
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -39,10 +39,10 @@ class _Layer:
             attention.k_proj.out_features // attention.head_dim,
         )
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """Return the layer's output `[T, H]`."""
         qkv = normed_linears(x, self._norms[0].weight, self._eps[0], self._qkv)
-        x = linear_onto(x, row_attention(qkv, cos, sin, layout, *self._heads, self._scale), self._o)
+        x = linear_onto(x, row_attention(qkv, turn, layout, *self._heads, self._scale), self._o)
         return gated_mlp_onto(x, self._norms[1].weight, self._eps[1], self._gate_up, self._down)
 
 
@@ -59,12 +59,9 @@ class FastDecoder:
         places = torch.arange(layout.gather.shape[1], device=x.device)[None]
         cos, sin = (part[0] for part in self._decoder.rotary_emb(x, places))  # [L, d]
         for layer in self._layers:
-            x = layer(x, cos, sin, layout)
-        return (
-            rms_norm(x, self._decoder.norm.weight, self._decoder.norm.variance_epsilon)[0]
-            if (not x.requires_grad)
-            else self._decoder.norm(x)
-        )
+            x = layer(x, (cos, sin), layout)
+        states: Tensor = self._decoder.norm(x)
+        return states
 
 
 def fast_decoder(causal_lm: Any) -> FastDecoder | None:
