@@ -119,3 +119,28 @@ def test_datasets_loads_it(traces: Path, tmp_path: Path, to: str) -> None:
     kind = "parquet" if to == "parquet" else "json"
     rows = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0]["messages"][1]["reasoning_content"] == "40+2=0"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # their own
+@pytest.mark.parametrize(("to", "reasoning"), [("parquet", "field"), ("messages", "field"), ("messages", "think")])
+def test_trl_trains_on_it(traces: Path, tmp_path: Path, pocket_student: Path, to: str, reasoning: str) -> None:
+    """SFTTrainer takes the file as it is, and what it trains on holds the reasoning and the answer."""
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
+    trl = pytest.importorskip("trl", reason="pip install trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / f"rows.{'parquet' if to == 'parquet' else 'jsonl'}"
+    export_traces(traces, out, to, reasoning=reasoning)  # type: ignore[arg-type]
+    kind = "parquet" if to == "parquet" else "json"
+    rows = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        bf16=False, save_strategy="no", max_length=512, dataloader_pin_memory=False, disable_tqdm=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(pocket_student)
+    trainer = trl.SFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    trained = tokenizer.decode(trainer.train_dataset[0]["input_ids"])
+    assert 0 < trained.index("40+2=0") < trained.index("</think>") < trained.index("42"), trained
+    assert trainer.train().training_loss > 0
