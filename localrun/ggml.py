@@ -33,9 +33,10 @@ NEED_IMATRIX = frozenset(
         GGMLQuantizationType.IQ2_XXS,
         GGMLQuantizationType.IQ2_XS,
         GGMLQuantizationType.IQ2_S,
+        GGMLQuantizationType.IQ3_XXS,
     }
 )
-"""ggml refuses them without an importance matrix."""
+"""They are useless or refused without an importance matrix."""
 
 
 @functools.cache

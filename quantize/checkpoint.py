@@ -1,28 +1,49 @@
-"""Read a Hugging Face checkpoint folder without torch: its config, and tensors mapped from safetensors when asked for.
+"""Read a Hugging Face checkpoint folder without torch: its config, and weights read from safetensors when asked for.
 
-bf16 has no numpy type: its 16 bits are the upper half of a float32, so it is widened by a shift, without loss.
+A weight is anything with a shape whose rows come as float32: a tensor of a file, fp8 with a scale for each block, or a
+tensor with a LoRA adapter's product added (see adapter.py). Rows are read, not mapped: a page of a mapped file counts
+as this process's memory, and a 671B checkpoint has many. bf16 has no numpy type: its 16 bits are the upper half of a
+float32, so it is widened by a shift, without loss.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, ModelError
 
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
 _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
+_SCALE = "_scale_inv"
+
+
+class Weight(Protocol):
+    """A matrix, vector or stack of matrices, read in ranges of its first axis."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The checkpoint's own shape, rows first."""
+
+    def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """Return a range of its first axis as float32, read from the file now."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor stands in a file. `shape` is the checkpoint's own, rows first."""
+    """Where a tensor stands in a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,63 +53,119 @@ class Tensor:
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return a range of its first axis as float32, read from the file now."""
-        mapped = np.memmap(self.path, _DTYPES[self.dtype], "r", self.offset, self.shape)[part]
+        start, stop, _ = part.indices(self.shape[0])
+        width, dtype = math.prod(self.shape[1:]), np.dtype(_DTYPES[self.dtype])
+        n = max(0, stop - start) * width
+        try:
+            raw = np.fromfile(self.path, dtype, n, offset=self.offset + start * width * dtype.itemsize)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if raw.size != n:
+            raise ArtifactError(f"{self.path} is cut short: {self.name} ends after the file", "copy it again")
+        raw = raw.reshape(-1, *self.shape[1:])
         if self.dtype == "BF16":
-            return (mapped.astype(np.uint32) << 16).view(np.float32)
-        return np.asarray(mapped, dtype=np.float32).copy()
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        return _e4m3()[raw] if self.dtype == "F8_E4M3" else raw.astype(np.float32, copy=False)
+
+    def flat(self) -> Tensor:
+        """Return it with all axes but the last as one: a stack of matrices as one matrix."""
+        return dataclasses.replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """An fp8 matrix with a scale for each block of it, as DeepSeek publishes its models."""
+
+    weight: Tensor
+    scale: Tensor
+    block: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of it."""
+        return self.weight.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The matrix's shape, rows first."""
+        return self.weight.shape
+
+    def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
+        """Return a range of its rows as float32."""
+        start, stop, _ = part.indices(self.shape[0])
+        first = start // self.block[0]
+        scales = self.scale.rows(slice(first, -(-stop // self.block[0])))
+        wide = np.repeat(scales, self.block[1], axis=1)[:, : self.shape[1]]
+        rows = self.weight.rows(part)
+        rows *= wide[np.arange(start, stop) // self.block[0] - first]
+        return rows
+
+
+@functools.cache
+def _e4m3() -> npt.NDArray[np.float32]:
+    """Return the 256 values of fp8 E4M3: a sign, four bits of exponent biased by 7, three of fraction; no infinity."""
+    bits = np.arange(256)
+    exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
+    size = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7.0))
+    size[bits & 127 == 127] = np.nan
+    return np.where(bits < 128, size, -size).astype(np.float32)
 
 
 class Checkpoint:
-    """A folder with config.json, tokenizer.json and safetensors."""
+    """A folder with config.json, tokenizer.json and safetensors; or a LoRA adapter's, and its base's behind it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: Path | None = None) -> None:
         """Read the config and the index of the tensors; no weights yet.
+
+        Args:
+            folder: the checkpoint, or an adapter that peft wrote.
+            base: an adapter's base model; what its adapter_config.json names if not given.
 
         Raises:
             ArtifactError: a file is missing, cut short or broken.
-            ModelError: an adapter, a quantized checkpoint, or weights in another format.
+            ModelError: a quantized checkpoint, weights in another format, or an adapter that is no plain LoRA.
         """
-        self.folder = folder
+        self.folder, self.base = folder, base
         if not folder.is_dir():
             raise ArtifactError(f"no checkpoint folder at {folder}", "deepdistill teach makes one")
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise ModelError(
-                f"{folder} is a LoRA adapter, not a whole model",
-                "merge it into its base first: peft's merge_and_unload, then save_pretrained; "
-                "the student/ folder of a run is merged already",
-            )
+        is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+        if is_adapter:
+            from .adapter import find_base, merge
+
+            self.base = base or find_base(folder)
+        elif base:
+            raise ArtifactError(f"{folder} is no LoRA adapter, so it has no base", "leave out --base")
         self.config = self.json("config.json")
         if not self.config:
-            raise ArtifactError(f"{folder} is no model folder: it has no config.json")
-        if quantized := self.config.get("quantization_config"):
-            method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
-            raise ModelError(f"{folder} is quantized already ({method})", "give the unquantized checkpoint")
-        self.tensors = self._index()
+            raise ArtifactError(f"{self.base or folder} is no model folder: it has no config.json")
+        self.tensors: dict[str, Weight] = self._dequantized(self._index(self.base or folder))
+        if is_adapter:
+            self.tensors = merge(folder, self.tensors)
+
+    def find(self, name: str) -> Path | None:
+        """Return a file of the folder, or else of the base."""
+        folders = (self.folder, self.base) if self.base else (self.folder,)
+        return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the folder, or an empty dict if it is not there.
+        """Return a JSON file of the folder or the base, or an empty dict if it is not there.
 
         Raises:
             ArtifactError: it is not a JSON object.
         """
-        path = self.folder / name
-        if not path.is_file():
-            return {}
-        try:
-            read = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise ArtifactError(f"{path} is broken: {error}") from error
-        if not isinstance(read, dict):
-            raise ArtifactError(f"{path} is broken: it is no JSON object")
-        return read
+        path = self.find(name)
+        return read_json(path) if path else {}
 
-    def _index(self) -> dict[str, Tensor]:
-        files = set(self.json("model.safetensors.index.json").get("weight_map", {}).values())
-        paths = [self.folder / name for name in sorted(files)] or sorted(self.folder.glob("*.safetensors"))
+    def _index(self, folder: Path) -> dict[str, Tensor]:
+        index = folder / "model.safetensors.index.json"
+        files = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
+        paths = [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
         if not paths:
-            other = next(iter(self.folder.glob("*.bin")), None)
+            other = next(iter(folder.glob("*.bin")), None)
             hint = "load it in transformers and save_pretrained: that writes safetensors" if other else ""
-            raise ArtifactError(f"{self.folder} has no weights in safetensors", hint)
+            raise ArtifactError(f"{folder} has no weights in safetensors", hint)
         tensors: dict[str, Tensor] = {}
         for path in paths:
             if not path.is_file():
@@ -96,13 +173,49 @@ class Checkpoint:
             tensors |= read_header(path)
         return tensors
 
+    def _dequantized(self, tensors: dict[str, Tensor]) -> dict[str, Weight]:
+        """Join each fp8 matrix with its scales; refuse every other quantization."""
+        quantized = self.config.get("quantization_config") or {}
+        method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else "?"
+        block = quantized.get("weight_block_size") if isinstance(quantized, dict) else None
+        if quantized and (method != "fp8" or not block):
+            raise ModelError(f"{self.folder} is quantized already ({method})", "give the unquantized checkpoint")
+        found: dict[str, Weight] = {}
+        for name, tensor in tensors.items():
+            scale = tensors.get(name + _SCALE)
+            if scale and block:
+                n_blocks = tuple(-(-n // size) for n, size in zip(tensor.shape, block, strict=False))
+                if scale.shape != n_blocks:
+                    raise ArtifactError(f"{scale.name} is {list(scale.shape)}, and its blocks are {list(n_blocks)}")
+                found[name] = Blocks(tensor, scale, (block[0], block[1]))
+            elif tensor.dtype == "F8_E4M3":
+                raise ModelError(f"{name} in {tensor.path.name} is F8_E4M3 without scales", "its config names none")
+            elif not (name.endswith(_SCALE) and block):
+                found[name] = tensor
+        return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object from a file.
+
+    Raises:
+        ArtifactError: it is broken, or no object.
+    """
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"{path} is broken: {error}") from error
+    if not isinstance(read, dict):
+        raise ArtifactError(f"{path} is broken: it is no JSON object")
+    return read
+
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
         ArtifactError: it is no safetensors file, or cut short.
-        ModelError: a tensor has a type that cannot be converted, such as fp8.
+        ModelError: a tensor has a type that cannot be converted.
     """
     size = path.stat().st_size
     try:

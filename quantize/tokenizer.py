@@ -14,7 +14,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ..errors import ArtifactError, ModelError
-from .architecture import use_llama_cpp
+from .architectures import use_llama_cpp
 from .checkpoint import Checkpoint
 
 _GPT2 = ("byte-level", True)  # splits by GPT-2's pattern, then maps bytes to letters
@@ -71,7 +71,7 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
     folder = checkpoint.folder
     source = checkpoint.json("tokenizer.json")
     if not source:
-        if (folder / "tokenizer.model").exists():
+        if checkpoint.find("tokenizer.model"):
             raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", folder)
         raise ArtifactError(f"{folder} has no tokenizer.json", "copy the tokenizer files from the base model")
     try:
@@ -242,8 +242,7 @@ def _added(
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
     """Return the folder's (default) chat template, from its own file or from tokenizer_config.json."""
-    path = checkpoint.folder / "chat_template.jinja"
-    if path.is_file():
+    if path := checkpoint.find("chat_template.jinja"):
         return path.read_text(encoding="utf-8")
     found = checkpoint.json("tokenizer_config.json").get("chat_template")
     if isinstance(found, list):

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 from deepdistill.quantize.proofs import STRESS
@@ -18,7 +28,51 @@ from deepdistill.quantize.proofs import STRESS
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
 CARD = "---\nlicense: apache-2.0\nbase_model: some-org/Some-Base-1B\n---\nA test model.\n"
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "qwen3moe": Qwen3MoeConfig,
+    "gemma3": Gemma3TextConfig,
+    "deepseek2": DeepseekV2Config,
+    "deepseek3": DeepseekV3Config,
+}
+_LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 1.5,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "qwen3moe": {
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "gemma3": {
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": 24,
+        "num_hidden_layers": 7,
+        "tie_word_embeddings": True,
+    },
+    "deepseek2": _LATENT | {"n_group": 1, "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": False},
+    "deepseek3": _LATENT | {"n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+}
+"""What an architecture needs beside the sizes that all share."""
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -102,8 +156,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         }
-        if arch == "qwen3":
-            sizes["head_dim"] = 32
+        sizes |= OWN.get(arch, {})
         torch.manual_seed(7)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -112,6 +165,11 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
                 for name, weight in model.named_parameters():  # biases and norms start as constants, which hide errors
                     if name.endswith("bias") or "norm" in name:
                         weight += 0.2 * torch.randn_like(weight)
+                    if "mlp.gate.weight" in name:  # zero at first: every expert would be the same
+                        weight.normal_(std=0.5)
+                for name, buffer in model.named_buffers():
+                    if name.endswith("e_score_correction_bias"):
+                        buffer += 0.1 * torch.randn_like(buffer)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(CARD)
