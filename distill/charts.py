@@ -121,7 +121,9 @@ def _round_up(width: float, least: float) -> float:
 
 
 def _amount(value: float, unit: str) -> str:
-    return f"${value:.2g}" if unit == "$" and value < 100 else f"{value:,.0f} {unit}"
+    if unit == "$" and value < 100:
+        return f"${np.format_float_positional(value, precision=2, fractional=False, trim='-')}"
+    return f"{value:,.0f} {unit}"
 
 
 def _duration(seconds: float) -> str:

@@ -275,7 +275,9 @@ def test_odd_values_make_a_histogram(values: list[int]) -> None:
     assert chart
     assert len(chart.ticks) == 5
     assert histogram({"right": np.array([])}, "tokens") is None
-    assert histogram({"right": np.array(values, float) / 1e4}, "$")
+    dollars = histogram({"right": np.array(values, float) / 1e7}, "$")
+    assert dollars
+    assert "e-" not in dollars.summary + "".join(dollars.ticks)
 
 
 def test_throughput_is_over_the_time_worked() -> None:
