@@ -116,6 +116,9 @@ def chat(
     open_engine = partial(_open_engine, settings=settings, may_see=bool(settings.images) or not once)
     session = Session(open_engine(_model_path(model, conversation, settings.offline)))
     try:
+        if session.engine.n_ctx > session.engine.n_ctx_train > 0:
+            own = f"{session.engine.n_ctx_train:,} tokens of context"
+            print(f"note: the model was trained for {own}: past them it may lose the thread", file=sys.stderr)
         session.adopt(conversation)
         settings.override(session)
         images = tuple(str(image.absolute()) for image in settings.images)

@@ -270,21 +270,22 @@ def _stats(talk: Dialogue, _: str) -> None:
     session, last = talk.session, talk.last
     engine, sampling = session.engine, session.sampling
     used = session.n_used()
-    lines = [
-        f"model      {engine.path.name}, {engine.size_bytes / 1e6:,.0f} MB, threads {engine.n_threads}",
-        f"context    {used:,} of {engine.n_ctx:,} tokens, {math.ceil(100 * used / engine.n_ctx)} %",
-        f"turns      {len(session.turns) // 2}",
-        f"sampling   temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}, "
+    facts = {
+        "model": f"{engine.path.name}, {engine.size_bytes / 1e6:,.0f} MB, threads {engine.n_threads}",
+        "context": f"{used:,} of {engine.n_ctx:,} tokens, {math.ceil(100 * used / engine.n_ctx)} %",
+        "turns": f"{len(session.turns) // 2}",
+        "sampling": f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}, "
         f"at most {sampling.max_tokens:,} tokens",
-    ]
+    }
     if last:
-        lines += [
-            f"last       {last.n_prompt:,} tokens of prompt, {last.n_generated:,} answered, "
-            f"{last.n_reasoning:,} of them thinking",
-            f"speed      {last.prompt_per_s:,.0f} tokens/s of what was new in the prompt, "
-            f"{last.tokens_per_s:,.0f} tokens/s answered",
-        ]
-    talk.say("\n".join(lines))
+        facts["last"] = (
+            f"{last.n_prompt:,} tokens of prompt, {last.n_generated:,} answered, {last.n_reasoning:,} of them thinking"
+        )
+        facts["speed"] = (
+            f"{last.prompt_per_s:,.0f} tokens/s of what was new in the prompt, "
+            f"{last.tokens_per_s:,.0f} tokens/s answered"
+        )
+    talk.say_facts(facts)
 
 
 def _quit(talk: Dialogue, _: str) -> None:

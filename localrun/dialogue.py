@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -49,6 +49,18 @@ class Dialogue:
         """Tell the user something that is not the model's."""
         is_file = not self.console.is_terminal
         self.console.print(text, style="dim italic", markup=False, highlight=False, soft_wrap=is_file)
+
+    def say_facts(self, facts: Mapping[str, str]) -> None:
+        """Tell the user something about each of several things, beside their names."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name), Text(value))
+        self.console.print(table, style="dim italic")
 
     def new_screen(self) -> Screen:
         """Return where an answer is to stream."""

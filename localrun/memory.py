@@ -192,7 +192,8 @@ def _what_fits(footprint: Footprint, kv_type: str, n_seq: int, n_ctx: int, avail
     """Return a hint: a shorter context, a smaller KV type, fewer sequences, or how small a file would have to be."""
     ways = []
     if longest := footprint.max_ctx(available, kv_type, n_seq):
-        ways.append(f"--context {longest}")
+        own = footprint.n_ctx_train or longest
+        ways.append(f"--context {longest}" if longest <= own else f"--context {own}, all that it was trained for")
     names = footprint.kv_types()
     for smaller in names[names.index(kv_type) + 1 :]:
         if footprint.max_ctx(available, smaller, n_seq) >= n_ctx:

@@ -145,6 +145,16 @@ def test_every_sampler_can_be_asked_for(random_gguf: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_stdin")
+def test_more_context_than_the_model_was_trained_for_is_said(
+    scripted_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", str(scripted_gguf), "-p", "hi", "--context", "1024"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err.count("note:")) == (ANSWER + "\n", 1)
+    assert "trained for 512 tokens of context" in err
+
+
+@pytest.mark.usefixtures("no_stdin")
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

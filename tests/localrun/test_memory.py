@@ -284,6 +284,12 @@ def test_what_would_fit_is_said_and_does_fit() -> None:
     assert fit_context(MODEL, found[2], wanted=16384, available=available) == 16384
 
 
+def test_no_more_context_is_recommended_than_the_model_was_trained_for() -> None:
+    with pytest.raises(ModelError) as refused:
+        fit_context(MODEL, wanted=10**9, available=10**12)
+    assert refused.value.hint == "what would fit: --context 32768, all that it was trained for"
+
+
 def test_when_the_weights_alone_do_not_fit_a_smaller_file_is_named() -> None:
     with pytest.raises(ModelError) as refused:
         fit_context(MODEL, available=2_000_000_000)
