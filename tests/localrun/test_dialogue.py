@@ -295,8 +295,8 @@ def test_another_model_goes_on(talk: Talk, random_gguf: Path, tmp_path: Path) ->
     assert f"{before} (this one)" in shown
     assert "random.gguf, 512 tokens of context, the conversation goes on" in shown
     assert talk.session.engine.path == random_gguf
-    assert "model      random.gguf" in shown
-    assert re.search(r"context    \d+ of 512 tokens", shown)
+    assert re.search(r"^model +random.gguf, ", shown, re.M)
+    assert re.search(r"^context +\d+ of 512 tokens", shown, re.M)
 
 
 def test_models_of_the_hub_s_cache_are_listed_and_chosen_by_number(
