@@ -1,4 +1,4 @@
-"""Turn tokenizer.json, a byte-level BPE, into a GGUF's tokenizer metadata.
+"""Turn tokenizer.json, a byte-level BPE or a SentencePiece vocabulary (pieces.py), into a GGUF's tokenizer metadata.
 
 llama.cpp carries a fixed list of pre-tokenizers under names. Ours is found by what tokenizer.json says it does, not by
 a hash of sample tokens, so that an added token or another vocabulary changes nothing. A pre-tokenizer, normalizer or
@@ -16,6 +16,7 @@ from gguf import GGUFWriter, TokenType
 from ..errors import ArtifactError, ModelError
 from .architectures import use_llama_cpp
 from .checkpoint import Checkpoint
+from .pieces import is_sentencepiece, looks_special, read_pieces
 
 _GPT2 = ("byte-level", True)  # splits by GPT-2's pattern, then maps bytes to letters
 _BYTES = ("byte-level", False)
@@ -54,6 +55,8 @@ class Tokenizer:
     tokens: list[str]
     types: list[int]
     merges: list[str]
+    scores: list[float]  # of a SentencePiece vocabulary, which has no merges
+    space_prefix: bool
     special_ids: dict[str, int]  # bos, eos, eot, unk, pad
     add_bos: bool
     add_eos: bool
@@ -75,19 +78,24 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
             raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", folder)
         raise ArtifactError(f"{folder} has no tokenizer.json", "copy the tokenizer files from the base model")
     try:
-        _check_model(source, folder)
-        steps = tuple(_steps(source.get("pre_tokenizer")))
-        pre = _PRE.get((steps, bool(source["model"].get("ignore_merges"))))
-        if pre is None:
-            raise use_llama_cpp(f"a tokenizer with the pre-tokenizer {_describe(steps)}", folder)
-        tokens, types = _vocabulary(source, n_vocab)
+        scores, space_prefix, merges = list[float](), False, list[str]()
+        if is_sentencepiece(source):
+            pieces = read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab)
+            pre, tokens, types = "default", pieces.tokens, pieces.types
+            scores, space_prefix = pieces.scores, pieces.space_prefix
+        else:
+            pre = _pre_tokenizer(source, folder)
+            tokens, types = _vocabulary(source, n_vocab)
+            merges = _merges(source["model"]["merges"])
         special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(tokens)})
         add_bos, add_eos = _added(source.get("post_processor"), checkpoint, tokens, special_ids)
         return Tokenizer(
             pre,
             tokens,
             types,
-            _merges(source["model"]["merges"]),
+            merges,
+            scores,
+            space_prefix,
             special_ids,
             add_bos,
             add_eos,
@@ -100,9 +108,11 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
 
 def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
     """Add a tokenizer to a file's metadata."""
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if tokenizer.scores else "gpt2")
     writer.add_tokenizer_pre(tokenizer.pre)
     writer.add_token_list(tokenizer.tokens)
+    if tokenizer.scores:
+        writer.add_token_scores(tokenizer.scores)
     writer.add_token_types(tokenizer.types)
     writer.add_token_merges(tokenizer.merges)
     for name, token_id in tokenizer.special_ids.items():
@@ -110,7 +120,7 @@ def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
     # Said even where it is false: llama.cpp puts a BOS before Llama 3's text unless told not to.
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_eos_token(tokenizer.add_eos)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(tokenizer.space_prefix)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -124,16 +134,20 @@ _KEYS = {
 }
 
 
-def _check_model(source: dict[str, Any], folder: object) -> None:
+def _pre_tokenizer(source: dict[str, Any], folder: object) -> str:
+    """Return llama.cpp's name of what a byte-level BPE does to text first."""
     model, normalizer = source["model"], source.get("normalizer")
     if model.get("type") != "BPE":
         raise use_llama_cpp(f"a {model.get('type')} tokenizer", folder)
-    if model.get("byte_fallback"):
-        raise use_llama_cpp("a SentencePiece-style tokenizer (BPE with byte fallback)", folder)
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise use_llama_cpp("a BPE tokenizer with word affixes", folder)
     if normalizer and normalizer.get("type") != "NFC":
         raise use_llama_cpp(f"a tokenizer with the normalizer {normalizer.get('type')}", folder)
+    steps = tuple(_steps(source.get("pre_tokenizer")))
+    pre = _PRE.get((steps, bool(model.get("ignore_merges"))))
+    if pre is None:
+        raise use_llama_cpp(f"a tokenizer with the pre-tokenizer {_describe(steps)}", folder)
+    return pre
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
@@ -179,8 +193,8 @@ def _type_of(added: dict[str, Any] | None) -> TokenType:
     if added is None:
         return TokenType.NORMAL
     # llama.cpp looks for turn ends among control tokens, and some models mark theirs as ordinary.
-    bracketed = added["content"].startswith("<|") and added["content"].endswith("|>")
-    return TokenType.CONTROL if added.get("special") or bracketed else TokenType.USER_DEFINED
+    special = added.get("special") or looks_special(added["content"])
+    return TokenType.CONTROL if special else TokenType.USER_DEFINED
 
 
 def _merges(merges: list[Any]) -> list[str]:
@@ -252,7 +266,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 
 def _notes(source: dict[str, Any]) -> tuple[str, ...]:
     notes = []
-    if source.get("normalizer"):
+    if (source.get("normalizer") or {}).get("type") == "NFC":
         notes.append("llama.cpp does not compose Unicode (NFC) as this tokenizer does: decomposed accents differ")
     trimmed = [e["content"] for e in source.get("added_tokens") or [] if e.get("lstrip") or e.get("rstrip")]
     if trimmed:
