@@ -34,7 +34,7 @@ app = typer.Typer(
 
 DEMO_PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 
-Stage = Literal["traces", "training"]
+Stage = Literal["traces", "samples", "teacher", "training"]
 Think = Literal["auto", "on", "off"]
 KVType = Literal["f16", "q8_0", "q4_0"]
 Problems = Annotated[
@@ -150,7 +150,11 @@ def demo(
 def teach(
     problems: Problems,
     teacher: Annotated[
-        str, typer.Option(help="pocket, https://HOST/v1, hf:ORG/NAME, a checkpoint folder or a .gguf file.")
+        str,
+        typer.Option(
+            help="pocket, https://HOST/v1, hf:ORG/NAME, a checkpoint folder, a .gguf file, or worked: the solutions "
+            "that the problems bring."
+        ),
     ] = "pocket",
     student: Annotated[str, typer.Option(help="smollm2, pocket, hf:ORG/NAME or a checkpoint folder.")] = "smollm2",
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/STUDENT-PROBLEMS if not given.")] = None,
@@ -197,6 +201,29 @@ def teach(
     eval_max_tokens: Annotated[int, typer.Option(help="An answer's limit when scoring.", min=1)] = 512,
     model: ServerModel = None,
     traces: Annotated[Path | None, typer.Option(help="Train on this traces.jsonl and ask no teacher.")] = None,
+    method: Annotated[
+        Literal["distill", "grpo"],
+        typer.Option(help="grpo: no teacher, the student improves by what the graders say (needs the rl extra)."),
+    ] = "distill",
+    loss: Annotated[
+        Literal["auto", "cross-entropy", "logits"],
+        typer.Option(help="logits: learn the log-probabilities beside the traces; auto: where that is possible."),
+    ] = "auto",
+    logit_share: Annotated[
+        float, typer.Option(help="Of the loss that they are; the rest is cross-entropy.", min=0, max=1)
+    ] = 0.9,
+    curriculum: Annotated[
+        bool, typer.Option("--curriculum", help="Order the traces by how often the untrained student solves them.")
+    ] = False,
+    rounds: Annotated[
+        int, typer.Option(help="After the first training: the student answers, the teacher corrects, it trains.", min=0)
+    ] = 0,
+    round_problems: Annotated[int, typer.Option(help="New problems a round.", min=1)] = 500,
+    round_samples: Annotated[int, typer.Option(help="The student's answers to each of them.", min=1)] = 4,
+    on_policy_loss: Annotated[
+        Literal["auto", "reverse-kl", "forward-kl", "policy-gradient", "off"],
+        typer.Option(help="How the teacher's scores of the student's tokens train; off: own right answers instead."),
+    ] = "auto",
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of a LoRA adapter.")] = False,
     lora_rank: Annotated[int, typer.Option(min=1)] = 32,
     lora_alpha: Annotated[int, typer.Option(min=1)] = 32,
@@ -257,6 +284,14 @@ def teach(
         teacher_model=model,
         seed=seed,
         traces=str(traces) if traces else None,
+        method=method,
+        loss=loss,
+        logit_share=logit_share,
+        curriculum=curriculum,
+        rounds=rounds,
+        round_problems=round_problems,
+        round_samples=round_samples,
+        on_policy_loss=on_policy_loss,
         training={
             "full": full,
             "lora_rank": lora_rank,
@@ -284,9 +319,10 @@ def teach(
             stop_after=stop_after,
             on_progress=progress,
         )
-    print_curation(_console(), result.curation)
-    kept, total = result.curation["kept"], result.curation["traces"]
-    print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
+    if result.curation:
+        print_curation(_console(), result.curation)
+        kept, total = result.curation["kept"], result.curation["traces"]
+        print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
     if result.scores:
         print_hops(_console(), result.scores, {})
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")

@@ -20,7 +20,7 @@ from .vote import VoteSettings
 MAY_CHANGE = frozenset(
     {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}
     | {"accept", "vote_share", "judge", "judge_model", "judge_compare", "rubric"}
-    | {"loss", "logit_share", "curriculum", "rounds", "round_problems", "round_samples", "on_policy_loss"}
+    | {"method", "loss", "logit_share", "curriculum", "rounds", "round_problems", "round_samples", "on_policy_loss"}
 )
 """Settings that may change until the training has begun: what they ask for is added to what is there."""
 
@@ -62,6 +62,7 @@ class TeachSettings:
     teacher_model: str | None = None
     seed: int = 0
     traces: str | None = None
+    method: Literal["distill", "grpo"] = "distill"
     loss: Loss = "auto"
     logit_share: float = 0.9
     curriculum: bool = False

@@ -1,0 +1,1 @@
+"""Reinforcement learning on problems that a grader can judge: no teacher, only right and wrong."""

@@ -1,0 +1,58 @@
+"""`teach --method grpo`: no teacher and no traces, the student improves by what the graders say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...errors import UsageError
+from ...localrun.progress import Progress
+from ..grade import Grader
+from ..graders import NONE
+from ..problems import Problem
+from ..recipe import TeachSettings
+from ..run import Run
+from ..student import teach_template
+
+_GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
+
+
+def reinforce(
+    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, on_progress: Progress
+) -> None:
+    """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
+
+    Raises:
+        UsageError: no problem has an answer to be graded by.
+        ModelError: TRL is not installed, or the weights cannot be loaded.
+    """
+    if run.student_dir.exists():
+        return
+    from ..teachers.loading import load_tokenizer
+    from .grpo import GrpoSettings, grpo
+
+    graded = [problem for problem in problems if problem.grader != NONE]
+    if not graded:
+        raise UsageError("--method grpo needs problems with an answer", "give another --problems, or a teacher")
+    training = settings.training
+    per_step = min(_PROBLEMS, len(graded))
+    options = GrpoSettings(
+        # With `minutes` the clock says when it is enough.
+        steps=10**6 if training.get("minutes") else max(1, training.get("epochs", 1) * len(graded) // per_step),
+        minutes=training.get("minutes"),
+        group_size=settings.samples if settings.samples > 1 else _GROUP,
+        problems_per_step=per_step,
+        max_tokens=settings.max_tokens or settings.eval_max_tokens,
+        temperature=1.0 if settings.temperature is None else settings.temperature,
+        lr=training.get("lr"),
+        save_every_s=training.get("save_every_s", GrpoSettings.save_every_s),
+        seed=settings.seed,
+    )
+    tokenizer = load_tokenizer(base)
+    teach_template(tokenizer)
+    with Grader() as grader:
+        report = grpo(
+            base, graded, tokenizer, grader, options, run.checkpoints_dir, run.student_dir, on_progress=on_progress
+        )
+    run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})

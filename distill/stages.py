@@ -1,0 +1,195 @@
+"""The stages of `teach` that use the student: its own pass rate, the first training, the rounds, the scores.
+
+Each finds what it made before in the run folder and does only what is not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..localrun.generation import Sampling
+from ..localrun.progress import Progress
+from .evaluate import Score, evaluate, messages_of
+from .grade import Grader
+from .graders import NONE
+from .problems import Problem, load_problems
+from .recipe import TeachSettings, Work
+from .run import Run
+from .student import teach_template
+from .teachers import Request, open_teacher
+from .traces import Trace
+
+if TYPE_CHECKING:
+    from .rows import Row
+
+Stage = Literal["traces", "samples", "teacher", "training"]
+_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each problem, if --pass-samples does not say
+
+
+def pass_rates(
+    run: Run,
+    base: Path,
+    problems: list[Problem],
+    settings: TeachSettings,
+    batch_size: int | None,
+    on_progress: Progress,
+) -> dict[str, float] | None:
+    """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
+    n_samples = settings.pass_samples or (_CURRICULUM_SAMPLES if settings.curriculum else 0)
+    if not n_samples:
+        return None
+    known = run.load("pass_rate.json")
+    if known and known["samples"] == n_samples:
+        return dict(known["rates"])
+    graded = [problem for problem in problems if problem.grader != NONE] * n_samples
+    right = dict.fromkeys((problem.id for problem in graded), 0)
+    sampling = Sampling(temperature=0.7 if n_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
+    requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
+    with open_teacher(str(base), batch_size=batch_size) as student, Grader() as grader:
+        for done, (index, completion) in enumerate(student.generate(requests, sampling), 1):
+            problem = graded[index]
+            right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
+            on_progress("the student's own", done, len(graded), f"{sum(right.values())} right")
+    rates = {problem_id: n / n_samples for problem_id, n in right.items()}
+    run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
+    return rates
+
+
+def train_first(
+    run: Run,
+    base: Path,
+    traces: list[Trace],
+    traces_path: Path,
+    rates: dict[str, float],
+    settings: TeachSettings,
+    work: Work,
+    on_progress: Progress,
+) -> list[Row]:
+    """Train the student on the kept traces unless the folder holds it already; return the rows, for rounds."""
+    out = _first_student(run, settings)
+    if out.exists() and not settings.rounds:
+        return []
+    from .lessons import by_level, lessons
+    from .train import TrainSettings, train
+
+    training = TrainSettings(**settings.stage_training(0), seed=settings.seed)
+    tokenizer = _tokenizer(base)
+    rows, kept = lessons(
+        traces,
+        traces_path,
+        tokenizer,
+        max_length=training.max_length,
+        loss=settings.loss,
+        logit_share=settings.logit_share,
+        work=work,
+    )
+    if out.exists():
+        return rows
+    record = run.load("curation.json")
+    record["dropped"]["too_long"] = len(traces) - len(rows)
+    record["kept"] = len(rows)
+    run.save("curation.json", record)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ordered = rows
+    if settings.curriculum:
+        ordered = by_level(rows, kept, rates, training.batch_size, training.epochs, settings.seed)
+    report = train(
+        base, ordered, tokenizer, training, run.checkpoints_dir, out, on_progress, is_ordered=settings.curriculum
+    )
+    run.save("training.json", dataclasses.asdict(report))
+    return rows
+
+
+def _tokenizer(base: Path) -> Any:
+    from .teachers.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(base)
+    teach_template(tokenizer)
+    return tokenizer
+
+
+def go_rounds(
+    run: Run,
+    base: Path,
+    earlier: list[Row],
+    settings: TeachSettings,
+    work: Work,
+    stop_after: Stage | None,
+    on_progress: Progress,
+) -> bool:
+    """Go through the rounds that are not done; say whether all are, or `stop_after` ended it before."""
+    if not settings.rounds:
+        return True
+    from .rounds import RoundSettings, go_round, problems_of, rounds_of
+    from .train import TrainSettings
+
+    options = RoundSettings(settings.round_problems, settings.round_samples, settings.on_policy_loss)
+    n_problems = settings.n_traces + settings.rounds * options.n_problems
+    problems = load_problems(settings.problems, "train", n_problems, settings.seed, offline=work.offline)
+    for round_ in rounds_of(run, settings.rounds):
+        if round_.out.exists():
+            continue
+        first = TrainSettings(**settings.stage_training(round_.number), seed=settings.seed + round_.number)
+        training = dataclasses.replace(
+            first,
+            lr=first.peak_lr * options.lr_scale,
+            epochs=first.epochs if first.minutes is not None else options.epochs,
+        )
+        asked = problems_of(round_, problems, options.n_problems, settings.n_traces)
+        until = stop_after if stop_after in ("samples", "teacher") else None
+        if not go_round(
+            run, round_, asked, _tokenizer(base), earlier, settings, options, training, work, until, on_progress
+        ):
+            return False
+    return True
+
+
+def score_hops(
+    run: Run, base: Path, held_out: list[Problem], settings: TeachSettings, work: Work, on_progress: Progress
+) -> None:
+    """Score every hop that scores.json lacks."""
+    graded = [problem for problem in held_out if problem.grader != NONE]
+    if not graded:
+        work.say("nothing is scored: no held-out problem has an answer")
+        return
+    for hop, model in _hops(run, base, settings).items():
+        _score(run, hop, model, graded, settings, work.batch_size, on_progress)
+
+
+def _hops(run: Run, base: Path, settings: TeachSettings) -> dict[str, Path]:
+    """Return the models to score: with rounds also the student that only imitated."""
+    imitated = {"imitation": _first_student(run, settings)} if settings.rounds else {}
+    return {"base": base, **imitated, "student": run.student_dir}
+
+
+def _first_student(run: Run, settings: TeachSettings) -> Path:
+    """Return where the student of the first training stands."""
+    return run.folder / "rounds" / "0" / "student" if settings.rounds else run.student_dir
+
+
+def _score(
+    run: Run,
+    hop: str,
+    model: Path,
+    problems: list[Problem],
+    settings: TeachSettings,
+    batch_size: int | None,
+    on_progress: Progress,
+) -> Score | None:
+    """Score one hop and add it to scores.json, unless it stands there already."""
+    scores = run.load("scores.json") or {}
+    if hop in scores:
+        return None
+    with open_teacher(str(model), batch_size=batch_size) as teacher, Grader() as grader:
+        score = evaluate(
+            teacher,
+            problems,
+            grader,
+            Sampling(max_tokens=settings.eval_max_tokens),
+            lambda done, right: on_progress(f"scoring the {hop}", done, len(problems), f"{right} right"),
+            run.folder / "answers" / f"{hop}.jsonl",
+        )
+    run.save("scores.json", scores | {hop: score.to_json() | {"problems": settings.problems, "seed": settings.seed}})
+    return score
