@@ -6,7 +6,10 @@ What no longer fits the context is announced, and nothing is dropped from a conv
 from __future__ import annotations
 
 import io
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -114,7 +117,9 @@ def chat(
     path, conversation = _kept(store, settings.resume) if settings.resume else (None, Conversation(messages=[]))
     question = read_question(prompt, read_stdin=piped or prompt is None) if once else ""
     open_engine = partial(_open_engine, settings=settings, may_see=bool(settings.images) or not once)
-    session = Session(open_engine(_model_path(model, conversation, settings.offline)))
+    model_path = _model_path(model, conversation, settings.offline)
+    with _loading(model_path):
+        session = Session(open_engine(model_path))
     try:
         if session.engine.n_ctx > session.engine.n_ctx_train > 0:
             own = f"{session.engine.n_ctx_train:,} tokens of context"
@@ -161,6 +166,21 @@ def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Convers
     if not number.isdecimal() or not 0 < int(number) <= len(kept):
         raise UsageError(f"there is no conversation {number}", f"give a number from 1 to {len(kept)}")
     return kept[int(number) - 1]
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Show on a terminal that a file is being loaded, which can take a minute, for as long as it is."""
+    if not is_terminal(sys.stderr):
+        yield
+        return
+    name = ascii(path.name)[1:-1]  # so that its width is known, and it steers nothing
+    text = f"loading {name} ..."[: shutil.get_terminal_size().columns - 1]
+    print(end=text, file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(end=f"\r{' ' * len(text)}\r", file=sys.stderr, flush=True)
 
 
 def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:

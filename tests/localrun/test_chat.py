@@ -343,6 +343,7 @@ class Terminal:
 def test_a_real_terminal_shows_thinking_dim_and_leaves_on_ctrl_d(scripted_gguf: Path) -> None:
     with Terminal("chat", str(scripted_gguf), TERM="xterm-256color", PROMPT_TOOLKIT_NO_CPR="1") as terminal:
         terminal.wait_for(lambda text: "›" in text)
+        assert re.match(r"loading scripted\.gguf \.\.\.\r {25}\r", terminal.shown), "it says why one waits, and is gone"
         terminal.press("hello\r")
         terminal.wait_for(lambda text: "›" in text.partition("tokens/s")[2])
         assert re.search(r"\x1b\[2m3\+4", terminal.shown), "thinking is dim"
