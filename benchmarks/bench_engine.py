@@ -1,6 +1,7 @@
 """The engine against its peers on one GGUF, in turn in one run: one bar at a time, or all.
 
-    python benchmarks/bench_engine.py MODEL.gguf [depth stream batch speculate turns start] [--out FILE.json]
+    python benchmarks/bench_engine.py MODEL.gguf [depth stream batch speculate turns start] [--rounds 3]
+        [--out FILE.json]
 
 depth      decoding at position 8,000 against a bare llama_decode loop there
 stream     4,000 tokens: ours, llama-cpp-python's create_chat_completion, llama.cpp's server (wheel xllamacpp)
@@ -108,7 +109,7 @@ def bar_stream(model: Path) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"ours": [], "llama_cpp_python": [], "server": []}
     with endless(model, n_ctx=4608) as opened:
         n_threads = opened.n_threads
-    for _ in range(2):
+    for _ in range(min(ROUNDS, 2)):
         with endless(model, n_ctx=4608, n_threads=n_threads) as opened:
             started = time.monotonic()
             for _ in opened.stream(ask(opened, question), Sampling(max_tokens=n)):
@@ -357,7 +358,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("bars", nargs="*", choices=[*BARS, []], default=list(BARS))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
+    globals()["ROUNDS"] = arguments.rounds
     done = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
     for name in arguments.bars:
         if name not in done:
