@@ -25,18 +25,19 @@ _SHARES: tuple[tuple[int, Part], ...] = ((60, "calibrate"), (75, "choose"), (100
 class CalibrationSettings:
     """How many tokens of each part are read, at most; of `choose` and `measure` the replies' alone are counted."""
 
-    n_calibrate: int = 16_384
-    n_choose: int = 768
-    n_measure: int = 4_096
+    n_calibrate: int = 8_192
+    n_choose: int = 256
+    n_measure: int = 2_048
     max_length: int = 2_048  # tokens of a trace; longer ones are cut
 
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a trace; the first `n_prompt` are not the model's own."""
+    """Token ids of a trace; the first `n_prompt` are not the model's own. `n_thinking` of the others are reasoning."""
 
     tokens: tuple[int, ...]
     n_prompt: int
+    n_thinking: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,4 +139,5 @@ def _render(model: Model, trace: Mapping[str, Any], max_length: int) -> Text:
     reply = reply[: end + len(eos)] if end >= 0 else reply
     asked = model.tokenize(prompt)
     tokens = asked + model.tokenize(reply, whole=False)
-    return Text(tuple(tokens[:max_length]), min(len(asked), max_length - 1))
+    n_thinking = len(model.tokenize(trace.get("reasoning_content") or "", whole=False))
+    return Text(tuple(tokens[:max_length]), min(len(asked), max_length - 1), n_thinking)

@@ -1,9 +1,11 @@
-"""Where a model comes from: its licence and base model, from the model card or the config, for the file's metadata."""
+"""Where a model comes from: its licence and base model, read from its card or config, written to file and card."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
@@ -14,6 +16,7 @@ from ..errors import ArtifactError
 from .checkpoint import Checkpoint
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_MARK = "<!-- written by deepdistill quantize -->"
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,57 @@ def write_provenance(provenance: Provenance, writer: GGUFWriter) -> None:
         if _REPOSITORY.fullmatch(base):
             writer.add_base_model_organization(i, organization)
             writer.add_base_model_repo_url(i, f"https://huggingface.co/{base}")
+
+
+def write_card(path: Path, provenance: Provenance, table: str, plot: str, facts: Mapping[str, Any]) -> Path:
+    """Write README.md beside a file: front matter for the hub, how to run it, what was measured, where it is from.
+
+    A card that somebody else wrote is left alone: ours goes to `<file>.md` then.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    front = {
+        "license": provenance.licence or "other",
+        "base_model": list(provenance.base_models),
+        "library_name": "gguf",
+        "tags": ["gguf", "deepdistill", "reasoning"],
+    }
+    front |= {"license_name": provenance.licence_name} if provenance.licence_name else {}
+    lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", _MARK, f"# {provenance.name}, quantized", ""]
+    lines += [f"`{path.name}` runs in llama.cpp and whatever is built on it, or with", "", "```sh"]
+    lines += [f"deepdistill chat {path.name}", "```", ""]
+    if table:
+        lines += ["## What was kept", "", "Against the unquantized model, on held-out traces and test problems.", ""]
+        lines += [table, ""]
+    if plot:
+        picture = path.with_name("fidelity.svg")
+        _write_text(picture, plot)
+        lines += [f"![Divergence against size]({picture.name})", ""]
+    lines += ["## Where it is from", ""]
+    lines += [f"- {name.replace('_', ' ')}: {_said(value)}" for name, value in facts.items() if value]
+    lines += ["", f"`deepdistill inspect {path.name}` prints all of it; "
+              f"`deepdistill quantize --verify {path.name}` makes the file again and compares.", ""]  # fmt: skip
+    card = path.with_name("README.md")
+    if card.is_file() and _MARK not in card.read_text(encoding="utf-8", errors="replace"):
+        card = path.with_name(f"{path.name}.md")
+    _write_text(card, "\n".join(lines))
+    return card
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_said(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        return "; ".join(_said(one) for one in value)
+    return str(value)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error

@@ -11,11 +11,11 @@ from types import MappingProxyType
 
 from ..localrun.hardware import default_threads
 from ..localrun.progress import Progress, no_progress
-from .convert import plan, write
+from .convert import Conversion, Value, plan, write
 from .ftypes import check_ftype
 from .proofs import Proofs, prove
 
-_NO_METADATA: Mapping[str, str] = MappingProxyType({})
+_NO_METADATA: Mapping[str, Value] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def quantize(
     out: Path | None = None,
     ftype: str = "Q8_0",
     *,
-    metadata: Mapping[str, str] = _NO_METADATA,
+    metadata: Mapping[str, Value] = _NO_METADATA,
     on_progress: Progress = no_progress,
     n_threads: int | None = None,
 ) -> QuantizeReport:
@@ -102,13 +102,22 @@ def quantize(
     conversion = plan(student_dir, ftype)
     path = out or student_dir.resolve().parent / f"{student_dir.resolve().name}-{ftype}.gguf"
     write(conversion, path, dict(metadata), on_progress, n_threads or default_threads())
-    n_weights = sum(t.n_weights for t in conversion.tensors)
+    return report_of(conversion, student_dir, path, [path])
+
+
+def report_of(
+    conversion: Conversion, student_dir: Path, path: Path, parts: Sequence[Path], notes: tuple[str, ...] = ()
+) -> QuantizeReport:
+    """Return the report of a file, in one or several parts, that was written from a plan and is to stand at `path`."""
+    is_tied = conversion.architecture.shape.tied
+    # An output matrix beside a tied embedding is another copy of the same weights.
+    n_weights = sum(t.n_weights for t in conversion.tensors if not (is_tied and t.tensor.name == "output.weight"))
     n_tensor_bytes = sum(t.n_bytes for t in conversion.tensors)
     return QuantizeReport(
         student_dir=student_dir,
-        path=path,
-        ftype=ftype,
-        n_bytes=path.stat().st_size,
+        path=path.with_name(parts[0].name),
+        ftype=conversion.ftype,
+        n_bytes=sum(part.stat().st_size for part in parts),
         n_weights=n_weights,
         bits_per_weight=8 * n_tensor_bytes / n_weights,
         tensors={t.tensor.name: t.got.name for t in conversion.tensors},
@@ -118,5 +127,5 @@ def quantize(
         pre_tokenizer=conversion.tokenizer.pre,
         licence=conversion.provenance.licence,
         base_models=conversion.provenance.base_models,
-        notes=conversion.tokenizer.notes,
+        notes=conversion.tokenizer.notes + notes,
     )

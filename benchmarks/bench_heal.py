@@ -1,0 +1,102 @@
+"""A student at 4.5 bits a weight, healed: how many of its answers are left, problem by problem.
+
+Types are chosen under the budget, the file is written, then healed, and the unquantized student (F16), the plain file
+and the healed one are asked the same held-out problems by llama.cpp. The paired interval and McNemar's exact test say
+whether what flipped is more than chance. Bits a weight are all tensors' bytes times 8 over the student's parameters.
+
+Every cell is saved as it is done, and what is there is not done again.
+
+    python benchmarks/bench_heal.py RUN [--bpw 4.5] [--steps 60] [--n 500] [--out FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.grade import Grader
+from deepdistill.distill.problems import load_problems
+from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.teachers import open_teacher
+from deepdistill.localrun.generation import Sampling
+from deepdistill.quantize.paired import compare
+from deepdistill.quantize.quantize import quantize
+from deepdistill.quantize.release import ReleaseSettings, release
+
+
+def main() -> None:
+    """Fill the cells and print them; one JSON object last."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--bpw", type=float, default=4.5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=Path("bench-heal"))
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after this")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"heal-{arguments.bpw:g}-{arguments.steps}.json"
+    cells: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    deadline = time.monotonic() + 60 * arguments.minutes
+    files = {name: arguments.out / f"{name}.gguf" for name in ("plain", "healed", "f16")}
+
+    def cell(name: str, make: Callable[[], Any]) -> None:
+        if name in cells:
+            return
+        if time.monotonic() > deadline:
+            raise SystemExit(f"the time is over before {name}; run it again, it goes on from here")
+        started = time.monotonic()
+        cells[name] = make() | {"wall_seconds": round(time.monotonic() - started, 1)}
+        path.write_text(json.dumps(cells, indent=1))
+        print(name, {k: v for k, v in cells[name].items() if k != "right"}, flush=True)
+
+    cell("plain", lambda: make_file(arguments.run, files["plain"], arguments.bpw, 0))
+    cell("healed", lambda: make_file(arguments.run, files["healed"], arguments.bpw, arguments.steps))
+    cell("f16", lambda: {"bytes": quantize(arguments.run / "student", files["f16"], "F16").n_bytes})
+    for name, file in reversed(files.items()):
+        cell(f"{name} answers", lambda file=file: ask(arguments.run, file, arguments.n))  # type: ignore[misc]
+    for name in ("plain", "healed"):
+        paired = compare(cells["f16 answers"]["right"], cells[f"{name} answers"]["right"])
+        print(name, json.dumps(paired.to_json()))
+        cells[f"{name} paired"] = paired.to_json()
+    path.write_text(json.dumps(cells, indent=1))
+    print(json.dumps({name: {k: v for k, v in one.items() if k != "right"} for name, one in cells.items()}))
+
+
+def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
+    """Return a file's size and fidelity."""
+
+    def progress(stage: str, done: float, total: float, note: str = "") -> None:
+        if stage in ("healing", "measuring types") and int(done) % 10 == 0:
+            print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
+
+    made = release(
+        run / "student", out, ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl"), on_progress=progress
+    )
+    assert made.fidelity is not None
+    return {
+        "bytes": made.report.n_bytes,
+        "bits_per_weight": made.report.bits_per_weight,
+        "fidelity": made.fidelity.to_json(),
+        "healed": dict(made.healed or {}),
+    }
+
+
+def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
+    """Return which held-out problems a file answers right."""
+    settings = TeachSettings.of_run(run)
+    problems = load_problems(settings.problems, "test", n, settings.seed)
+    answers = file.with_suffix(".answers.jsonl")
+    with open_teacher(str(file)) as model, Grader() as grader:
+        score = evaluate(model, problems, grader, Sampling(max_tokens=settings.eval_max_tokens), None, answers)
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    return score.to_json() | {"right": [line["verdict"] == "right" for line in lines]}
+
+
+if __name__ == "__main__":
+    main()

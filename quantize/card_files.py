@@ -1,0 +1,129 @@
+"""The files of a student side by side: one table, in Markdown for the model card and in HTML for the run's report.
+
+What was measured of each file is kept in `fidelity.json` beside them, so that a later file joins the table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+from .plot import Point, draw
+
+_BEGIN, _END = "<!-- files: begin -->", "<!-- files: end -->"
+_HEADS = ("file", "MB", "bits a weight", "mean KL", "99 % KL", "same top", "perplexity", "accuracy", "closed", "loops",
+          "lost / gained", "p")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file: JSON values as they stand in `fidelity.json`. `fidelity`, `answers`, `paired` may be missing."""
+
+    name: str
+    n_bytes: int
+    bits_per_weight: float
+    is_ours: bool
+    fidelity: Mapping[str, Any] | None = None
+    answers: Mapping[str, Any] | None = None
+    paired: Mapping[str, Any] | None = None
+
+    def cells(self) -> list[str]:
+        """Return the row's cells as text; a dash where nothing was measured."""
+        kl, said, flips = self.fidelity or {}, self.answers or {}, self.paired or {}
+
+        def cell(values: Mapping[str, Any], key: str, form: str, factor: float = 1) -> str:
+            value = values.get(key)
+            return "–" if value is None else form.format(factor * value)
+
+        return [
+            self.name,
+            f"{self.n_bytes / 1e6:.1f}",
+            f"{self.bits_per_weight:.2f}",
+            cell(kl, "kl_mean", "{:.4f}"),
+            cell(kl, "kl_p99", "{:.3f}"),
+            cell(kl, "same_top", "{:.2f} %", 100),
+            cell(kl, "perplexity", "{:.4f}"),
+            cell(said, "accuracy", "{:.1f} %", 100),
+            cell(said, "closed", "{:.1f} %", 100),
+            cell(said, "loops", "{:.1f} %", 100),
+            f"{flips['lost']} / {flips['gained']}" if flips else "–",
+            cell(flips, "p_value", "{:.3f}"),
+        ]
+
+
+def keep_rows(folder: Path, rows: Sequence[Row], source: str) -> list[Row]:
+    """Add rows to a folder's fidelity.json and return all of it; rows of another source's files are dropped.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    path = folder / "fidelity.json"
+    kept: dict[str, Row] = {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["source"] == source:
+            kept = {row["name"]: Row(**row) for row in found["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or of an older version: it is measured again
+    kept |= {row.name: row for row in rows}
+    ordered = sorted(kept.values(), key=lambda row: -row.n_bytes)
+    _write(path, json.dumps({"source": source, "files": [vars(row) for row in ordered]}, indent=1) + "\n")
+    return ordered
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the table for a model card."""
+    lines = [_HEADS, ("---",) + ("---:",) * (len(_HEADS) - 1), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def html(rows: Sequence[Row]) -> str:
+    """Return the table and the plot for the report."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in _HEADS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows)
+    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f"<h2>Files</h2>{table}<figure>{plot(rows)}</figure>"
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """Return the plot of what was measured, as SVG."""
+    return draw([Point(row.name, row.n_bytes, row.fidelity["kl_mean"], row.is_ours) for row in rows if row.fidelity])
+
+
+def update_report(folder: Path, rows: Sequence[Row]) -> None:
+    """Put the files into a run's report.html, between its marks or before its end; keep the part for a later report.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    part = f"{_BEGIN}\n<section>{html(rows)}</section>\n{_END}"
+    path = folder / "report.html"
+    try:
+        page = path.read_text(encoding="utf-8")
+    except OSError:
+        return  # no run, no report
+    begin, end = page.find(_BEGIN), page.find(_END)
+    if 0 <= begin < end:
+        page = page[:begin] + part + page[end + len(_END) :]
+    else:
+        at = page.rfind("</main>")
+        at = page.rfind("</body>") if at < 0 else at
+        page = page[:at] + part + page[at:] if at >= 0 else page + part
+    _write(path, page)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

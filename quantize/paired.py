@@ -1,0 +1,75 @@
+"""Two models asked the same problems: which answers flipped, and whether that is more than chance.
+
+Source: Q. McNemar, Psychometrika 12 (1947), in its exact form; the interval is D. Bonett and R. Price's adjusted Wald
+interval for a difference of paired shares, J. Educ. Behav. Stat. 37 (2012).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model did on test problems: whether each was right, in their order, and the shares of the other things.
+
+    `closed` is the share of opened thinking that was closed, None where none was opened; `loops` counts circles.
+    """
+
+    right: tuple[bool, ...]
+    closed: float | None
+    loops: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share that was right."""
+        return sum(self.right) / len(self.right)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A model against its reference on `n` problems: what it lost and gained, the difference of accuracies with its
+    95 % interval, and McNemar's exact two-sided p.
+    """
+
+    n: int
+    lost: int
+    gained: int
+    difference: float
+    interval: tuple[float, float]
+    p_value: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+def compare(reference: Sequence[bool], other: Sequence[bool]) -> Paired:
+    """Return how another model's answers differ from the reference's, problem by problem.
+
+    Raises:
+        ValueError: they were not asked the same number of problems, or none.
+    """
+    n = len(reference)
+    if n == 0 or n != len(other):
+        raise ValueError(f"{n} and {len(other)} answers cannot be paired")
+    lost = sum(a and not b for a, b in zip(reference, other, strict=True))
+    gained = sum(b and not a for a, b in zip(reference, other, strict=True))
+    return Paired(n, lost, gained, (gained - lost) / n, interval(lost, gained, n), mcnemar(lost, gained))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the probability of flips at least as lopsided if each went either way by a fair coin."""
+    n = lost + gained
+    tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
+    return min(1.0, 2 * tail / float(2**n))
+
+
+def interval(lost: int, gained: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the interval of the difference of accuracies, 95 % by default."""
+    down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    half = z * math.sqrt((down + up - (up - down) ** 2) / (n + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
