@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import tenacity
 
 from ...errors import TeacherError, UsageError
-from ...localrun.generation import Completion, Sampling
+from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from .asking import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
 from .base import Request, Teacher
 from .endpoint_run import EndpointRun
+from .endpoint_score import Scorer
 from .pace import Pace, RateLimit
 from .servers import Retryable, Server
+
+_SCORED_AT_ONCE = 16  # requests, unless the user fixes how many
 
 
 class EndpointTeacher(Teacher):
@@ -67,6 +71,8 @@ class EndpointTeacher(Teacher):
             max_backoff_s=max_backoff_s,
         )
         self.n_parallel = self._endpoint.pace.level
+        self._scorers = [Scorer(server, self.model, timeout_s) for server in servers]
+        self._n_scored_at_once = concurrency or _SCORED_AT_ONCE
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
@@ -91,6 +97,38 @@ class EndpointTeacher(Teacher):
         finally:
             run.call(run.cancel)
             run.ended.wait(1.0)
+
+    def tokenize(self, text: str) -> list[int] | None:
+        """Return the token ids of a text; None if the server does not tell them."""
+        try:
+            return self._scorers[0].tokens_of(text)
+        except TeacherError:
+            return None
+
+    def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
+        """Return the `top_logprobs` most probable tokens at the place of each of the answer's, where it is vLLM."""
+        return self._scorers[0].score(messages, answer, top_logprobs)
+
+    def score_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
+    ) -> Iterator[tuple[int, TopLogprobs]]:
+        """Yield (index, scores) as they come, several requests at once, the addresses in turn."""
+        with ThreadPoolExecutor(self._n_scored_at_once) as pool:
+            asked = {
+                pool.submit(self._scorers[i % len(self._scorers)].score, messages, answer, top_logprobs): i
+                for i, (messages, answer) in enumerate(conversations)
+            }
+            try:
+                for done in as_completed(asked):
+                    yield asked[done], done.result()
+            finally:
+                for future in asked:
+                    future.cancel()
+
+    def close(self) -> None:
+        """Close the connections that scoring keeps."""
+        for scorer in self._scorers:
+            scorer.close()
 
 
 def split_addresses(spec: str) -> list[str]:

@@ -194,7 +194,7 @@ class Server:
         if isinstance(error, httpx.RequestError):
             is_absent = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
             hung_up = isinstance(error, (httpx.RemoteProtocolError, httpx.ReadError)) and not reply.n_tokens
-            return Retryable(self._redact(_reason(error)), down=is_absent, hung_up=hung_up, reply=reply)
+            return Retryable(self.reason_of(error), down=is_absent, hung_up=hung_up, reply=reply)
         return Retryable(self._redact(str(error)), reply=reply)
 
     def _refuse(self, response: httpx.Response) -> None:
@@ -209,6 +209,10 @@ class Server:
     def _fatal(self, status: int, text: str) -> TeacherError:
         text = " ".join(self._redact(text).split())[:200]
         return TeacherError(f"{self.host} answers HTTP {status}: {text}", _FATAL[status])
+
+    def reason_of(self, error: httpx.RequestError) -> str:
+        """Say what went wrong with a connection, without the key."""
+        return self._redact(_reason(error))
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
