@@ -35,8 +35,10 @@ def attend_back(d_out: Tensor, kept: Any, n_heads: int, n_kv_heads: int, scale: 
 def _plain(rows: Tensor, n_heads: int, n_kv_heads: int, scale: float, needs_gradient: bool) -> tuple[Tensor, Any]:
     n, length, _, d = rows.shape
     q, k, v = (_by_key(part, n_kv_heads) for part in rows.split([n_heads, n_kv_heads, n_kv_heads], dim=2))
-    mask = _mask(length, n_heads // n_kv_heads, rows.dtype).expand(n * n_kv_heads, -1, -1)
-    p = torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale), -1)  # [n h_kv, L g, L]
+    mask = _mask(length, n_heads // n_kv_heads).expand(n * n_kv_heads, -1, -1)
+    # a score rounded to bf16 would be off by hundredths, and so would its probability
+    scores = torch.baddbmm(mask, q.float(), k.float().transpose(1, 2), alpha=scale)  # [n h_kv, L g, L]
+    p = torch.softmax(scores, -1).to(rows.dtype)
     out = _by_row(torch.bmm(p, v), n, length)  # [n, L, n_heads * d]
     return out.reshape(n * length, n_heads * d), (q, k, v, p, n) if needs_gradient else ()
 
@@ -70,9 +72,9 @@ def _by_row(heads: Tensor, n: int, length: int) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _mask(length: int, group: int, dtype: torch.dtype) -> Tensor:
+def _mask(length: int, group: int) -> Tensor:
     """Return `[L * g, L]`: minus infinity above the diagonal, each row g times."""
-    return torch.full((length, length), float("-inf"), dtype=dtype).triu_(1).repeat_interleave(group, 0)
+    return torch.full((length, length), float("-inf")).triu_(1).repeat_interleave(group, 0)
 
 
 def _fused(rows: Tensor, n_heads: int, n_kv_heads: int, scale: float, needs_gradient: bool) -> tuple[Tensor, Any]:

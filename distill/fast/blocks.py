@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     """Return (the normalised x times weight, 1 / rms `[T, 1]` in fp32); the former in `out` if given."""
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x, r.to(x.dtype), out=out).mul_(weight), r
+    return torch.mul(x.float(), r, out=torch.empty_like(x) if out is None else out).mul_(weight), r
 
 
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class _GatedMLPOnto(torch.autograd.Function):
 
 
 def _normed(x: Tensor, norm: Tensor, r: Tensor) -> Tensor:
-    return torch.mul(x, r.to(x.dtype)).mul_(norm)
+    return torch.mul(x.float(), r, out=torch.empty_like(x)).mul_(norm)
 
 
 class _RowAttention(torch.autograd.Function):

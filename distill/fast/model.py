@@ -51,17 +51,22 @@ class FastDecoder:
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
-        self._layers = [_Layer(layer) for layer in decoder.layers]
+        self.layers = [_Layer(layer) for layer in decoder.layers]
 
     def __call__(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """Return the states `[T, H]` of packed ids `[1, T]`."""
-        x = self._decoder.embed_tokens(input_ids)[0]
-        places = torch.arange(layout.gather.shape[1], device=x.device)[None]
-        cos, sin = (part[0] for part in self._decoder.rotary_emb(x, places))  # [L, d]
-        for layer in self._layers:
-            x = layer(x, (cos, sin), layout)
+        x: Tensor = self._decoder.embed_tokens(input_ids)[0]
+        turn = self.turn(x, layout)
+        for layer in self.layers:
+            x = layer(x, turn, layout)
         states: Tensor = self._decoder.norm(x)
         return states
+
+    def turn(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the cos and sin `[L, d]` of the rows' places."""
+        places = torch.arange(layout.gather.shape[1], device=x.device)[None]
+        cos, sin = self._decoder.rotary_emb(x, places)
+        return cos[0], sin[0]
 
 
 def fast_decoder(causal_lm: Any) -> FastDecoder | None:
@@ -74,24 +79,30 @@ def fast_decoder(causal_lm: Any) -> FastDecoder | None:
         return None
     rows = [Row([1 + (7 * i + 3 * j) % 11 for i in range(5 + j)], 1) for j in range(3)]
     batch = pack(rows)
-    device = next(causal_lm.parameters()).device
-    layout, ids = batch.layout.to(device), batch.input_ids.to(device)  # type: ignore[union-attr]
+    fast = FastDecoder(decoder)
     with torch.no_grad():
-        expected = _plain_states(decoder, batch, device)
-        fast = FastDecoder(decoder)
-        found = fast(ids, layout)
-    error = (found.float() - expected.float()).norm() / expected.float().norm()
-    return fast if error < (2e-2 if found.dtype != torch.float32 else 1e-4) else None
+        return fast if _agrees(fast, decoder, batch, next(causal_lm.parameters()).device) else None
 
 
-def _plain_states(decoder: Any, batch: Batch, device: torch.device) -> Tensor:
-    """Return the states of the packed tokens, each row computed by itself."""
+def _agrees(fast: FastDecoder, decoder: Any, batch: Batch, device: torch.device) -> bool:
+    """Say whether each layer changes the plain decoder's states as the plain layer does, up to rounding."""
     assert batch.layout is not None
-    flat = batch.input_ids[0].to(device)
-    width = batch.layout.gather.shape[1]
-    padded = flat[batch.layout.gather.to(device)]  # [n, L]
-    states: Tensor = decoder(input_ids=padded, use_cache=False).last_hidden_state
-    return states.reshape(len(padded) * width, -1)[batch.layout.scatter.to(device)]
+    layout = batch.layout.to(device)
+    padded = batch.input_ids[0].to(device)[layout.gather]  # [n, L], each row by itself
+    plain = decoder(input_ids=padded, use_cache=False, output_hidden_states=True).hidden_states
+    states = [state.flatten(0, 1)[layout.scatter] for state in plain]  # after each layer; after the norm at last
+    turn = fast.turn(states[0], layout)
+    tolerance = 1e-4 if states[0].dtype == torch.float32 else 3e-2
+    for i, (layer, before, after) in enumerate(zip(fast.layers, states, states[1:], strict=False)):
+        found = layer(before, turn, layout)
+        if i == len(fast.layers) - 1:
+            found, before = decoder.norm(found), torch.zeros_like(before)
+        # what a layer adds, token by token, beside what rounding the states takes; a few tokens may hold huge values
+        error = (found.float() - after.float()).norm(dim=1)
+        allowed = tolerance * ((after.float() - before.float()).norm(dim=1) + after.float().norm(dim=1) / 8)
+        if not (error <= allowed).float().mean() > 0.8:
+            return False
+    return True
 
 
 def _is_llama_like(decoder: Any) -> bool:
