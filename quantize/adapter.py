@@ -21,6 +21,7 @@ from .checkpoint import Tensor, Weight, read_header, read_json
 
 _PREFIX = "base_model.model."
 _HOW = "merge it first: peft's merge_and_unload, then save_pretrained"
+_WRAPPED = re.compile(r"\.(modules_to_save|base_layer)\.")  # peft keeps the embeddings, too, that it adds to
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 
@@ -81,7 +82,7 @@ def merge(folder: Path, tensors: dict[str, Weight]) -> dict[str, Weight]:
         if found := _LORA.fullmatch(plain):
             module, embedding, side, _ = found.groups()
             factors.setdefault(module, {})[f"{embedding or ''}{side}"] = tensor
-        elif (whole := plain.replace(".modules_to_save", "")) in tensors:
+        elif (whole := _WRAPPED.sub(".", plain)) in tensors:
             merged[whole] = tensor
         else:
             raise ModelError(f"the adapter's {name} cannot be merged here", _HOW)
