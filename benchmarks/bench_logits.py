@@ -1,0 +1,141 @@
+"""Offline logit distillation against cross-entropy alone, at equal steps; and its loss against dense KL.
+
+The pocket teacher answers once, with 64 log-probabilities a token kept. A dense student with random weights and the
+teacher's tokenizer is then trained on the same rows in the same order, with cross-entropy and with the stored
+distribution, from the same start. Reported: accuracy on held-out problems, and how far the loss from the sidecar is
+from dense KL with the teacher in memory, on the trained students.
+
+    python benchmarks/bench_logits.py --out runs/bench-logits
+
+Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.grade import Grader
+from deepdistill.distill.lessons import lessons
+from deepdistill.distill.lora import load_base
+from deepdistill.distill.losses import LOSSES, projected_loss
+from deepdistill.distill.packing import pad
+from deepdistill.distill.problems import load_problems
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.rows import Row
+from deepdistill.distill.run import write_text
+from deepdistill.distill.student import student_dir
+from deepdistill.distill.teach import teach
+from deepdistill.distill.teachers import open_teacher, pocket_dir
+from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.train import TrainSettings, train
+from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.progress import Bars
+
+PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
+SHARES = {"cross-entropy": 0.0, "logits": 1.0, "mixed": 0.5}
+
+
+def make_rows(traces_path: Path, share: float) -> list[Row]:
+    """Return the rows of all right traces, with forward KL as `share` of their loss."""
+    traces: list[Trace] = [trace for trace in TraceStore.read(traces_path) if trace.verdict == "right"]
+    tokenizer, loss = load_tokenizer(pocket_dir()), "logits" if share else "cross-entropy"
+    rows, _ = lessons(traces, traces_path, tokenizer, max_length=512, loss=loss, logit_share=share, work=Work())
+    return rows
+
+
+@torch.no_grad()
+def kl_of(student: Path, rows: list[Row]) -> tuple[float, float]:
+    """Return (KL from the sidecar's 64 and their tail, KL over the whole vocabulary with the teacher in memory)."""
+    tokenizer = load_tokenizer(pocket_dir())
+    pupil, teacher = load_base(student, torch.float32), load_base(pocket_dir(), torch.float32)
+    batch = pad(rows, tokenizer.pad_token_id)
+    hidden = pupil.get_decoder()(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)[batch.positions]
+    sparse = projected_loss(hidden, pupil.lm_head.weight, batch.targets, batch.segments, LOSSES) / batch.weight
+    p, q = (
+        F.log_softmax(model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].float(), -1)
+        for model in (teacher, pupil)
+    )
+    return float(sparse), float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def listed(cells: list[dict[str, Any]]) -> str:
+    """Return each seed's accuracy."""
+    return ", ".join(f"{100 * cell['accuracy']:.1f}" for cell in cells)
+
+
+def main() -> None:
+    """Run what is not there yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--n-traces", type=int, default=4000)
+    parser.add_argument("--n-eval", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--n-seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    gathered = TeachSettings(
+        PROBLEMS, n_traces=arguments.n_traces, temperature=arguments.temperature, logprobs=64, max_tokens=128
+    )
+    with Bars(quiet=False) as bars:
+        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        traces_path, cells_path = out / "traces" / "traces.jsonl", out / "cells.json"
+        cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
+        held_out = load_problems(PROBLEMS, "test", arguments.n_eval, 0)
+        tokenizer = load_tokenizer(pocket_dir())
+        for seed in range(arguments.n_seeds):
+            for name, share in SHARES.items():
+                key, folder = f"{name} {seed}", out / f"{name}-{seed}"
+                if key in cells:
+                    continue
+                settings = TrainSettings(
+                    full=True,
+                    lr=arguments.lr,
+                    batch_size=arguments.batch_size,
+                    steps=arguments.steps,
+                    epochs=1000,
+                    n_validation=0,
+                    seed=seed,
+                )
+                rows = make_rows(traces_path, share)
+                report = train(
+                    student_dir("pocket"), rows, tokenizer, settings, folder / "checkpoints", folder / "student", bars
+                )
+                with open_teacher(str(folder / "student")) as model, Grader() as grader:
+                    score = evaluate(model, held_out, grader, Sampling(max_tokens=128))
+                sparse, dense = kl_of(folder / "student", make_rows(traces_path, 1.0)[:256])
+                cells[key] = {
+                    "accuracy": score.accuracy,
+                    "interval": score.interval,
+                    "looped": score.looped,
+                    "closed": score.closed,
+                    "steps": report.steps,
+                    "minutes": report.minutes,
+                    "sparse_kl": sparse,
+                    "dense_kl": dense,
+                }
+                write_text(cells_path, json.dumps(cells, indent=1))
+    for name in SHARES:
+        found = [cells[f"{name} {seed}"] for seed in range(arguments.n_seeds)]
+        print(
+            f"{name:<14} accuracy {100 * statistics.mean(c['accuracy'] for c in found):5.1f} % "
+            f"({listed(found)})  "
+            f"KL offline {statistics.mean(c['sparse_kl'] for c in found):.4f} "
+            f"online {statistics.mean(c['dense_kl'] for c in found):.4f}  {found[0]['minutes']:.1f} min"
+        )
+    print(json.dumps({"cells": cells, "settings": vars(arguments) | {"out": str(out)}}))
+
+
+if __name__ == "__main__":
+    main()

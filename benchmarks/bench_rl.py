@@ -1,0 +1,190 @@
+"""Reinforcement, small: what it does to a pocket teacher, and whether a tiny student had better been distilled.
+
+    python benchmarks/bench_rl.py r1 --out runs/bench-r1          # V3 to R1
+    python benchmarks/bench_rl.py small --out runs/bench-small    # distilled against RL alone
+
+`r1` stops the pocket teacher's recipe early (in stages, until 20 to 60 % of its held-out problems are right), goes on
+by GRPO alone, and measures accuracy, answer length and the experts' load before and after. `--start DIR` takes a
+checkpoint that is there. `small` warms a tiny dense student up until 5 to 30 % are right, then trains it for the same
+minutes twice: on the pocket teacher's traces (the time that these took counts), and by GRPO (its sampling counts).
+Accuracy is taken after each of equal parts, so that both curves stand over compute.
+
+Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.grade import Grader
+from deepdistill.distill.lessons import lessons
+from deepdistill.distill.pocket.recipe import Recipe
+from deepdistill.distill.pocket.recipe import train as train_pocket
+from deepdistill.distill.pocket.reinforce import measure, reinforce
+from deepdistill.distill.problems import load_problems
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.rl.grpo import GrpoSettings, grpo
+from deepdistill.distill.rows import Row
+from deepdistill.distill.run import write_text
+from deepdistill.distill.student import student_dir
+from deepdistill.distill.teach import teach
+from deepdistill.distill.teachers import open_teacher, pocket_dir
+from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.traces import TraceStore
+from deepdistill.distill.train import TrainSettings, train
+from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.progress import Bars
+
+PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
+
+
+class Cells:
+    """What is done, on the disk after each."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read what is there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "cells.json"
+        self.done: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.done
+
+    def save(self, key: str, value: Any) -> None:
+        """Keep a cell."""
+        self.done[key] = value
+        write_text(self._path, json.dumps(self.done, indent=1))
+
+
+def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
+    """V3 to R1."""
+    out: Path = arguments.out
+    early = arguments.start or out / "early"
+    while arguments.start is None and (found := cells.done.get("before", {"accuracy": 0.0}))["accuracy"] < 0.2:
+        stage = found.get("stage", 0) + 1
+        if stage > arguments.most_stages:
+            raise SystemExit(f"{100 * found['accuracy']:.1f} % after {stage - 1} stages: give more --stage-minutes")
+        recipe = Recipe(minutes=arguments.stage_minutes, peak_lr=3e-3 if stage == 1 else 2e-3, seed=stage - 1)
+        train_pocket(recipe, early, early if stage > 1 else None)
+        cells.save("before", measure(early, arguments.n_eval) | {"stage": stage})
+    if "before" not in cells:
+        cells.save("before", measure(early, arguments.n_eval))
+    settings = GrpoSettings(steps=10**6, minutes=arguments.minutes, lr=arguments.lr, seed=arguments.seed)
+    if "after" not in cells:
+        report = reinforce(early, out / "reinforced", settings, on_progress=bars)
+        cells.save("after", measure(out / "reinforced", arguments.n_eval) | {"report": asdict(report)})
+    for name in ("before", "after"):
+        cell = cells.done[name]
+        families = ", ".join(f"{family} {100 * s['accuracy']:.1f}" for family, s in cell["families"].items())
+        print(
+            f"{name:<7} {100 * cell['accuracy']:5.1f} % ({families})  {cell['tokens_per_answer']:.1f} tokens, "
+            f"experts {cell['idlest_expert']:.2f} to {cell['busiest_expert']:.2f} of the mean"
+        )
+
+
+def accuracy_of(folder: Path, n: int) -> dict[str, float]:
+    """Score a student on held-out problems."""
+    with open_teacher(str(folder)) as model, Grader() as grader:
+        score = evaluate(model, load_problems(PROBLEMS, "test", n, 0), grader, Sampling(max_tokens=128))
+    return {"accuracy": score.accuracy, "tokens_per_answer": score.tokens_per_answer, "looped": score.looped}
+
+
+def rows_of(traces_path: Path) -> list[Row]:
+    """Return the right traces as rows."""
+    right = [trace for trace in TraceStore.read(traces_path) if trace.verdict == "right"]
+    tokenizer = load_tokenizer(pocket_dir())
+    rows, _ = lessons(right, traces_path, tokenizer, max_length=512, loss="auto", logit_share=0.9, work=Work())
+    return rows
+
+
+def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
+    """Distilled against RL alone."""
+    out: Path = arguments.out
+    tokenizer = load_tokenizer(pocket_dir())
+    if "traces" not in cells:
+        began = time.monotonic()
+        gathered = TeachSettings(PROBLEMS, n_traces=arguments.n_traces, max_tokens=128)
+        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        cells.save("traces", {"minutes": (time.monotonic() - began) / 60})
+    rows = rows_of(out / "traces" / "traces.jsonl")
+    start = out / "start"
+    while (found := cells.done.get("start", {"accuracy": 0.0}))["accuracy"] < 0.05:
+        part = found.get("parts", 0) + 1
+        # The warm-up is the same for both arms: it is not counted.
+        settings = TrainSettings(full=True, lr=3e-3, batch_size=32, steps=arguments.warm_steps, epochs=1000, seed=part)
+        train(
+            start if part > 1 else student_dir("pocket"), rows, tokenizer, settings, out / f"warm-{part}", start, bars
+        )
+        cells.save("start", accuracy_of(start, arguments.n_eval) | {"parts": part})
+    part_minutes = arguments.minutes / arguments.n_parts
+    problems = load_problems(PROBLEMS, "train", arguments.n_traces, 1)
+    for arm in ("distilled", "reinforced"):
+        model, spent, sampled, learned = start, 0.0, 0, 0
+        if arm == "distilled":
+            spent = cells.done["traces"]["minutes"]
+        for part in range(1, arguments.n_parts + 1):
+            key, target = f"{arm} {part}", out / f"{arm}-{part}"
+            if key not in cells:
+                began = time.monotonic()
+                if arm == "distilled":
+                    box = TrainSettings(
+                        full=True, lr=1e-3, batch_size=32, epochs=1000, minutes=part_minutes, n_validation=0, seed=part
+                    )
+                    report = train(model, rows, tokenizer, box, out / f"{key}-checkpoints", target, bars)
+                    learned += report.tokens
+                else:
+                    options = GrpoSettings(steps=10**6, minutes=part_minutes, max_tokens=96, lr=arguments.lr, seed=part)
+                    with Grader() as grader:
+                        report_rl = grpo(
+                            model,
+                            problems,
+                            tokenizer,
+                            grader,
+                            options,
+                            out / f"{key}-checkpoints",
+                            target,
+                            on_progress=bars,
+                        )
+                    sampled += report_rl.sampled_tokens
+                    learned += report_rl.sampled_tokens
+                spent += (time.monotonic() - began) / 60
+                cell = {"minutes": round(spent, 2), "sampled_tokens": sampled, "learned_tokens": learned}
+                cells.save(key, accuracy_of(target, arguments.n_eval) | cell)
+            model, spent = target, cells.done[key]["minutes"]
+            sampled, learned = cells.done[key]["sampled_tokens"], cells.done[key]["learned_tokens"]
+    print(f"start       {100 * cells.done['start']['accuracy']:5.1f} %")
+    for arm in ("distilled", "reinforced"):
+        found = [cells.done[f"{arm} {part}"] for part in range(1, arguments.n_parts + 1)]
+        print(f"{arm:<11} " + ", ".join(f"{100 * c['accuracy']:.1f} % at {c['minutes']:.1f} min" for c in found))
+
+
+def main() -> None:
+    """Run what is not there yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["r1", "small"])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="r1: a checkpoint that was stopped early")
+    parser.add_argument("--minutes", type=float, default=20.0, help="of reinforcement, and of distillation")
+    parser.add_argument("--stage-minutes", type=float, default=8.0, help="r1: of the recipe, until it is stopped early")
+    parser.add_argument("--most-stages", type=int, default=6)
+    parser.add_argument("--warm-steps", type=int, default=150, help="small: steps of the warm-up's parts")
+    parser.add_argument("--n-parts", type=int, default=4)
+    parser.add_argument("--n-traces", type=int, default=4000)
+    parser.add_argument("--n-eval", type=int, default=200)
+    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    cells = Cells(arguments.out)
+    with Bars(quiet=False) as bars:
+        (run_r1 if arguments.part == "r1" else run_small)(arguments, cells, bars)
+    print(json.dumps({"cells": cells.done}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""V3 to R1, small: a pocket teacher that was stopped early improves by reinforcement alone, without another trace.
+
+`python -m deepdistill.distill.pocket.recipe --out EARLY --minutes 15` stops one early (20 to 60 % of its problems are
+right then), and `python -m deepdistill.distill.pocket.reinforce --start EARLY --out OUT --minutes 20` goes on from it:
+the model answers problems of the training bucket, the graders that verify traces judge, and GRPO makes right answers
+more probable. The experts stay balanced by the V3 paper's rule, as in the recipe.
+
+Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (R1-Zero: reinforcement on the base model, no supervised data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...localrun.progress import Bars, Progress, no_progress
+from ..grade import Grader
+from ..problems import Problem, load_problems
+from ..rl.grpo import GrpoReport, GrpoSettings, grpo
+from ..run import write_text
+from ..teachers.loading import load_tokenizer
+from .card import expert_load, held_out_texts, score_families, spec_of
+from .chains import FAMILIES
+from .recipe import ExpertBalance
+
+_GAMMA = 1e-4  # a tenth of the recipe's: fewer tokens stand behind a step
+_N_TEXTS = 50  # a family, for the experts' load
+
+
+def training_problems(n: int, seed: int, families: Sequence[str] = tuple(FAMILIES)) -> list[Problem]:
+    """Return up to n problems of each family's training bucket, in turn."""
+    drawn = [load_problems(spec_of(family), "train", n, seed) for family in families]
+    longest = max(map(len, drawn))
+    return [some[i] for i in range(longest) for some in drawn if i < len(some)]
+
+
+def balancing(gamma: float = _GAMMA) -> Callable[[Any], None]:
+    """Return what keeps a model's experts balanced, to be called with it after every step."""
+    balances: list[ExpertBalance] = []
+
+    def after_step(model: Any) -> None:
+        if not balances:
+            balances.append(ExpertBalance(model))  # counts from the next forward pass on
+        elif balances[0].load.sum() > 0:
+            balances[0].update(gamma)
+
+    return after_step
+
+
+def reinforce(
+    start: Path,
+    out: Path,
+    settings: GrpoSettings,
+    *,
+    n_problems: int = 4000,
+    families: Sequence[str] = tuple(FAMILIES),
+    on_progress: Progress = no_progress,
+) -> GrpoReport:
+    """Improve the checkpoint in start by reward and write it to out; the same call goes on."""
+    problems = training_problems(n_problems, settings.seed, families)
+    with Grader() as grader:
+        return grpo(
+            start,
+            problems,
+            load_tokenizer(start),
+            grader,
+            settings,
+            out.with_name(f"{out.name}-checkpoints"),
+            out,
+            on_progress=on_progress,
+            after_step=balancing(),
+        )
+
+
+def measure(folder: Path, n: int) -> dict[str, Any]:
+    """Return a checkpoint's accuracy and answer length on each family's held-out problems, and its experts' load."""
+    from ..teachers.transformers_model import TransformersTeacher
+
+    teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
+    scores = score_families(teacher, n)
+    load = expert_load(teacher, held_out_texts(teacher, min(n, _N_TEXTS)))
+    return {
+        "accuracy": sum(score.accuracy for score in scores.values()) / len(scores),
+        "tokens_per_answer": sum(score.tokens_per_answer for score in scores.values()) / len(scores),
+        "looped": sum(score.looped for score in scores.values()) / len(scores),
+        "busiest_expert": round(float(load.max()), 3),
+        "idlest_expert": round(float(load.min()), 3),
+        "families": {family: score.to_json() for family, score in scores.items()},
+    }
+
+
+def main() -> None:
+    """Parse the command line, reinforce, measure before and after."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--lr", type=float, default=GrpoSettings.lr)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--n-eval", type=int, default=200)
+    arguments = parser.parse_args()
+    settings = GrpoSettings(steps=10**6, minutes=arguments.minutes, lr=arguments.lr, seed=arguments.seed)
+    with Bars(quiet=False) as bars:
+        report = reinforce(arguments.start, arguments.out, settings, on_progress=bars)
+    found = {
+        "settings": asdict(settings),
+        "before": measure(arguments.start, arguments.n_eval),
+        "after": measure(arguments.out, arguments.n_eval),
+        "report": asdict(report),
+    }
+    write_text(arguments.out / "reinforced.json", json.dumps(found, indent=1))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""GRPO with the graders as reward: what an answer earns, that it learns, goes on after a kill, and what it needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deepdistill.distill.grade import Grade
+from deepdistill.distill.problems import Problem, load_problems
+from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.rl.reward import reward_of
+from deepdistill.distill.teach import teach
+from deepdistill.distill.teachers import pocket_dir
+from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.errors import UsageError
+
+
+class Contains:
+    """A grader that calls an answer right if it holds the reference."""
+
+    def grade(self, problem: Problem, content: str) -> Grade:
+        is_right = str(problem.answer) in content
+        return Grade(content, "right" if is_right else "wrong", "grader", float(is_right))
+
+
+@pytest.mark.parametrize(
+    ("text", "total", "is_right", "is_closed"),
+    [
+        ("1+1=2\n</think>\n\n2", 1.1, True, True),
+        ("1+1=3\n</think>\n\n3", 0.1, False, True),
+        ("1+1=2 and so on", 0.0, False, False),  # thinks on for ever: the 2 in it is no answer
+        ("1+1=2\n</think>\n\n", 0.0, False, True),
+    ],
+)
+def test_what_an_answer_earns(text: str, total: float, is_right: bool, is_closed: bool) -> None:
+    reward = reward_of(Problem("p", "1+1?", "2", "s", "number"), text, True, Contains())
+    assert reward.total == pytest.approx(total)
+    assert (reward.is_right, reward.is_closed) == (is_right, is_closed)
+
+
+@pytest.mark.slow
+def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
+    chain_sum: str, pocket_student: Path, tmp_path: Path
+) -> None:
+    """From random weights, a reward for one token alone: it becomes the most probable within a few steps."""
+    pytest.importorskip("trl", reason="the rl extra is not installed")
+    from deepdistill.distill.rl.grpo import GrpoSettings, grpo
+
+    tokenizer = load_tokenizer(pocket_student)
+    problems = load_problems(chain_sum, "train", 4, 0)
+    wanted = tokenizer.decode([40])
+
+    class Likes:
+        def grade(self, problem: Problem, content: str) -> Grade:
+            is_right = wanted in content
+            return Grade(content, "right" if is_right else "wrong", "grader", float(is_right))
+
+    # The random student rarely closes its thinking, so the template must not open it.
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    settings = GrpoSettings(
+        steps=12, group_size=16, problems_per_step=4, max_tokens=24, lr=3e-3, warmup_steps=0, save_every_s=0
+    )
+
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: float, total: float, note: str = "") -> None:
+        if done >= 0.5:
+            raise Killed
+
+    folders = (tmp_path / "checkpoints", tmp_path / "student")
+    with pytest.raises(Killed):
+        grpo(pocket_student, problems, tokenizer, Likes(), settings, *folders, on_progress=die)
+    seen: list[float] = []
+    report = grpo(
+        pocket_student,
+        problems,
+        tokenizer,
+        Likes(),
+        settings,
+        *folders,
+        on_progress=lambda stage, done, total, note="": seen.append(done),
+    )
+    assert report.steps == 12
+    assert seen[0] > 0.4  # it went on and did not begin again
+    assert [point["step"] for point in report.curve] == list(range(1, 13))
+    shares = [point["right"] for point in report.curve]
+    assert sum(shares[-3:]) / 3 > sum(shares[:3]) / 3 + 0.2
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the rl extra is not installed")
+    settings = TeachSettings(
+        chain_sum,
+        student=str(pocket_dir()),
+        method="grpo",
+        n_traces=16,
+        n_eval=8,
+        eval_max_tokens=64,
+        training={"epochs": 1, "lr": 1e-5},
+    )
+    result = teach(settings, tmp_path / "run")
+    assert result.student_dir
+    assert result.curation == {}
+    assert set(result.scores) == {"base", "student"}
+    training: dict[str, Any] = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert training["method"] == "grpo"
+    assert training["steps"] == 1
+    assert training["curve"][0]["right"] > 0.5
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> None:
+    for changes in ({"rounds": 1}, {}):
+        settings = TeachSettings(chain_sum, student="pocket", method="grpo", n_traces=4, **changes)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match="no teacher"):
+            teach(settings, tmp_path / "run", stop_after=None if changes else "traces")
+
+
+def test_experts_are_balanced_while_they_learn() -> None:
+    """The hook that the pocket teacher's recipe gives: after a step an overloaded expert's bias goes down."""
+    from transformers import AutoModelForCausalLM
+
+    from deepdistill.distill.pocket.recipe import ExpertBalance
+
+    model = AutoModelForCausalLM.from_pretrained(pocket_dir())
+    balance = ExpertBalance(model)
+    before = [router.e_score_correction_bias.clone() for router in balance.routers]
+    with torch.no_grad():
+        model(torch.randint(5, 400, (2, 50)))
+    load = balance.load.clone()
+    balance.update(0.01)
+    for router, old, layer in zip(balance.routers, before, load, strict=True):
+        moved = router.e_score_correction_bias - old
+        assert torch.equal(torch.sign(moved.round(decimals=4)), torch.sign(layer.mean() - layer))
