@@ -1,0 +1,311 @@
+"""Training speed and memory against TRL's `SFTTrainer`: the same rows in the same order, the same adapter, in turn.
+
+    python benchmarks/bench_train.py --traces runs/demo/traces.jsonl
+    python benchmarks/bench_train.py --traces … --full                 # all weights
+    python benchmarks/bench_train.py --device cuda --length 4096       # ours alone: tokens/s and model-FLOPs utilisation
+
+The rows are the demo's: the pocket teacher's traces in SmolLM2's template. Each cell is a process of its own, so that
+its peak memory is its own; every finished cell is kept in --out, and the same command goes on where it stopped. TRL's best
+CPU setting is found first, each candidate for a few steps. Rates count the rows' tokens, not padding; `computed` counts
+what rows share only once. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS_A_STEP = 16
+WARM_UP = 2  # steps that are not counted
+LORA = {"r": 32, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
+TRL: dict[str, dict[str, Any]] = {
+    "trl bf16 autocast": {"bf16": True},
+    "trl bf16 weights": {"weights": "bfloat16"},
+    "trl fp32": {},
+    "trl packed, bf16 autocast": {"bf16": True, "packing": True},
+    "trl packed, bf16 weights": {"weights": "bfloat16", "packing": True},
+    "trl padding-free, bf16 weights": {"weights": "bfloat16", "padding_free": True},
+}
+
+
+def main() -> None:
+    """Parse, run the cells that are missing, print the table and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=Path, help="a traces.jsonl of the pocket teacher; made if not given")
+    parser.add_argument("--student", default="smollm2")
+    parser.add_argument("--steps", type=int, default=12, help="of a cell, the warm-up included")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--full", action="store_true", help="train all weights")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--length", type=int, default=0, help="make rows of so many random tokens instead")
+    parser.add_argument("--trl", help="this setting of TRL instead of the best")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_train.json"))
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        print(json.dumps(run_cell(options)))
+        return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = make_rows(options)
+    cells = json.loads(options.out.read_text()) if options.out.exists() else {}
+    peer = options.trl or choose_trl(options, rows, cells)
+    if not options.rounds:
+        print(json.dumps({"peer": peer}))
+        return
+    names = ["ours"] if options.device == "cuda" else ["ours", peer]
+    for i in range(options.rounds):
+        for name in names:
+            measure(options, rows, cells, name, f"{name} #{i}", options.steps)
+    report(options, cells, names)
+
+
+def measure(options: Any, rows: Path, cells: dict[str, Any], name: str, key: str, steps: int) -> dict[str, Any]:
+    """Run a cell in a process of its own unless it is there."""
+    key = f"{key}{' full' if options.full else ''}{f' length {options.length}' if options.length else ''}"
+    if key not in cells:
+        command = [sys.executable, __file__, "--cell", name, "--rows", str(rows), "--steps", str(steps)]
+        command += ["--student", options.student, "--device", options.device] + ["--full"] * options.full
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            cells[key] = {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
+        else:
+            cells[key] = json.loads(done.stdout.strip().splitlines()[-1])
+        options.out.write_text(json.dumps(cells))
+        shown = {name: value for name, value in cells[key].items() if name != "losses"}
+        print(f"{key}: {shown}", file=sys.stderr, flush=True)
+    return cells[key]  # type: ignore[no-any-return]
+
+
+def choose_trl(options: Any, rows: Path, cells: dict[str, Any]) -> str:
+    """Return the setting of TRL that trains fastest."""
+    if options.device == "cuda":
+        return ""
+    short = {name: measure(options, rows, cells, name, f"try {name}", WARM_UP + 2) for name in TRL}
+    return max(short, key=lambda name: float(short[name].get("tokens_per_s", 0.0)))
+
+
+def report(options: Any, cells: dict[str, Any], names: list[str]) -> None:
+    """Print a row for each arm and what they come to."""
+    suffix = f"{' full' if options.full else ''}{f' length {options.length}' if options.length else ''}"
+    runs = {name: [cells[f"{name} #{i}{suffix}"] for i in range(options.rounds)] for name in names}
+    summary: dict[str, Any] = {}
+    for name, found in runs.items():
+        rates = sorted(cell["tokens_per_s"] for cell in found)
+        summary[name] = {
+            "tokens_per_s": statistics.median(rates),
+            "spread": [rates[0], rates[-1]],
+            "computed_tokens_per_s": statistics.median(cell["computed_tokens_per_s"] for cell in found),
+            "peak_gb": max(cell.get("peak_training_gb", cell["peak_gb"]) for cell in found),
+            "losses": found[0]["losses"],
+            **{key: found[0][key] for key in ("pass", "dtype", "threads", "mfu") if key in found[0]},
+        }
+        print({key: value for key, value in summary[name].items() if key != "losses"} | {"arm": name})
+    if len(names) == 2:
+        ours, peer = (summary[name] for name in names)
+        pairs = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs[names[0]], runs[names[1]], strict=True)]
+        gaps = [abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=False)]
+        summary["ratios"] = [round(ratio, 2) for ratio in pairs]
+        summary["ratio"] = round(statistics.median(pairs), 2)
+        summary["memory"] = round(ours["peak_gb"] / peer["peak_gb"], 2)
+        summary["loss_gap"] = {"mean": round(statistics.mean(gaps), 4), "largest": round(max(gaps), 4)}
+    print(json.dumps(summary))
+
+
+def make_rows(options: Any) -> Path:
+    """Write the token rows that every cell reads, in the order of training."""
+    from deepdistill.distill.rows import make_row
+    from deepdistill.distill.student import student_dir, teach_template
+    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.traces import TraceStore
+
+    path = Path(tempfile.mkdtemp()) / "rows.json"
+    n_rows = options.steps * ROWS_A_STEP
+    if options.length:
+        import random
+
+        rng = random.Random(0)
+        rows = [([rng.randrange(1000, 40000) for _ in range(options.length)], 64) for _ in range(n_rows)]
+        path.write_text(json.dumps(rows))
+        return path
+    traces = options.traces or make_traces(options.out.parent / "bench_train_traces", n_rows)
+    tokenizer = load_tokenizer(student_dir(options.student))
+    teach_template(tokenizer)
+    right = (trace for trace in TraceStore.read(traces) if trace.verdict == "right")
+    made = [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in right][:n_rows]
+    if len(made) < n_rows:
+        raise SystemExit(f"{traces} holds {len(made)} right traces, {n_rows} are needed")
+    path.write_text(json.dumps([(row.input_ids, row.n_prompt) for row in made]))
+    return path
+
+
+def make_traces(folder: Path, n_rows: int) -> Path:
+    """Ask the pocket teacher."""
+    command = [sys.executable, "-m", "deepdistill", "teach", "--stop-after", "traces", "--quiet", "--out", str(folder)]
+    command += ["--problems", "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"]
+    subprocess.run([*command, "--n-traces", str(n_rows + n_rows // 8)], check=True, stdout=subprocess.DEVNULL)
+    return folder / "traces.jsonl"
+
+
+def run_cell(options: Any) -> dict[str, Any]:
+    """Train for the steps and return the figures."""
+    rows = json.loads(options.rows.read_text())[: options.steps * ROWS_A_STEP]
+    with tempfile.TemporaryDirectory() as scratch:
+        cell = ours(options, rows, Path(scratch)) if options.cell == "ours" else trl(options, rows, scratch)
+    n_tokens = [sum(len(ids) for ids, _ in rows[i : i + ROWS_A_STEP]) for i in range(0, len(rows), ROWS_A_STEP)]
+    counted = sum(n_tokens[WARM_UP:])
+    if "packing" in TRL.get(options.cell, {}):  # its steps hold other numbers of rows
+        counted = cell.pop("real_tokens")
+    rate = counted / cell.pop("seconds")
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if options.device == "cuda":
+        import torch
+
+        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        cell["mfu"] = round(rate * flops_a_token(options) / peak_flops(), 3)
+    share = cell.pop("computed_share", 1.0)
+    return cell | {
+        "tokens_per_s": round(rate, 1),
+        "computed_tokens_per_s": round(rate * share, 1),
+        "peak_gb": round(peak_gb, 3),
+    }
+
+
+def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
+    """Train with `deepdistill`'s loop."""
+    from deepdistill.distill.clock import read_curve
+    from deepdistill.distill.rows import Row
+    from deepdistill.distill.student import student_dir, teach_template
+    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.train import TrainSettings, train
+
+    base = student_dir(options.student)
+    tokenizer = load_tokenizer(base)
+    teach_template(tokenizer)
+    settings = TrainSettings(
+        full=options.full,
+        lr=1e-5 if options.full else 6e-4,
+        batch_size=ROWS_A_STEP,
+        epochs=1,
+        warmup=1e-9,
+        final_lr=1.0,
+        max_length=1 << 20,
+        save_every_s=1e9,
+        patience=0,
+    )
+    rows_ = [Row(ids, n_prompt) for ids, n_prompt in rows]
+    peak = {}
+
+    def watch(*_: Any) -> None:  # saving and merging come after the training
+        peak["kb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    report = train(base, rows_, tokenizer, settings, scratch / "c", scratch / "s", watch, is_ordered=True)
+    points = [point for point in read_curve(scratch / "curve.jsonl") if "loss" in point]
+    return {
+        "seconds": points[-1]["seconds"] - points[WARM_UP - 1]["seconds"],
+        "losses": [round(point["loss"], 4) for point in points],
+        "computed_share": report.computed_tokens_per_s / report.tokens_per_s,
+        "peak_training_gb": round(peak["kb"] / 1e6, 3),
+        "pass": report.pass_,
+        "dtype": report.dtype,
+        "threads": report.threads,
+    }
+
+
+def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
+    """Train with TRL's SFTTrainer."""
+    os.environ["TQDM_DISABLE"] = "1"
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from deepdistill.distill.student import student_dir
+    from deepdistill.distill.teachers.loading import load_tokenizer
+
+    setting = dict(TRL[options.cell])
+    base = student_dir(options.student)
+    weights = getattr(torch, setting.pop("weights", "float32"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=weights)
+    torch.manual_seed(0)
+    if not options.full:
+        targets = "all-linear"
+        model = get_peft_model(model, LoraConfig(target_modules=targets, **LORA))
+    packing = setting.get("packing", False)
+    longest = max(len(ids) for ids, _ in rows)
+    mean_tokens = sum(len(ids) for ids, _ in rows) / len(rows)
+    width = 512 if packing else None  # a packed step holds as many tokens as 16 rows
+    args = SFTConfig(
+        output_dir=scratch,
+        per_device_train_batch_size=max(1, round(ROWS_A_STEP * mean_tokens / 512)) if packing else ROWS_A_STEP,
+        max_length=max(width, longest) if width else None,
+        max_steps=options.steps,
+        learning_rate=1e-5 if options.full else 6e-4,
+        lr_scheduler_type="constant",
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential",
+        completion_only_loss=True,
+        disable_tqdm=True,
+        **({"bf16": False} | setting),
+    )
+    data = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * n + [1] * (len(ids) - n)} for ids, n in rows])
+    ends: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.monotonic())
+
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=data, processing_class=load_tokenizer(base), callbacks=[Watch()]
+    )
+    trainer.train()
+    losses = [point["loss"] for point in trainer.state.log_history if "loss" in point]
+    cell = {"seconds": ends[-1] - ends[WARM_UP - 1], "losses": losses, "threads": torch.get_num_threads()}
+    if packing:
+        seen = trainer.train_dataset[: len(ends) * args.per_device_train_batch_size]["input_ids"]
+        cell["real_tokens"] = sum(len(ids) for ids in seen[WARM_UP * args.per_device_train_batch_size :])
+    return cell
+
+
+def flops_a_token(options: Any) -> float:
+    """Return the model's own FLOPs a trained token: 2 a weight forward, 2 backward, 2 more where the weight learns."""
+    from transformers import AutoConfig
+
+    from deepdistill.distill.student import student_dir
+
+    config = AutoConfig.from_pretrained(student_dir(options.student))
+    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = width * config.num_key_value_heads // config.num_attention_heads
+    weights = layers * (2 * width * width + 2 * width * kv + 3 * width * inner) + config.vocab_size * width
+    attention = 2 * 2 * layers * width * max(options.length, 1) / 2  # causal: half of the square, forward
+    return (6 if options.full else 4) * weights + 3 * attention
+
+
+def peak_flops() -> float:
+    """Return the GPU's dense bf16 peak, FLOP/s."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    known = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12}
+    return next((flops for part, flops in known.items() if part in name), float("nan"))
+
+
+if __name__ == "__main__":
+    main()
