@@ -6,6 +6,7 @@ pass rate decides which problem comes when. What is too long for the student is 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -72,6 +73,19 @@ def _with_logits(
         rows, counted = add_logits(rows, traces, logprobs, share, tokenizer)
     work.say(counted.describe())
     return rows
+
+
+def hold_out(rows: Sequence[Row], traces: Sequence[Trace], n: int, seed: int) -> tuple[list[int], list[Row]]:
+    """Return which rows train and up to n validation rows, of problems that none of the others asks.
+
+    They come from the training bucket, as all rows do. Where n is more than an eighth of the problems there are none.
+    """
+    problems = sorted({trace.problem_id for trace in traces})
+    if n < 1 or 8 * n > len(problems):
+        return list(range(len(rows))), []
+    held = set(random.Random(seed).sample(problems, n))
+    train = [i for i, trace in enumerate(traces) if trace.problem_id not in held]
+    return train, [row for row, trace in zip(rows, traces, strict=True) if trace.problem_id in held][:n]
 
 
 def by_level(

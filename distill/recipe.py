@@ -132,8 +132,8 @@ class TeachSettings:
             given[name] = float(value) if number.lastindex else int(value)
         return given
 
-    def stage_training(self, number: int) -> dict[str, Any]:
-        """Return the training settings of the first training (0) or of a round; they share `minutes` equally."""
+    def stage_training(self) -> dict[str, Any]:
+        """Return the settings of one training: the first one and those of the rounds share `minutes` equally."""
         training = dict(self.training)
         if training.get("minutes") is not None:
             training["minutes"] = training["minutes"] / (1 + self.rounds)

@@ -321,6 +321,7 @@ def go_round(
         round_.out,
         on_progress,
         is_ordered=True,
+        say=work.say,
     )
     run.save(name, record | {"training": dataclasses.asdict(report)})
     return True

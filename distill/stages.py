@@ -71,10 +71,10 @@ def train_first(
     out = _first_student(run, settings)
     if out.exists() and not settings.rounds:
         return []
-    from .lessons import by_level, lessons
+    from .lessons import by_level, hold_out, lessons
     from .train import TrainSettings, train
 
-    training = TrainSettings(**settings.stage_training(0), seed=settings.seed)
+    training = TrainSettings(**settings.stage_training(), seed=settings.seed)
     tokenizer = _tokenizer(base)
     rows, kept = lessons(
         traces,
@@ -84,7 +84,9 @@ def train_first(
         loss=settings.loss,
         logit_share=settings.logit_share,
         work=work,
+        weights={"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight},
     )
+    trained, validation = hold_out(rows, kept, training.n_validation, settings.seed)
     if out.exists():
         return rows
     record = run.load("curation.json")
@@ -92,11 +94,21 @@ def train_first(
     record["kept"] = len(rows)
     run.save("curation.json", record)
     out.parent.mkdir(parents=True, exist_ok=True)
-    ordered = rows
+    ordered = [rows[i] for i in trained]
     if settings.curriculum:
-        ordered = by_level(rows, kept, rates, training.batch_size, training.epochs, settings.seed)
+        asked = [kept[i] for i in trained]
+        ordered = by_level(ordered, asked, rates, training.batch_size, training.epochs, settings.seed)
     report = train(
-        base, ordered, tokenizer, training, run.checkpoints_dir, out, on_progress, is_ordered=settings.curriculum
+        base,
+        ordered,
+        tokenizer,
+        training,
+        run.checkpoints_dir,
+        out,
+        on_progress,
+        is_ordered=settings.curriculum,
+        validation=validation,
+        say=work.say,
     )
     run.save("training.json", dataclasses.asdict(report))
     return rows
@@ -131,7 +143,7 @@ def go_rounds(
     for round_ in rounds_of(run, settings.rounds):
         if round_.out.exists():
             continue
-        first = TrainSettings(**settings.stage_training(round_.number), seed=settings.seed + round_.number)
+        first = TrainSettings(**settings.stage_training(), seed=settings.seed + round_.number)
         training = dataclasses.replace(
             first,
             lr=first.peak_lr * options.lr_scale,
