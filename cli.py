@@ -326,7 +326,8 @@ def teach(
     if result.curation:
         print_curation(_console(), result.curation)
         kept, total = result.curation["kept"], result.curation["traces"]
-        print(f"{kept} of {total} traces train; all of them are in {traces or folder / 'traces.jsonl'}")
+        own = folder / "traces.jsonl"
+    print(f"{kept} of {total} traces train; all of them are in {own if own.exists() else traces}")
     if result.scores:
         print_hops(_console(), result.scores, {})
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
