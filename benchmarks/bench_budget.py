@@ -62,9 +62,8 @@ def compare(run: Path, out: Path, recipe: str, deadline: float) -> dict[str, Any
         desk = Desk(
             student, Path(scratch), out, traces, None, CalibrationSettings(), default_threads(), lambda *_: None
         )
-        importance = {n: w for n, w in desk.importance.items() if n != "output.weight" or not desk.is_tied}
         path = Path(scratch) / f"{recipe}.gguf"
-        write(plan(student, recipe, importance=importance), path, {}, lambda *_: None, desk.n_threads)
+        write(plan(student, recipe, importance=desk.importance), path, {}, lambda *_: None, desk.n_threads)
         theirs, n_bytes = desk.fidelity(path).to_json(), path.stat().st_size
         path.unlink()
     settings = ReleaseSettings(size=n_bytes + 8192, traces=traces)  # room for what our file says of itself

@@ -11,7 +11,7 @@ linearity theorem (arXiv 2411.17525), with measured divergences instead of noise
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,27 +24,21 @@ _MOST_UNITS = 100_000  # of the table; a coarser unit rounds sizes up
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to store an item: each of its tensors' types, their bytes, and what it costs in nats a token.
+    """One way to store a tensor: its type, its bytes, and what it costs in nats a token.
 
     `error` is the importance-weighted squared error; `damage` is measured, or scaled by it from one that was.
     """
 
-    types: Mapping[str, Type]
+    type: Type
     n_bytes: int
     error: float
     damage: float = 0.0
     is_measured: bool = False
 
-    def __str__(self) -> str:
-        """Return the types, such as `Q4_0` or `token_embd.weight Q5_0 + output.weight Q6_K`."""
-        if len(self.types) == 1:
-            return next(iter(self.types.values())).name
-        return " + ".join(f"{name} {type_.name}" for name, type_ in self.types.items())
-
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor, or tensors that are decided together, with its choices by size, the smallest first."""
+    """A tensor with its choices by size, the smallest first."""
 
     name: str
     choices: tuple[Choice, ...]

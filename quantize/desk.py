@@ -18,7 +18,7 @@ from .convert import Conversion, Importance, Types, plan, write
 from .fidelity import Fidelity, Reference
 from .imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
 from .provenance import source_key, source_of
-from .sensitivity import EMBEDDING, OUTPUT, Bench, Sensitivity, add_output, items_of, weighted
+from .sensitivity import Bench, Sensitivity, items_of
 
 
 @dataclass
@@ -55,14 +55,8 @@ class Desk:
 
     @cached_property
     def twin(self) -> Conversion:
-        """The plan of the F16 twin, with an output matrix of its own where the student's is tied."""
-        conversion = self.plan("F16")
-        return add_output(conversion) if conversion.architecture.shape.tied else conversion
-
-    @property
-    def is_tied(self) -> bool:
-        """Whether the student's output matrix is its embedding."""
-        return self.twin.architecture.shape.tied
+        """The plan of the F16 twin."""
+        return self.plan("F16")
 
     @cached_property
     def twin_path(self) -> Path:
@@ -106,8 +100,6 @@ class Desk:
             n_threads=self.n_threads,
             on_text=lambda n: self.on_progress("importance", n, len(texts), ""),
         )
-        if self.is_tied:  # the matrix belongs to the student, whose output is its embedding
-            made = made.renamed(OUTPUT, EMBEDDING)
         write_imatrix(made, self.kept_imatrix)
         return made
 
@@ -126,7 +118,7 @@ class Desk:
         """The columns' weights by tensor; empty without an importance matrix."""
         if self.imatrix is None:
             return {}
-        return weighted(self.imatrix.importance({one.tensor.name: one.tensor.shape for one in self.twin.tensors}))
+        return self.imatrix.importance({one.tensor.name: one.tensor.shape for one in self.twin.tensors})
 
     @cached_property
     def reference(self) -> Reference:
@@ -144,7 +136,7 @@ class Desk:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """The choices for every tensor, with what earlier runs have measured of them."""
-        items = items_of(self.plan("F16"), self.importance, self.n_threads, self.on_progress)
+        items = items_of(self.twin, self.importance, self.n_threads, self.on_progress)
         matrix = self.imatrix.hash() if self.imatrix else "none"
         key = f"{source_key(self.source)} {matrix} {self.texts.sha256} {self.settings.n_choose}"
         return Sensitivity(items, key, self.kept / f"{self.name}.sensitivity.json")

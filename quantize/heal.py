@@ -36,12 +36,10 @@ from ..localrun.progress import Progress, no_progress
 from .calibration import Text
 from .convert import Importance, Types
 from .rows import Origin, origins
-from .sensitivity import EMBEDDING, OUTPUT
 
 if TYPE_CHECKING:
     import torch
 
-_UNCHANGED = frozenset({Type.F32})
 _STABLE_ROWS = 64  # of each tensor, to tell whether quantizing again changes anything
 
 
@@ -97,7 +95,9 @@ def heal(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(student_dir, device)
     rows = list(_teach(model, texts, settings.top_k, device, on_progress))
-    quantizer = Quantizer(model, origins(student_dir, set(_quantized(types))), types, importance, n_threads)
+    quantizer = Quantizer(
+        model, origins(student_dir, {n for n, t in types.items() if t != Type.F32}), types, importance, n_threads
+    )
     losses = _train(model, quantizer, rows, settings, device, on_progress)
     stable = quantizer.stability()
     _save(model, student_dir, out)
@@ -109,13 +109,6 @@ def heal(
         "loss_after": float(f"{np.mean(losses[-tenth:]):.4g}"),
         "requantized_same": float(f"{stable:.4g}"),
     }
-
-
-def _quantized(types: Types) -> Iterator[str]:
-    # An output matrix beside a tied embedding is learnt with it; it takes the embedding's change.
-    yield from (name for name, type_ in types.items() if type_ not in _UNCHANGED and name != OUTPUT)
-    if OUTPUT in types and EMBEDDING not in types:
-        yield OUTPUT
 
 
 class Quantizer:

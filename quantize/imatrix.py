@@ -54,12 +54,6 @@ class Imatrix:
             found[name] = mean.reshape(wanted)
         return found
 
-    def renamed(self, old: str, new: str) -> Imatrix:
-        """Return it with a weight under another name."""
-        names = {name: new if name == old else name for name in self.sums}
-        sums = {names[name]: value for name, value in self.sums.items()}
-        return Imatrix(sums, {names[name]: value for name, value in self.counts.items()}, self.datasets)
-
     @property
     def n_tokens(self) -> int:
         """How many tokens it saw."""

@@ -109,9 +109,7 @@ def report_of(
     conversion: Conversion, student_dir: Path, path: Path, parts: Sequence[Path], notes: tuple[str, ...] = ()
 ) -> QuantizeReport:
     """Return the report of a file, in one or several parts, that was written from a plan and is to stand at `path`."""
-    is_tied = conversion.architecture.shape.tied
-    # An output matrix beside a tied embedding is another copy of the same weights.
-    n_weights = sum(t.n_weights for t in conversion.tensors if not (is_tied and t.tensor.name == "output.weight"))
+    n_weights = sum(t.n_weights for t in conversion.tensors)
     n_tensor_bytes = sum(t.n_bytes for t in conversion.tensors)
     return QuantizeReport(
         student_dir=student_dir,

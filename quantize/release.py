@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ from .gate import Gate, Metrics
 from .paired import Answers, Paired, compare
 from .provenance import MEASURED, file_bytes, fill_in, licence_chain, placeholder, sampler_of, source_key, tools
 from .quantize import QuantizeReport, report_of
-from .sensitivity import EMBEDDING, OUTPUT, add_output, describe, refine
+from .sensitivity import describe, refine
 
 Evaluate = Callable[[Path], Answers]
 """Asks a GGUF the test problems; the same ones each time."""
 
+_ALIGNMENT = 32  # bytes; a tensor may be padded by less
 _STEP = 0.03  # of a file's bytes, added by each round of --promote
 _SHOWN = ("base_model", "teacher", "licences", "quantization", "sampling", "think_budget", "tools")
 _RECORDED = ("type", "size", "bpw", "target", "heal")
@@ -219,8 +220,7 @@ class _Work:
         """Return the type of every tensor, and the choices if they were measured."""
         if not self.settings.has_budget:
             ftype = check_ftype(self.settings.type)
-            importance = {n: w for n, w in self.desk.importance.items() if n != OUTPUT or not self.desk.is_tied}
-            conversion = self._plan_of(ftype, importance=importance)
+            conversion = self._plan_of(ftype, importance=self.desk.importance)
             return {one.tensor.name: one.got for one in conversion.tensors}, None
         n_bytes = self.tensor_budget()
         with self.desk.open_bench() as bench:
@@ -228,49 +228,46 @@ class _Work:
         return self._types_of(chosen), chosen
 
     def tensor_budget(self) -> int:
-        """Return the bytes that the tensors which have a choice may take together."""
-        n_weights = sum(one.n_weights for one in self._plan_of("F16").tensors)
-        names = {item.name for item in self.desk.sensitivity.items}
-        conversion = self.desk.twin
-        fixed = sum(one.n_bytes for one in conversion.tensors if one.tensor.name not in names | {OUTPUT})
+        """Return the bytes that the tensors which have a choice may take together.
+
+        Raises:
+            UsageError: less than their smallest types take.
+        """
+        twin, items = self.desk.twin, self.desk.sensitivity.items
+        names = {item.name for item in items}
+        n_weights = sum(one.n_weights for one in twin.tensors)
+        fixed = sum(one.n_bytes for one in twin.tensors if one.tensor.name not in names)
         if self.settings.bpw is not None:
-            return int(self.settings.bpw * n_weights / 8) - fixed
-        if self.settings.target is not None:
-            wanted = target_bytes(self.settings.target, n_weights)
+            wanted, others = int(self.settings.bpw * n_weights / 8), fixed
         else:
-            wanted = self.settings.size or 0
-        # A type's name is no part of the header's length, so any plan of these tensors has the final one's header.
-        padded = file_bytes(conversion, self._metadata(conversion))
-        items = sum(one.n_bytes for one in conversion.tensors if one.tensor.name in names | {OUTPUT})
-        n_items = len(names) + 1
-        return wanted - (padded - items) - 32 * n_items
+            wanted = self.settings.size or target_bytes(self.settings.target or "", n_weights)
+            # A type's name is no part of the header's length: the twin's header is as long as the file's.
+            in_twin = sum(one.n_bytes for one in twin.tensors if one.tensor.name in names)
+            others = file_bytes(twin, self._metadata(twin)) - in_twin + _ALIGNMENT * len(items)
+        least = sum(item.choices[0].n_bytes for item in items)
+        if wanted < others + least:
+            raise UsageError(
+                f"{wanted / 1e6:.2f} MB are too few: {(others + least) / 1e6:.2f} MB are the least",
+                "give a larger --size or --bpw, or a smaller student",
+            )
+        return wanted - others
 
     def _plan_of(self, ftype: str, types: Types | None = None, importance: Importance | None = None) -> Conversion:
         base = self.settings.base if self.source_dir == self.desk.student_dir else None
         return plan(self.source_dir, ftype, base=base, types=types, importance=importance)
 
     def _types_of(self, chosen: Sequence[Choice]) -> Types:
-        types = {name: type_ for choice in chosen for name, type_ in choice.types.items()}
-        return {one.tensor.name: one.got for one in self._plan_of("F16").tensors} | types
+        types = {item.name: one.type for item, one in zip(self.desk.sensitivity.items, chosen, strict=True)}
+        return {one.tensor.name: one.got for one in self.desk.twin.tensors} | types
 
     def _plan(self, types: Types) -> Conversion:
         """Return the plan of a file with these types, an untied output matrix among them if there is one."""
         ftype = check_ftype(self.settings.type) if not self.settings.has_budget else nearest_ftype(types, self.desk)
-        has_own = OUTPUT in types and self.desk.is_tied
-        importance = {n: w for n, w in self.desk.importance.items() if n != OUTPUT or not self.desk.is_tied}
         if not self.settings.has_budget:
-            recipe = self._plan_of(ftype, importance=importance)
+            recipe = self._plan_of(ftype, importance=self.desk.importance)
             if {one.tensor.name: one.got for one in recipe.tensors} == dict(types):
                 return recipe  # it knows what was asked for where a row has no whole blocks
-        given = {name: type_ for name, type_ in types.items() if name != OUTPUT or not has_own}
-        conversion = self._plan_of(ftype, given, importance)
-        if has_own:
-            conversion = add_output(conversion)
-            *others, output = conversion.tensors
-            weights = self.desk.importance.get(OUTPUT)
-            output = replace(output, asked=types[OUTPUT], got=types[OUTPUT], importance=weights)
-            conversion = replace(conversion, tensors=(*others, output))
-        return conversion
+        return self._plan_of(ftype, types, self.desk.importance)
 
     def _heal(self, types: Types) -> None:
         from .heal import HealSettings, heal
@@ -416,8 +413,7 @@ class _Work:
             n_bytes = sum(one.n_bytes for one in twin.tensors)
             rows.append(self._row("unquantized (F16)", n_bytes, 16.0, False, (None, self.reference_answers, None)))
         for ftype in self.settings.compare:
-            importance = {n: w for n, w in self.desk.importance.items() if n != OUTPUT or not self.desk.is_tied}
-            conversion = self.desk.plan(check_ftype(ftype), importance=importance)
+            conversion = self.desk.plan(check_ftype(ftype), importance=self.desk.importance)
             path = self.desk.scratch / f"{ftype}.gguf"
             write(conversion, path, {}, self.desk.on_progress, self.desk.n_threads)
             report = report_of(conversion, self.desk.student_dir, path, [path], ())
@@ -450,7 +446,7 @@ def nearest_ftype(types: Types, desk: Desk) -> str:
     bases = {base.name: ftype for ftype, (_, base) in reversed(FTYPES.items())}
     for one in desk.twin.tensors:
         type_ = types.get(one.tensor.name, one.got)
-        if type_.name in bases and one.tensor.name not in (EMBEDDING, OUTPUT):
+        if type_.name in bases:
             weights[type_.name] += one.n_weights
     return bases[weights.most_common(1)[0][0]] if weights else "F16"
 

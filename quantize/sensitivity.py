@@ -4,7 +4,8 @@ The error is taken on a sample of rows: sum of importance times squared change. 
 tensor goes through ggml's quantizer and back into an F16 model that stands in memory, the held-out replies are read,
 and the tensor is put back. Nothing else changes, so even a divergence of 1e-5 is no noise.
 
-A tied embedding is two tensors here, the table of lookups and the output matrix: together in one type, or apart.
+A tied embedding is one item, its two uses measured together. An output matrix of its own never pays: stored once, in
+the larger type of the two, the embedding takes fewer bytes and is nearer in both uses.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ TYPES = (
 )
 """What a tensor may be stored as, where its rows are whole blocks."""
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _N_SAMPLED = 64  # rows of a tensor, for the error
 _SAVE_EVERY = 16
 _N_FIRST, _N_LATER = 80, 40  # measurements of the first round, about, and of each later one, at most
@@ -66,7 +66,7 @@ class Sensitivity:
 
     def record(self, item: Item, choice: Choice, damage: float) -> None:
         """Note a measured divergence, in nats a token."""
-        self._measured[f"{item.name} {choice}"] = damage
+        self._measured[f"{item.name} {choice.type.name}"] = damage
         if len(self._measured) % _SAVE_EVERY == 0:
             self.save()
 
@@ -80,7 +80,7 @@ class Sensitivity:
 
     def _apply(self) -> None:
         def known(item: Item, choice: Choice) -> Choice:
-            damage = self._measured.get(f"{item.name} {choice}")
+            damage = self._measured.get(f"{item.name} {choice.type.name}")
             return choice if damage is None else replace(choice, damage=max(damage, 0.0), is_measured=True)
 
         self.items = [scaled(replace(i, choices=tuple(known(i, c) for c in i.choices))) for i in self.items]
@@ -99,10 +99,6 @@ def items_of(
         for i, (one, choices) in enumerate(zip(typed, pool.map(lambda t: _choices(t, importance), typed), strict=True)):
             items.append(Item(one.tensor.name, choices))
             on_progress("errors", i + 1, len(typed), one.tensor.name)
-    names = {item.name for item in items}
-    if conversion.architecture.shape.tied and EMBEDDING in names:
-        embedding = next(one for one in typed if one.tensor.name == EMBEDDING)
-        items = [_tied(item, embedding) if item.name == EMBEDDING else item for item in items]
     return items
 
 
@@ -121,7 +117,7 @@ def _choices(typed: Typed, importance: Importance) -> tuple[Choice, ...]:
         )
         delta = (changed - np.concatenate(rows)).astype(np.float64)
         error = float((weight * delta**2).sum()) * typed.n_weights / delta.size
-        found.append(Choice({name: type_}, replace(typed, got=type_).n_bytes, error))
+        found.append(Choice(type_, replace(typed, got=type_).n_bytes, error))
     return efficient(found)
 
 
@@ -150,42 +146,13 @@ def _through(
     return dequantize_rows(ggml.quantize_rows(rows, type_, weights), type_, rows.shape[1])
 
 
-def _tied(item: Item, embedding: Typed) -> Item:
-    """Return the embedding's choices: both uses in one tensor, or the output matrix apart and larger than the table."""
-    joint = [replace(choice, types={EMBEDDING: choice.types[EMBEDDING]}) for choice in item.choices]
-    apart = []
-    for table in item.choices:
-        for output in item.choices:
-            if output.n_bytes > table.n_bytes and output.types[EMBEDDING] != Type.F16:
-                types = {EMBEDDING: table.types[EMBEDDING], OUTPUT: output.types[EMBEDDING]}
-                apart.append(Choice(types, table.n_bytes + output.n_bytes, (table.error + output.error) / 2))
-    assert embedding.tensor.name == EMBEDDING
-    return Item(EMBEDDING, efficient([*joint, *apart]))
-
-
-def add_output(conversion: Conversion) -> Conversion:
-    """Return the plan of a tied model with an output matrix of its own after the other tensors."""
-    table = next(one for one in conversion.tensors if one.tensor.name == EMBEDDING)
-    output = replace(table, tensor=replace(table.tensor, name=OUTPUT))
-    return replace(conversion, tensors=(*conversion.tensors, output))
-
-
-def weighted(importance: Importance) -> dict[str, npt.NDArray[np.float32]]:
-    """Return the importance with a tied output matrix's under both its names."""
-    found = dict(importance)
-    for a, b in ((EMBEDDING, OUTPUT), (OUTPUT, EMBEDDING)):
-        if a in found and b not in found:
-            found[b] = found[a]
-    return found
-
-
 class Bench:
     """Measures single choices: an F16 model in memory, the plan that it was written by, and the reference's words."""
 
     def __init__(
         self, probe: Probe, conversion: Conversion, importance: Importance, reference: Reference, n_threads: int
     ) -> None:
-        """Take a probe of a file that was written from `conversion`, with an output matrix of its own if tied."""
+        """Take a probe of a file that was written from `conversion`."""
         self._probe, self._reference, self._importance = probe, reference, importance
         self._typed = {one.tensor.name: one for one in conversion.tensors}
         self._n_threads = n_threads
@@ -200,16 +167,11 @@ class Bench:
 
     def damage(self, item: Item, choice: Choice) -> float:
         """Return the divergence that storing one item so causes, in nats a token."""
-        types = dict(choice.types)
-        if item.name == EMBEDDING and OUTPUT in self._probe.names and OUTPUT not in types:
-            types[OUTPUT] = types[EMBEDDING]
         try:
-            for name, type_ in types.items():
-                self._set(name, type_)
+            self._set(item.name, choice.type)
             return self._reference.measure(self._probe).kl_mean
         finally:
-            for name in types:
-                self._set(name, None)
+            self._set(item.name, None)
 
     def _set(self, name: str, type_: Type | None) -> None:
         typed, weights = self._typed[name], self._importance.get(name)
@@ -321,7 +283,7 @@ def _measure(
         for i, (item, choice) in enumerate(todo):
             damage = damage_of(item, choice)
             sensitivity.record(item, choice, damage)
-            on_progress(stage, i + 1, len(todo), f"{item.name} {choice}: {damage:.2g} nats")
+            on_progress(stage, i + 1, len(todo), f"{item.name} {choice.type.name}: {damage:.2g} nats")
     finally:
         sensitivity.save()
 
@@ -329,6 +291,6 @@ def _measure(
 def describe(items: Sequence[Item], chosen: Sequence[Choice]) -> list[dict[str, Any]]:
     """Return what was chosen for each item, for the report: its types, bytes and damage."""
     return [
-        {"tensor": i.name, "type": str(c), "bytes": c.n_bytes, "nats": c.damage, "measured": c.is_measured}
+        {"tensor": i.name, "type": c.type.name, "bytes": c.n_bytes, "nats": c.damage, "measured": c.is_measured}
         for i, c in zip(items, chosen, strict=True)
     ]

@@ -19,7 +19,7 @@ from .convert import Typed, plan
 from .imatrix import read_imatrix
 from .inspection import read_own
 from .provenance import source_of
-from .sensitivity import OUTPUT, add_output, parts_of, weighted
+from .sensitivity import parts_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,6 @@ def verify(
     sources = list(_source_differences(own["source"]["sha256"], folder))
     base = own["source"].get("base")
     conversion = plan(folder, "F16", base=path.parent / base if base else None)
-    types = {name: tensor.type for name, tensor in header.tensors.items()}
-    if OUTPUT in types and OUTPUT not in {one.tensor.name for one in conversion.tensors}:
-        conversion = add_output(conversion)
     importance = {}
     if made_with := own.get("imatrix"):
         found = imatrix_path or path.parent / made_with["file"]
@@ -79,16 +76,16 @@ def verify(
         if imatrix.hash() != made_with["sha256"]:
             sources.append(f"{found} is not the importance matrix that it was made with")
         shapes = {one.tensor.name: one.tensor.shape for one in conversion.tensors}
-        importance = weighted(imatrix.importance(shapes))
+        importance = imatrix.importance(shapes)
     names = {one.tensor.name for one in conversion.tensors}
-    different = [name for name in types if name not in names] + [name for name in names if name not in types]
+    different = list(names ^ header.tensors.keys())
     for i, typed in enumerate(conversion.tensors):
         name = typed.tensor.name
         stored = header.tensors.get(name)
         if stored and _digest(typed, stored.type, importance.get(name)) != _stored_digest(path, stored):
             different.append(name)
         on_progress("verifying", i + 1, len(conversion.tensors), name)
-    return Verified(len(names | set(types)), tuple(sorted(different)), tuple(sources))
+    return Verified(len(names | header.tensors.keys()), tuple(sorted(different)), tuple(sources))
 
 
 def _source_differences(expected: dict[str, str], folder: Path) -> Iterator[str]:

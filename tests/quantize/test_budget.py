@@ -14,7 +14,7 @@ from deepdistill.quantize.sensitivity import between
 
 
 def choice(n_bytes: int, damage: float, *, error: float = 0.0, is_measured: bool = True) -> Choice:
-    return Choice({"t": Type.Q4_0}, n_bytes, error or damage, damage, is_measured)
+    return Choice(Type.Q4_0, n_bytes, error or damage, damage, is_measured)
 
 
 def random_items(seed: int, unit: int) -> list[Item]:

@@ -1,0 +1,311 @@
+"""A student to a file that was chosen, measured, held to a gate and can be made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
+
+from deepdistill.cli import main
+from deepdistill.errors import ArtifactError, GateError, UsageError
+from deepdistill.localrun import ggml
+from deepdistill.localrun.dequantize import dequantize_rows
+from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.probe import LogitReader
+from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts
+from deepdistill.quantize.desk import Desk
+from deepdistill.quantize.fidelity import Reference
+from deepdistill.quantize.gate import Gate
+from deepdistill.quantize.inspection import inspect_gguf, read_own, summary
+from deepdistill.quantize.paired import Answers
+from deepdistill.quantize.quantize import quantize
+from deepdistill.quantize.release import Release, ReleaseSettings, release
+from deepdistill.quantize.verify import verify
+
+SMALL = CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)
+
+
+@pytest.fixture(scope="module")
+def tied(make_checkpoint: Callable[..., Path]) -> Path:
+    """A tied student with rows that K types fit (512) and rows that they do not (64)."""
+    return make_checkpoint("llama", tie_word_embeddings=True, intermediate_size=512)
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred verified traces, and one that is wrong."""
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    lines = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i} + {2 * i}?"}],
+            "reasoning_content": f"{i} + {2 * i} = {3 * i}",
+            "content": str(3 * i),
+            "verdict": "right",
+            "finish_reason": "stop",
+        }
+        for i in range(100)
+    ]
+    lines.insert(0, lines[0] | {"content": "0", "verdict": "wrong"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def settings(traces: Path) -> ReleaseSettings:
+    return ReleaseSettings(traces=traces, calibration=SMALL)
+
+
+@pytest.fixture(scope="module")
+def budgeted(tied: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Release]:
+    """A file of at most 5.5 bits a weight, with a recipe beside it in the table."""
+    path = tmp_path_factory.mktemp("budget") / "small.gguf"
+    wanted = ReleaseSettings(bpw=5.5, traces=traces, calibration=SMALL, compare=("Q4_0",))
+    recipe = {"teacher": "pocket", "problems": "gym:chain_sum?seed=1"}
+    return path, release(tied, path, wanted, recipe=recipe, n_threads=1)
+
+
+def answers(n_right: int) -> Answers:
+    return Answers((True,) * n_right + (False,) * (20 - n_right), 1.0, 0.0)
+
+
+def test_texts_are_rendered_as_taught_and_parts_share_no_problem(tied: Path, traces: Path, tmp_path: Path) -> None:
+    quantize(tied, tmp_path / "f16.gguf", "F16")
+    texts = read_texts(traces, tmp_path / "f16.gguf", replace(SMALL, n_calibrate=10**6, n_measure=10**6))
+    with Engine(tmp_path / "f16.gguf", n_ctx=256, n_threads=1) as engine:
+        said = {
+            part: [engine.detokenize(text.tokens) for text in getattr(texts, part)]
+            for part in ("calibrate", "choose", "measure")
+        }
+        text = texts.measure[0]
+        asked = engine.detokenize(text.tokens[: text.n_prompt])
+    for part, whole in said.items():
+        questions = [one.split("user\n")[1].split("<|im_end|>")[0] for one in whole]
+        assert {part_of(question) for question in questions} == {part}
+    everything = [one for part in said.values() for one in part]
+    assert len(everything) == len(set(everything)) > 60, "every verified trace once; the wrong one is left out"
+    assert asked.endswith("<think>\n")
+    assert said["measure"][0].endswith("<|im_end|>")
+    assert "</think>" in said["measure"][0].removeprefix(asked)
+    assert text.n_thinking == len(engine_tokens(tmp_path / "f16.gguf", asked, said["measure"][0]))
+
+
+def engine_tokens(path: Path, asked: str, whole: str) -> list[int]:
+    with Engine(path, n_ctx=256, n_threads=1) as engine:
+        reasoning = whole.removeprefix(asked).split("</think>")[0].strip()
+        return engine.model.tokenize(reasoning, whole=False)
+
+
+def test_too_few_traces_are_said_so(tied: Path, traces: Path, tmp_path: Path) -> None:
+    quantize(tied, tmp_path / "f16.gguf", "F16")
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(traces.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(UsageError, match="too few verified traces"):
+        read_texts(few, tmp_path / "f16.gguf", SMALL)
+    few.write_text("{}\n" * 2)
+    with pytest.raises(ArtifactError, match="line 1 is no trace"):
+        read_texts(few, tmp_path / "f16.gguf", SMALL)
+
+
+def test_a_measured_damage_is_that_of_the_changed_weights(tied: Path, traces: Path, tmp_path: Path) -> None:
+    desk = Desk(tied, tmp_path, tmp_path, traces, None, SMALL, 1, lambda *_: None)
+    item = next(item for item in desk.sensitivity.items if item.name == "blk.1.ffn_down.weight")
+    choice = next(one for one in item.choices if one.type in (Type.Q3_K, Type.IQ3_S, Type.Q2_K))
+    with desk.open_bench() as bench:
+        measured, again = bench.damage(item, choice), bench.damage(item, choice)
+        assert measured == again, "the tensor was put back"
+    model: Any = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    weight = model.model.layers[1].mlp.down_proj.weight
+    type_, plain = choice.type, weight.detach().numpy().copy()
+
+    class Torch:
+        def logit_rows(self, tokens: Any, start: int = 1) -> Any:
+            with torch.no_grad():
+                yield from model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1].numpy()
+
+    reference = Reference.of(Torch(), desk.texts.choose)
+    data = ggml.quantize_rows(plain, type_, desk.importance[item.name])
+    weight.data = torch.from_numpy(dequantize_rows(data, type_, plain.shape[1]))
+    assert measured == pytest.approx(reference.measure(Torch()).kl_mean, rel=0.1)
+
+
+def test_a_file_of_chosen_types_keeps_its_budget_and_knows_itself(budgeted: tuple[Path, Release]) -> None:
+    path, made = budgeted
+    header = read_gguf(path)
+    n_bytes = sum(tensor.n_bytes for tensor in header.tensors.values())
+    assert 5.2 < 8 * n_bytes / made.report.n_weights <= 5.5
+    assert made.report.bits_per_weight == pytest.approx(8 * n_bytes / made.report.n_weights)
+    assert len({tensor.type for tensor in header.tensors.values()} - {Type.F32}) > 1
+    chosen = {name: kind for row in made.choices for name, kind in [(row["tensor"], row["type"])]}
+    assert header.tensors["blk.0.attn_q.weight"].type.name == chosen["blk.0.attn_q.weight"]
+    own = read_own(path)
+    assert own["teacher"] == "pocket"
+    assert own["base_model"] == "some-org/Some-Base-1B"
+    assert [(one["what"], one["licence"]) for one in own["licences"]] == [
+        ("model", "apache-2.0"),
+        ("base model", "apache-2.0"),
+        ("teacher", "mit"),
+        ("problems", "apache-2.0"),
+    ]
+    assert own["imatrix"]["tokens"] > 500
+    assert made.fidelity is not None
+    assert own["measured"]["fidelity"]["kl_mean"] == pytest.approx(made.fidelity.kl_mean, rel=1e-4)
+    assert own["measured"]["memory_bytes"] > path.stat().st_size
+    lines = "\n".join(summary(inspect_gguf(path)))
+    assert "licence: apache-2.0" in lines
+    assert f"KL {made.fidelity.kl_mean:.4f}" in lines
+
+
+def test_measured_is_what_llama_cpp_says_of_the_file(budgeted: tuple[Path, Release], tied: Path, traces: Path,
+                                                    tmp_path: Path) -> None:  # fmt: skip
+    path, made = budgeted
+    quantize(tied, tmp_path / "f16.gguf", "F16")
+    texts = read_texts(traces, tmp_path / "f16.gguf", SMALL).measure
+    with LogitReader(tmp_path / "f16.gguf", n_threads=1) as plain, LogitReader(path, n_threads=1) as reader:
+        found = Reference.of(plain, texts).measure(reader)
+    assert made.fidelity is not None
+    assert found.kl_mean == pytest.approx(made.fidelity.kl_mean, rel=0.02)
+
+
+def test_card_and_table_hold_ours_and_the_recipes(budgeted: tuple[Path, Release]) -> None:
+    path, made = budgeted
+    card = path.with_name("README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nbase_model:\n- some-org/Some-Base-1B\n")
+    assert made.fidelity is not None
+    row = next(line for line in card.splitlines() if line.startswith("| small.gguf |"))
+    assert f"| {made.fidelity.kl_mean:.4f} |" in row
+    assert "| Q4_0 |" in card
+    svg = path.with_name("fidelity.svg").read_text()
+    assert svg.count("<circle") == 1
+    assert svg.count("<rect") == 1
+
+
+def test_a_card_of_somebody_else_is_left_alone(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    release(tied, tmp_path / "a.gguf", replace(settings, fidelity=False), n_threads=1)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "# " in (tmp_path / "a.gguf.md").read_text()
+
+
+def test_a_size_is_kept_to_the_byte(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    wanted = replace(settings, size=150_000)
+    made = release(tied, tmp_path / "a.gguf", wanted, n_threads=1)
+    assert 140_000 < (tmp_path / "a.gguf").stat().st_size == made.report.n_bytes <= 150_000
+    with pytest.raises(UsageError, match=r"MB are the least"):
+        release(tied, tmp_path / "b.gguf", replace(settings, size=50_000), n_threads=1)
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_file_is_made_again_and_a_changed_one_is_found_out(
+    budgeted: tuple[Path, Release], tied: Path, tmp_path: Path
+) -> None:
+    path, _ = budgeted
+    assert verify(path).holds
+    assert main(["quantize", "--verify", str(path), "--quiet"]) == 0
+    tampered = shutil.copy(path, path.with_name("tampered.gguf"))
+    tensor = read_gguf(path).tensors["blk.1.ffn_down.weight"]
+    with tampered.open("r+b") as file:
+        file.seek(tensor.offset + 7)
+        byte = file.read(1)
+        file.seek(tensor.offset + 7)
+        file.write(bytes([byte[0] ^ 1]))
+    found = verify(tampered)
+    assert found.different == ("blk.1.ffn_down.weight",)
+    assert main(["quantize", "--verify", str(tampered), "--quiet"]) == 3
+    other = Path(shutil.copytree(tied, tmp_path / "other"))
+    (other / "generation_config.json").write_text("{}")
+    found = verify(path, other)
+    assert [str(other / "generation_config.json") in text for text in found.sources] == [True]
+
+
+def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    out.write_text("before")
+    wanted = replace(settings, type="Q4_0", gate=Gate.parse("accuracy >= 0.9 of bf16, kl <= 10"))
+    given = iter([answers(20), answers(10)])
+    with pytest.raises(GateError, match=r"accuracy is 0\.5, not >= 0\.9"):
+        release(tied, out, wanted, evaluate=lambda _: next(given), n_threads=1)
+    assert out.read_text() == "before"
+    assert [one.name for one in tmp_path.iterdir() if one.suffix == ".gguf" and "imatrix" not in one.name] == ["a.gguf"]
+    given = iter([answers(20), answers(18)])
+    made = release(tied, out, wanted, evaluate=lambda _: next(given), n_threads=1)
+    assert made.paired is not None
+    assert (made.paired.lost, made.paired.gained) == (2, 0)
+    assert read_own(out)["measured"]["answers"]["accuracy"] == 0.9
+    with pytest.raises(UsageError, match="no problems to ask"):
+        release(tied, out, wanted, n_threads=1)
+
+
+def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    plain = release(tied, tmp_path / "a.gguf", replace(settings, type="Q4_0"), n_threads=1)
+    assert plain.fidelity is not None
+    limit = plain.fidelity.kl_mean / 3
+    wanted = replace(settings, type="Q4_0", gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
+    made = release(tied, tmp_path / "b.gguf", wanted, n_threads=1)
+    assert made.fidelity is not None
+    assert made.n_promotions > 0
+    assert made.fidelity.kl_mean <= limit
+    assert made.report.n_bytes > plain.report.n_bytes
+    never = replace(settings, type="Q4_0", gate=Gate.parse(f"bytes <= 1000, kl <= {limit:.6f}"), promote=True)
+    with pytest.raises(GateError, match="bytes"):
+        release(tied, tmp_path / "c.gguf", never, n_threads=1)
+
+
+def test_an_imatrix_may_be_given_or_left_out(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    first = release(tied, tmp_path / "made.gguf", replace(settings, type="Q4_0"), n_threads=1)
+    matrix = tmp_path / f"{tied.name}.imatrix.gguf"
+    given = replace(settings, type="Q4_0", imatrix=str(matrix), traces=None, fidelity=False)
+    release(tied, tmp_path / "given.gguf", given, n_threads=1)
+    none = replace(settings, type="Q4_0", imatrix="none")
+    release(tied, tmp_path / "none.gguf", none, n_threads=1)
+    stored = {name: blocks(tmp_path / f"{name}.gguf", "blk.0.ffn_up.weight") for name in ("made", "given", "none")}
+    assert (stored["made"] == stored["given"]).all()
+    assert (stored["made"] != stored["none"]).any()
+    assert first.fidelity is not None
+    assert "imatrix" not in read_own(tmp_path / "none.gguf")
+
+
+def blocks(path: Path, name: str) -> Any:
+    tensor = read_gguf(path).tensors[name]
+    return np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.offset)
+
+
+def test_settings_that_contradict_are_refused(tied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    with pytest.raises(UsageError, match="three ways"):
+        release(tied, out, ReleaseSettings(size=10**6, bpw=4))
+    with pytest.raises(UsageError, match="until a gate is met"):
+        release(tied, out, ReleaseSettings(promote=True))
+    with pytest.raises(UsageError, match="no traces to measure"):
+        release(tied, out, ReleaseSettings(bpw=5), n_threads=1)
+
+
+def test_on_the_command_line(
+    tied: Path,
+    traces: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deepdistill.quantize.release.default_threads", lambda: 1)
+    out = tmp_path / "a.gguf"
+    command = ["quantize", str(tied), "--out", str(out), "--traces", str(traces), "--no-proofs", "--quiet", "--json"]
+    assert main([*command, "--type", "Q4_0", "--gate", "kl <= 0.0000001"]) == 3
+    assert not out.exists()
+    assert "the gate was not met: kl is" in capsys.readouterr().err
+    assert main([*command, "--type", "Q4_0"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["fidelity"]["kl_mean"] > 0
+    assert report["report"]["n_bytes"] == out.stat().st_size
+    assert main(["inspect", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["deepdistill"]["quantization"]["type"] == "Q4_0"
