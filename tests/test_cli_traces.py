@@ -65,6 +65,19 @@ def test_others_traces_come_in_graded_and_as_many_as_asked_for_are_kept(
     assert f"24 of 36 traces train; all of them are in {run}/traces.jsonl" in capsys.readouterr().out
 
 
+def test_a_run_without_a_trace_to_train_on_says_why_and_shows_them(
+    problems: Path, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) for line in theirs.read_text().splitlines()]
+    theirs.write_text("".join(json.dumps(row | {"generations": row["generations"][2:]}) + "\n" for row in rows))
+    argv = ["--problems", str(problems), "--traces", str(theirs), "--student", "pocket", "--out", str(tmp_path / "run")]
+    assert main(["teach", *argv, "--quiet"]) == 1
+    err = capsys.readouterr().err
+    assert "no trace to train on" in err
+    assert "12 wrong" in err
+    assert "a guess" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_inspect_shows_files_runs_and_single_traces(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run / "traces.jsonl"), "--json"]) == 0
     report = last_json(capsys)

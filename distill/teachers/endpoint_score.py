@@ -21,15 +21,18 @@ from ...localrun.generation import Message, TopLogprobs
 from .servers import CONNECT_S, Retryable, Server, tls_context
 
 _ATTEMPTS = 5
+# Until a server has told tokens once: it may know no such question, and say so by silence.
+_FIRST_ATTEMPTS, _FIRST_TIMEOUT_S = 2, 20.0
 
 
 class Scorer:
     """Asks one server for the tokens of texts and for the log-probabilities of given ones. Safe from many threads."""
 
     def __init__(self, server: Server, model: str, timeout_s: float) -> None:
-        self._server, self._model = server, model
+        self._server, self._model, self._timeout_s = server, model, timeout_s
+        self._tells_tokens = False
         self._client = httpx.Client(
-            headers=server.headers, timeout=httpx.Timeout(timeout_s, connect=CONNECT_S), verify=tls_context()
+            headers=server.headers, timeout=httpx.Timeout(None, connect=CONNECT_S), verify=tls_context()
         )
 
     def tokens_of(self, text: str | Sequence[Message]) -> list[int]:
@@ -47,6 +50,7 @@ class Scorer:
         found = self._ask(f"{self._server.url.removesuffix('/v1')}/tokenize", body).get("tokens")
         if not isinstance(found, list) or not found or not all(type(token) is int for token in found):
             raise self._cannot("it does not tell tokens")
+        self._tells_tokens = True
         return found
 
     def score(self, messages: Sequence[Message], answer: str | Sequence[int], k: int) -> TopLogprobs:
@@ -72,7 +76,7 @@ class Scorer:
     def _ask(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         retry = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Retryable),
-            stop=tenacity.stop_after_attempt(_ATTEMPTS),
+            stop=tenacity.stop_after_attempt(_ATTEMPTS if self._tells_tokens else _FIRST_ATTEMPTS),
             wait=tenacity.wait_random_exponential(0.5, 30.0),
             reraise=True,
         )
@@ -84,7 +88,8 @@ class Scorer:
 
     def _ask_once(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            response = self._client.post(url, json=body)
+            wait_s = self._timeout_s if self._tells_tokens else min(self._timeout_s, _FIRST_TIMEOUT_S)
+            response = self._client.post(url, json=body, timeout=httpx.Timeout(wait_s, connect=CONNECT_S))
         except httpx.RequestError as error:
             raise Retryable(self._server.reason_of(error)) from None
         if response.status_code == 400 and "context length" in response.text:

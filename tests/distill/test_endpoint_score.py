@@ -120,6 +120,12 @@ def test_many_are_scored_at_once(server: Server, ours: TransformersTeacher) -> N
 def test_what_passes_is_waited_for_and_what_does_not_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     with open_teacher(server.url) as teacher:
+        server.fails = [(503, {})] * 9
+        with pytest.raises(TeacherError, match="does not score: HTTP 503"):
+            teacher.score(QUESTION, "35", top_logprobs=2)
+        assert len(server.fails) == 7, "who has never told tokens is not waited for"
+        server.fails = []
+        assert teacher.tokenize("35")
         server.fails = [(503, {}), (429, {}), (500, {})]
         assert teacher.score(QUESTION, "35", top_logprobs=2).ids.shape == (2, 2)
         server.fails = [(503, {"error": "busy"})] * 9
