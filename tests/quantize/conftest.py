@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -136,43 +139,89 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
+def write_checkpoint(
+    folder: Path, arch: str = "llama", pre: str = "smollm", dtype: str = "float32", **settings: Any
+) -> None:
+    """Write a checkpoint with random weights; settings beside the named ones go to its config."""
+    tokenizer = make_tokenizer(pre)
+    sizes = {
+        "vocab_size": len(tokenizer) + 6,  # padded, as many models are
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.15,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    sizes |= OWN.get(arch, {})
+    torch.manual_seed(7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(CONFIGS[arch](**(sizes | settings)))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():  # biases and norms start as constants, which hide errors
+                if name.endswith("bias") or "norm" in name:
+                    weight += 0.2 * torch.randn_like(weight)
+                if "mlp.gate.weight" in name:  # zero at first: every expert would be the same
+                    weight.normal_(std=0.5)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer += 0.1 * torch.randn_like(buffer)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(CARD)
+
+
+FIXED: dict[str, dict[str, Any]] = {
+    "llama": {
+        "dtype": "bfloat16",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "qwen2": {"pre": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"pre": "qwen2", "dtype": "float16"},
+    "qwen3moe": {"pre": "qwen2"},
+    "gemma3": {"dtype": "bfloat16", "vocab_size": 402},  # not padded: llama.cpp's converter cuts rows without a token
+    "deepseek2": {"pre": "deepseek-v3", "dtype": "bfloat16"},
+    "deepseek3": {"pre": "deepseek-v3", "q_lora_rank": None},
+}
+"""One checkpoint of every architecture whose weights are the same on every machine."""
+
+
+def write_fixed(folder: Path, arch: str) -> None:
+    """Write one of FIXED: its weights come from numpy's generator, which gives the same numbers everywhere."""
+    write_checkpoint(folder, arch, **FIXED[arch])
+    path = folder / "model.safetensors"
+    tensors = {}
+    for name, weight in load_file(path).items():
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+        values = 0.1 * rng.standard_normal(weight.shape, np.float32) + ("norm" in name)
+        tensors[name] = torch.from_numpy(values.astype(np.float32)).to(weight.dtype)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="session", name="write_fixed")
+def _write_fixed() -> Callable[[Path, str], None]:
+    return write_fixed
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """Return a function that writes a checkpoint; settings beside the named ones go to its config."""
+    """Return a function that writes a checkpoint as write_checkpoint does, and returns its folder."""
 
     def make(arch: str = "llama", pre: str = "smollm", dtype: str = "float32", **settings: Any) -> Path:
         folder = tmp_path_factory.mktemp(f"{arch}-student")
-        tokenizer = make_tokenizer(pre)
-        sizes = {
-            "vocab_size": len(tokenizer) + 6,  # padded, as many models are
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": False,
-            "initializer_range": 0.15,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
-        sizes |= OWN.get(arch, {})
-        torch.manual_seed(7)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = AutoModelForCausalLM.from_config(CONFIGS[arch](**(sizes | settings)))
-            with torch.no_grad():
-                for name, weight in model.named_parameters():  # biases and norms start as constants, which hide errors
-                    if name.endswith("bias") or "norm" in name:
-                        weight += 0.2 * torch.randn_like(weight)
-                    if "mlp.gate.weight" in name:  # zero at first: every expert would be the same
-                        weight.normal_(std=0.5)
-                for name, buffer in model.named_buffers():
-                    if name.endswith("e_score_correction_bias"):
-                        buffer += 0.1 * torch.randn_like(buffer)
-            model.to(getattr(torch, dtype)).save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(CARD)
+        write_checkpoint(folder, arch, pre, dtype, **settings)
         return folder
 
     return make
