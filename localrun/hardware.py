@@ -10,7 +10,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -234,6 +233,8 @@ def memory_bandwidth(n_bytes: int = 1 << 28, n_threads: int | None = None, n_pas
     Generating a token reads all of a model's weights once, so that this bounds the tokens/s of any file. The maximum of
     a float array is a plain read: numpy computes it with vector instructions and without the interpreter's lock.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     import numpy as np
 
     n_threads = n_threads or default_threads()

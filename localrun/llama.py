@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -97,9 +96,11 @@ def _start_library() -> None:
 
 def llama_version() -> str:
     """Return the version of the installed bindings, and with it of llama.cpp."""
+    import importlib.metadata
+
     try:
-        return version("llama-cpp-python")
-    except PackageNotFoundError:  # a checkout on the path
+        return importlib.metadata.version("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
         return str(llama_cpp.__version__)
 
 

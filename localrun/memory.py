@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
 from ..errors import ModelError, UsageError
 from .hardware import gpus
 from .lazy import import_part
@@ -223,7 +221,15 @@ def room_bytes() -> int:
 
 def available_bytes() -> int:
     """Return the memory that can be taken without swapping: what the system has, at most what a container leaves."""
-    return min([int(psutil.virtual_memory().available), *_cgroup_rooms()])
+    return min([_system_bytes(), *_cgroup_rooms()])
+
+
+def _system_bytes() -> int:
+    if found := re.search(r"^MemAvailable: +(\d+) kB$", _text(_PROC / "meminfo"), re.M):
+        return int(found[1]) * 1024
+    import psutil  # type: ignore[import-untyped]  # macOS, Windows; loading it takes longer than reading a file
+
+    return int(psutil.virtual_memory().available)
 
 
 def _cgroup_rooms() -> Iterator[int]:

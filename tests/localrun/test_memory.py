@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError, UsageError
@@ -322,6 +323,16 @@ def test_bytes_as_people_write_them() -> None:
         "999 MB",
         "4.1 GB",
     ]
+
+
+def test_the_systems_own_number_is_psutils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = memory._system_bytes()
+    assert read == pytest.approx(psutil.virtual_memory().available, rel=0.2)  # other programs come and go between
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:       7 kB\n")
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    assert memory._system_bytes() == 7 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert memory._system_bytes() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
 
 
 @pytest.fixture
