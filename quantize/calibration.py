@@ -23,9 +23,13 @@ _SHARES: tuple[tuple[int, Part], ...] = ((60, "calibrate"), (75, "choose"), (100
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How many tokens of each part are read, at most; of `choose` and `measure` the replies' alone are counted."""
+    """How many tokens of each part are read, at most; of `choose` and `measure` the replies' alone are counted.
+
+    Healing reads the traces that calibrate, and more of that part, `n_heal` tokens in all.
+    """
 
     n_calibrate: int = 8_192
+    n_heal: int = 0
     n_choose: int = 256
     n_measure: int = 2_048
     max_length: int = 2_048  # tokens of a trace; longer ones are cut
@@ -44,6 +48,7 @@ class Text:
 class Texts:
     """The traces by what they are for, and the SHA-256 of the file that they came from."""
 
+    heal: tuple[Text, ...] = ()  # those that calibrate come first
     calibrate: tuple[Text, ...] = ()
     choose: tuple[Text, ...] = ()
     measure: tuple[Text, ...] = ()
@@ -68,7 +73,8 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSetting
     """
     model = Model(model_path)
     try:
-        limits = {"calibrate": settings.n_calibrate, "choose": settings.n_choose, "measure": settings.n_measure}
+        n_calibrate = max(settings.n_calibrate, settings.n_heal)
+        limits = {"calibrate": n_calibrate, "choose": settings.n_choose, "measure": settings.n_measure}
         taken: dict[str, list[Text]] = {part: [] for part in limits}
         counts = dict.fromkeys(limits, 0)
         for trace in _verified(traces_path):
@@ -84,11 +90,20 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSetting
         raise UsageError(f"{traces_path} holds too few verified traces: none to {empty[0]} with", "a hundred will do")
     return Texts(
         tuple(taken["calibrate"]),
+        tuple(_first(taken["calibrate"], settings.n_calibrate)),
         tuple(taken["choose"]),
         tuple(taken["measure"]),
         str(traces_path),
         sha256_of(traces_path),
     )
+
+
+def _first(texts: Sequence[Text], n_tokens: int) -> Iterator[Text]:
+    for text in texts:
+        if n_tokens <= 0:
+            return
+        yield text
+        n_tokens -= len(text.tokens)
 
 
 def sha256_of(path: Path) -> str:

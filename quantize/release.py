@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from .desk import Desk
 from .fidelity import Fidelity
 from .ftypes import FTYPES, check_ftype
 from .gate import Gate, Metrics
+from .heal import HealSettings, heal
 from .paired import Answers, Paired, compare
 from .provenance import MEASURED, file_bytes, fill_in, licence_chain, placeholder, sampler_of, source_key, tools
 from .quantize import QuantizeReport, report_of
@@ -162,7 +163,7 @@ def release(
             settings.traces,
             "none" if settings.imatrix is None and not settings.has_budget and settings.type in _PLAIN
             else settings.imatrix,
-            settings.calibration,
+            replace(settings.calibration, n_heal=settings.heal * HealSettings.batch_tokens),
             n_threads or default_threads(),
             on_progress,
             settings.base,
@@ -270,15 +271,13 @@ class _Work:
         return self._plan_of(ftype, types, self.desk.importance)
 
     def _heal(self, types: Types) -> None:
-        from .heal import HealSettings, heal
-
         folder = self.out.parent / f"{self.desk.name}-healed"
         report = heal(
             self.desk.student_dir,
             folder,
             types,
             self.desk.importance,
-            self.desk.texts.calibrate,
+            self.desk.texts.heal,
             HealSettings(steps=self.settings.heal),
             on_progress=self.desk.on_progress,
             n_threads=self.desk.n_threads,
