@@ -234,15 +234,47 @@ def teach(
     lora_first_layer: Annotated[
         int, typer.Option(help="Leave the layers below without an adapter: faster.", min=0)
     ] = 0,
+    lora_targets: Annotated[
+        str, typer.Option(help="Linear maps with an adapter, such as q_proj,v_proj; every one if not given.")
+    ] = "",
+    lora_plus: Annotated[
+        float, typer.Option(help="The learning rate of LoRA's B by that of its A; LoRA+ advises 16.", min=0.01)
+    ] = 1.0,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed LoRA; slower.")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale the adapter by the rank's root.")] = False,
+    qlora: Annotated[bool, typer.Option("--qlora", help="A base of 4 bits under the adapter; needs a GPU.")] = False,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; 6e-4 for LoRA, 1e-4 for --full.", min=0)] = None,
     train_batch_size: Annotated[int, typer.Option(help="Rows a training step.", min=1)] = 16,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Rows of it computed at once; as many as fit the memory if not given.", min=1)
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the traces, at most.", min=1)] = 3,
+    steps: Annotated[int | None, typer.Option(help="Training steps, at most.", min=1)] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Box the training time; the learning rate follows the clock.", min=0.01)
     ] = None,
     max_length: Annotated[
         int, typer.Option(help="Tokens of a training row, at most; longer ones are counted.", min=16)
     ] = 1024,
+    too_long: Annotated[
+        Literal["drop", "shorten"],
+        typer.Option(help="What becomes of longer ones; shorten takes lines out of the middle of the reasoning."),
+    ] = "drop",
+    reasoning_weight: Annotated[float, typer.Option(help="Of its tokens in the loss.", min=0)] = 1.0,
+    answer_weight: Annotated[float, typer.Option(help="Of its tokens in the loss.", min=0)] = 1.0,
+    n_validation: Annotated[
+        int, typer.Option(help="Training problems held out to watch the training; none if there are few.", min=0)
+    ] = 32,
+    patience: Annotated[
+        int, typer.Option(help="Validations, 20 in a run, without progress before it ends early; 0: never.", min=0)
+    ] = 5,
+    train_dtype: Annotated[
+        Literal["bf16", "fp32"] | None, typer.Option(help="The faster one here, measured, if not given.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Of training; measured if not given.", min=1)] = None,
+    report_to: Annotated[
+        str, typer.Option(help="tensorboard, trackio, wandb, …, or several with commas between them.")
+    ] = "",
     stop_after: Annotated[Stage | None, typer.Option(help="End early, after this stage.")] = None,
     concurrency: Concurrency = None,
     batch_size: BatchSize = None,
@@ -301,11 +333,26 @@ def teach(
             "lora_rank": lora_rank,
             "lora_alpha": lora_alpha,
             "lora_first_layer": lora_first_layer,
+            "lora_targets": lora_targets,
+            "lora_plus": lora_plus,
+            "dora": dora,
+            "rslora": rslora,
+            "qlora": qlora,
             "lr": lr,
             "batch_size": train_batch_size,
+            "micro_batch": micro_batch,
             "epochs": epochs,
+            "steps": steps,
             "minutes": minutes,
             "max_length": max_length,
+            "too_long": too_long,
+            "reasoning_weight": reasoning_weight,
+            "answer_weight": answer_weight,
+            "n_validation": n_validation,
+            "patience": patience,
+            "dtype": train_dtype,
+            "threads": threads,
+            "report_to": report_to,
         },
     )
     folder = out or Path("runs") / run_name(student, problems)
@@ -901,8 +948,10 @@ def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text") from error
 
 
 def _run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:

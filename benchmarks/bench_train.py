@@ -2,12 +2,12 @@
 
     python benchmarks/bench_train.py --traces runs/demo/traces.jsonl
     python benchmarks/bench_train.py --traces … --full                 # all weights
-    python benchmarks/bench_train.py --device cuda --length 4096       # ours alone: tokens/s and model-FLOPs utilisation
+    python benchmarks/bench_train.py --device cuda --length 4096   # ours alone: tokens/s, share of peak FLOPs
 
 The rows are the demo's: the pocket teacher's traces in SmolLM2's template. Each cell is a process of its own, so that
-its peak memory is its own; every finished cell is kept in --out, and the same command goes on where it stopped. TRL's best
-CPU setting is found first, each candidate for a few steps. Rates count the rows' tokens, not padding; `computed` counts
-what rows share only once. The last line is JSON.
+its peak memory is its own; every finished cell is kept in --out, and the same command goes on where it stopped. TRL's
+best CPU setting is found first, each candidate for a few steps. Rates count the rows' tokens, not padding; `computed`
+counts what rows share only once. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import ArtifactError
 from .curriculum import arrange
 from .logit_rows import add_logits, refuse, why_no_logits
 from .logprobs import Logprobs, logprobs_path
 from .recipe import Loss, Work
-from .rows import Row, make_row
+from .rows import Row, make_row, shortened
 from .traces import Trace
 
 
@@ -31,21 +31,32 @@ def lessons(
     logit_share: float,
     work: Work,
     weights: Mapping[str, float] | None = None,
+    too_long: Literal["drop", "shorten"] = "drop",
 ) -> tuple[list[Row], list[Trace]]:
     """Return the rows of the traces that fit, and those traces. `weights` are `make_row`'s, by their names.
+
+    Traces without any text are left out. With `too_long` "shorten" what does not fit loses lines from the middle of its
+    reasoning, never the closing tag or the answer.
 
     Raises:
         ArtifactError: every trace is too long, or logits are asked for that cannot be had.
     """
+    said = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
     made = [
         (make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content, **(weights or {})), trace)
-        for trace in traces
+        for trace in said
     ]
+    if too_long == "shorten":
+        made = [(_shortened(tokenizer, row, trace, max_length, weights), trace) for row, trace in made]
     fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= max_length]
     if not fitting:
         raise ArtifactError(f"every trace is longer than {max_length} tokens", "raise --max-length")
     rows, kept = [row for row, _ in fitting], [trace for _, trace in fitting]
     return _with_logits(rows, kept, traces_path, tokenizer, loss, logit_share, work), kept
+
+
+def _shortened(tokenizer: Any, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float] | None) -> Row:
+    return shortened(tokenizer, row, trace.messages, trace.reasoning_content or "", trace.content, max_length, weights)
 
 
 def _with_logits(

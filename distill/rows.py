@@ -8,7 +8,7 @@ loss it carries, so a training run is any mixture of rows.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,34 @@ def make_row(
     seam = completion.rfind(content.strip(), 0, end) if content.strip() else end
     weights = [reasoning_weight if start < seam else answer_weight for start, _ in coded.offset_mapping]
     return Row(prompt_ids + coded.input_ids, len(prompt_ids), weights=weights)
+
+
+def shortened(
+    tokenizer: Any,
+    row: Row,
+    messages: Sequence[Message],
+    reasoning: str,
+    content: str,
+    max_length: int,
+    weights: Mapping[str, float] | None = None,
+) -> Row:
+    """Return a row of at most max_length tokens: the same without lines from the middle of its reasoning.
+
+    What cannot be shortened so far, and what is short enough, is returned as it is.
+    """
+    lines = reasoning.splitlines()
+    best, low, high = row, 1, len(lines) - 1  # how many lines may stay
+    if len(row.input_ids) <= max_length:
+        return row
+    while low <= high:
+        n_kept = (low + high) // 2
+        kept = lines[: (n_kept + 1) // 2] + lines[len(lines) - n_kept // 2 :]
+        tried = make_row(tokenizer, messages, "\n".join(kept), content, **(weights or {}))
+        if len(tried.input_ids) <= max_length:
+            best, low = tried, n_kept + 1
+        else:
+            high = n_kept - 1
+    return best
 
 
 def order_rows(rows: Sequence[Row], batch_size: int, epochs: int, seed: int) -> list[Row]:
