@@ -540,7 +540,8 @@ def quantize(
     print(*report.summary(), *made.summary(), sep="\n")
     print(f"next: deepdistill chat {report.path}")
     if json_output:
-        print(json.dumps(dataclasses.asdict(made) | {"report": dataclasses.asdict(report)}, default=str))
+        measured = {key: value for key, value in dataclasses.asdict(made).items() if key != "report"}
+        print(json.dumps(dataclasses.asdict(report) | measured, default=str))
     if report.proofs and report.proofs.failed:
         raise GateError(f"{report.path} does not do what its checkpoint does", "the proofs above say where they differ")
 
