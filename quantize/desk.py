@@ -87,7 +87,8 @@ class Desk:
         if self.imatrix_path is not None:
             return read_imatrix(Path(self.imatrix_path))
         if self.traces_path is None:
-            self.notes.append("no importance matrix: there are no traces to make one from")
+            if not self.notes:
+                self.notes.append("no importance matrix: there are no traces to make one from")
             return None
         texts = [text.tokens for text in self.texts.calibrate]
         dataset = f"{self.traces_path.name} sha256:{self.texts.sha256} model:{source_key(self.source)}"

@@ -168,7 +168,22 @@ def release(
             on_progress,
             settings.base,
         )  # fmt: skip
+        settings = _measurable(desk, settings)
         return _Work(desk, out, settings, dict(recipe or {}), evaluate, dict(metadata or {})).run()
+
+
+def _measurable(desk: Desk, settings: ReleaseSettings) -> ReleaseSettings:
+    """Return the settings without measurements where the traces are too few and nothing that was asked for needs them."""
+    needs = settings.has_budget or settings.gate or settings.heal
+    if needs or not settings.traces or not (settings.fidelity or desk.imatrix_path is None):
+        return settings
+    try:
+        assert desk.texts
+    except UsageError as error:
+        desk.notes.append(f"not measured, and no importance matrix: {error.message}")
+        desk.traces_path = None
+        return replace(settings, traces=None)
+    return settings
 
 
 class _Work:

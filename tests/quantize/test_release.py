@@ -279,6 +279,16 @@ def blocks(path: Path, name: str) -> Any:
     return np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.offset)
 
 
+def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(traces.read_text().splitlines(keepends=True)[:3]))
+    made = release(tied, tmp_path / "a.gguf", ReleaseSettings(type="Q4_0", traces=few), n_threads=1)
+    assert made.fidelity is None
+    assert any("too few verified traces" in note for note in made.report.notes)
+    with pytest.raises(UsageError, match="too few verified traces"):
+        release(tied, tmp_path / "b.gguf", ReleaseSettings(bpw=5, traces=few), n_threads=1)
+
+
 def test_settings_that_contradict_are_refused(tied: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     with pytest.raises(UsageError, match="three ways"):
@@ -305,7 +315,7 @@ def test_on_the_command_line(
     assert main([*command, "--type", "Q4_0"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["fidelity"]["kl_mean"] > 0
-    assert report["report"]["n_bytes"] == out.stat().st_size
+    assert report["n_bytes"] == out.stat().st_size
     assert main(["inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["deepdistill"]["quantization"]["type"] == "Q4_0"
