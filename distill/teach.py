@@ -6,13 +6,14 @@ A stage that finds its artifact in the run folder is done, so the same command g
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.progress import Progress, no_progress
-from .curate import curate
+from .curate import select
 from .filters import LONG_SHARE_SMALL, CurateSettings
 from .gather import gather, is_traces_file, take_in
 from .graders import NONE
@@ -58,7 +59,8 @@ def teach(
         base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
         filters = settings.curate_settings()
         problems, held_out = draw_problems(settings, work.offline)
-        kept, done = list[Trace](), True
+        kept: Iterable[Trace] = ()
+        done = True
         if settings.method == "grpo":
             if base is None or settings.rounds:
                 raise UsageError("--method grpo has no teacher, so no traces and no rounds", "leave those flags out")
@@ -90,24 +92,25 @@ def _distill(
     work: Work,
     stop_after: Stage | None,
     on_progress: Progress,
-) -> tuple[list[Trace], bool]:
+) -> tuple[Iterable[Trace], bool]:
     """Gather traces, curate them and train on them; return those that train, and whether all trainings are done."""
     if base and "long_share" not in settings.curation and _is_small(base):
         filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
     traces_path = _traces(run, problems, held_out, settings, work, stop_after, on_progress)
     rates = pass_rates(run, base, problems, settings, work.batch_size, on_progress) if base else None
-    kept, record = curate(
+    selected = select(
         lambda: TraceStore.read(traces_path),
         filters,
         evaluation=[problem.question for problem in held_out],
         pass_rate=rates,
     )
-    run.save("curation.json", record)
-    if not kept and stop_after != "traces":
-        write_report(run, kept)
-        raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(record))
+    run.save("curation.json", selected.record)
+    if not selected and stop_after != "traces":
+        write_report(run, selected)
+        raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(selected.record))
     if base is None:
-        return kept, False
+        return selected, False  # read again where they are wanted: there may be a million
+    kept = list(selected)
     rows = train_first(run, base, kept, traces_path, rates or {}, settings, work, on_progress)
     return kept, go_rounds(run, base, rows, settings, work, stop_after, on_progress)
 
