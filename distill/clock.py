@@ -100,16 +100,22 @@ class Clock(TrainerCallback):
             "validation_accuracy": round(found.accuracy, 4) if found else None,
         }
 
+    def resume(self, checkpoint: Path) -> int | None:
+        """Go on from where the checkpoint's process was; return the number of steps if that was the run's end."""
+        kept = json.loads((checkpoint / CLOCK_FILE).read_text(encoding="utf-8"))
+        self._before, self._lowest, self._losses = kept["seconds"], kept["lowest"], kept["losses"]
+        self._validations = [(done, Validation(*found)) for done, found in kept["validations"]]
+        self.stopped = kept["stopped"]
+        return int(checkpoint.name.split("-")[1]) if kept["ended"] == self._ends() else None
+
+    def _ends(self) -> list[float | None]:
+        """Return what ends the run, to be compared with what ended another."""
+        return [len(self._tokens) - 1, self._settings.steps, self._settings.minutes]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Go on from where the checkpoint's process was."""
-        output_dir = Path(args.output_dir)
-        saved = output_dir / f"checkpoint-{state.global_step}" / CLOCK_FILE
-        if saved.exists():
-            kept = json.loads(saved.read_text(encoding="utf-8"))
-            self._before, self._lowest, self._losses = kept["seconds"], kept["lowest"], kept["losses"]
-            self._validations = [(done, Validation(*found)) for done, found in kept["validations"]]
+        """Start the time, and the curve where the checkpoint was."""
         if state.is_world_process_zero:
-            self._curve = output_dir.parent / CURVE_FILE
+            self._curve = Path(args.output_dir).parent / CURVE_FILE
             _cut_curve(self._curve, state.global_step)
         self._started = self._saved = time.monotonic()
 
@@ -160,6 +166,8 @@ class Clock(TrainerCallback):
             "lowest": self._lowest,
             "losses": self._losses,
             "validations": [(done, (found.loss, found.accuracy)) for done, found in self._validations],
+            "stopped": self.stopped,
+            "ended": self._ends() if control.should_training_stop else None,
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / CLOCK_FILE).write_text(json.dumps(kept), encoding="utf-8")

@@ -121,14 +121,22 @@ def _run(
             train_dataset=ordered,
             data_collator=collate,
         )
-        trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
+        n_steps = _train(trainer, clock, last_checkpoint(checkpoints_dir))
         objective.release()
         error = None
         if trainer.is_world_process_zero():
             error = save_student(trainer.model, base_dir, tokenizer, out, ordered[:_N_CHECKED])
-        return TrainReport(
-            **clock.summary(trainer.state.global_step), pass_=objective.pass_, merge_error=error, **asdict(plan)
-        )
+        return TrainReport(**clock.summary(n_steps), pass_=objective.pass_, merge_error=error, **asdict(plan))
+
+
+def _train(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) -> int:
+    """Train to the end, from the checkpoint if there is one; return the number of steps."""
+    n_steps = clock.resume(Path(checkpoint)) if checkpoint else None
+    if n_steps is not None:  # only the merge is left
+        trainer._load_from_checkpoint(str(checkpoint))
+        return n_steps
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return int(trainer.state.global_step)
 
 
 def _validation(
