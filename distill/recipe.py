@@ -185,3 +185,7 @@ class Work:
         )
         teacher.on_note = self.say
         return teacher
+
+    def open_student(self, folder: Path) -> Teacher:
+        """Open a student's checkpoint, to answer or to be scored."""
+        return open_teacher(str(folder), device=self.device, batch_size=self.batch_size)

@@ -66,7 +66,9 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     kept_ids = None if kept is None else {trace.id for trace in kept}
     shown = [_show(trace, kept_ids) for trace in overview.sample()]
     columns = [name for name in COLUMNS if any(counts[name] for counts in overview.verdicts.values())]
-    values = artifacts | {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
+    rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("rounds") or 0))]
+    values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
+    values |= {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
     page = _template().render(**values, steps=list(funnel(artifacts["curation"], overview)))
     write_text(run.report_path, _printable(page))
 

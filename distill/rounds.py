@@ -36,6 +36,7 @@ from .rows import Row
 from .run import Run
 from .scoring import score_samples, why_not_scored
 from .teachers import Teacher, TeacherInfo, open_teacher
+from .teachers.loading import weights_hash
 from .teachers.worked import WORKED, WorkedTeacher
 from .traces import Trace, TraceStore
 from .train import TrainSettings, train
@@ -117,12 +118,17 @@ def answer(
     """Have the student answer, and grade what it says; what is there already is not answered again."""
     sampling = Sampling(temperature=settings.temperature, seed=seed, max_tokens=max_tokens)
     with TraceStore(round_.samples_path) as store, Grader() as grader:
+        if len(store) and next(iter(store)).teacher.revision != weights_hash(round_.student):
+            raise ArtifactError(
+                f"the samples in {round_.folder} are of another student than {round_.student}",
+                f"delete {round_.folder} to have this one answer",
+            )
         collect(
             problems,
             store,
             # One more than there are samples is never reached: right ones do not end a problem.
             CollectSettings(f"round {round_.number}", sampling, settings.samples, settings.samples + 1, 1),
-            open_teacher=lambda: open_teacher(str(round_.student), batch_size=work.batch_size),
+            open_teacher=lambda: work.open_student(round_.student),
             open_grader=lambda: grader,
             failures_path=round_.folder / "failures.jsonl",
             on_progress=lambda _, done, total, note: say(f"round {round_.number}, its own", done, total, note),
@@ -147,6 +153,7 @@ def ask_teacher(
         TeacherError: the teacher is not the one of the run, or cannot do what was asked for.
     """
     record: dict[str, Any] = run.load(f"rounds/{round_.number}/round.json") or {}
+    record["settings"] = dataclasses.asdict(options)
     with ExitStack() as opened:
 
         @cache

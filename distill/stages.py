@@ -18,7 +18,7 @@ from .problems import Problem, load_problems
 from .recipe import TeachSettings, Work
 from .run import Run
 from .student import teach_template
-from .teachers import Request, open_teacher
+from .teachers import Request
 from .traces import Trace
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def pass_rates(
     base: Path,
     problems: list[Problem],
     settings: TeachSettings,
-    batch_size: int | None,
+    work: Work,
     on_progress: Progress,
 ) -> dict[str, float] | None:
     """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
@@ -47,7 +47,7 @@ def pass_rates(
     right = dict.fromkeys((problem.id for problem in graded), 0)
     sampling = Sampling(temperature=0.7 if n_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
     requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
-    with open_teacher(str(base), batch_size=batch_size) as student, Grader() as grader:
+    with work.open_student(base) as student, Grader() as grader:
         for done, (index, completion) in enumerate(student.generate(requests, sampling), 1):
             problem = graded[index]
             right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
@@ -85,6 +85,7 @@ def train_first(
         logit_share=settings.logit_share,
         work=work,
         weights={"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight},
+        too_long=training.too_long,
     )
     trained, validation = hold_out(rows, kept, training.n_validation, settings.seed)
     if out.exists():
@@ -167,7 +168,7 @@ def score_hops(
         work.say("nothing is scored: no held-out problem has an answer")
         return
     for hop, model in _hops(run, base, settings).items():
-        _score(run, hop, model, graded, settings, work.batch_size, on_progress)
+        _score(run, hop, model, graded, settings, work, on_progress)
 
 
 def _hops(run: Run, base: Path, settings: TeachSettings) -> dict[str, Path]:
@@ -187,14 +188,14 @@ def _score(
     model: Path,
     problems: list[Problem],
     settings: TeachSettings,
-    batch_size: int | None,
+    work: Work,
     on_progress: Progress,
 ) -> Score | None:
     """Score one hop and add it to scores.json, unless it stands there already."""
     scores = run.load("scores.json") or {}
     if hop in scores:
         return None
-    with open_teacher(str(model), batch_size=batch_size) as teacher, Grader() as grader:
+    with work.open_student(model) as teacher, Grader() as grader:
         score = evaluate(
             teacher,
             problems,

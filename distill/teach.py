@@ -97,7 +97,7 @@ def _distill(
     if base and "long_share" not in settings.curation and _is_small(base):
         filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
     traces_path = _traces(run, problems, held_out, settings, work, stop_after, on_progress)
-    rates = pass_rates(run, base, problems, settings, work.batch_size, on_progress) if base else None
+    rates = pass_rates(run, base, problems, settings, work, on_progress) if base else None
     selected = select(
         lambda: TraceStore.read(traces_path),
         filters,

@@ -28,7 +28,7 @@ from ...localrun.progress import Progress, no_progress
 from ...localrun.thinking import prompt_opens_thinking
 from ..clock import CLOCK_FILE, checkpoints, last_checkpoint
 from ..collect import GradesAnswers
-from ..device import SMALL_MODEL, choose_device
+from ..device import SMALL_MODEL, choose_device, has_fast_bf16
 from ..evaluate import messages_of
 from ..lora import load_base
 from ..merge import save_student
@@ -141,7 +141,7 @@ class _Sampler:
         )
         was_training = model.training
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), trainer.accelerator.autocast():
             done = {row.index: row.tokens for row in decoder.run(iter(rows), sampling)}
         model.train(was_training)
         completions = [done[i] for i in range(len(rows))]
@@ -258,7 +258,7 @@ def _make_trainer(
         warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
         adam_beta2=0.99,
-        bf16=False,
+        bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
         use_cpu=device.type == "cpu",
         activation_checkpointing=False,
         logging_steps=1,

@@ -21,7 +21,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
-from deepdistill.errors import TeacherError
+from deepdistill.errors import ArtifactError, TeacherError
 
 TRAINING = {"full": True, "epochs": 1, "lr": 1e-3}
 
@@ -87,6 +87,9 @@ def test_a_round_keeps_what_it_was_made_of(finished: Path) -> None:
     assert record["training"]["steps"] >= 1
     scores_json = json.loads((finished / "scores.json").read_text())
     assert list(scores_json) == ["base", "imitation", "student"]
+    page = (finished / "report.html").read_text()
+    assert '<h2 id="rounds">' in page
+    assert "12 scored" in page
     assert (finished / "rounds" / "0" / "student" / "model.safetensors").exists()
     assert json.loads((finished / "teacher.json").read_text())["name"] == "pocket"
 
@@ -137,6 +140,13 @@ def test_another_teacher_is_refused(run: Path, chain_sum: str) -> None:
     first, *others = (run / "traces.jsonl").read_text().splitlines(keepends=True)
     (run / "traces.jsonl").write_text(first.replace('"revision": "', '"revision": "another') + "".join(others))
     with pytest.raises(TeacherError, match="not the teacher of this run: its revision was another"):
+        teach(_settings(chain_sum), run, stop_after="teacher")
+
+
+def test_samples_of_another_student_are_refused(run: Path, chain_sum: str) -> None:
+    path = run / "rounds/1/samples.jsonl"
+    path.write_text(path.read_text().replace('"revision": "', '"revision": "another'))
+    with pytest.raises(ArtifactError, match="are of another student"):
         teach(_settings(chain_sum), run, stop_after="teacher")
 
 
