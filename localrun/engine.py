@@ -23,7 +23,8 @@ from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
 from .generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
 from .hardware import best_threads, default_threads
-from .llama import Context, Entry, Model, llama_version
+from .header import UnknownTypeError
+from .llama import Context, Entry, Model, check_file, llama_version
 from .logprobs import stack_rows, top_with
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
 from .thinking import Part, Think, steer_thinking, tags_of
@@ -466,10 +467,15 @@ def _check_grammar(guidance: Guidance, model: Model) -> None:
 
 
 def _footprint(path: Path) -> Footprint | None:
-    """Return what a file takes; None where its header is not to be read, which llama.cpp says better."""
+    """Return what a file takes; None where it has types that only llama.cpp may know.
+
+    Raises:
+        ArtifactError: it is missing or malformed; llama.cpp is not let near it.
+    """
+    check_file(path)
     try:
-        return Footprint.of(path) if path.is_file() else None
-    except ArtifactError:
+        return Footprint.of(path)
+    except UnknownTypeError:
         return None
 
 

@@ -136,7 +136,7 @@ class Model:
             ArtifactError: it is missing, cut short, corrupt or no GGUF.
             ModelError: this llama.cpp cannot run it; the reason is its own.
         """
-        _check_file(path)
+        check_file(path)
         _start_library()
         self.path = path
         _log.clear()
@@ -383,7 +383,7 @@ def _text_of(call: Any, handle: Any, index: int) -> str:
         size = n + 1
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Tell a missing or foreign file apart before llama.cpp reads it."""
     if not path.is_file():
         raise ArtifactError(f"no GGUF file at {path}", "deepdistill quantize makes one from a checkpoint folder")
