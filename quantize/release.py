@@ -12,6 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def release(
 
 
 def _measurable(desk: Desk, settings: ReleaseSettings) -> ReleaseSettings:
-    """Return the settings without measurements where the traces are too few and nothing that was asked for needs them."""
+    """Return the settings without measurements where the traces are too few, and nothing that was asked needs them."""
     needs = settings.has_budget or settings.gate or settings.heal
     if needs or not settings.traces or not (settings.fidelity or desk.imatrix_path is None):
         return settings
@@ -213,7 +214,7 @@ class _Work:
         while True:
             conversion = self._plan(types)
             metadata = self._metadata(conversion)
-            expected = file_bytes(conversion, metadata)
+            expected = file_bytes(conversion, metadata) if self.settings.has_budget else None
             paths = write(
                 conversion,
                 self.desk.scratch / self.out.name,
@@ -222,7 +223,7 @@ class _Work:
                 self.desk.n_threads,
                 self.settings.split,
             )
-            if len(paths) == 1 and paths[0].stat().st_size != expected:
+            if expected and len(paths) == 1 and paths[0].stat().st_size != expected:
                 raise AssertionError(f"{paths[0].stat().st_size} bytes were written, {expected} were promised")
             fidelity, answers, paired = self._measure(paths[0])
             failures = self._failures(fidelity, answers, sum(path.stat().st_size for path in paths))
@@ -235,13 +236,16 @@ class _Work:
     def _choose(self) -> tuple[Types, list[Choice] | None]:
         """Return the type of every tensor, and the choices if they were measured."""
         if not self.settings.has_budget:
-            ftype = check_ftype(self.settings.type)
-            conversion = self._plan_of(ftype, importance=self.desk.importance)
-            return {one.tensor.name: one.got for one in conversion.tensors}, None
+            return {one.tensor.name: one.got for one in self._recipe.tensors}, None
         n_bytes = self.tensor_budget()
         with self.desk.open_bench() as bench:
             chosen = refine(self.desk.sensitivity, bench.damage, n_bytes, on_progress=self.desk.on_progress)
         return self._types_of(chosen), chosen
+
+    @cached_property
+    def _recipe(self) -> Conversion:
+        """The plan of the student by a standard recipe."""
+        return self._plan_of(check_ftype(self.settings.type), importance=self.desk.importance)
 
     def tensor_budget(self) -> int:
         """Return the bytes that the tensors which have a choice may take together.
@@ -278,12 +282,12 @@ class _Work:
 
     def _plan(self, types: Types) -> Conversion:
         """Return the plan of a file with these types, an untied output matrix among them if there is one."""
-        ftype = check_ftype(self.settings.type) if not self.settings.has_budget else nearest_ftype(types, self.desk)
-        if not self.settings.has_budget:
-            recipe = self._plan_of(ftype, importance=self.desk.importance)
-            if {one.tensor.name: one.got for one in recipe.tensors} == dict(types):
-                return recipe  # it knows what was asked for where a row has no whole blocks
-        return self._plan_of(ftype, types, self.desk.importance)
+        if self.settings.has_budget:
+            return self._plan_of(nearest_ftype(types, self.desk), types, self.desk.importance)
+        recipe = self._recipe
+        if self.healed is None and {one.tensor.name: one.got for one in recipe.tensors} == dict(types):
+            return recipe  # it knows what was asked for where a row has no whole blocks
+        return self._plan_of(recipe.ftype, types, self.desk.importance)
 
     def _heal(self, types: Types) -> None:
         folder = self.out.parent / f"{self.desk.name}-healed"
@@ -306,6 +310,8 @@ class _Work:
         if self.settings.base and self.source_dir == desk.student_dir:
             source["base"] = os.path.relpath(self.settings.base, folder)
         how = {key: value for key, value in asdict(self.settings).items() if key in _RECORDED and value is not None}
+        if self.settings.has_budget:
+            how.pop("type")
         how["gate"] = str(self.settings.gate) if self.settings.gate else None
         own: dict[str, Any] = {
             "quantization": {key: value for key, value in how.items() if value is not None},
