@@ -1,13 +1,14 @@
 """The engine against its peers on one GGUF, in turn in one run: one bar at a time, or all.
 
-    python benchmarks/bench_engine.py MODEL.gguf [depth stream batch speculate turns start] [--rounds 3]
-        [--out FILE.json]
+    python benchmarks/bench_engine.py MODEL.gguf [depth stream batch speculate turns attention start]
+        [--rounds 3] [--out FILE.json]
 
 depth      decoding at position 8,000 against a bare llama_decode loop there
 stream     4,000 tokens: ours, llama-cpp-python's create_chat_completion, llama.cpp's server (wheel xllamacpp)
 batch      16 sequences in one batch against one
 speculate  n-gram drafts on text that copies, text that does not, and worked sums, beside the ceiling: every draft right
 turns      first token of the second turn of a 2,000-token conversation, in the same process and resumed from disk
+attention  one sequence after 2,048 tokens, with and without flash attention: processor seconds, on one thread
 start      `deepdistill chat -p` as a whole process against loading and answering alone
 
 Every finished bar is added to FILE.json, and bars that stand there are not measured again.
@@ -37,7 +38,7 @@ from deepdistill.localrun import engine
 from deepdistill.localrun.drafts import Latch
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.generation import Guidance, Sampling
-from deepdistill.localrun.llama import has_amx
+from deepdistill.localrun.llama import Context, Entry, Model, has_amx
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 ROUNDS = 3
@@ -318,6 +319,31 @@ def first_token(opened: Engine, prompt: str) -> tuple[float, str, int]:
     return seconds, answer, step.n_prompt
 
 
+def bar_attention(model: Path) -> dict[str, Any]:
+    """Reported: what decides that one sequence on the processor does without."""
+    depth, loaded = 2048, Model(model)
+    contexts = {name: Context(loaded, 4096, 1, 1, 512, flash=name == "flash") for name in ("flash", "without")}
+    result: dict[str, Any] = {"depth": depth}
+    for name, context in contexts.items():
+        started = time.process_time()
+        for start in range(0, depth, 512):
+            context.decode([Entry(5 + (start + i) * 7 % 9000, start + i, 0, i == 511) for i in range(512)])
+        result[f"prefill_per_s_{name}"] = round(depth / (time.process_time() - started), 1)
+    for n in (1, 5):
+        seconds: dict[str, list[float]] = {name: [] for name in contexts}
+        for _ in range(8 * ROUNDS):
+            for name, context in contexts.items():
+                started = time.process_time()
+                context.decode([Entry(1000 + i, depth + i, 0, True) for i in range(n)])
+                seconds[name].append(time.process_time() - started)
+                context.forget(0, depth)
+        result |= {f"ms_of_{n}_{name}": round(1000 * statistics.median(taken), 1) for name, taken in seconds.items()}
+    for context in contexts.values():
+        context.close()
+    loaded.close()
+    return result
+
+
 def bar_start(model: Path) -> dict[str, Any]:
     """Bar: at most 0.4 s more than loading and answering take."""
     bare = (
@@ -348,6 +374,7 @@ BARS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "batch": bar_batch,
     "speculate": bar_speculate,
     "turns": bar_turns,
+    "attention": bar_attention,
     "start": bar_start,
 }
 
