@@ -137,10 +137,13 @@ class Desk:
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """The choices for every tensor, with what earlier runs have measured of them."""
-        items = items_of(self.twin, self.importance, self.n_threads, self.on_progress)
         matrix = self.imatrix.hash() if self.imatrix else "none"
         key = f"{source_key(self.source)} {matrix} {self.texts.sha256} {self.settings.n_choose}"
-        return Sensitivity(items, key, self.kept / f"{self.name}.sensitivity.json")
+        return Sensitivity.open(
+            self.kept / f"{self.name}.sensitivity.json",
+            key,
+            lambda: items_of(self.twin, self.importance, self.n_threads, self.on_progress),
+        )
 
     def open_bench(self) -> Bench:
         """Return what measures single choices on the texts that choose; close it."""

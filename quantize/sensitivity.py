@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,39 +51,48 @@ class Sensitivity:
 
     items: list[Item]
     key: str
-    path: Path | None = None
-    _measured: dict[str, float] = field(default_factory=dict)
+    path: Path
+    _n_unsaved: int = 0
 
-    def __post_init__(self) -> None:
-        """Take over what an earlier run has measured."""
-        if self.path and self.path.is_file():
-            try:
-                kept = json.loads(self.path.read_text(encoding="utf-8"))
-                self._measured = dict(kept["measured"]) if kept.get("key") == self.key else {}
-            except (OSError, ValueError, KeyError, TypeError):
-                self._measured = {}  # it is made again
-        self._apply()
+    @classmethod
+    def open(cls, path: Path, key: str, make: Callable[[], list[Item]]) -> Sensitivity:
+        """Return what an earlier run has kept, or begin with the items that `make` returns."""
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["key"] == key:
+                items = [Item(name, tuple(_choice_of(one) for one in choices)) for name, choices in kept["items"]]
+                return cls([scaled(item) for item in items], key, path)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # there is none, or one of another version: it is made again
+        found = cls(make(), key, path)
+        found.save()
+        return found
 
     def record(self, item: Item, choice: Choice, damage: float) -> None:
         """Note a measured divergence, in nats a token."""
-        self._measured[f"{item.name} {choice.type.name}"] = damage
-        if len(self._measured) % _SAVE_EVERY == 0:
+        at = next(i for i, one in enumerate(self.items) if one.name == item.name)
+        known = replace(choice, damage=max(damage, 0.0), is_measured=True)
+        choices = tuple(known if one.type == choice.type else one for one in self.items[at].choices)
+        self.items[at] = scaled(replace(item, choices=choices))
+        self._n_unsaved += 1
+        if self._n_unsaved >= _SAVE_EVERY:
             self.save()
 
     def save(self) -> None:
         """Write what is known beside its place, and rename it."""
-        self._apply()
-        if self.path:
-            temporary = self.path.with_name(f".{self.path.name}.part")
-            temporary.write_text(json.dumps({"key": self.key, "measured": self._measured}, indent=1), encoding="utf-8")
-            temporary.replace(self.path)
+        items = [
+            [i.name, [[c.type.name, c.n_bytes, c.error, c.damage if c.is_measured else None] for c in i.choices]]
+            for i in self.items
+        ]
+        temporary = self.path.with_name(f".{self.path.name}.part")
+        temporary.write_text(json.dumps({"key": self.key, "items": items}), encoding="utf-8")
+        temporary.replace(self.path)
+        self._n_unsaved = 0
 
-    def _apply(self) -> None:
-        def known(item: Item, choice: Choice) -> Choice:
-            damage = self._measured.get(f"{item.name} {choice.type.name}")
-            return choice if damage is None else replace(choice, damage=max(damage, 0.0), is_measured=True)
 
-        self.items = [scaled(replace(i, choices=tuple(known(i, c) for c in i.choices))) for i in self.items]
+def _choice_of(kept: list[Any]) -> Choice:
+    name, n_bytes, error, damage = kept
+    return Choice(Type[name], int(n_bytes), float(error), float(damage or 0.0), damage is not None)
 
 
 def items_of(
