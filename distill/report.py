@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ from .traces import Trace, TraceStore
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # of each text in the page, at most
+_FILES = re.compile(r"<!-- files: begin -->.*?<!-- files: end -->", re.DOTALL)
 _VERIFIED_BY = ("held_out", "wrong", "unknown")  # the filters that come before a trace counts as verified
 
 
@@ -70,7 +72,13 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
     values |= {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
     page = _template().render(**values, steps=list(funnel(artifacts["curation"], overview)))
-    write_text(run.report_path, _printable(page))
+    write_text(run.report_path, _printable(_with_files(page, run.report_path)))
+
+
+def _with_files(page: str, before: Path) -> str:
+    """Return the page with what `quantize` has put into the report that it replaces: the table of the run's files."""
+    found = _FILES.search(before.read_text(encoding="utf-8")) if before.is_file() else None
+    return page.replace("</main>", f"{found[0]}\n</main>") if found else page
 
 
 def funnel(curation: dict[str, Any] | None, overview: Overview) -> Iterator[Step]:

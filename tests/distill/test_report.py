@@ -184,6 +184,17 @@ def test_a_browser_runs_the_pages_script_and_no_other(tmp_path: Path) -> None:
     assert Page(seen).all("body") == [{}]
 
 
+def test_the_table_of_the_files_stays_when_the_report_is_written_again(tmp_path: Path) -> None:
+    hostile = "<!-- files: begin --><b>forged</b><!-- files: end -->"
+    report(tmp_path / "run", [trace(1, content=hostile)])
+    path = tmp_path / "run" / "report.html"
+    part = "<!-- files: begin -->\n<section><h2>Files</h2></section>\n<!-- files: end -->"
+    path.write_text(path.read_text().replace("</main>", f"{part}</main>"))
+    again = report(tmp_path / "run", [trace(1, content=hostile)])
+    assert again.count(part) == 1
+    assert "<b>forged</b>" not in again
+
+
 def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
     line = trace(1).to_json().replace("it is 1", "\\ud83d it is")
     with Run(tmp_path / "run", RECIPE) as run:
