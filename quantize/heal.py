@@ -50,7 +50,7 @@ class HealSettings:
     steps: int = 100
     lr: float = 5e-5
     batch_tokens: int = 1_024
-    refresh: int = 4
+    refresh: int = 8
     top_k: int = 128
     seed: int = 0
 
