@@ -182,7 +182,7 @@ def run_cell(options: Any) -> dict[str, Any]:
 
 def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     """Train with `deepdistill`'s loop."""
-    from deepdistill.distill.clock import read_curve
+    from deepdistill.distill.curves import read_curve
     from deepdistill.distill.rows import Row
     from deepdistill.distill.student import student_dir, teach_template
     from deepdistill.distill.teachers.loading import load_tokenizer

@@ -97,6 +97,30 @@ def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart 
     return Chart(_stack({"speed": rates}, labels, top), ticks, summary, f"{top:,.0f} tokens/s", ["speed"])
 
 
+def curve(points: list[dict[str, Any]], key: str) -> Chart | None:
+    """Return how a value of the training went with its steps, in up to 40 means; None with fewer than two values.
+
+    points are lines of curve.jsonl; a validation's has no step and belongs to the one before it.
+    """
+    steps, values, step = [], [], 0
+    for point in points:
+        step = point.get("step", step)
+        if key in point and math.isfinite(point[key]):
+            steps.append(step)
+            values.append(float(point[key]))
+    if len(values) < 2:
+        return None
+    parts = np.array_split(np.array(values), min(_BINS, len(values)))
+    means = np.array([float(part.mean()) for part in parts])
+    share = key.endswith("accuracy")
+    shown = [f"{100 * mean:.1f} %" if share else f"{mean:.3g}" for mean in means]
+    top = 1.0 if share else float(means.max()) or 1.0
+    summary = f"From {shown[0]} to {shown[-1]} in {steps[-1]:,} steps."
+    ticks = [f"step {steps[0]:,}", f"step {steps[-1]:,}"]
+    bars = _stack({"speed": means}, shown, top)
+    return Chart(bars, ticks, summary, "100 %" if share else f"{top:.3g}", ["speed"])
+
+
 def _stack(counts: dict[str, npt.NDArray[Any]], labels: list[str], top: float) -> list[Bar]:
     bars, below = [], np.zeros(len(labels))
     step = 100 / len(labels)

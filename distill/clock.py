@@ -16,12 +16,12 @@ from transformers import TrainerCallback
 
 from ..errors import ModelError
 from ..localrun.progress import Progress
+from .curves import CURVE_FILE, cut_curve
 from .packing import Batch
 from .rows import Row
 from .train_settings import TrainSettings
 
 CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
-CURVE_FILE = "curve.jsonl"
 _WINDOW = 20  # steps whose mean loss is looked at
 _DIVERGED = 2.0  # times the lowest mean so far, and half a nat more
 _N_VALIDATIONS = 20  # in a run
@@ -116,7 +116,7 @@ class Clock(TrainerCallback):
         """Start the time, and the curve where the checkpoint was."""
         if state.is_world_process_zero:
             self._curve = Path(args.output_dir).parent / CURVE_FILE
-            _cut_curve(self._curve, state.global_step)
+            cut_curve(self._curve, state.global_step)
         self._started = self._saved = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -226,27 +226,6 @@ def last_checkpoint(folder: Path) -> str | None:
         else:
             shutil.rmtree(path, ignore_errors=True)
     return whole
-
-
-def read_curve(path: Path) -> list[dict[str, Any]]:
-    """Return the points of a curve; a line that a kill cut off is left out."""
-    points = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            points.append(json.loads(line))
-        except ValueError:
-            continue
-    return points
-
-
-def _cut_curve(path: Path, step: int) -> None:
-    """Drop what a run that was killed drew behind its last checkpoint."""
-    kept, reached = [], 0
-    for point in read_curve(path):
-        reached = point.get("step", reached)
-        if reached <= step:
-            kept.append(json.dumps(point) + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
 
 
 def _agreed(value: float) -> float:

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .charts import curve
+from .curves import CURVE_FILE, read_curve
 from .filters import question_of, shorten
 from .overview import COLUMNS, Overview, judged
 from .run import Run, write_text
@@ -69,7 +71,9 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     shown = [_show(trace, kept_ids) for trace in overview.sample()]
     columns = [name for name in COLUMNS if any(counts[name] for counts in overview.verdicts.values())]
     rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("rounds") or 0))]
+    points = read_curve(run.folder / CURVE_FILE)
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
+    values |= {"curves": {"loss": curve(points, "loss"), "accuracy": curve(points, "validation_accuracy")}}
     values |= {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
     page = _template().render(**values, steps=list(funnel(artifacts["curation"], overview)))
     write_text(run.report_path, _printable(_with_files(page, run.report_path)))

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.charts import histogram, over_time
+from deepdistill.distill.charts import curve, histogram, over_time
 from deepdistill.distill.curate import curate
 from deepdistill.distill.overview import Overview
 from deepdistill.distill.report import funnel, print_curation, write_report
@@ -316,3 +316,28 @@ def test_the_table_of_the_terminal_says_how_many_and_obeys_no_trace() -> None:
     assert "\u202e" not in printed
     assert re.search(r"trains +4", printed)
     assert json.dumps(record)
+
+
+def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) -> None:
+    points: list[dict[str, Any]] = []
+    for step in range(1, 101):
+        points.append({"step": step, "loss": 2.0 - 0.01 * step, "lr": 1e-3})
+        if step % 20 == 0:
+            points.append({"validation_loss": 1.0, "validation_accuracy": step / 200})
+    loss, accuracy = curve(points, "loss"), curve(points, "validation_accuracy")
+    assert loss is not None
+    assert accuracy is not None
+    assert len(loss.bars) == 40
+    assert loss.bars[0].title == f"{2.0 - 0.02:.3g}"  # of the first three steps
+    assert accuracy.ticks == ["step 20", "step 100"]
+    assert [round(bar.height) for bar in accuracy.bars] == [10, 20, 30, 40, 50]
+    assert curve(points[:1], "loss") is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    with Run(tmp_path / "run", RECIPE) as run:
+        run.save("training.json", TRAINING | {"validation_accuracy": 0.5, "stopped": "early"})
+        write_report(run)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "From 1.98 to 1" in page
+    assert "50.0 % are the student" in page
+    assert "ended early" in page

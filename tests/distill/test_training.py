@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill import train as train_module
-from deepdistill.distill.clock import Clock, read_curve
+from deepdistill.distill.clock import Clock
+from deepdistill.distill.curves import read_curve
 from deepdistill.distill.rows import Row
 from deepdistill.distill.train import TrainSettings, train
 from deepdistill.errors import ArtifactError, ModelError, UsageError
