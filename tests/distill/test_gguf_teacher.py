@@ -33,7 +33,7 @@ def test_many_at_once_answer_as_each_alone(smollm2: Path) -> None:
     with open_teacher(str(smollm2), batch_size=2) as teacher:
         assert (teacher.n_parallel, teacher.backend) == (2, "gguf")
         answers = dict(teacher.generate(conversations, Sampling(max_tokens=6)))
-    with Engine(smollm2) as engine:
+    with Engine(smollm2, n_seq=2) as engine:  # one for a single sequence attends, and so rounds, otherwise
         for i, request in enumerate(conversations):
             prompt = engine.render(list(request.messages))
             alone = "".join(step.text for step in engine.stream(prompt, Sampling(max_tokens=6)))
@@ -88,7 +88,7 @@ def test_a_given_answer_is_scored_as_the_generated_one_was(smollm2: Path) -> Non
         by_text = teacher.score(request.messages, "Blue<|im_end|>", top_logprobs=5)
     np.testing.assert_allclose(by_tokens.values, said.logprobs.values, atol=0.05)
     assert said.logprobs.ids[:, 0].tolist() == list(said.token_ids), "greedy"
-    with Engine(smollm2) as engine:
+    with Engine(smollm2, n_seq=2) as engine:  # as above
         prompt = engine.tokenize(engine.render(list(request.messages)))
         answer = engine.model.tokenize("Blue<|im_end|>", whole=False)
         logits = engine.logits([*prompt, *answer])[len(prompt) - 1 : -1].astype(np.float64)
