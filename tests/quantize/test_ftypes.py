@@ -121,6 +121,8 @@ def compare_bytes(checked: Checked, tmp_path: Path, ftype: str, with_importance:
 
 @pytest.mark.parametrize("ftype", ["Q8_0", "F16", "Q3_K_M"])
 def test_every_tensor_is_llama_cpps_byte_for_byte(checkpoint_and_f32: Checked, tmp_path: Path, ftype: str) -> None:
+    if ftype == "Q3_K_M" and checkpoint_and_f32[1].stat().st_size > 20_000_000:
+        pytest.skip("among the slow ones below")
     compare_bytes(checkpoint_and_f32, tmp_path, ftype, ftype == "Q3_K_M")
 
 
