@@ -91,8 +91,10 @@ class Engine:
         """
         self.path = Path(path)
         footprint = _footprint(self.path)
+        self.flash: bool | None = None
         if footprint:
             n_ctx = fit_context(footprint, kv_type, n_seq, n_ctx)
+            self.flash = flash_attention(footprint, n_ctx, kv_type) if n_seq == 1 else None
         self.model = Model(self.path)
         self.metadata, self.n_vocab, self.n_ctx_train = self.model.metadata, self.model.n_vocab, self.model.n_ctx_train
         self.n_ctx = n_ctx or min(self.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
@@ -103,7 +105,6 @@ class Engine:
             # One sequence more than asked for holds what all prompts begin with.
             n_sequences, n_batch = n_seq + 1 if n_seq > 1 else 1, max(N_BATCH, n_seq)
             n_kv = n_cells(self.n_ctx, n_seq)
-            self.flash = None if footprint is None or n_seq > 1 else flash_attention(footprint, self.n_ctx, kv_type)
             self._context = Context(
                 self.model, n_kv, n_sequences, n_threads or default_threads(), n_batch, kv_type, flash=self.flash
             )
