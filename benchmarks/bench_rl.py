@@ -26,7 +26,7 @@ from deepdistill.distill.grade import Grader
 from deepdistill.distill.lessons import lessons
 from deepdistill.distill.pocket.recipe import Recipe
 from deepdistill.distill.pocket.recipe import train as train_pocket
-from deepdistill.distill.pocket.reinforce import measure, reinforce
+from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.grpo import GrpoSettings, grpo
@@ -75,7 +75,9 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cells.save("before", measure(early, arguments.n_eval) | {"stage": stage})
     if "before" not in cells:
         cells.save("before", measure(early, arguments.n_eval))
-    settings = GrpoSettings(steps=10**6, minutes=arguments.minutes, lr=arguments.lr, seed=arguments.seed)
+    settings = GrpoSettings(
+        steps=10**6, minutes=arguments.minutes, max_tokens=LONGEST, lr=arguments.lr, seed=arguments.seed
+    )
     if "after" not in cells:
         report = reinforce(early, out / "reinforced", settings, on_progress=bars)
         cells.save("after", measure(out / "reinforced", arguments.n_eval) | {"report": asdict(report)})

@@ -27,6 +27,7 @@ from .card import expert_load, held_out_texts, score_families, spec_of
 from .chains import FAMILIES
 from .recipe import ExpertBalance
 
+LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _GAMMA = 1e-4  # a tenth of the recipe's: fewer tokens stand behind a step
 _N_TEXTS = 50  # a family, for the experts' load
 
@@ -103,7 +104,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-eval", type=int, default=200)
     arguments = parser.parse_args()
-    settings = GrpoSettings(steps=10**6, minutes=arguments.minutes, lr=arguments.lr, seed=arguments.seed)
+    settings = GrpoSettings(
+        steps=10**6, minutes=arguments.minutes, max_tokens=LONGEST, lr=arguments.lr, seed=arguments.seed
+    )
     with Bars(quiet=False) as bars:
         report = reinforce(arguments.start, arguments.out, settings, on_progress=bars)
     found = {

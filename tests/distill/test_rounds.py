@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepdistill.distill import rounds as rounds_module
+from deepdistill.distill import round_teacher
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.mixture import MixtureSettings, mix, pass_rates
 from deepdistill.distill.recipe import TeachSettings, Work
@@ -101,7 +101,9 @@ def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) 
 
 
 def test_the_teacher_is_needed_for_its_part_alone(run: Path, chain_sum: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = _settings(chain_sum)
+    settings = _settings(chain_sum, on_policy_loss="policy-gradient")
+    recipe = run / "recipe.json"
+    recipe.write_text(recipe.read_text().replace('"on_policy_loss": "auto"', '"on_policy_loss": "policy-gradient"'))
     teach(settings, run, stop_after="teacher")
     assert (run / "rounds/1/scores.bin").exists()
     assert not (run / "student").exists()
@@ -111,6 +113,7 @@ def test_the_teacher_is_needed_for_its_part_alone(run: Path, chain_sum: str, mon
 
     monkeypatch.setattr(Work, "open_teacher", no_teacher)
     assert teach(settings, run, stop_after="training").student_dir
+    assert (run / "rounds/1/own_scores.bin").exists()  # the student's own, to compare with
 
 
 def test_a_round_that_was_cut_off_scores_only_what_is_left(run: Path, chain_sum: str) -> None:
@@ -153,7 +156,7 @@ def test_samples_of_another_student_are_refused(run: Path, chain_sum: str) -> No
 def test_a_foreign_tokenizer_leaves_own_right_answers_and_corrections_and_says_so(
     run: Path, chain_sum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounds_module, "why_not_scored", lambda teacher, tokenizer: "the teacher has another tokenizer")
+    monkeypatch.setattr(round_teacher, "why_not_scored", lambda teacher, tokenizer: "the teacher has another tokenizer")
     said: list[str] = []
     with pytest.raises(TeacherError, match="--on-policy-loss reverse-kl: the teacher has another tokenizer"):
         ask_for(run, _settings(chain_sum, on_policy_loss="reverse-kl"))
