@@ -23,7 +23,8 @@ from deepdistill.localrun.hardware import default_threads
 from deepdistill.quantize.calibration import CalibrationSettings
 from deepdistill.quantize.convert import plan, write
 from deepdistill.quantize.desk import Desk
-from deepdistill.quantize.release import ReleaseSettings, release
+from deepdistill.quantize.release import release
+from deepdistill.quantize.settings import ReleaseSettings
 
 
 def main() -> None:

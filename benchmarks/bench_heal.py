@@ -26,7 +26,8 @@ from deepdistill.distill.teachers import open_teacher
 from deepdistill.localrun.generation import Sampling
 from deepdistill.quantize.paired import compare
 from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.release import ReleaseSettings, release
+from deepdistill.quantize.release import release
+from deepdistill.quantize.settings import ReleaseSettings
 
 _MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.2}  # about, on 2 cores
 

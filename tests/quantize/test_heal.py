@@ -17,8 +17,9 @@ from deepdistill.quantize.calibration import CalibrationSettings
 from deepdistill.quantize.convert import plan
 from deepdistill.quantize.heal import divergence
 from deepdistill.quantize.inspection import read_own
-from deepdistill.quantize.release import ReleaseSettings, release
+from deepdistill.quantize.release import release
 from deepdistill.quantize.rows import origins
+from deepdistill.quantize.settings import ReleaseSettings
 from deepdistill.quantize.verify import verify
 
 

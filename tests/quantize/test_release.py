@@ -29,7 +29,8 @@ from deepdistill.quantize.gate import Gate
 from deepdistill.quantize.inspection import inspect_gguf, read_own, summary
 from deepdistill.quantize.paired import Answers
 from deepdistill.quantize.quantize import quantize
-from deepdistill.quantize.release import Release, ReleaseSettings, release
+from deepdistill.quantize.release import Release, release
+from deepdistill.quantize.settings import ReleaseSettings
 from deepdistill.quantize.verify import verify
 
 SMALL = CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)
@@ -255,6 +256,10 @@ def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: ReleaseS
     assert made.n_promotions > 0
     assert made.fidelity.kl_mean <= limit
     assert made.report.n_bytes > plain.report.n_bytes
+    assert not (tmp_path / "c.gguf").exists()
+    limited = replace(settings, size=2 * made.report.n_bytes, gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
+    lean = release(tied, tmp_path / "d.gguf", limited, n_threads=1)
+    assert lean.report.n_bytes < 2 * made.report.n_bytes
     never = replace(settings, type="Q4_0", gate=Gate.parse(f"bytes <= 1000, kl <= {limit:.6f}"), promote=True)
     with pytest.raises(GateError, match="bytes"):
         release(tied, tmp_path / "c.gguf", never, n_threads=1)
