@@ -496,7 +496,8 @@ def quantize(
         raise UsageError("which student?", "give a run folder or a checkpoint folder")
     from .quantize.files import parse_size
     from .quantize.gate import Gate
-    from .quantize.release import ReleaseSettings, release
+    from .quantize.release import release
+    from .quantize.settings import ReleaseSettings
 
     folder, settings = _run_of(student)
     checkpoint = folder / "student" if folder else student
