@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .generation import FinishReason, Guidance, Sampling
 from .llama import Context, Model
-from .loops import LoopDetector
+from .loops import LoopDetector, VarietyGauge
 from .reading import Reading
 from .sampler import Sampler
 from .thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
@@ -48,7 +48,8 @@ class Turn:
         self._queue: deque[int] = deque()
         self._hinted = self._closing = self._constrained = False
         self._loops = LoopDetector() if guidance.loop_guard else None
-        self._fought = False
+        self._variety: VarietyGauge | None = None  # of the part that went in circles, since then
+        self._fought_in: Part | None = None
         self._notes: list[str] = []
         self._stops = _StopStrings(guidance.stop) if guidance.stop else None
         self._answer: list[str] = []
@@ -115,7 +116,7 @@ class Turn:
             return self._finish("stop", [])
         pieces = self._until_stop(self.reading.add(token))
         if self.finish_reason is None and self._loops:
-            self._guard(self._loops.add(token))
+            self._guard(token)
         if self.finish_reason is None and len(self.tokens) >= self._limit:
             self.finish_reason = "length"
         if self.finish_reason is not None:
@@ -164,15 +165,19 @@ class Turn:
         self.reading.forbid_tags()
         self._queue.extend(self._close)
 
-    def _guard(self, period: int | None) -> None:
-        """Answer a loop: DRY, then the end of the thinking or of the answer."""
+    def _guard(self, token: int) -> None:
+        """Answer a loop: DRY, then the end of the thinking or of the answer.
+
+        What DRY makes of a loop may be one pattern in ever new words: that is ended too, in the part that looped.
+        """
         assert self._loops
-        if period is None or self._queue:
+        period, part = self._loops.add(token), self.reading.part
+        is_stuck = self._variety is not None and self._variety.add(token) and part == self._fought_in
+        if (period is None and not is_stuck) or self._queue:
             return
         self._loops.reset()
-        part = self.reading.part
-        if not self._fought:
-            self._fought = True
+        if self._fought_in is None:
+            self._fought_in, self._variety = part, VarietyGauge()
             self.reading.forbid_tags()
             self._sampler.fight_loops(self.tokens)
             self._notes.append(f"the {part} goes in circles of {period} tokens; repetition is penalized from here")

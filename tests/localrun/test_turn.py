@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deepdistill.errors import UsageError
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.generation import FREE, Guidance, Sampling
-from deepdistill.localrun.loops import LEAST_TOKENS, LoopDetector
+from deepdistill.localrun.loops import LEAST_TOKENS, LoopDetector, VarietyGauge
 from deepdistill.localrun.sampler import Sampler
 from deepdistill.localrun.turn import _StopStrings
 
@@ -142,6 +142,36 @@ def test_where_dry_does_not_help_the_thinking_is_wound_down_and_the_answer_ended
         "the thinking still goes in circles and was closed",
         "the answer still goes in circles and was ended",
     ]
+
+
+def test_a_loop_that_varies_under_dry_is_ended_in_the_part_that_looped(
+    looping: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model says five tokens for ever: here they count as a loop once, and from then on as a pattern."""
+    found = LoopDetector.add
+    n_found: list[int] = []
+
+    def add_once(self: LoopDetector, token: int) -> int | None:
+        period = found(self, token)
+        n_found.extend([period] if period else [])
+        return period if len(n_found) == 1 else None
+
+    monkeypatch.setattr(Sampler, "fight_loops", lambda self, history: None)
+    monkeypatch.setattr(LoopDetector, "add", add_once)
+    steps = ask(looping, Sampling(max_tokens=470), Guidance(loop_guard=True))
+    closed = next(step for step in steps if step.note == "the thinking still goes in circles and was closed")
+    assert closed.n_generated == LEAST_TOKENS + 256
+    assert steps[-1].finish_reason == "length", "an answer that did not loop before may be a table of numbers"
+
+
+@relaxed
+@given(st.lists(st.integers(0, 90), min_size=200, max_size=700), st.integers(1, 90))
+def test_variety_is_counted_over_a_window(tokens: list[int], n_different: int) -> None:
+    tokens = [token % n_different for token in tokens]
+    gauge = VarietyGauge()
+    for end in range(1, len(tokens) + 1):
+        window = tokens[max(0, end - 256) : end]
+        assert gauge.add(tokens[end - 1]) == (len(window) == 256 and len(set(window)) < 76.8)
 
 
 @relaxed
