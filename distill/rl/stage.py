@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ...errors import UsageError
 from ...localrun.progress import Progress
@@ -38,8 +39,7 @@ def reinforce(
     training = settings.training
     per_step = min(_PROBLEMS, len(graded))
     options = GrpoSettings(
-        # With `minutes` the clock says when it is enough.
-        steps=10**6 if training.get("minutes") else max(1, training.get("epochs", 1) * len(graded) // per_step),
+        steps=training.get("steps") or _steps(training, len(graded), per_step),
         minutes=training.get("minutes"),
         group_size=settings.samples if settings.samples > 1 else _GROUP,
         problems_per_step=per_step,
@@ -56,3 +56,8 @@ def reinforce(
             base, graded, tokenizer, grader, options, run.checkpoints_dir, run.student_dir, on_progress=on_progress
         )
     run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})
+
+
+def _steps(training: dict[str, Any], n_problems: int, per_step: int) -> int:
+    """Return how many steps the passes over the problems take; with `minutes` the clock says when it is enough."""
+    return 10**6 if training.get("minutes") else max(1, training.get("epochs", 1) * n_problems // per_step)
