@@ -97,7 +97,8 @@ def test_wrong_unknown_cut_and_held_out_traces_are_kept_out_of_training(finished
 
 
 def test_what_the_untrained_student_always_solves_is_left_out(chain_sum: str, tmp_path: Path) -> None:
-    skilled = _settings(chain_sum, student=str(pocket_dir()), n_traces=16, pass_samples=2)  # it solves nearly all
+    # It solves nearly all, if it may write as much as that takes.
+    skilled = _settings(chain_sum, student=str(pocket_dir()), n_traces=16, pass_samples=2, eval_max_tokens=96)
     with suppress(ArtifactError):  # nothing may be left
         teach(skilled, tmp_path / "run", stop_after="training")
     known = json.loads((tmp_path / "run" / "pass_rate.json").read_text())
