@@ -40,6 +40,7 @@ from .rows import Origin, origins
 if TYPE_CHECKING:
     import torch
 
+_LARGE = 256  # hidden size: smaller models lose digits and gain nothing
 _STABLE_ROWS = 64  # of each tensor, to tell whether quantizing again changes anything
 
 
@@ -203,9 +204,7 @@ def _replies(
             logits: torch.Tensor = self.model.get_output_embeddings()(hidden[wanted])
             return logits
 
-    device = tokens.device.type
-    has_bf16 = device == "cuda" or torch.backends.mkldnn.is_available()
-    with torch.autocast(device, torch.bfloat16, enabled=has_bf16 and model.config.hidden_size >= 256):
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=_has_bf16(tokens.device, model)):
         given = {f"model.{name}": weight for name, weight in (weights or {}).items()}
         logits = functional_call(Replies(), given, ())
     return torch.log_softmax(logits.float(), dim=-1)
