@@ -21,7 +21,7 @@ from typing import Any
 
 from deepdistill.localrun.hardware import default_threads
 from deepdistill.quantize.calibration import CalibrationSettings
-from deepdistill.quantize.convert import plan, write
+from deepdistill.quantize.convert import write
 from deepdistill.quantize.desk import Desk
 from deepdistill.quantize.release import release
 from deepdistill.quantize.settings import ReleaseSettings
@@ -39,47 +39,47 @@ def main() -> None:
     cells_path = arguments.out / "cells.json"
     cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
     deadline = time.monotonic() + 60 * arguments.minutes
-    for recipe in arguments.recipes.split(","):
-        for name, make in (
-            (f"{recipe} recipe", lambda recipe=recipe: by_recipe(arguments.run, arguments.out, recipe)),
-            (
-                f"{recipe} chosen",
-                lambda recipe=recipe: chosen(
-                    arguments.run, arguments.out, recipe, cells[f"{recipe} recipe"]["bytes"], deadline
-                ),
-            ),
-        ):
-            if name not in cells:
-                started = time.monotonic()
-                cells[name] = make() | {"seconds": round(time.monotonic() - started, 1)}  # type: ignore[no-untyped-call]
-                cells_path.write_text(json.dumps(cells, indent=1))
-            show(name, cells[name])
-        ratio = cells[f"{recipe} chosen"]["kl_mean"] / cells[f"{recipe} recipe"]["kl_mean"]
-        print(f"{recipe}: {ratio:.3f} times the recipe's divergence", flush=True)
-        cells[f"{recipe} ratio"] = {"ratio": round(ratio, 4)}
-    print(json.dumps(cells))
-
-
-def by_recipe(run: Path, out: Path, recipe: str) -> dict[str, Any]:
-    """Return the bytes and the fidelity of a file by a recipe of llama.cpp's."""
-    with tempfile.TemporaryDirectory(dir=out) as scratch:
+    with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
         desk = Desk(
-            run / "student",
+            arguments.run / "student",
             Path(scratch),
-            out,
-            run / "traces.jsonl",
+            arguments.out,
+            arguments.run / "traces.jsonl",
             None,
             CalibrationSettings(),
             default_threads(),
             lambda *_: None,
         )
-        path = Path(scratch) / f"{recipe}.gguf"
-        write(plan(run / "student", recipe, importance=desk.importance), path, {}, lambda *_: None, desk.n_threads)
-        return {"bytes": path.stat().st_size} | desk.fidelity(path).to_json()
+        for recipe in arguments.recipes.split(","):
+            for name in (f"{recipe} recipe", f"{recipe} chosen"):
+                if name not in cells:
+                    if time.monotonic() > deadline:
+                        raise SystemExit("the time is over; run it again, it goes on from here")
+                    started = time.monotonic()
+                    if name.endswith("recipe"):
+                        cells[name] = by_recipe(desk, recipe)
+                    else:
+                        cells[name] = chosen(desk, recipe, cells[f"{recipe} recipe"]["bytes"], deadline)
+                    cells[name]["seconds"] = round(time.monotonic() - started, 1)
+                    cells_path.write_text(json.dumps(cells, indent=1))
+                show(name, cells[name])
+            ratio = cells[f"{recipe} chosen"]["kl_mean"] / cells[f"{recipe} recipe"]["kl_mean"]
+            print(f"{recipe}: {ratio:.3f} times the recipe's divergence", flush=True)
+            cells[f"{recipe} ratio"] = {"ratio": round(ratio, 4)}
+    print(json.dumps(cells))
 
 
-def chosen(run: Path, out: Path, recipe: str, n_bytes: int, deadline: float) -> dict[str, Any]:
-    """Return the bytes, the fidelity and the types of a file of the same size."""
+def by_recipe(desk: Desk, recipe: str) -> dict[str, Any]:
+    """Return the bytes and the fidelity of a file by a recipe of llama.cpp's."""
+    path = desk.scratch / f"{recipe}.gguf"
+    write(desk.plan(recipe, importance=desk.importance), path, {}, lambda *_: None, desk.n_threads)
+    found = {"bytes": path.stat().st_size} | desk.fidelity(path).to_json()
+    path.unlink()
+    return found
+
+
+def chosen(desk: Desk, recipe: str, n_bytes: int, deadline: float) -> dict[str, Any]:
+    """Return the bytes, the fidelity and the types of a file of that size."""
 
     def progress(stage: str, done: float, total: float, note: str = "") -> None:
         if note.endswith("nats") and int(done) % 20 == 0:
@@ -87,11 +87,10 @@ def chosen(run: Path, out: Path, recipe: str, n_bytes: int, deadline: float) -> 
         if note.endswith("nats") and time.monotonic() > deadline:
             raise SystemExit("the time is over; run it again, it goes on from here")
 
-    settings = ReleaseSettings(size=n_bytes, traces=run / "traces.jsonl")
-    made = release(run / "student", out / f"at-{recipe}.gguf", settings, on_progress=progress)
-    assert made.fidelity is not None
+    settings = ReleaseSettings(size=n_bytes, traces=desk.traces_path, fidelity=False)
+    made = release(desk.student_dir, desk.kept / f"at-{recipe}.gguf", settings, on_progress=progress)
     types = [f"{one['tensor']} {one['type']} {one['nats']:.2g}" for one in made.choices]
-    return {"bytes": made.report.n_bytes, "types": types} | made.fidelity.to_json()
+    return {"bytes": made.report.n_bytes, "types": types} | desk.fidelity(made.report.path).to_json()
 
 
 def show(name: str, cell: dict[str, Any]) -> None:

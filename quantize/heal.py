@@ -210,6 +210,16 @@ def _replies(
     return torch.log_softmax(logits.float(), dim=-1)
 
 
+def _has_bf16(device: torch.device, model: Any) -> bool:
+    """Say whether bf16 products are native there, and the model large enough to gain by them."""
+    import torch
+
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    is_native = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(is_native) and model.config.hidden_size >= _LARGE
+
+
 def _teach(model: Any, texts: Sequence[Text], top_k: int, device: torch.device, on_progress: Progress) -> Iterator[Row]:
     """Yield every text with what the unquantized model says at each position of its reply."""
     import torch

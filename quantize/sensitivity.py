@@ -39,7 +39,7 @@ TYPES = (
 
 _N_SAMPLED = 64  # rows of a tensor, for the error
 _SAVE_EVERY = 16
-_N_FIRST, _N_LATER = 80, 40  # measurements of the first round, about, and of each later one, at most
+_N_FIRST, _N_LATER = 80, 16  # measurements of the first round, about, and of each later one, at most
 
 
 @dataclass
