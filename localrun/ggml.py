@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import ModelError
 
@@ -37,6 +37,12 @@ NEED_IMATRIX = frozenset(
     }
 )
 """They are useless or refused without an importance matrix."""
+# The types that files are written in: their numbers and sizes are checked against the library's once.
+_WRITTEN = (
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K",
+    "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL",
+    "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+)  # fmt: skip
 
 
 @functools.cache
@@ -68,10 +74,12 @@ def _library() -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise ModelError(f"the ggml of llama-cpp-python cannot be used: {error}", _HINT) from error
-    for type_ in (GGMLQuantizationType.Q4_K, GGMLQuantizationType.IQ4_XS, GGMLQuantizationType.BF16):
+    for type_ in (GGMLQuantizationType[name] for name in _WRITTEN):
         there = (library.ggml_type_name(int(type_)) or b"?").decode()
         if there.upper() != type_.name:
             raise ModelError(f"llama-cpp-python numbers ggml's types differently: {type_.name} is {there} there", _HINT)
+        if (library.ggml_blck_size(int(type_)), library.ggml_type_size(int(type_))) != GGML_QUANT_SIZES[type_]:
+            raise ModelError(f"llama-cpp-python has blocks of {type_.name} of another size", _HINT)
     return library
 
 

@@ -161,7 +161,8 @@ class Checkpoint:
     def _index(self, folder: Path) -> dict[str, Tensor]:
         index = folder / "model.safetensors.index.json"
         files = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else set()
-        paths = [folder / name for name in sorted(files)] or sorted(folder.glob("*.safetensors"))
+        paths = [folder / name for name in sorted(files)] or sorted(folder.glob("model*.safetensors"))
+        paths = paths or sorted(folder.glob("*.safetensors"))
         if not paths:
             other = next(iter(folder.glob("*.bin")), None)
             hint = "load it in transformers and save_pretrained: that writes safetensors" if other else ""

@@ -1,8 +1,7 @@
 """Write a GGUF from a checkpoint folder, tensor by tensor: read rows, quantize them, append the bytes.
 
 The size of every tensor is known before the first is read, so the header is written at once and no intermediate f16
-file is needed; memory holds one part of one tensor, and the next, which is read meanwhile. The file grows beside its
-place and is renamed when it is whole.
+file is needed; memory holds one part of one tensor. The file grows beside its place and is renamed when it is whole.
 """
 
 from __future__ import annotations
@@ -212,7 +211,7 @@ def _write_tensors(tensors: Sequence[Typed], writer: GGUFWriter, meter: _Meter, 
     writer.write_padding(file, file.tell())
     for typed in tensors:
         n_written = 0
-        for rows, weights in _read_ahead(typed):
+        for rows, weights in _parts(typed):
             try:
                 n_written += file.write(_encode(rows, typed.got, pool, weights))
             except ValueError as error:
@@ -221,10 +220,6 @@ def _write_tensors(tensors: Sequence[Typed], writer: GGUFWriter, meter: _Meter, 
             meter.add(rows.size, f"{typed.tensor.name} {typed.got.name}")
         assert n_written == typed.n_bytes, typed.tensor.name
         writer.write_padding(file, n_written)
-
-
-def _read_ahead(typed: Typed) -> Iterator[Part]:
-    yield from _parts(typed)
 
 
 def _parts(typed: Typed) -> Iterator[Part]:
