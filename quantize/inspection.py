@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..localrun.header import read_gguf
+from ..localrun.header import StoredTensor, read_gguf
 from ..localrun.memory import Footprint
 
 _N_MEMORY_CTX = 2048  # tokens
@@ -24,6 +24,23 @@ def read_own(path: Path) -> dict[str, Any]:
     for key, value in read_gguf(path).metadata.items():
         if key.startswith("deepdistill."):
             found[key.removeprefix("deepdistill.")] = _parsed(value)
+    return found
+
+
+def stored_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Return every tensor of a file, of all its parts where `path` is the first of a split one, and where it stands.
+
+    Raises:
+        ArtifactError: a part is missing or broken.
+    """
+    header = read_gguf(path)
+    n_parts = int(header.metadata.get("split.count") or 1)
+    first = f"-00001-of-{n_parts:05d}.gguf"
+    found = {name: (path, tensor) for name, tensor in header.tensors.items()}
+    if n_parts > 1 and path.name.endswith(first):
+        for i in range(2, n_parts + 1):
+            part = path.with_name(f"{path.name.removesuffix(first)}-{i:05d}-of-{n_parts:05d}.gguf")
+            found |= {name: (part, tensor) for name, tensor in read_gguf(part).tensors.items()}
     return found
 
 
@@ -45,7 +62,8 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     header = read_gguf(path)
     types: Counter[str] = Counter()
     n_bytes = 0
-    for tensor in header.tensors.values():
+    stored = stored_tensors(path)
+    for _, tensor in stored.values():
         types[tensor.type.name] += math.prod(tensor.shape)
         n_bytes += tensor.n_bytes
     n_weights = sum(types.values())
@@ -53,7 +71,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     n_ctx = min(Footprint.of(path, header).n_ctx_train or _N_MEMORY_CTX, _N_MEMORY_CTX)
     return {
         "path": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": sum(part.stat().st_size for part in {part for part, _ in stored.values()}),
         "name": about.get("general.name"),
         "architecture": about.get("general.architecture"),
         "licence": about.get("general.license"),

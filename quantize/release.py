@@ -256,7 +256,7 @@ class _Work:
         n_promotions: int,
     ) -> Release:
         report = report_of(conversion, self.chooser.source_dir, self.out, paths, tuple(self.desk.notes))
-        row = self._row(self.out.name, report.n_bytes, report.bits_per_weight, True, measured)
+        row = self._row(report.path.name, report.n_bytes, report.bits_per_weight, True, measured)
         footprint = Footprint.of(paths[0])
         memory = footprint.total_bytes(min(_MEMORY_CTX, footprint.n_ctx_train or _MEMORY_CTX))
         fill_in(paths[0], {"memory_bytes": memory} | {k: v for k, v in vars(row).items() if v is not None})
@@ -264,7 +264,7 @@ class _Work:
             os.replace(path, self.out.with_name(path.name))
         rows = [*self._others(), row]
         kept = card_files.keep_rows(self.out.parent, rows, source_key(self.desk.source))
-        write_card(self.out, conversion.provenance, card_files.markdown(kept), card_files.plot(kept), self._facts)
+        write_card(report.path, conversion.provenance, card_files.markdown(kept), card_files.plot(kept), self._facts)
         card_files.update_report(self.out.parent, kept)
         choices = tuple(self.chooser.describe())
         return Release(

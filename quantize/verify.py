@@ -13,11 +13,11 @@ from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
 from ..localrun import ggml
-from ..localrun.header import StoredTensor, read_gguf
+from ..localrun.header import StoredTensor
 from ..localrun.progress import Progress, no_progress
 from .convert import Typed, plan
 from .imatrix import read_imatrix
-from .inspection import read_own
+from .inspection import read_own, stored_tensors
 from .provenance import source_of
 from .sensitivity import parts_of
 
@@ -60,7 +60,7 @@ def verify(
         ArtifactError: the file, the source or the importance matrix is missing or broken.
         UsageError: the file does not say what it was made from.
     """
-    own, header = read_own(path), read_gguf(path)
+    own, stored = read_own(path), stored_tensors(path)
     if not isinstance(own.get("source"), dict):
         raise UsageError(f"{path} does not say what it was made from", "deepdistill quantize writes files that do")
     folder = student_dir or path.parent / own["source"]["folder"]
@@ -78,14 +78,15 @@ def verify(
         shapes = {one.tensor.name: one.tensor.shape for one in conversion.tensors}
         importance = imatrix.importance(shapes)
     names = {one.tensor.name for one in conversion.tensors}
-    different = list(names ^ header.tensors.keys())
+    different = list(names ^ stored.keys())
     for i, typed in enumerate(conversion.tensors):
         name = typed.tensor.name
-        stored = header.tensors.get(name)
-        if stored and _digest(typed, stored.type, importance.get(name)) != _stored_digest(path, stored):
-            different.append(name)
+        if name in stored:
+            part, tensor = stored[name]
+            if _digest(typed, tensor.type, importance.get(name)) != _stored_digest(part, tensor):
+                different.append(name)
         on_progress("verifying", i + 1, len(conversion.tensors), name)
-    return Verified(len(names | header.tensors.keys()), tuple(sorted(different)), tuple(sources))
+    return Verified(len(names | stored.keys()), tuple(sorted(different)), tuple(sources))
 
 
 def _source_differences(expected: dict[str, str], folder: Path) -> Iterator[str]:

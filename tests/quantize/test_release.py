@@ -284,6 +284,21 @@ def blocks(path: Path, name: str) -> Any:
     return np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.offset)
 
 
+def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+    made = release(tied, tmp_path / "a.gguf", replace(settings, type="Q4_0", split=60_000), n_threads=1)
+    first = made.report.path
+    assert first.name.startswith("a-00001-of-0000")
+    assert made.report.n_bytes == sum(path.stat().st_size for path in tmp_path.glob("a-*.gguf")) > 100_000
+    assert made.fidelity is not None
+    assert verify(first).holds
+    found = inspect_gguf(first)
+    assert (found["bytes"], found["weights"]) == (made.report.n_bytes, made.report.n_weights)
+    last = max(tmp_path.glob("a-*.gguf"))
+    last.unlink()
+    with pytest.raises(ArtifactError, match=last.name):
+        verify(first)
+
+
 def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:3]))
