@@ -31,16 +31,15 @@ class Provenance:
 
 
 def read_provenance(checkpoint: Checkpoint) -> Provenance:
-    """Read README.md's front matter; what it does not say is taken from config.json.
+    """Read README.md's front matter; what it does not say is taken from config.json, for an adapter from its base's.
 
     Raises:
         ArtifactError: the front matter is no YAML.
     """
-    try:
-        card: dict[str, Any] = Metadata.load_model_card(checkpoint.folder)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        first = str(error).splitlines()[0]
-        raise ArtifactError(f"the front matter of {checkpoint.folder}/README.md is broken: {first}") from error
+    card = _front_matter(checkpoint.folder)
+    if checkpoint.base:
+        own = {key: value for key, value in card.items() if value and key not in ("base_model", "model_name")}
+        card = _front_matter(checkpoint.base) | own  # peft's card names the base by its place on this machine
     licence = card.get("license") or checkpoint.config.get("license")
     if isinstance(licence, list):
         licence = ", ".join(map(str, licence))
@@ -53,6 +52,14 @@ def read_provenance(checkpoint: Checkpoint) -> Provenance:
         licence_link=_text(card.get("license_link")),
         base_models=tuple(map(str, bases)),
     )
+
+
+def _front_matter(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(Metadata.load_model_card(folder))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        first = str(error).splitlines()[0]
+        raise ArtifactError(f"the front matter of {folder}/README.md is broken: {first}") from error
 
 
 def _text(value: Any) -> str | None:

@@ -76,6 +76,9 @@ def test_a_file_of_an_adapter_has_the_bases_config_and_tokenizer(student: Path, 
     data = np.fromfile(tmp_path / "out.gguf", np.float32, there.n_bytes // 4, offset=there.offset)
     np.testing.assert_allclose(data.reshape(there.shape), expected["model.layers.1.mlp.down_proj.weight"], atol=1e-6)
     assert header.metadata["tokenizer.chat_template"] == (student / "chat_template.jinja").read_text()
+    assert header.metadata["general.license"] == "apache-2.0"
+    assert header.metadata["general.base_model.0.name"] == "Some-Base-1B"  # no place on this machine
+    assert str(student) not in str(header.metadata)
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -63,6 +63,10 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "deepseek2": {"arch": "deepseek2"},
     "deepseek2, plain query, all dense but one": {"arch": "deepseek2", "q_lora_rank": None, "first_k_dense_replace": 2},
+    "deepseek2, yarn": {
+        "arch": "deepseek2",
+        **rope("yarn", original_max_position_embeddings=32, mscale=0.707, mscale_all_dim=0.707),
+    },
     "deepseek3": {"arch": "deepseek3", "pre": "deepseek-v3"},
     "deepseek3, plain query, no groups": {"arch": "deepseek3", "q_lora_rank": None, "n_group": 1},
     "deepseek3, yarn": {
