@@ -1,0 +1,123 @@
+"""One on-policy round against more imitation, at equal steps: a dense student of the pocket teacher's own tokenizer.
+
+A student imitates until it solves some problems. From there each arm trains for the same number of steps: on the
+teacher's traces of new problems (`imitation`), or on a round over the same problems, its samples taught by reverse KL,
+forward KL or the policy gradient, or its own right answers and corrections alone (`off`). Same start, same seeds.
+
+    python benchmarks/bench_rounds.py --out runs/bench-rounds
+
+Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.grade import Grader
+from deepdistill.distill.lessons import lessons
+from deepdistill.distill.problems import load_problems
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.run import write_text
+from deepdistill.distill.student import student_dir
+from deepdistill.distill.teach import teach
+from deepdistill.distill.teachers import open_teacher, pocket_dir
+from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.train import TrainSettings, train
+from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.progress import Bars
+
+PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
+ARMS = ("imitation", "reverse-kl", "forward-kl", "policy-gradient", "off")
+MAX_TOKENS = 96
+
+
+def score(folder: Path, n: int) -> dict[str, Any]:
+    """Score a student on held-out problems."""
+    with open_teacher(str(folder)) as model, Grader() as grader:
+        found = evaluate(model, load_problems(PROBLEMS, "test", n, 0), grader, Sampling(max_tokens=MAX_TOKENS))
+    return found.to_json()
+
+
+def imitate(start: Path, traces: list[Trace], path: Path, settings: TrainSettings, out: Path, bars: Bars) -> None:
+    """Train on right traces by cross-entropy."""
+    tokenizer = load_tokenizer(pocket_dir())
+    right = [trace for trace in traces if trace.verdict == "right"]
+    rows, _ = lessons(right, path, tokenizer, max_length=512, loss="cross-entropy", logit_share=0, work=Work())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    train(start, rows, tokenizer, settings, out.parent / "checkpoints", out, bars)
+
+
+def main() -> None:
+    """Run what is not there yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--first-steps", type=int, default=400, help="of imitation before the arms part")
+    parser.add_argument("--steps", type=int, default=150, help="of each arm")
+    parser.add_argument("--n-traces", type=int, default=3000)
+    parser.add_argument("--n-problems", type=int, default=500, help="new ones, of a round")
+    parser.add_argument("--n-eval", type=int, default=200)
+    parser.add_argument("--n-seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    out: Path = arguments.out
+    n_all = arguments.n_traces + arguments.n_problems
+    shared = {"full": True, "batch_size": 32, "epochs": 1000, "n_validation": 0}
+    cells_path = out / "cells.json"
+    with Bars(quiet=False) as bars:
+        gathered = TeachSettings(PROBLEMS, n_traces=n_all, max_tokens=MAX_TOKENS)
+        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        path = out / "traces" / "traces.jsonl"
+        traces, asked = list(TraceStore.read(path)), [p.id for p in load_problems(PROBLEMS, "train", n_all, 0)]
+        old = set(asked[: arguments.n_traces])
+        cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
+        for seed in range(arguments.n_seeds):
+            start = out / f"start-{seed}" / "student"
+            if f"start {seed}" not in cells:
+                first = TrainSettings(**shared, lr=3e-3, steps=arguments.first_steps, seed=seed)
+                known = [trace for trace in traces if trace.problem_id in old]
+                imitate(student_dir("pocket"), known, path, first, start, bars)
+                cells[f"start {seed}"] = score(start, arguments.n_eval)
+                write_text(cells_path, json.dumps(cells, indent=1))
+            for arm in ARMS:
+                key, folder, began = f"{arm} {seed}", out / f"{arm}-{seed}", time.monotonic()
+                if key in cells:
+                    continue
+                if arm == "imitation":
+                    more = TrainSettings(**shared, lr=1.5e-3, steps=arguments.steps, seed=seed + 1)
+                    new = [trace for trace in traces if trace.problem_id not in old]
+                    imitate(start, new, path, more, folder / "student", bars)
+                else:
+                    if not (folder / "rounds" / "0" / "student").exists():
+                        shutil.copytree(start, folder / "rounds" / "0" / "student")
+                    settings = TeachSettings(
+                        PROBLEMS,
+                        student=str(student_dir("pocket")),
+                        n_traces=arguments.n_traces,
+                        traces=str(path),
+                        rounds=1,
+                        round_problems=arguments.n_problems,
+                        on_policy_loss=arm,  # type: ignore[arg-type]
+                        eval_max_tokens=MAX_TOKENS,
+                        seed=seed,
+                        training=shared | {"lr": 3e-3, "steps": arguments.steps},  # a round halves it
+                    )
+                    teach(settings, folder, stop_after="training", on_progress=bars)
+                cells[key] = score(folder / "student", arguments.n_eval)
+                cells[key]["minutes"] = (time.monotonic() - began) / 60  # of the process that ended it
+                write_text(cells_path, json.dumps(cells, indent=1))
+    for arm in ("start", *ARMS):
+        found = [cells[f"{arm} {seed}"] for seed in range(arguments.n_seeds)]
+        listed = ", ".join(f"{100 * cell['accuracy']:.1f}" for cell in found)
+        print(f"{arm:<16} {100 * statistics.mean(c['accuracy'] for c in found):5.1f} %  ({listed})")
+    print(json.dumps({"cells": cells, "settings": vars(arguments) | {"out": str(out)}}))
+
+
+if __name__ == "__main__":
+    main()
