@@ -54,11 +54,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     return torch.mul(x.float(), r, out=torch.empty_like(x) if out is None else out).mul_(weight), r
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-    """Return the gradient of x `[T, H]`."""
-    g = dy * weight
-    along = torch.linalg.vecdot(g.float(), x.float()).unsqueeze(-1)  # [T, 1]
-    return torch.addcmul((g * r), x.float(), along.mul_(r**3).div_(-x.shape[-1])).to(x.dtype)
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Return the gradient of x `[T, H]`, and the residual's added to it if given."""
+    g, wide = (dy * weight).float(), x.float()  # in fp32 from here: a product of two formats is slow
+    along = (g * wide).sum(-1, keepdim=True).mul_(r**3).div_(-x.shape[-1])  # [T, 1]
+    dx = g.mul_(r).addcmul_(wide, along)
+    return (dx if residual is None else dx.add_(residual)).to(x.dtype)
 
 
 class _NormedLinears(torch.autograd.Function):
@@ -133,7 +134,7 @@ class _GatedMLPOnto(torch.autograd.Function):
         torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
         dx, gradients = gate_up.backward(room, _normed(x, norm, r), inner, ctx.needs_input_grad[0])
         if dx is not None:
-            dx = rms_norm_backward(dx, x, norm, r).add_(dy)
+            dx = rms_norm_backward(dx, x, norm, r, residual=dy)
         return (dx, None, None, None, None, *gradients, *down_gradients)
 
 

@@ -1,7 +1,7 @@
 """What a target may cost: one loss a file, each a function of the logits that also gives its gradient by them.
 
 A loss takes (logits `[N, V]` in fp32, `Targets`) and returns (loss of each target `[N]`, its gradient by that target's
-logits `[N, V]`); it may overwrite the logits. `projected.projected_loss` calls them piece by piece, so that no piece of
+logits `[N, V]`). `projected.projected_loss` calls them piece by piece, so that no piece of
 the vocabulary's width outlives its chunk.
 """
 

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .targets import Targets
 
+_LEAST = 1e-37  # of a probability in fp32: a loss is at most 85
+
 
 def cross_entropy(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Return -log q(target) `[N]` and its gradient q - onehot(target) `[N, V]`, written over the logits."""
+    """Return -log q(target) `[N]` and its gradient q - onehot(target) `[N, V]`."""
     at = targets.ids[:, None]
-    normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)  # [N, 1]
-    losses = (normaliser - logits.gather(1, at)).squeeze(1)
-    gradient = logits.sub_(normaliser).exp_()
-    gradient.scatter_add_(1, at, torch.full_like(at, -1, dtype=gradient.dtype))
-    return losses, gradient
+    gradient = torch.softmax(logits, dim=-1)
+    q = gradient.gather(1, at)  # [N, 1]
+    gradient.scatter_(1, at, q - 1)
+    return -q.clamp(min=_LEAST).log().squeeze(1), gradient

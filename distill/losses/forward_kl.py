@@ -18,9 +18,9 @@ _LEAST = 1e-9  # of a bucket's probability: the logarithm of a smaller one is ro
 
 
 def forward_kl(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Return sum_b P_b log(P_b / Q_b) over the buckets b `[N]`, and its gradient `[N, V]`, written over the logits."""
+    """Return sum_b P_b log(P_b / Q_b) over the buckets b `[N]` and its gradient `[N, V]`."""
     known, at, teacher, teacher_tail = teacher_buckets(targets)
-    student = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))  # [N, V], log q
+    student = torch.log_softmax(logits, dim=-1)  # [N, V], log q
     log_q = student.gather(1, at)  # [N, k]
     top_q = torch.where(known, log_q.exp(), 0.0)  # [N, k]
     tail_q = (1 - top_q.sum(1)).clamp(min=_LEAST)  # [N]

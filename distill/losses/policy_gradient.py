@@ -19,7 +19,7 @@ def policy_gradient(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     """Return -A log q(target), or with old log-probabilities -min(r A, clip(r) A), `[N]`; and the gradient `[N, V]`."""
     assert targets.advantages is not None, "the rows carry no advantages"
     advantages, at = targets.advantages, targets.ids[:, None]
-    gradient = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))  # [N, V], log q
+    gradient = torch.log_softmax(logits, dim=-1)  # [N, V], log q
     log_q = gradient.gather(1, at).squeeze(1)  # [N]
     if targets.old_logprobs is None:
         losses, scale = -advantages * log_q, advantages

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .targets import Targets
 
 Loss = Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
-CHUNK_BYTES = 48 << 20  # of fp32 logits at once
+CHUNK_BYTES = 24 << 20  # of fp32 logits at once: freed memory of up to 32 MB is used again, more is mapped anew
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ class _ProjectedLoss(torch.autograd.Function):
                 gradient = gradient if slope is None else gradient.mul_(slope)
                 gradient = gradient.mul_(head.scale) if head.scale != 1.0 else gradient
                 gradient = gradient.to(hidden.dtype)  # [n, V]
-                torch.mm(gradient, weight, out=by_hidden[start:end])
+                each = targets.weights[start:end, None].to(hidden.dtype)
+                torch.mul(gradient @ weight, each, out=by_hidden[start:end])  # weighted here, where it is narrow
                 if by_projection is not None:
-                    by_projection += (gradient.T @ part).to(by_projection.dtype)
+                    by_projection += (gradient.T @ (part * each)).to(by_projection.dtype)
                 if by_bias is not None:
-                    by_bias += gradient.sum(0).to(by_bias.dtype)
+                    by_bias += (gradient.T @ each).squeeze(1).to(by_bias.dtype)
         ctx.gradients = (by_hidden, by_projection, by_bias)
         return total
 
@@ -123,13 +124,12 @@ class _ProjectedLoss(torch.autograd.Function):
 def _mixture(
     logits: Tensor, targets: Targets, terms: tuple[tuple[str, float], ...], losses: Mapping[str, Loss]
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of the mixed losses and its gradient by the logits `[n, V]`, which are overwritten."""
+    """Return the weighted sum of the mixed losses, and each target's gradient by its logits `[n, V]`, unweighted."""
     total, whole = logits.new_zeros(()), None
-    for i, (name, share) in enumerate(terms):
-        each, gradient = losses[name](logits if i == len(terms) - 1 else logits.clone(), targets)
-        weights = targets.weights * share
-        total = total + (each * weights).sum()
-        gradient.mul_(weights[:, None])
+    for name, share in terms:
+        each, gradient = losses[name](logits, targets)
+        total = total + share * (each * targets.weights).sum()
+        gradient = gradient if share == 1.0 else gradient.mul_(share)
         whole = gradient if whole is None else whole.add_(gradient)
     assert whole is not None, "a segment names no loss"
     return total, whole

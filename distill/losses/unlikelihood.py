@@ -16,9 +16,9 @@ _LEAST = 1e-6  # of the probability left to the others: below it the gradient wo
 
 
 def unlikelihood(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Return -log(1 - q(target)) `[N]` and its gradient `[N, V]`, written over the logits."""
+    """Return -log(1 - q(target)) `[N]` and its gradient `[N, V]`."""
     at = targets.ids[:, None]
-    gradient = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True)).exp_()  # [N, V], q
+    gradient = torch.softmax(logits, dim=-1)  # [N, V], q
     q = gradient.gather(1, at)  # [N, 1]
     left = (1 - q).clamp(min=_LEAST)
     # d/dz_i = q_t / (1 - q_t) (onehot_i - q_i)

@@ -108,19 +108,26 @@ def test_packed_rows_that_share_their_beginnings_have_the_loss_and_gradients_of_
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_in_bf16_the_gradients_are_those_of_fp32_up_to_rounding() -> None:
-    exact, coarse = _model("llama"), _model("llama", torch.bfloat16)
-    _naive(exact, ROWS).backward()
-    wanted = _gradients(exact)
-    fast = fast_decoder(coarse.get_base_model())
+def test_in_bf16_the_gradients_are_as_near_to_those_of_fp32_as_the_plain_models() -> None:
+    _naive(model := _model("llama"), ROWS).backward()
+    exact = _gradients(model)
+    plain = _model("llama", torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        _naive(plain, ROWS).backward()
+    coarse = _gradients(plain)
+    fast = fast_decoder(plain.get_base_model())
     assert fast is not None
     batch = pack(ROWS)
     assert batch.layout is not None
-    logits = coarse.get_base_model().lm_head(fast(batch.input_ids, batch.layout)[batch.positions]).float()
+    logits = plain.get_base_model().lm_head(fast(batch.input_ids, batch.layout)[batch.positions]).float()
     F.cross_entropy(logits, batch.targets.ids, reduction="sum").backward()
-    for name, gradient in _gradients(coarse).items():
-        assert gradient.dtype == torch.float32
-        assert (gradient - wanted[name]).norm() < 0.05 * wanted[name].norm(), name
+    found = _gradients(plain)
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    errors = [
+        sum(float((gradients[name] - exact[name]).norm() / exact[name].norm()) for name in exact) / len(exact)
+        for gradients in (found, coarse)
+    ]
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_an_optimizer_step_reaches_the_fast_pass() -> None:
