@@ -82,7 +82,7 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
 def _with_files(page: str, before: Path) -> str:
     """Return the page with what `quantize` has put into the report that it replaces: the table of the run's files."""
     found = _FILES.search(before.read_text(encoding="utf-8")) if before.is_file() else None
-    return page.replace("</main>", f"{found[0]}\n</main>") if found else page
+    return _FILES.sub(lambda _: found[0], page, count=1) if found else page
 
 
 def funnel(curation: dict[str, Any] | None, overview: Overview) -> Iterator[Step]:

@@ -85,10 +85,16 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def html(rows: Sequence[Row]) -> str:
     """Return the table and the plot for the report."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in _HEADS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.cells()) + "</tr>" for row in rows)
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    return f"<h2>Files</h2>{table}<figure>{plot(rows)}</figure>"
+    def cell(tag: str, text: str, i: int) -> str:
+        kind = ' class="n"' if i else ""
+        return f"<{tag}{kind}>{escape(text)}</{tag}>"
+
+    head = "".join(cell("th", name, i) for i, name in enumerate(_HEADS))
+    body = "".join("<tr>" + "".join(cell("td", one, i) for i, one in enumerate(row.cells())) + "</tr>" for row in rows)
+    caption = "<caption>Each file against the unquantized model, on held-out traces and test problems.</caption>"
+    table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    region = f'<div class="wide" tabindex="0" role="region" aria-labelledby="files">{table}</div>'
+    return f'<h2 id="files">Files</h2>{region}<figure>{plot(rows)}</figure>'
 
 
 def plot(rows: Sequence[Row]) -> str:
@@ -97,24 +103,21 @@ def plot(rows: Sequence[Row]) -> str:
 
 
 def update_report(folder: Path, rows: Sequence[Row]) -> None:
-    """Put the files into a run's report.html, between its marks or before its end; keep the part for a later report.
+    """Put the files into a run's report.html, between its marks, which a later report takes over.
 
     Raises:
         ArtifactError: it cannot be written.
     """
-    part = f"{_BEGIN}\n<section>{html(rows)}</section>\n{_END}"
+    part = f"{_BEGIN}\n<section aria-labelledby="files">{html(rows)}</section>\n{_END}"
     path = folder / "report.html"
     try:
         page = path.read_text(encoding="utf-8")
     except OSError:
         return  # no run, no report
     begin, end = page.find(_BEGIN), page.find(_END)
-    if 0 <= begin < end:
-        page = page[:begin] + part + page[end + len(_END) :]
-    else:
-        at = page.rfind("</main>")
-        at = page.rfind("</body>") if at < 0 else at
-        page = page[:at] + part + page[at:] if at >= 0 else page + part
+    if not 0 <= begin < end:
+        return  # of an older version
+    page = page[:begin] + part + page[end + len(_END) :]
     _write(path, page)
 
 

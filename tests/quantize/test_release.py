@@ -23,6 +23,7 @@ from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.header import read_gguf
 from deepdistill.localrun.probe import LogitReader
 from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts
+from deepdistill.quantize.card_files import update_report
 from deepdistill.quantize.desk import Desk
 from deepdistill.quantize.fidelity import Reference
 from deepdistill.quantize.gate import Gate
@@ -188,6 +189,18 @@ def test_card_and_table_hold_ours_and_the_recipes(budgeted: tuple[Path, Release]
     svg = path.with_name("fidelity.svg").read_text()
     assert svg.count("<circle") == 1
     assert svg.count("<rect") == 1
+
+
+def test_the_runs_report_shows_the_files(budgeted: tuple[Path, Release], tmp_path: Path) -> None:
+    _, made = budgeted
+    report = tmp_path / "report.html"
+    report.write_text("<main>a<!-- files: begin --><!-- files: end -->z</main>")
+    for _ in range(2):
+        update_report(tmp_path, made.rows)
+    page = report.read_text()
+    assert page.startswith("<main>a<!-- files: begin -->")
+    assert page.endswith("<!-- files: end -->z</main>")
+    assert page.count("<td>small.gguf</td>") == page.count("<svg") == 1
 
 
 def test_a_card_of_somebody_else_is_left_alone(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
