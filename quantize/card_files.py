@@ -85,6 +85,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def html(rows: Sequence[Row]) -> str:
     """Return the table and the plot for the report."""
+
     def cell(tag: str, text: str, i: int) -> str:
         kind = ' class="n"' if i else ""
         return f"<{tag}{kind}>{escape(text)}</{tag}>"
@@ -108,7 +109,7 @@ def update_report(folder: Path, rows: Sequence[Row]) -> None:
     Raises:
         ArtifactError: it cannot be written.
     """
-    part = f"{_BEGIN}\n<section aria-labelledby="files">{html(rows)}</section>\n{_END}"
+    part = f'{_BEGIN}\n<section aria-labelledby="files">{html(rows)}</section>\n{_END}'
     path = folder / "report.html"
     try:
         page = path.read_text(encoding="utf-8")
