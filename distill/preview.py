@@ -134,6 +134,11 @@ def describe_preview(
 
 
 def _student(made: Preview, settings: TeachSettings) -> Iterator[str]:
+    if settings.rounds:
+        yield (
+            f"rounds    {settings.rounds} of {settings.round_problems:,} new problems, answered {settings.round_samples} "
+            "times; the teacher scores that, if it can, and answers what fails (not in the cost above)"
+        )
     yield f"student   {settings.student}, scored on {made.n_held_out:,} held-out problems"
     yield "nothing was asked"
 

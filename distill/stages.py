@@ -69,7 +69,7 @@ def train_first(
 ) -> list[Row]:
     """Train the student on the kept traces unless the folder holds it already; return the rows, for rounds."""
     out = _first_student(run, settings)
-    if out.exists() and not settings.rounds:
+    if run.student_dir.exists():
         return []
     from .lessons import by_level, hold_out, lessons
     from .train import TrainSettings, train
@@ -133,7 +133,7 @@ def go_rounds(
     on_progress: Progress,
 ) -> bool:
     """Go through the rounds that are not done; say whether all are, or `stop_after` ended it before."""
-    if not settings.rounds:
+    if run.student_dir.exists() or not settings.rounds:
         return True
     from .rounds import RoundSettings, go_round, problems_of, rounds_of
     from .train import TrainSettings

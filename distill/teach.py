@@ -59,6 +59,7 @@ def teach(
         base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
         filters = settings.curate_settings()
         problems, held_out = draw_problems(settings, work.offline)
+        _check(settings, problems)
         kept: Iterable[Trace] = ()
         done = True
         if settings.method == "grpo":
@@ -80,6 +81,18 @@ def teach(
         )
         write_report(run, kept)
         return result
+
+
+def _check(settings: TeachSettings, problems: list[Problem]) -> None:
+    """See that what is asked for can be had, as far as that can be told before a teacher is asked.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if settings.rounds and all(problem.grader == NONE for problem in problems):
+        raise UsageError("--rounds needs problems with an answer to grade by", "leave --rounds out")
+    if settings.loss == "logits" and settings.traces is None and not settings.logprobs:
+        raise UsageError("--loss logits needs the teacher's log-probabilities", "give --logprobs 64")
 
 
 def _distill(

@@ -21,7 +21,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
-from deepdistill.errors import ArtifactError, TeacherError
+from deepdistill.errors import ArtifactError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 1, "lr": 1e-3}
 
@@ -229,3 +229,13 @@ def test_scores_are_the_teachers_own(finished: Path) -> None:
         fresh = teacher.score(trace.messages, ids, top_logprobs=64)
     np.testing.assert_allclose(np.exp(stored[1].values), np.exp(fresh.values), atol=2e-3)
     assert (stored[1].ids == fresh.ids).mean() > 0.95
+
+
+def test_what_cannot_be_had_is_said_before_anything_is_asked(tmp_path: Path, chain_sum: str) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"Tell me of the number {i}.\n" for i in range(40)))
+    ungraded = TeachSettings(str(tmp_path / "prompts.txt"), student=str(pocket_dir()), rounds=1)
+    with pytest.raises(UsageError, match="--rounds needs problems with an answer"):
+        teach(ungraded, tmp_path / "run")
+    with pytest.raises(UsageError, match="--loss logits needs"):
+        teach(_settings(chain_sum, loss="logits"), tmp_path / "run")
+    assert not (tmp_path / "run" / "traces.jsonl").exists()
