@@ -136,8 +136,8 @@ def describe_preview(
 def _student(made: Preview, settings: TeachSettings) -> Iterator[str]:
     if settings.rounds:
         yield (
-            f"rounds    {settings.rounds} of {settings.round_problems:,} new problems, answered {settings.round_samples} "
-            "times; the teacher scores that, if it can, and answers what fails (not in the cost above)"
+            f"rounds    {settings.rounds} of {settings.round_problems:,} new problems, answered "
+            f"{settings.round_samples} times; the teacher scores that, if it can, and answers what fails (not counted)"
         )
     yield f"student   {settings.student}, scored on {made.n_held_out:,} held-out problems"
     yield "nothing was asked"
