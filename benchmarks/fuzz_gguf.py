@@ -77,7 +77,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         if kind == 0:
             changed[at : at + 1] = bytes([rng.randrange(256)])
         elif kind == 1:
-            number = rng.choice([*_NUMBERS, len(data), len(data) - at, len(data) + 1])
+            number = rng.choice([*_NUMBERS, len(data), max(0, len(data) - at), len(data) + 1])
             changed[at : at + 8] = struct.pack("<Q", number)
         elif kind == 2:
             changed[at : at + 4] = struct.pack("<I", rng.choice([*range(14), 0xFFFFFFFF, rng.randrange(1 << 32)]))
