@@ -121,7 +121,7 @@ class _Sampler:
     ) -> None:
         self.tokenizer, self.grader, self.settings = tokenizer, grader, settings
         self._problems = {problem.question: problem for problem in problems}
-        self.n_tokens = self._n_drawn = 0
+        self.n_tokens = 0
         self.rewards: list[Reward] = []
         self.lengths: list[int] = []
 
@@ -134,7 +134,8 @@ class _Sampler:
         ]
         ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         # The seed of a sample follows from the run's and its place in it: a resumed run draws what this one would.
-        first = settings.seed * 1_000_003 + trainer.state.global_step * len(prompts)
+        turn = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
+        first = settings.seed * 1_000_003 + turn * len(prompts)
         rows = [make_row(i, row, settings.max_tokens, sampling, first + i) for i, row in enumerate(ids)]
         decoder = BatchDecoder(
             model, batch_size=len(rows), eos_ids=frozenset([self.tokenizer.eos_token_id]), pad_id=_pad(self.tokenizer)
