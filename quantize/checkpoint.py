@@ -227,6 +227,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
             header = json.loads(file.read(n_header))
         header.pop("__metadata__", None)
         entries = [(name, tuple(e["shape"]), e["dtype"], *e["data_offsets"]) for name, e in header.items()]
+        if any(type(n) is not int or n < 0 for _, shape, _, *span in entries for n in (*shape, *span)):
+            raise ValueError("a size or place is no whole number")
+        if any(len(entry) != 5 for entry in entries):
+            raise ValueError("a tensor's place is not a beginning and an end")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is no whole safetensors file: {error}", "copy it again") from error
     tensors = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...errors import ArtifactError
 from ..checkpoint import Checkpoint
 from .base import Architecture, Planned, use_llama_cpp
 from .deepseek2 import DeepSeek2
@@ -32,7 +33,11 @@ def read_architecture(checkpoint: Checkpoint) -> Architecture:
         ModelError: another architecture, or a setting that the format or llama.cpp does not have.
         ArtifactError: the config lacks a number, or the tensors do not fit it.
     """
-    names = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "an unnamed architecture")]
-    if names[0] not in ARCHITECTURES:
-        raise use_llama_cpp(f"{names[0]}", checkpoint.folder)
-    return ARCHITECTURES[names[0]](checkpoint)
+    config = checkpoint.config
+    try:
+        name = (config.get("architectures") or [config.get("model_type", "an unnamed architecture")])[0]
+        if name not in ARCHITECTURES:
+            raise use_llama_cpp(f"{name}", checkpoint.folder)
+        return ARCHITECTURES[name](checkpoint)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ArtifactError(f"{checkpoint.folder}/config.json is broken: {error!r}"[:200]) from error

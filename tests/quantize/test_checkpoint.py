@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deepdistill.errors import ArtifactError, ModelError
+from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
 from deepdistill.localrun.header import read_gguf
 from deepdistill.localrun.progress import no_progress
 from deepdistill.quantize.checkpoint import Checkpoint, read_header
@@ -30,6 +31,27 @@ def test_every_type_is_read_as_torch_reads_it(tmp_path: Path, dtype: str) -> Non
     np.testing.assert_array_equal(tensor.rows(), expected)
     np.testing.assert_array_equal(tensor.rows(slice(3, 7)), expected[3:7])
     assert tensor.rows(slice(5, 5)).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shape": [-2, 3]}, "no whole number"),
+        ({"shape": ["2", 3]}, "no whole number"),
+        ({"shape": 6}, "no whole safetensors"),
+        ({"data_offsets": [-4, 20]}, "no whole number"),
+        ({"data_offsets": [0]}, "a beginning and an end|not enough"),
+        ({"data_offsets": [24, 0]}, "wrong number of bytes"),
+        ({"data_offsets": [0, 240]}, "cut short"),
+        ({"shape": [1 << 60, 1 << 60]}, "wrong number of bytes"),
+        ({"dtype": "F4"}, "is F4"),
+    ],
+)
+def test_a_broken_header_is_told(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | change}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(DeepDistillError, match=says):
+        read_header(tmp_path / "a.safetensors")
 
 
 def to_fp8(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
