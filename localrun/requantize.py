@@ -74,7 +74,7 @@ def requantize(
 
 def _default_params() -> tuple[ctypes.Structure, Any]:
     """Return (the library's defaults with room behind, the bindings' view of them)."""
-    function = llama_cpp.llama_cpp._lib.llama_model_quantize_default_params
+    function: Any = llama_cpp.llama_model_quantize_default_params
     before, function.restype = function.restype, _Params
     try:
         room = function()
