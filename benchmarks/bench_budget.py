@@ -1,13 +1,13 @@
 """The best types under a size against llama.cpp's recipes of that size, with the same importance matrix.
 
-For each recipe (Q4_K_M, Q4_0, Q3_K_M) a file is quantized with it, then one with chosen types whose size is at most
+For each recipe (Q4_0, Q4_K_M, Q3_K_M) a file is quantized with it, then one with chosen types whose size is at most
 that file's, and both are run by llama.cpp on the same held-out traces. The traces are in three parts without a common
 problem: one makes the importance matrix, one chooses the types, one is read here. The recipe's file holds byte for
 byte what llama.cpp's quantizer writes (tests/quantize/test_ftypes.py and compare_converter.py check that).
 
 Every cell is saved as it is done, and what is there is not done again: run it as often as need be.
 
-    python benchmarks/bench_budget.py RUN [--recipes Q4_K_M,Q4_0,Q3_K_M] [--out FOLDER] [--minutes 7]
+    python benchmarks/bench_budget.py RUN [--recipes Q4_0,Q4_K_M,Q3_K_M] [--out FOLDER] [--minutes 7]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     """Fill the cells and print them; one JSON object last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder with student/ and traces.jsonl")
-    parser.add_argument("--recipes", default="Q4_K_M,Q4_0,Q3_K_M")
+    parser.add_argument("--recipes", default="Q4_0,Q4_K_M,Q3_K_M")
     parser.add_argument("--out", type=Path, default=Path("bench-budget"))
     parser.add_argument("--minutes", type=float, default=1e9, help="stop measuring single tensors after this")
     arguments = parser.parse_args()
@@ -82,9 +82,9 @@ def chosen(desk: Desk, recipe: str, n_bytes: int, deadline: float) -> dict[str, 
     """Return the bytes, the fidelity and the types of a file of that size."""
 
     def progress(stage: str, done: float, total: float, note: str = "") -> None:
-        if note.endswith("nats") and int(done) % 20 == 0:
+        if note.endswith(("nats", "one by one")) and (int(done) % 10 == 0 or "tensors:" in note):
             print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
-        if note.endswith("nats") and time.monotonic() > deadline:
+        if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:
             raise SystemExit("the time is over; run it again, it goes on from here")
 
     settings = ReleaseSettings(size=n_bytes, traces=desk.traces_path, fidelity=False)

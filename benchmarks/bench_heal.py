@@ -75,7 +75,7 @@ def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
     """Return a file's size and fidelity."""
 
     def progress(stage: str, done: float, total: float, note: str = "") -> None:
-        if stage in ("healing", "measuring types") and int(done) % 10 == 0:
+        if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
             print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 
     made = release(

@@ -1,8 +1,8 @@
 """Spend a number of bytes where they keep most: the best type for each tensor under a size, found exactly.
 
-Damages of single tensors add up nearly linearly, so a file's divergence is the sum of its tensors'. That makes the
-choice a knapsack with one choice an item. The sizes have a large common divisor, since rows are whole blocks: dynamic
-programming in that unit is exact, and takes a second.
+A file's divergence is taken as the sum of its tensors' damages. That makes the choice a knapsack with one choice an
+item. The sizes have a large common divisor, since rows are whole blocks: dynamic programming in that unit is exact, and
+takes a second.
 
 Source: the linearity is that of Malinovskii et al., Pushing the limits of large language model quantization via the
 linearity theorem (arXiv 2411.17525), with measured divergences instead of noise, and ggml's types.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -26,14 +26,13 @@ _MOST_UNITS = 100_000  # of the table; a coarser unit rounds sizes up
 class Choice:
     """One way to store a tensor: its type, its bytes, and what it costs in nats a token.
 
-    `error` is the importance-weighted squared error; `damage` is measured, or scaled by it from one that was.
+    `error` is the importance-weighted squared error; `damage` is what a unit of it costs here, times it.
     """
 
     type: Type
     n_bytes: int
     error: float
     damage: float = 0.0
-    is_measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,12 @@ class Item:
 
 
 def efficient(choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Return the choices that no other one beats in both bytes and error, the smallest first."""
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=lambda one: (one.n_bytes, one.error)):
-        if not kept or choice.error < kept[-1].error:
-            kept.append(choice)
-    return tuple(kept)
+    """Return the choices worth measuring, the smallest first: two others that are no larger and err less rule one out.
 
-
-def scaled(item: Item) -> Item:
-    """Return the item with what was not measured scaled from the measured choice whose error is nearest.
-
-    For small errors divergence is proportional to the square of the change, which `error` is.
+    One is not enough: an error that is small and points the same way in every tensor flatters a type (see sensitivity).
     """
-    measured = [choice for choice in item.choices if choice.is_measured]
-    if not measured:
-        return replace(item, choices=tuple(replace(choice, damage=choice.error) for choice in item.choices))
-
-    def damage(choice: Choice) -> float:
-        near = min(measured, key=lambda one: abs(math.log(max(one.error, 1e-30) / max(choice.error, 1e-30))))
-        return near.damage * choice.error / max(near.error, 1e-30)
-
-    return replace(item, choices=tuple(c if c.is_measured else replace(c, damage=damage(c)) for c in item.choices))
+    ordered = sorted(choices, key=lambda one: (one.n_bytes, one.error))
+    return tuple(one for i, one in enumerate(ordered) if sum(two.error <= one.error for two in ordered[:i]) < 2)
 
 
 def solve(items: Sequence[Item], n_bytes: int) -> list[Choice]:

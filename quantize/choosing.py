@@ -49,9 +49,9 @@ class Chooser:
         """Raise the tensors that gain most for a byte; return False where the budget, or every type, is spent."""
         if self.chosen is None:
             sizes = {one.tensor.name: one.n_bytes for one in self._recipe.tensors}
-            self._measured(sum(sizes[item.name] for item in self._desk.sensitivity.items), n_rounds=0)
-            self._take([_nearest(item, sizes[item.name]) for item in self._desk.sensitivity.items])
-        items, chosen = self._desk.sensitivity.items, self.chosen or []
+            self._measured(sum(sizes[item.name] for item in self._desk.sensitivity.items))
+            self._take([_nearest(item, sizes[item.name]) for item in self._desk.sensitivity.weighed()])
+        items, chosen = self._desk.sensitivity.weighed(), self.chosen or []
         now = sum(choice.n_bytes for choice in chosen)
         most = sum(item.choices[-1].n_bytes for item in items)
         most = min(most, self.tensor_budget()) if self._settings.has_budget else most
@@ -61,11 +61,9 @@ class Chooser:
         self._take(raised)
         return True
 
-    def _measured(self, n_bytes: int, n_rounds: int = 1) -> list[Choice]:
+    def _measured(self, n_bytes: int) -> list[Choice]:
         with self._desk.open_bench() as bench:
-            return refine(
-                self._desk.sensitivity, bench.damage, n_bytes, n_rounds=n_rounds, on_progress=self._desk.on_progress
-            )
+            return refine(self._desk.sensitivity, bench.damage, n_bytes, on_progress=self._desk.on_progress)
 
     def _take(self, chosen: list[Choice]) -> None:
         types = {item.name: one.type for item, one in zip(self._desk.sensitivity.items, chosen, strict=True)}

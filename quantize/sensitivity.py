@@ -1,8 +1,12 @@
-"""What each type does to each tensor: a weighted error to sort out the hopeless, then the divergence it causes.
+"""What each type does to each tensor, from three measurements that each see what the others cannot.
 
-The error is taken on a sample of rows: sum of importance times squared change. For a type that may be chosen the whole
-tensor goes through ggml's quantizer and back into an F16 model that stands in memory, the held-out replies are read,
-and the tensor is put back. Nothing else changes, so even a divergence of 1e-5 is no noise.
+The *error*, importance times squared change summed over a sample of rows, tells the types of one tensor apart and sorts
+out the hopeless. The *cost* of a unit of error tells the tensors apart: a tensor goes through ggml's quantizer and back
+into an F16 model that stands in memory, the held-out replies are read, and it is put back; nothing else changes, so
+even 1e-5 nats are no noise. The *level* of a type says what single tensors cannot: all tensors take the type at once,
+and the divergence is set against the sum of what each was thought to do. Errors that point the same way in every layer
+add up to far more than that. A LoRA-trained student whose base was stored as Q4_1 is the extreme: Q4_1 errs least on
+each of its tensors, since it rounds back to the base, and in all of them at once it undoes the training.
 
 A tied embedding is one item, its two uses measured together. An output matrix of its own never pays: stored once, in
 the larger type of the two, the embedding takes fewer bytes and is nearer in both uses.
@@ -12,9 +16,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +31,7 @@ from ..localrun import ggml
 from ..localrun.dequantize import dequantize_rows
 from ..localrun.probe import Probe
 from ..localrun.progress import Progress, no_progress
-from .budget import Choice, Item, efficient, scaled, solve
+from .budget import Choice, Item, efficient, solve
 from .convert import Conversion, Importance, Typed
 from .fidelity import Reference
 
@@ -39,20 +43,23 @@ TYPES = (
 
 _N_SAMPLED = 64  # rows of a tensor, for the error
 _SAVE_EVERY = 16
-_N_FIRST, _N_LATER = 80, 16  # measurements of the first round, about, and of each later one, at most
+_N_MEASURED = 80  # tensors, about
+_TYPICAL = (Type.IQ4_NL, Type.Q4_0, Type.IQ4_XS, Type.Q4_K)
 
 
 @dataclass
 class Sensitivity:
-    """The items of a model with what was measured of them; what it knows is kept in a file and found there again.
+    """The items of a model with what was measured: what a unit of error costs each, in nats, and each type's level.
 
-    `key` names model, importance matrix and texts: measurements of others are of no use.
+    It is kept in a file and found there again. `key` names model, importance matrix and texts: measurements of others
+    are of no use.
     """
 
     items: list[Item]
     key: str
     path: Path
-    _n_unsaved: int = 0
+    costs: dict[str, float] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, key: str, make: Callable[[], list[Item]]) -> Sensitivity:
@@ -60,39 +67,43 @@ class Sensitivity:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["key"] == key:
-                items = [Item(name, tuple(_choice_of(one) for one in choices)) for name, choices in kept["items"]]
-                return cls([scaled(item) for item in items], key, path)
+                items = [
+                    Item(name, tuple(Choice(Type[t], int(n), float(error)) for t, n, error, *_ in choices))
+                    for name, choices in kept["items"]
+                ]
+                return cls(items, key, path, kept["costs"], kept["levels"])
         except (OSError, ValueError, KeyError, TypeError):
             pass  # there is none, or one of another version: it is made again
         found = cls(make(), key, path)
         found.save()
         return found
 
-    def record(self, item: Item, choice: Choice, damage: float) -> None:
-        """Note a measured divergence, in nats a token."""
-        at = next(i for i, one in enumerate(self.items) if one.name == item.name)
-        known = replace(choice, damage=max(damage, 0.0), is_measured=True)
-        choices = tuple(known if one.type == choice.type else one for one in self.items[at].choices)
-        self.items[at] = scaled(replace(item, choices=choices))
-        self._n_unsaved += 1
-        if self._n_unsaved >= _SAVE_EVERY:
-            self.save()
-
     def save(self) -> None:
         """Write what is known beside its place, and rename it."""
-        items = [
-            [i.name, [[c.type.name, c.n_bytes, c.error, c.damage if c.is_measured else None] for c in i.choices]]
-            for i in self.items
-        ]
+        items = [[i.name, [[c.type.name, c.n_bytes, c.error] for c in i.choices]] for i in self.items]
+        text = json.dumps({"key": self.key, "costs": self.costs, "levels": self.levels, "items": items})
         temporary = self.path.with_name(f".{self.path.name}.part")
-        temporary.write_text(json.dumps({"key": self.key, "items": items}), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path)
-        self._n_unsaved = 0
 
+    def weighed(self) -> list[Item]:
+        """Return the items with the damage of every choice: its error, at the tensor's cost and the type's level.
 
-def _choice_of(kept: list[Any]) -> Choice:
-    name, n_bytes, error, damage = kept
-    return Choice(Type[name], int(n_bytes), float(error), float(damage or 0.0), damage is not None)
+        A tensor that was not measured costs what its neighbours of the same role do, interpolated over the layers on a
+        logarithmic scale; without any measured relative, the average.
+        """
+        known: dict[str, dict[int, float]] = {}
+        for name, cost in self.costs.items():
+            known.setdefault(_role(name), {})[_layer(name)] = math.log(max(cost, 1e-12))
+        average = float(np.mean([c for role in known.values() for c in role.values()])) if known else 0.0
+        weighed = []
+        for item in self.items:
+            near = known.get(_role(item.name), {0: average})
+            layers = sorted(near)
+            cost = math.exp(float(np.interp(_layer(item.name), layers, [near[layer] for layer in layers])))
+            choices = (replace(c, damage=cost * c.error * self.levels.get(c.type.name, 1.0)) for c in item.choices)
+            weighed.append(replace(item, choices=tuple(choices)))
+        return weighed
 
 
 def items_of(
@@ -174,13 +185,15 @@ class Bench:
     ) -> None:
         self._probe.close()
 
-    def damage(self, item: Item, choice: Choice) -> float:
-        """Return the divergence that storing one item so causes, in nats a token."""
+    def damage(self, changes: Mapping[str, Type]) -> float:
+        """Return the divergence that storing these tensors so causes, in nats a token; they are put back after it."""
         try:
-            self._set(item.name, choice.type)
+            for name, type_ in changes.items():
+                self._set(name, type_)
             return self._reference.measure(self._probe).kl_mean
         finally:
-            self._set(item.name, None)
+            for name in changes:
+                self._set(name, None)
 
     def _set(self, name: str, type_: Type | None) -> None:
         typed, weights = self._typed[name], self._importance.get(name)
@@ -213,63 +226,61 @@ def parts_of(
         at += len(rows)
 
 
+Damage = Callable[[Mapping[str, Type]], float]
+"""Tells the divergence that some tensors' types cause together."""
+
+
 def refine(
-    sensitivity: Sensitivity,
-    damage_of: Callable[[Item, Choice], float],
-    n_bytes: int,
-    *,
-    n_rounds: int = 1,
-    on_progress: Progress = no_progress,
+    sensitivity: Sensitivity, damage_of: Damage, n_bytes: int, *, on_progress: Progress = no_progress
 ) -> list[Choice]:
-    """Measure what is likely to be chosen, choose, measure what was chosen, and choose again.
+    """Return the choices under a number of bytes, after measuring what has not been measured yet.
 
-    First some layers of each role are measured, all where there are few, at the choice nearest to the budget's average;
-    the layers between take what a unit of error costs from their neighbours. Each later round measures the chosen types
-    that are thought to do most damage and were not measured yet, then chooses again.
+    First some layers of each role are measured, all where there are few, at the choice that takes about 4.5 bits. Then
+    the types are levelled that the best choices use, and the choices made again, until all that they use are levelled.
     """
-    items = sensitivity.items
-    average = n_bytes / sum(item.choices[-1].n_bytes for item in items)
-    first = [min(i.choices, key=lambda c: abs(c.n_bytes / i.choices[-1].n_bytes - average)) for i in items]
-    step = max(1, round(len(items) / _N_FIRST))
-    todo = [
-        (item, choice)
-        for item, choice in zip(items, first, strict=True)
-        if not any(one.is_measured for one in item.choices) and _layer(item.name) % step == 0
-    ]
-    _measure(sensitivity, damage_of, todo, "measuring types", on_progress)
-    chosen = solve(between(sensitivity.items), n_bytes)
-    for n in range(n_rounds):
-        unknown = [pair for pair in zip(sensitivity.items, chosen, strict=True) if not pair[1].is_measured]
-        unknown.sort(key=lambda pair: -pair[1].damage)
+    _measure_costs(sensitivity, damage_of, on_progress)
+    for _ in range(len(TYPES)):
+        chosen = solve(sensitivity.weighed(), n_bytes)
+        unknown = {choice.type for choice in chosen if choice.error > 0} - {Type[name] for name in sensitivity.levels}
         if not unknown:
-            break
-        _measure(sensitivity, damage_of, unknown[:_N_LATER], f"measuring, round {n + 2}", on_progress)
-        chosen = solve(between(sensitivity.items), n_bytes)
-    sensitivity.items = between(sensitivity.items)
-    return chosen
+            return chosen
+        _measure_levels(sensitivity, damage_of, sorted(unknown), on_progress)
+    return solve(sensitivity.weighed(), n_bytes)
 
 
-def between(items: Sequence[Item]) -> list[Item]:
-    """Return the items with those that were never measured scaled as their neighbours of the same role are.
+def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, on_progress: Progress) -> None:
+    items = [item for item in sensitivity.items if item.choices[0].error > 0]
+    step = max(1, round(len(items) / _N_MEASURED))
+    todo = [item for item in items if item.name not in sensitivity.costs and _layer(item.name) % step == 0]
+    try:
+        for i, item in enumerate(todo):
+            choice = _typical(item)
+            damage = damage_of({item.name: choice.type})
+            sensitivity.costs[item.name] = max(damage, 0.0) / choice.error
+            on_progress("measuring tensors", i + 1, len(todo), f"{item.name} {choice.type.name}: {damage:.2g} nats")
+            if i % _SAVE_EVERY == 0:
+                sensitivity.save()
+    finally:
+        sensitivity.save()
 
-    What a unit of error costs is interpolated between the nearest measured layers below and above, on a logarithmic
-    scale; a tensor without any measured relative keeps its error as it is.
-    """
-    known: dict[str, dict[int, float]] = {}
-    for item in items:
-        costs = [math.log(max(c.damage, 1e-12) / max(c.error, 1e-30)) for c in item.choices if c.is_measured]
-        if costs:
-            known.setdefault(_role(item.name), {})[_layer(item.name)] = float(np.mean(costs))
-    filled = []
-    for item in items:
-        near = known.get(_role(item.name))
-        if near is None or any(choice.is_measured for choice in item.choices):
-            filled.append(item)
-            continue
-        layers = sorted(near)
-        cost = math.exp(float(np.interp(_layer(item.name), layers, [near[layer] for layer in layers])))
-        filled.append(replace(item, choices=tuple(replace(c, damage=cost * c.error) for c in item.choices)))
-    return filled
+
+def _typical(item: Item) -> Choice:
+    """Return the choice to measure a tensor's cost by: one of the same kind for all, or what is nearest in size."""
+    preferred = [c for wanted in _TYPICAL for c in item.choices if c.type == wanted and c.error > 0]
+    inexact = [choice for choice in item.choices if choice.error > 0]
+    return preferred[0] if preferred else inexact[len(inexact) // 2]
+
+
+def _measure_levels(sensitivity: Sensitivity, damage_of: Damage, types: Sequence[Type], on_progress: Progress) -> None:
+    for i, type_ in enumerate(types):
+        sensitivity.levels[type_.name] = 1.0
+        pairs = [(item, c) for item in sensitivity.weighed() for c in item.choices if c.type == type_]
+        apart = sum(choice.damage for _, choice in pairs)
+        together = damage_of({item.name: type_ for item, _ in pairs})
+        sensitivity.levels[type_.name] = max(together, 1e-9) / max(apart, 1e-9)
+        note = f"{type_.name} in {len(pairs)} tensors: {together:.2g} nats, {apart:.2g} one by one"
+        on_progress("measuring types", i + 1, len(types), note)
+        sensitivity.save()
 
 
 def _layer(name: str) -> int:
@@ -281,25 +292,9 @@ def _role(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def _measure(
-    sensitivity: Sensitivity,
-    damage_of: Callable[[Item, Choice], float],
-    todo: Sequence[tuple[Item, Choice]],
-    stage: str,
-    on_progress: Progress,
-) -> None:
-    try:
-        for i, (item, choice) in enumerate(todo):
-            damage = damage_of(item, choice)
-            sensitivity.record(item, choice, damage)
-            on_progress(stage, i + 1, len(todo), f"{item.name} {choice.type.name}: {damage:.2g} nats")
-    finally:
-        sensitivity.save()
-
-
 def describe(items: Sequence[Item], chosen: Sequence[Choice]) -> list[dict[str, Any]]:
     """Return what was chosen for each item, for the report: its types, bytes and damage."""
     return [
-        {"tensor": i.name, "type": c.type.name, "bytes": c.n_bytes, "nats": c.damage, "measured": c.is_measured}
+        {"tensor": i.name, "type": c.type.name, "bytes": c.n_bytes, "nats": c.damage}
         for i, c in zip(items, chosen, strict=True)
     ]

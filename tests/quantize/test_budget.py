@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from deepdistill.errors import UsageError
-from deepdistill.quantize.budget import Choice, Item, efficient, promoted, scaled, solve, target_bytes
-from deepdistill.quantize.sensitivity import between
+from deepdistill.quantize.budget import Choice, Item, efficient, promoted, solve, target_bytes
+from deepdistill.quantize.sensitivity import Sensitivity, refine
 
 
-def choice(n_bytes: int, damage: float, *, error: float = 0.0, is_measured: bool = True) -> Choice:
-    return Choice(Type.Q4_0, n_bytes, error or damage, damage, is_measured)
+def choice(n_bytes: int, damage: float) -> Choice:
+    return Choice(Type.Q4_0, n_bytes, damage, damage)
 
 
 def random_items(seed: int, unit: int) -> list[Item]:
@@ -59,30 +61,51 @@ def test_sizes_without_a_common_divisor_still_fit() -> None:
     assert 0.98 * budget < sum(one.n_bytes for one in found) <= budget
 
 
-def test_only_choices_that_nothing_beats_are_kept() -> None:
-    a, worse, b, larger = choice(10, 1.0), choice(12, 1.1), choice(20, 0.5), choice(30, 0.5)
-    assert efficient([larger, b, worse, a]) == (a, b)
+def test_a_choice_is_ruled_out_by_two_that_beat_it() -> None:
+    a, worse, worst, b, larger = choice(10, 1.0), choice(12, 1.1), choice(13, 1.2), choice(20, 0.5), choice(30, 0.4)
+    assert efficient([larger, b, worst, worse, a]) == (a, worse, b, larger)
 
 
-def test_what_was_not_measured_is_scaled_by_its_error() -> None:
-    item = Item(
-        "t",
-        (
-            choice(1, 0, error=8.0, is_measured=False),
-            choice(2, 0.4, error=4.0),
-            choice(3, 0, error=1.0, is_measured=False),
-        ),
-    )
-    assert [one.damage for one in scaled(item).choices] == pytest.approx([0.8, 0.4, 0.1])
+def item_of(name: str, *errors: float) -> Item:
+    sizes = {Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 6}
+    return Item(name, tuple(Choice(t, n, e) for (t, n), e in zip(sizes.items(), errors, strict=False)))
 
 
-def test_layers_between_cost_as_their_neighbours_do() -> None:
-    def item(layer: int, damage: float | None) -> Item:
-        one = choice(1, damage or 0.0, error=1.0, is_measured=damage is not None)
-        return Item(f"blk.{layer}.ffn_up.weight", (one,))
+def test_damage_is_error_at_the_tensors_cost_and_the_types_level(tmp_path: Path) -> None:
+    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0) for layer in range(3)] + [item_of("x.weight", 1.0)]
+    costs = {"blk.0.ffn_up.weight": 0.01, "blk.2.ffn_up.weight": 0.04}
+    known = Sensitivity(items, "key", tmp_path / "s.json", costs, {"Q4_1": 3.0})
+    damages = [[choice.damage for choice in item.choices] for item in known.weighed()]
+    assert damages[0] == pytest.approx([0.04, 0.03])
+    assert damages[1] == pytest.approx([0.08, 0.06]), "between two layers, on a logarithmic scale"
+    assert damages[2] == pytest.approx([0.16, 0.12])
+    assert damages[3] == pytest.approx([0.02]), "without a relative, the average"
+    known.save()
+    again = Sensitivity.open(tmp_path / "s.json", "key", list)
+    assert again.weighed() == known.weighed()
+    assert Sensitivity.open(tmp_path / "s.json", "another", list).items == []
 
-    found = between([item(0, 0.01), item(1, None), item(2, 0.04), Item("x", (choice(1, 0.3, is_measured=False),))])
-    assert [one.choices[0].damage for one in found] == pytest.approx([0.01, 0.02, 0.04, 0.3])
+
+def test_errors_that_point_the_same_way_are_seen_only_together(tmp_path: Path) -> None:
+    """Q4_1 errs least on each tensor, and its errors add up as amplitudes do; Q4_0's are independent."""
+    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0, 0.01) for layer in range(20)]
+    asked = []
+
+    def damage(changes: Mapping[str, Type]) -> float:
+        asked.append(dict(changes))
+        kinds = list(changes.values())
+        one_by_one = {Type.Q4_0: 4e-4, Type.Q4_1: 1e-4, Type.Q8_0: 1e-6}
+        apart = sum(one_by_one[kind] for kind in kinds if kind != Type.Q4_1)
+        return apart + (kinds.count(Type.Q4_1) ** 2) * one_by_one[Type.Q4_1]
+
+    known = Sensitivity(items, "key", tmp_path / "s.json")
+    chosen = refine(known, damage, 60)
+    assert known.levels["Q4_1"] == pytest.approx(20)
+    assert Type.Q4_1 not in {choice.type for choice in chosen}
+    assert sum(choice.n_bytes for choice in chosen) <= 60
+    n = len(asked)
+    refine(known, damage, 60)
+    assert len(asked) == n, "another budget measures nothing twice"
 
 
 def test_the_worst_is_raised_first() -> None:

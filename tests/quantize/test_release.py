@@ -123,7 +123,7 @@ def test_a_measured_damage_is_that_of_the_changed_weights(tied: Path, traces: Pa
     item = next(item for item in desk.sensitivity.items if item.name == "blk.1.ffn_down.weight")
     choice = next(one for one in item.choices if one.type in (Type.Q3_K, Type.IQ3_S, Type.Q2_K))
     with desk.open_bench() as bench:
-        measured, again = bench.damage(item, choice), bench.damage(item, choice)
+        measured, again = (bench.damage({item.name: choice.type}) for _ in range(2))
         assert measured == again, "the tensor was put back"
     model: Any = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
     weight = model.model.layers[1].mlp.down_proj.weight
