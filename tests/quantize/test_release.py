@@ -312,6 +312,30 @@ def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: Releas
         verify(first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma3", "deepseek2", "deepseek3"])
+def test_every_architecture_gets_chosen_types(
+    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str
+) -> None:
+    folder = make_checkpoint(arch)
+    wanted = ReleaseSettings(bpw=7, traces=traces, calibration=SMALL)
+    made = release(folder, tmp_path / "a.gguf", wanted, n_threads=1)
+    assert made.report.bits_per_weight <= 7
+    assert made.fidelity is not None
+    plain = release(folder, tmp_path / "b.gguf", replace(wanted, bpw=None, type="Q4_0"), n_threads=1)
+    assert plain.fidelity is not None
+    assert made.fidelity.kl_mean < plain.fidelity.kl_mean
+    assert verify(tmp_path / "a.gguf").holds
+    matrices = {name for name, shape in shapes_of(tmp_path / "a.gguf").items() if len(shape) > 1}
+    seen = shapes_of(tmp_path / f"{folder.name}.imatrix.gguf")
+    missing = {name for name in matrices if f"{name}.in_sum2" not in seen}
+    assert missing <= {"token_embd.weight"}, "only a table of lookups is multiplied with nothing"
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in read_gguf(path).tensors.items()}
+
+
 def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:3]))
