@@ -109,6 +109,7 @@ def train_first(
         on_progress,
         is_ordered=settings.curriculum,
         validation=validation,
+        device=work.device,
         say=work.say,
     )
     run.save("training.json", dataclasses.asdict(report))

@@ -64,6 +64,7 @@ def train(
     *,
     is_ordered: bool = False,
     validation: Sequence[Row] = (),
+    device: str = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> TrainReport:
     """Train the checkpoint in base_dir on rows and save it, merged, to out; go on from the last whole checkpoint.
@@ -75,19 +76,21 @@ def train(
         ModelError: the weights cannot be loaded, do not fit the rows or the memory, or the loss diverges.
         ArtifactError: the disk is full.
     """
-    device = choose_device()
+    where = choose_device(device)
     ordered = list(rows) if is_ordered else order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
     with _disk_errors(checkpoints_dir):
-        plan = _plan(base_dir, rows, settings, device, checkpoints_dir)
+        plan = _plan(base_dir, rows, settings, where, checkpoints_dir)
         while True:
             try:
-                return _run(base_dir, ordered, tokenizer, settings, plan, checkpoints_dir, out, on_progress, validation)
+                return _run(
+                    base_dir, ordered, tokenizer, settings, plan, where, checkpoints_dir, out, on_progress, validation
+                )
             except (RuntimeError, MemoryError) as error:
                 if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
                     raise
                 plan = _smaller(plan, checkpoints_dir, say)
             gc.collect()
-            if device.type == "cuda":
+            if where.type == "cuda":
                 torch.cuda.empty_cache()
 
 
@@ -97,12 +100,13 @@ def _run(
     tokenizer: Any,
     settings: TrainSettings,
     plan: Plan,
+    device: torch.device,
     checkpoints_dir: Path,
     out: Path,
     on_progress: Progress,
     validation: Sequence[Row],
 ) -> TrainReport:
-    device, dtype = choose_device(), _dtype(plan)
+    dtype = torch.bfloat16 if plan.dtype == "bf16" else torch.float32
     with _threads(plan.threads):
         model = load_student(base_dir, settings, device, dtype)
         check_vocabulary(model, [*ordered, *validation], len(tokenizer))
@@ -221,10 +225,6 @@ def _smaller(plan: Plan, folder: Path, say: Callable[[str], None]) -> Plan:
     write_text(folder / _PLAN_FILE, json.dumps(asdict(smaller)) + "\n")
     say(f"{plan.micro_batch} rows at once do not fit the memory: {smaller.micro_batch} from here on, as many a step")
     return smaller
-
-
-def _dtype(plan: Plan) -> torch.dtype:
-    return torch.bfloat16 if plan.dtype == "bf16" else torch.float32
 
 
 @contextmanager

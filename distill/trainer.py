@@ -6,6 +6,7 @@ the step, whatever micro-batches and processes it is cut into.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from ..errors import UsageError
 from .clock import Clock
 from .lora import parameter_groups
 from .objective import Objective
@@ -106,7 +108,7 @@ def arguments(
         logging_steps=1 if device.type == "cpu" else 10,
         logging_nan_inf_filter=False,  # a NaN ends the run: the clock sees to it
         save_strategy="no",  # the clock says when
-        report_to=[name for name in settings.report_to.split(",") if name],
+        report_to=_reporters(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -115,8 +117,26 @@ def arguments(
     )
 
 
+def _reporters(names: str) -> list[str]:
+    """Return the trackers that transformers tells.
+
+    Raises:
+        UsageError: one is unknown or not installed.
+    """
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UsageError(
+                f"--report-to {name} is unknown", f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UsageError(f"--report-to {name}: it is not installed", f"pip install {name}")
+    return wanted
+
+
 def processes() -> int:
     """Return how many processes train together, as their launcher says."""
-    import os
-
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -397,3 +397,23 @@ def test_a_run_keeps_what_it_measured_at_its_start(pocket_student: Path, tmp_pat
     (tmp_path / "c" / "plan.json").write_text(json.dumps(plan | {"threads": 3}))
     more = dataclasses.replace(settings, steps=4)
     assert train(pocket_student, rows_of(), tokenizer, more, tmp_path / "c", tmp_path / "s").threads == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_the_loss(pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(pocket_student, tmp_path, batch_size=8, steps=3, report_to="tensorboard")
+    (events,) = (tmp_path / "c").rglob("events.out.tfevents.*")
+    accumulated = EventAccumulator(str(events.parent))
+    accumulated.Reload()
+    losses = [point["loss"] for point in read_curve(tmp_path / "curve.jsonl")]
+    assert [event.value for event in accumulated.Scalars("train/loss")] == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_reporter_that_is_not_installed_is_said(pocket_student: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--report-to nobody is unknown"):
+        go(pocket_student, tmp_path, batch_size=8, steps=1, report_to="nobody")
+    with pytest.raises(UsageError, match="neptune: it is not installed"):
+        go(pocket_student, tmp_path, batch_size=8, steps=1, report_to="neptune")
