@@ -15,11 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from .fast.interface import use_row_attention
 from .fast.model import FastDecoder, fast_decoder
 from .losses import LOSSES, Segment, Targets, projected_loss, token_scores
 from .packing import Batch, Layout, pack, pad
 from .rows import Row
+
+_PROBE = [Row([1 + (7 * i + 3 * j) % 11 for i in range(5 + j)], 1) for j in range(3)]
 
 Pass = Literal["fast", "packed", "padded"]
 
@@ -31,8 +34,12 @@ class Objective:
         """Take over the forward of a causal language model, or of peft's around one, that stands on its device.
 
         longest: tokens of the longest row; a sliding window shorter than it leaves only the padded pass.
+
+        Raises:
+            ModelError: the model makes its logits in a way that the losses do not know.
         """
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        _check_head(self.causal_lm)
         self._fast: FastDecoder | None = None
         self.pass_: Pass = self._choose(longest)
         self.causal_lm.forward = partial(_forward, self.causal_lm, self._fast)
@@ -46,7 +53,7 @@ class Objective:
             self._fast = fast_decoder(self.causal_lm)
         if self._fast:
             return "fast"
-        return "packed" if use_row_attention(self.causal_lm) else "padded"
+        return "packed" if _can_pack(self.causal_lm) else "padded"
 
     def collator(self, pad_token_id: int) -> Callable[[Sequence[Row]], dict[str, Any]]:
         """Return what makes a batch of rows for this pass."""
@@ -105,6 +112,57 @@ def _states(
     rows = {} if layout is None else {"position_ids": position_ids.to(input_ids.device), "layout": layout}
     states: Tensor = causal_lm.get_decoder()(input_ids=input_ids, use_cache=False, **rows).last_hidden_state
     return states.flatten(0, 1)
+
+
+@torch.no_grad()
+def _can_pack(causal_lm: Any) -> bool:
+    """Let a model attend by rows if it then has the states of separate rows; say whether it has."""
+    decoder, before = causal_lm.get_decoder(), causal_lm.config._attn_implementation
+    batch, was_training = pack(_PROBE), causal_lm.training
+    assert batch.layout is not None
+    causal_lm.eval()
+    layout, ids = batch.layout.to(causal_lm.device), batch.input_ids.to(causal_lm.device)
+    try:
+        plain = decoder(input_ids=ids[0][layout.gather], use_cache=False).last_hidden_state
+        if use_row_attention(causal_lm):
+            found = _states(causal_lm, None, ids, batch.position_ids, batch.layout)
+            if _near(found, plain.flatten(0, 1)[layout.scatter]):
+                return True
+    except (TypeError, ValueError, RuntimeError):
+        pass  # it does not take what it is given, or does not hand it on
+    finally:
+        causal_lm.train(was_training)
+    causal_lm.config._attn_implementation = before
+    return False
+
+
+@torch.no_grad()
+def _check_head(causal_lm: Any) -> None:
+    """See that the logits are what `projected_loss` computes of the last states."""
+    was_training, config = causal_lm.training, causal_lm.config
+    causal_lm.eval()
+    try:
+        ids = torch.tensor([_PROBE[0].input_ids], device=causal_lm.device)
+        states = causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        head = causal_lm.get_output_embeddings()
+        logits = head(states).float() * _logit_scale(config)
+        cap = getattr(config, "final_logit_softcapping", None)
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        if _near(logits, causal_lm(input_ids=ids, use_cache=False).logits.float()):
+            return
+    finally:
+        causal_lm.train(was_training)
+    raise ModelError(
+        f"the student ({type(causal_lm).__name__}) makes its logits in a way that training does not know",
+        "deepdistill trains models whose logits are a product with their last states, scaled or capped",
+    )
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    """Say whether most states agree up to rounding."""
+    error = (found.float() - expected.float()).norm(dim=-1)
+    tolerance = 1e-3 if expected.dtype == torch.float32 and found.dtype == torch.float32 else 0.1
+    return bool((error <= tolerance * expected.float().norm(dim=-1).clamp(min=1e-6)).float().mean() > 0.8)
 
 
 def _window(config: Any) -> float:

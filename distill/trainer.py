@@ -123,8 +123,10 @@ def _reporters(names: str) -> list[str]:
     Raises:
         UsageError: one is unknown or not installed.
     """
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:

@@ -417,3 +417,39 @@ def test_a_reporter_that_is_not_installed_is_said(pocket_student: Path, tmp_path
         go(pocket_student, tmp_path, batch_size=8, steps=1, report_to="nobody")
     with pytest.raises(UsageError, match="neptune: it is not installed"):
         go(pocket_student, tmp_path, batch_size=8, steps=1, report_to="neptune")
+
+
+def test_attention_that_rows_cannot_have_is_found_out_and_padded() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    from deepdistill.distill.objective import Objective
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=200, num_key_value_heads=1, head_dim=16, attn_logit_softcapping=0.05, sliding_window=64,
+            final_logit_softcapping=2.0, attn_implementation="eager", **sizes,
+        )
+    )  # fmt: skip
+    rows = rows_of(4)
+    alone = torch.stack([_naive(model, row) for row in rows]).sum()
+    objective = Objective(model, max(len(row.input_ids) for row in rows))
+    assert objective.pass_ == "padded"  # attention scores are capped there
+    assert model(**objective.collator(0)(rows)).item() == pytest.approx(alone.item(), rel=1e-4)
+
+
+def test_logits_that_are_no_product_are_refused(pocket_student: Path) -> None:
+    from deepdistill.distill.objective import Objective
+
+    model = AutoModelForCausalLM.from_pretrained(pocket_student)
+    plain = model.forward
+
+    def twisted(*given: Any, **more: Any) -> Any:
+        out = plain(*given, **more)
+        out.logits = out.logits.square()
+        return out
+
+    model.forward = twisted
+    with pytest.raises(ModelError, match="makes its logits"):
+        Objective(model, 16)
