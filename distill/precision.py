@@ -34,6 +34,7 @@ def fastest(width: int, inner: int, device: torch.device, n_tokens: int = 384) -
         is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return Choice(torch.bfloat16 if is_native else torch.float32, torch.get_num_threads(), {})
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     before, ms = torch.get_num_threads(), dict[tuple[torch.dtype, int], float]()
     counts = sorted({cores, max(1, cores // 2)}, reverse=True)
     try:

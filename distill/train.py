@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -86,7 +88,8 @@ def train(
                     base_dir, ordered, tokenizer, settings, plan, where, checkpoints_dir, out, on_progress, validation
                 )
             except (RuntimeError, MemoryError) as error:
-                if not (isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))):
+                is_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
+                if not is_memory or processes() > 1:  # the other processes would wait for this one
                     raise
                 plan = _smaller(plan, checkpoints_dir, say)
             gc.collect()
@@ -181,6 +184,8 @@ def _computed_share(
 def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: torch.device, folder: Path) -> Plan:
     """Return the plan that the run began with, or make it."""
     path = folder / _PLAN_FILE
+    if processes() > 1 and os.environ.get("RANK", "0") != "0":
+        _wait_for(path)  # the first process decides for all
     if path.exists():
         return Plan(**json.loads(path.read_text(encoding="utf-8")))
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
@@ -195,6 +200,14 @@ def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: 
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asdict(plan)) + "\n")
     return plan
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ArtifactError(f"the first process has not written {path} in ten minutes")
+        time.sleep(0.1)
 
 
 def _fitting(config: dict[str, Any], rows: Sequence[Row], settings: TrainSettings, device: torch.device) -> int:

@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_comes_to_the_very_weights_of_one_that_was_not(
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_loss_and_weights_of_one(pocket_student: Path, tmp_path: Path) -> None:
-    options = {"batch_size": 8, "lr": 3e-3, "epochs": 2, "threads": 1, "dtype": "fp32"}
+    options = {"batch_size": 8, "lr": 3e-3, "epochs": 2, "dtype": "fp32"}
     alone = spawn(pocket_student, tmp_path / "one", options)
     out, err = alone.communicate(timeout=300)
     assert alone.returncode == 0, err
