@@ -76,11 +76,12 @@ def heal(
 ) -> dict[str, Any]:
     """Train a checkpoint under its types and write the result, in float32, beside its place and renamed.
 
-    Returns what it came to: steps, seconds, the loss over the first and the last tenth, and the share of sampled rows
-    whose blocks stay the same when what they hold is quantized once more.
+    Returns what it came to: steps, seconds, the loss over the first and the last tenth, the share of sampled rows whose
+    blocks stay the same when what they hold is quantized once more, and how many tensors the forward pass did not see
+    quantized because the file holds them in another arrangement.
 
     Raises:
-        ModelError: torch is missing, or the checkpoint's tensors are not the model's own parameters.
+        ModelError: torch is missing, or transformers cannot load the checkpoint.
         ArtifactError: the disk is full.
     """
     try:
@@ -92,9 +93,10 @@ def heal(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(student_dir, device)
     rows = list(_teach(model, texts, settings.top_k, device, on_progress))
-    quantizer = Quantizer(
-        model, origins(student_dir, {n for n, t in types.items() if t != Type.F32}), types, importance, n_threads
-    )
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    wanted = {name for name, type_ in types.items() if type_ != Type.F32}
+    found = origins(student_dir, wanted, shapes)
+    quantizer = Quantizer(model, found, types, importance, n_threads)
     losses = _train(model, quantizer, rows, settings, device, on_progress)
     stable = quantizer.stability()
     _save(model, student_dir, out)
@@ -105,7 +107,14 @@ def heal(
         "loss_before": float(f"{np.mean(losses[:tenth]):.4g}"),
         "loss_after": float(f"{np.mean(losses[-tenth:]):.4g}"),
         "requantized_same": float(f"{stable:.4g}"),
+        "tensors_not_seen": len(wanted) - len(found),
     }
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters, each once, and the buffers that a checkpoint keeps, such as DeepSeek's routing bias."""
+    kept = model.state_dict().keys()
+    return dict(model.named_parameters()) | {name: one for name, one in model.named_buffers() if name in kept}
 
 
 def _load(folder: Path, device: torch.device) -> Any:
@@ -263,7 +272,7 @@ def _save(model: Any, student_dir: Path, out: Path) -> None:
         for path in student_dir.iterdir():
             if path.is_file() and path.suffix not in (".safetensors", ".bin") and "index.json" not in path.name:
                 shutil.copy(path, temporary / path.name)
-        weights = {name: p.detach().float().cpu().contiguous() for name, p in model.named_parameters()}
+        weights = {name: p.detach().float().cpu().contiguous() for name, p in _tensors(model).items()}
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}

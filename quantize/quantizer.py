@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from ..errors import ModelError
 from ..localrun import ggml
 from ..localrun.dequantize import dequantize_rows
 from .convert import Importance, Types
@@ -28,20 +27,12 @@ class Quantizer:
     def __init__(
         self, model: Any, sources: Mapping[str, Sequence[Origin]], types: Types, importance: Importance, n_threads: int
     ) -> None:
-        """Match the checkpoint's weights with the model's parameters.
-
-        Raises:
-            ModelError: a weight is no parameter of the model.
-        """
+        """Take the rows that each tensor has of each parameter."""
         self._parameters = dict(model.named_parameters())
         self._parts: list[tuple[str, npt.NDArray[np.int64], Type, npt.NDArray[np.float32] | None]] = []
         for name, found in sources.items():
             weights = importance.get(name)
             for origin in found:
-                if origin.weight not in self._parameters:
-                    raise ModelError(
-                        f"{origin.weight} is no parameter of the model as transformers loads it", "it cannot be healed"
-                    )
                 for matrix in np.unique(origin.matrix):
                     columns = weights[matrix] if weights is not None and weights.ndim == 2 else weights
                     self._parts.append((origin.weight, origin.rows[origin.matrix == matrix], types[name], columns))

@@ -7,7 +7,7 @@ what it makes of that says where each row went, whatever the architecture does.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,20 +46,25 @@ class _Numbered(Tensor):
         return np.ascontiguousarray(np.broadcast_to(numbers, (max(0, stop - start), *self.shape[1:])))
 
 
-def origins(folder: Path, names: Collection[str]) -> dict[str, tuple[Origin, ...]]:
+def origins(
+    folder: Path, names: Collection[str], weights: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[Origin, ...]]:
     """Return where the rows of the named tensors come from.
 
+    `weights` has the shapes of the model's weights by name, which may be stacked otherwise than in the folder. Tensors
+    that are no arrangement of whole rows, such as DeepSeek's transposed `attn_k_b`, are left out.
+
     Raises:
-        ModelError: a tensor is no arrangement of whole rows, such as DeepSeek's transposed `attn_k_b`.
+        ModelError: the weights are not what the folder's config says.
         ArtifactError: the checkpoint is broken.
     """
     checkpoint = Checkpoint(folder)
     numbered, starts = dict[str, Weight](), dict[str, int]()
     at = 0
-    for name, weight in checkpoint.tensors.items():
+    for name, shape in weights.items():
         starts[name] = at
-        numbered[name] = _Numbered(name, weight.shape, "F32", folder, 0, at)
-        at += int(np.prod(weight.shape[:-1])) if len(weight.shape) > 1 else weight.shape[0]
+        numbered[name] = _Numbered(name, shape, "F32", folder, 0, at)
+        at += int(np.prod(shape[:-1])) if len(shape) > 1 else int(np.prod(shape))
     if at > _MOST:
         raise ModelError(f"{folder} has {at:,} rows of weights, and {_MOST:,} can be told apart")
     stand_in = copy.copy(checkpoint)
@@ -69,7 +74,10 @@ def origins(folder: Path, names: Collection[str]) -> dict[str, tuple[Origin, ...
     for planned in read_architecture(stand_in).tensors():
         if planned.name not in names:
             continue
-        numbers = np.concatenate([_number(part, planned.name) for part in planned.read()])
+        parts = list(planned.read())
+        if any(part.ndim != 2 or (part != part[:, :1]).any() for part in parts):
+            continue
+        numbers = np.concatenate([part[:, 0] for part in parts]).astype(np.int64)
         n_of_one = planned.shape[-2]
         which = np.searchsorted(firsts, numbers, side="right") - 1
         found[planned.name] = tuple(
@@ -77,9 +85,3 @@ def origins(folder: Path, names: Collection[str]) -> dict[str, tuple[Origin, ...
             for i in np.unique(which)
         )
     return found
-
-
-def _number(part: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.int64]:
-    if part.ndim != 2 or (part != part[:, :1]).any():
-        raise ModelError(f"{name} is no arrangement of whole rows of the checkpoint", "it cannot be healed")
-    return part[:, 0].astype(np.int64)

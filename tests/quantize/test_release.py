@@ -332,6 +332,21 @@ def test_every_architecture_gets_chosen_types(
     assert missing <= {"token_embd.weight"}, "only a table of lookups is multiplied with nothing"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma3", "deepseek3"])
+def test_every_architecture_can_be_healed(
+    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str
+) -> None:
+    wanted = ReleaseSettings(type="Q4_0", traces=traces, calibration=SMALL)
+    folder = make_checkpoint(arch)
+    plain = release(folder, tmp_path / "plain.gguf", wanted, n_threads=1)
+    healed = release(folder, tmp_path / "healed.gguf", replace(wanted, heal=15), n_threads=1)
+    assert plain.fidelity is not None
+    assert healed.fidelity is not None
+    assert healed.fidelity.kl_mean < 0.8 * plain.fidelity.kl_mean
+    assert verify(tmp_path / "healed.gguf").holds
+
+
 def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in read_gguf(path).tensors.items()}
 
