@@ -49,18 +49,23 @@ class Clock(TrainerCallback):
         computed_share: float,
         validate: Callable[[], Validation] | None,
         on_progress: Progress,
+        rows_between: int = 0,
     ) -> None:
-        """Take the run's rows in order, and which share of their tokens is computed (what rows share counts once)."""
+        """Take the run's rows in order, and which share of their tokens is computed (what rows share counts once).
+
+        rows_between: at least so many rows train between two validations.
+        """
         self._settings, self._on_progress, self._validate = settings, on_progress, validate
         self._tokens = [0]
         for row in rows:
             self._tokens.append(self._tokens[-1] + len(row.input_ids))
-        self._computed_share = computed_share
+        self._computed_share, self._rows_between = computed_share, rows_between
         self._before = 0.0  # seconds of training before this process
         self._started = self._saved = time.monotonic()
         self._losses: list[float] = []
         self._lowest = math.inf  # mean loss of a window
         self._validations: list[tuple[float, Validation]] = []  # (progress, what was found)
+        self._validated_rows = 0  # that had trained at the last validation
         self._curve: Path | None = None
         self.stopped = "end"
 
@@ -105,7 +110,7 @@ class Clock(TrainerCallback):
         kept = json.loads((checkpoint / CLOCK_FILE).read_text(encoding="utf-8"))
         self._before, self._lowest, self._losses = kept["seconds"], kept["lowest"], kept["losses"]
         self._validations = [(done, Validation(*found)) for done, found in kept["validations"]]
-        self.stopped = kept["stopped"]
+        self._validated_rows, self.stopped = kept["validated_rows"], kept["stopped"]
         return int(checkpoint.name.split("-")[1]) if kept["ended"] == self._ends() else None
 
     def _ends(self) -> list[float | None]:
@@ -125,7 +130,7 @@ class Clock(TrainerCallback):
         if done >= 1:
             control.should_training_stop = True
             self.stopped = "time" if self._settings.minutes and state.global_step < state.max_steps else "end"
-        self._maybe_validate(done, control)
+        self._maybe_validate(done, self.rows(state.global_step), control)
         if _agreed(time.monotonic() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
             control.should_save = True
             self._saved = time.monotonic()
@@ -166,6 +171,7 @@ class Clock(TrainerCallback):
             "lowest": self._lowest,
             "losses": self._losses,
             "validations": [(done, (found.loss, found.accuracy)) for done, found in self._validations],
+            "validated_rows": self._validated_rows,
             "stopped": self.stopped,
             "ended": self._ends() if control.should_training_stop else None,
         }
@@ -174,11 +180,13 @@ class Clock(TrainerCallback):
         for older in checkpoints(Path(args.output_dir))[:-2]:
             shutil.rmtree(older, ignore_errors=True)
 
-    def _maybe_validate(self, done: float, control: Any) -> None:
+    def _maybe_validate(self, done: float, n_rows: int, control: Any) -> None:
         """Score the held-out rows every twentieth of the run, and stop where they no longer get better."""
         last = self._validations[-1][0] if self._validations else 0.0
-        if self._validate is None or (done - last < 1 / _N_VALIDATIONS and done < 1):
+        is_early = done - last < 1 / _N_VALIDATIONS or n_rows - self._validated_rows < self._rows_between
+        if self._validate is None or (is_early and done < 1):
             return
+        self._validated_rows = n_rows
         found = self._validate()
         self._validations.append((done, found))
         self._draw(validation_loss=round(found.loss, 5), validation_accuracy=round(found.accuracy, 5))

@@ -116,7 +116,9 @@ def _run(
         objective = Objective(model, max(len(row.input_ids) for row in [*ordered, *validation]))
         collate = objective.collator(tokenizer.pad_token_id)
         validate = _validation(objective, model, collate, validation, plan.micro_batch)
-        clock = Clock(settings, ordered, _computed_share(ordered, collate, plan.micro_batch), validate, on_progress)
+        share = _computed_share(ordered, collate, plan.micro_batch)
+        # scoring a row is a third of training it: so it takes a tenth of the time at most
+        clock = Clock(settings, ordered, share, validate, on_progress, rows_between=3 * len(validation))
         # The fast pass holds its weights in the plan's format already; any other computes under autocast.
         autocast = objective.pass_ != "fast" and dtype == torch.bfloat16
         trainer = StudentTrainer(
