@@ -100,7 +100,8 @@ class Linears:
             rows = slice(self.n_outputs + adapter.ranks.start, self.n_outputs + adapter.ranks.stop)
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
             self._joint[rows, : self.n_inputs].copy_(adapter.a.detach())
-            self._joint[adapter.outputs, columns].copy_(adapter.b.detach() * adapter.scale)
+            b = adapter.b.detach() if adapter.scale == 1.0 else adapter.b.detach() * adapter.scale
+            self._joint[adapter.outputs, columns].copy_(b)
 
 
 def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepdistill.distill.fast import attention
 from deepdistill.distill.fast.blocks import rms_norm, rms_norm_backward
 from deepdistill.distill.fast.model import fast_decoder
 from deepdistill.distill.packing import pack
@@ -148,6 +149,40 @@ def test_an_optimizer_step_reaches_the_fast_pass() -> None:
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.1}])
 def test_what_the_fast_pass_does_not_compute_is_left_to_the_plain_one(lora: dict[str, Any]) -> None:
     assert fast_decoder(_model("llama", **lora).get_base_model()) is None
+
+
+def test_rows_too_long_for_plain_products_take_the_fused_attention_to_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for longest in (512, 4):
+        monkeypatch.setattr(attention, "LONGEST_PLAIN", longest)
+        model = _model("llama")
+        fast = fast_decoder(model.get_base_model())
+        assert fast is not None
+        batch = pack(ROWS)
+        assert batch.layout is not None
+        fast(batch.input_ids, batch.layout).square().sum().backward()
+        found.append(_gradients(model))
+    for name in found[0]:
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_fast_pass_is_exact_too(dtype: torch.dtype) -> None:
+    expected = _naive(_model("llama"), ROWS).item()
+    model = _model("llama", dtype).to("cuda")
+    fast = fast_decoder(model.get_base_model())
+    assert fast is not None
+    batch = pack(ROWS)
+    assert batch.layout is not None
+    hidden = fast(batch.input_ids.cuda(), batch.layout.to("cuda"))
+    logits = model.get_base_model().lm_head(hidden[batch.positions.cuda()]).float()
+    loss = F.cross_entropy(logits, batch.targets.ids.cuda(), reduction="sum")
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 2e-2)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_decoder_that_only_looks_alike_is_found_out() -> None:
