@@ -43,7 +43,7 @@ TYPES = (
 
 _N_SAMPLED = 64  # rows of a tensor, for the error
 _SAVE_EVERY = 16
-_N_MEASURED = 80  # tensors, about
+_N_MEASURED = 60  # tensors, about
 _TYPICAL = (Type.IQ4_NL, Type.Q4_0, Type.IQ4_XS, Type.Q4_K)
 
 
