@@ -241,7 +241,7 @@ def refine(
     _measure_costs(sensitivity, damage_of, on_progress)
     for _ in range(len(TYPES)):
         chosen = solve(sensitivity.weighed(), n_bytes)
-        unknown = {choice.type for choice in chosen if choice.error > 0} - {Type[name] for name in sensitivity.levels}
+        unknown = {choice.type for choice in chosen} - {Type.F16} - {Type[name] for name in sensitivity.levels}
         if not unknown:
             return chosen
         _measure_levels(sensitivity, damage_of, sorted(unknown), on_progress)
