@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from deepdistill.distill.scoring import why_not_scored
@@ -61,3 +62,23 @@ def test_a_teacher_without_a_fingerprint_is_known_by_how_it_cuts_text(monkeypatc
         assert why_not_scored(teacher, tokenizer) is None  # it cuts the stress text alike
         monkeypatch.setattr(type(teacher), "tokenize", lambda self, text: None)
         assert why_not_scored(teacher, tokenizer) == "the teacher does not tell its tokens"
+
+
+def test_a_gguf_of_the_teacher_scores_the_students_tokens_as_the_teacher_does(tmp_path: Path) -> None:
+    from deepdistill.cli import main
+
+    path, tokenizer = tmp_path / "pocket.gguf", load_tokenizer(pocket_dir())
+    flags = ["--type", "F32", "--out", str(path), "--imatrix", "none", "--no-proofs", "--no-fidelity", "--quiet"]
+    assert main(["quantize", str(pocket_dir()), *flags]) == 0
+    messages = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 4 - 1 ="}]
+    answers = [
+        tokenizer(text, add_special_tokens=False).input_ids for text in ("4-1=3\n</think>\n\n3<|im_end|>", "9 4")
+    ]
+    with open_teacher(str(path)) as file, open_teacher("pocket") as checkpoint:
+        assert why_not_scored(file, tokenizer) is None
+        assert file.vocabulary == checkpoint.vocabulary
+        conversations = [(messages, answer) for answer in answers]
+        mine, theirs = (dict(one.score_many(conversations, top_logprobs=8)) for one in (file, checkpoint))
+    for i, answer in enumerate(answers):
+        np.testing.assert_allclose(np.exp(mine[i].values), np.exp(theirs[i].values), atol=1e-4)
+        assert all(token in row for token, row in zip(answer, mine[i].ids, strict=True))
