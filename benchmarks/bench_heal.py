@@ -6,15 +6,16 @@ whether what flipped is more than chance. Bits a weight are all tensors' bytes t
 
 Every cell is saved as it is done, and what is there is not done again.
 
-    python benchmarks/bench_heal.py RUN [--bpw 4.5] [--steps 40] [--n 500] [--out FOLDER]
+    python benchmarks/bench_heal.py RUN [--bpw 4.5] [--steps 32] [--n 500] [--out FOLDER]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.hardware import default_threads
+from deepdistill.quantize.calibration import CalibrationSettings
+from deepdistill.quantize.desk import Desk
 from deepdistill.quantize.paired import compare
 from deepdistill.quantize.quantize import quantize
 from deepdistill.quantize.release import release
 from deepdistill.quantize.settings import ReleaseSettings
 
-_MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.2}  # about, on 2 cores
+_MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.0, "divergence": 2.5}  # about, on 2 cores
 
 
 def main() -> None:
@@ -37,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--bpw", type=float, default=4.5)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("bench-heal"))
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell that would end after this")
@@ -58,36 +62,56 @@ def main() -> None:
         path.write_text(json.dumps(cells, indent=1))
         print(name, {k: v for k, v in cells[name].items() if k != "right"}, flush=True)
 
-    cell("plain", lambda: make_file(arguments.run, files["plain"], arguments.bpw, 0))
     cell("healed", lambda: make_file(arguments.run, files["healed"], arguments.bpw, arguments.steps))
     cell("f16", lambda: {"bytes": quantize(arguments.run / "student", files["f16"], "F16").n_bytes})
-    for name, file in reversed(files.items()):
-        cell(f"{name} answers", lambda file=file: ask(arguments.run, file, arguments.n))  # type: ignore[misc]
-    for name in ("plain", "healed"):
-        paired = compare(cells["f16 answers"]["right"], cells[f"{name} answers"]["right"])
-        print(name, json.dumps(paired.to_json()))
-        cells[f"{name} paired"] = paired.to_json()
+    cell("f16 answers", lambda: ask(arguments.run, files["f16"], arguments.n))
+    cell("healed answers", lambda: ask(arguments.run, files["healed"], arguments.n))
+    report(cells, "healed")
+    cell("plain", lambda: make_file(arguments.run, files["plain"], arguments.bpw, 0))
+    cell("plain answers", lambda: ask(arguments.run, files["plain"], arguments.n))
+    report(cells, "plain")
+    cell("divergence", lambda: measure(arguments.run, arguments.out, (files["healed"], files["plain"])))
     path.write_text(json.dumps(cells, indent=1))
     print(json.dumps({name: {k: v for k, v in one.items() if k != "right"} for name, one in cells.items()}))
 
 
+def report(cells: dict[str, Any], name: str) -> None:
+    """Compare a file's answers with the unquantized model's."""
+    paired = compare(cells["f16 answers"]["right"], cells[f"{name} answers"]["right"])
+    cells[f"{name} paired"] = paired.to_json()
+    print(name, json.dumps(paired.to_json()), flush=True)
+
+
 def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
-    """Return a file's size and fidelity."""
+    """Return a file's size and what healing came to."""
 
     def progress(stage: str, done: float, total: float, note: str = "") -> None:
         if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
             print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 
-    made = release(
-        run / "student", out, ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl"), on_progress=progress
-    )
-    assert made.fidelity is not None
+    settings = ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl", fidelity=False)
+    made = release(run / "student", out, settings, on_progress=progress)
     return {
         "bytes": made.report.n_bytes,
         "bits_per_weight": made.report.bits_per_weight,
-        "fidelity": made.fidelity.to_json(),
         "healed": dict(made.healed or {}),
     }
+
+
+def measure(run: Path, out: Path, paths: Sequence[Path]) -> dict[str, Any]:
+    """Return the fidelity of files on held-out traces."""
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        desk = Desk(
+            run / "student",
+            Path(scratch),
+            out,
+            run / "traces.jsonl",
+            None,
+            CalibrationSettings(),
+            default_threads(),
+            lambda *_: None,
+        )
+        return {path.stem: desk.fidelity(path).to_json() for path in paths}
 
 
 def ask(run: Path, file: Path, n: int) -> dict[str, Any]:

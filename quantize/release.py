@@ -221,6 +221,8 @@ class _Work:
             on_progress=self.desk.on_progress,
             n_threads=self.desk.n_threads,
         )
+        if report["loss_after"] >= report["loss_before"]:
+            self.desk.notes.append("healing did not lower the divergence: give --heal more steps, or leave it out")
         self.chooser.source_dir, self.healed = folder, report
 
     def _metadata(self, conversion: Conversion) -> dict[str, Value]:
