@@ -113,12 +113,19 @@ def report(options: Any, cells: dict[str, Any], names: list[str]) -> None:
     if len(names) == 2:
         ours, peer = (summary[name] for name in names)
         pairs = [a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(runs[names[0]], runs[names[1]], strict=True)]
-        gaps = [abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=False)]
+        exact = cells.get(f"try trl fp32{suffix}", {}).get("losses", [])  # what bf16 should come to
         summary["ratios"] = [round(ratio, 2) for ratio in pairs]
         summary["ratio"] = round(statistics.median(pairs), 2)
         summary["memory"] = round(ours["peak_gb"] / peer["peak_gb"], 2)
-        summary["loss_gap"] = {"mean": round(statistics.mean(gaps), 4), "largest": round(max(gaps), 4)}
+        summary["loss_gap"] = gap(ours["losses"], peer["losses"])
+        summary["loss_gap_to_fp32"] = {"ours": gap(ours["losses"], exact), "peer": gap(peer["losses"], exact)}
     print(json.dumps(summary))
+
+
+def gap(losses: list[float], others: list[float]) -> dict[str, float]:
+    """Return how far two loss curves are apart, in nats."""
+    gaps = [abs(a - b) for a, b in zip(losses, others, strict=False)] or [float("nan")]
+    return {"mean": round(statistics.mean(gaps), 4), "largest": round(max(gaps), 4), "steps": len(gaps)}
 
 
 def make_rows(options: Any) -> Path:
@@ -196,7 +203,7 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
         lr=1e-5 if options.full else 6e-4,
         batch_size=ROWS_A_STEP,
         epochs=1,
-        warmup=1e-9,
+        warmup=0.0,
         final_lr=1.0,
         max_length=1 << 20,
         save_every_s=1e9,
