@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from deepdistill.distill.fast import attention
 from deepdistill.distill.fast.blocks import rms_norm, rms_norm_backward
+from deepdistill.distill.fast.linears import Linears, adapter_of
 from deepdistill.distill.fast.model import fast_decoder
 from deepdistill.distill.packing import pack
 from deepdistill.distill.rows import Row
@@ -220,3 +221,31 @@ def test_the_demos_student_in_fp32_is_exact() -> None:
     assert F.cross_entropy(logits, batch.targets.ids, reduction="sum").item() == pytest.approx(
         expected.item(), rel=1e-4
     )
+
+
+def test_a_small_adapter_is_not_rounded_away_in_bf16() -> None:
+    """Added to an output that is rounded already, a delta below half a step of bf16 would vanish."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False)).to(torch.bfloat16)
+    model: Any = get_peft_model(base, LoraConfig(r=4, lora_alpha=4, target_modules=["0"]))
+    module = model.base_model.model[0]
+    linears = Linears([module])
+    x = torch.randn(4096, 256).to(torch.bfloat16)
+    with torch.no_grad():
+        before, plain_before = _through(linears, x), module(x).float()
+        a, b, _ = adapter_of(module)
+        b.normal_(std=3e-4)
+        delta = (x.float() @ a.T.bfloat16().float()) @ b.T.bfloat16().float()
+        change, plain_change = _through(linears, x) - before, module(x).float() - plain_before
+    kept, plainly_kept = ((each * delta).sum().item() / delta.square().sum().item() for each in (change, plain_change))
+    assert delta.abs().mean() < 1e-3 * before.abs().mean()
+    assert kept == pytest.approx(1.0, abs=0.1)
+    assert plainly_kept < 0.7  # what peft's own forward keeps of it
+
+
+def _through(linears: Linears, x: Tensor) -> Tensor:
+    room = linears.room(x)
+    room[:, : x.shape[1]] = x
+    return linears.forward(room)[0].float()
