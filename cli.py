@@ -267,7 +267,7 @@ def teach(
     ] = 32,
     patience: Annotated[
         int, typer.Option(help="Validations, 20 in a run, without progress before it ends early; 0: never.", min=0)
-    ] = 5,
+    ] = 8,
     train_dtype: Annotated[
         Literal["bf16", "fp32"] | None, typer.Option(help="The faster one here, measured, if not given.")
     ] = None,

@@ -42,7 +42,7 @@ class TrainSettings:
     final_lr: float = 0.05
     weight_decay: float = 0.0
     n_validation: int = 32
-    patience: int = 5
+    patience: int = 8
     save_every_s: float = 60.0
     dtype: Literal["bf16", "fp32"] | None = None
     threads: int | None = None
