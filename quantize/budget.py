@@ -44,12 +44,12 @@ class Item:
 
 
 def efficient(choices: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Return the choices worth measuring, the smallest first: two others that are no larger and err less rule one out.
+    """Return the choices worth a thought, the smallest first: three that are no larger and err less rule one out.
 
     One is not enough: an error that is small and points the same way in every tensor flatters a type (see sensitivity).
     """
     ordered = sorted(choices, key=lambda one: (one.n_bytes, one.error))
-    return tuple(one for i, one in enumerate(ordered) if sum(two.error <= one.error for two in ordered[:i]) < 2)
+    return tuple(one for i, one in enumerate(ordered) if sum(two.error <= one.error for two in ordered[:i]) < 3)
 
 
 def solve(items: Sequence[Item], n_bytes: int) -> list[Choice]:

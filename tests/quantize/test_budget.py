@@ -61,9 +61,10 @@ def test_sizes_without_a_common_divisor_still_fit() -> None:
     assert 0.98 * budget < sum(one.n_bytes for one in found) <= budget
 
 
-def test_a_choice_is_ruled_out_by_two_that_beat_it() -> None:
-    a, worse, worst, b, larger = choice(10, 1.0), choice(12, 1.1), choice(13, 1.2), choice(20, 0.5), choice(30, 0.4)
-    assert efficient([larger, b, worst, worse, a]) == (a, worse, b, larger)
+def test_a_choice_is_ruled_out_by_three_that_beat_it() -> None:
+    best, *others = (choice(10 + i, 1 + i / 10) for i in range(4))
+    larger = choice(30, 0.4)
+    assert efficient([larger, *others, best]) == (best, *others[:2], larger)
 
 
 def item_of(name: str, *errors: float) -> Item:
