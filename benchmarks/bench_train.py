@@ -2,6 +2,7 @@
 
     python benchmarks/bench_train.py --traces runs/demo/traces.jsonl
     python benchmarks/bench_train.py --traces … --full                 # all weights
+    python benchmarks/bench_train.py --traces … --processor-time       # on a busy machine
     python benchmarks/bench_train.py --device cuda --length 4096   # ours alone: tokens/s, share of peak FLOPs
 
 The rows are the demo's: the pocket teacher's traces in SmolLM2's template. Each cell is a process of its own, so that
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--length", type=int, default=0, help="make rows of so many random tokens instead")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="one thread, rates by its time: for busy machines"
+    )
     parser.add_argument("--trl", help="this setting of TRL instead of the best")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_train.json"))
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -71,10 +75,11 @@ def main() -> None:
 
 def measure(options: Any, rows: Path, cells: dict[str, Any], name: str, key: str, steps: int) -> dict[str, Any]:
     """Run a cell in a process of its own unless it is there."""
-    key = f"{key}{' full' if options.full else ''}{f' length {options.length}' if options.length else ''}"
+    key += suffix_of(options)
     if key not in cells:
         command = [sys.executable, __file__, "--cell", name, "--rows", str(rows), "--steps", str(steps)]
         command += ["--student", options.student, "--device", options.device] + ["--full"] * options.full
+        command += ["--processor-time"] * options.processor_time
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             cells[key] = {"error": (done.stderr.strip().splitlines() or ["?"])[-1]}
@@ -84,6 +89,13 @@ def measure(options: Any, rows: Path, cells: dict[str, Any], name: str, key: str
         shown = {name: value for name, value in cells[key].items() if name != "losses"}
         print(f"{key}: {shown}", file=sys.stderr, flush=True)
     return cells[key]  # type: ignore[no-any-return]
+
+
+def suffix_of(options: Any) -> str:
+    """Return what sets the cells of these options apart."""
+    parts = [options.full and "full", options.length and f"length {options.length}"]
+    parts.append(options.processor_time and "processor time")
+    return "".join(f" {part}" for part in parts if part)
 
 
 def choose_trl(options: Any, rows: Path, cells: dict[str, Any]) -> str:
@@ -96,7 +108,7 @@ def choose_trl(options: Any, rows: Path, cells: dict[str, Any]) -> str:
 
 def report(options: Any, cells: dict[str, Any], names: list[str]) -> None:
     """Print a row for each arm and what they come to."""
-    suffix = f"{' full' if options.full else ''}{f' length {options.length}' if options.length else ''}"
+    suffix = suffix_of(options)
     runs = {name: [cells[f"{name} #{i}{suffix}"] for i in range(options.rounds)] for name in names}
     summary: dict[str, Any] = {}
     for name, found in runs.items():
@@ -124,7 +136,9 @@ def report(options: Any, cells: dict[str, Any], names: list[str]) -> None:
 
 def gap(losses: list[float], others: list[float]) -> dict[str, float]:
     """Return how far two loss curves are apart, in nats."""
-    gaps = [abs(a - b) for a, b in zip(losses, others, strict=False)] or [float("nan")]
+    gaps = [abs(a - b) for a, b in zip(losses, others, strict=False)]
+    if not gaps:
+        return {}
     return {"mean": round(statistics.mean(gaps), 4), "largest": round(max(gaps), 4), "steps": len(gaps)}
 
 
@@ -166,6 +180,11 @@ def make_traces(folder: Path, n_rows: int) -> Path:
 def run_cell(options: Any) -> dict[str, Any]:
     """Train for the steps and return the figures."""
     rows = json.loads(options.rows.read_text())[: options.steps * ROWS_A_STEP]
+    if options.processor_time:
+        import torch
+
+        torch.set_num_threads(1)
+        time.monotonic = time.process_time
     with tempfile.TemporaryDirectory() as scratch:
         cell = ours(options, rows, Path(scratch)) if options.cell == "ours" else trl(options, rows, scratch)
     n_tokens = [sum(len(ids) for ids, _ in rows[i : i + ROWS_A_STEP]) for i in range(0, len(rows), ROWS_A_STEP)]
@@ -208,6 +227,7 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
         max_length=1 << 20,
         save_every_s=1e9,
         patience=0,
+        threads=1 if options.processor_time else None,
     )
     rows_ = [Row(ids, n_prompt) for ids, n_prompt in rows]
     peak = {}

@@ -240,7 +240,13 @@ def test_the_curve_has_every_step(pocket_student: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"dora": True}, {"rslora": True}, {"lora_targets": "q_proj,v_proj"}, {"lora_first_layer": 2}, {"full": True}],
+    [
+        {"lora_targets": "q_proj,v_proj"},
+        {"full": True},
+        pytest.param({"dora": True}, marks=pytest.mark.slow),
+        pytest.param({"rslora": True}, marks=pytest.mark.slow),
+        pytest.param({"lora_first_layer": 2}, marks=pytest.mark.slow),
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_each_way_to_adapt_learns_and_merges(pocket_student: Path, tmp_path: Path, options: dict[str, Any]) -> None:
