@@ -124,8 +124,12 @@ def _load(folder: Path, device: torch.device) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # On a processor the backward pass of the fused attention is slower than plain products for texts of this length.
+    attention = "sdpa" if device.type == "cuda" else "eager"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, attn_implementation=attention
+        )
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"transformers cannot load {folder}: {first}") from error
