@@ -58,8 +58,10 @@ def llama3_factors(rope: dict[str, Any], head_dim: int) -> npt.NDArray[np.float3
     """
     low, high = float(rope.get("low_freq_factor", 1)), float(rope.get("high_freq_factor", 4))
     original, factor = float(rope.get("original_max_position_embeddings", 8192)), float(rope["factor"])
-    base = np.float32(rope.get("rope_theta") or 10000.0)
-    frequencies = 1 / base ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    # The power in float64: in float32 its last bit differs from processor to processor.
+    powers = float(rope.get("rope_theta") or 10000.0) ** exponents.astype(np.float64)
+    frequencies = 1 / powers.astype(np.float32)
     waves = np.float32(2 * np.pi) / frequencies
     smooth = np.clip((np.float32(original) / waves - np.float32(low)) / np.float32(high - low), 0, 1)
     between = 1 / ((1 - smooth) / np.float32(factor) + smooth)
