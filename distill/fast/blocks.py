@@ -43,7 +43,11 @@ def row_attention(
 
     turn: cos and sin `[L, d]`, which turn queries and keys by their place in the row (rotate-half convention).
     """
-    y: Tensor = _RowAttention.apply(qkv, turn, layout, (n_heads, n_kv_heads), scale)  # type: ignore[no-untyped-call]
+    kind = qkv.device.type
+    if torch.is_autocast_enabled(kind):  # which would meddle with the products inside, but not with their gradients
+        qkv = qkv.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        y: Tensor = _RowAttention.apply(qkv, turn, layout, (n_heads, n_kv_heads), scale)  # type: ignore[no-untyped-call]
     return y
 
 

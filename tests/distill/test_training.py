@@ -271,6 +271,19 @@ def test_each_way_to_adapt_learns_and_merges(pocket_student: Path, tmp_path: Pat
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("options", [{"full": True}, {"dora": True}, {}], ids=["full", "dora", "lora"])
+def test_in_bf16_the_first_loss_is_that_of_fp32_up_to_rounding_and_it_learns(
+    pocket_student: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    losses = {}
+    for dtype in ("bf16", "fp32"):
+        go(pocket_student, tmp_path / dtype, rows_of(8), batch_size=8, epochs=12, lr=5e-3, dtype=dtype, **options)
+        losses[dtype] = [point["loss"] for point in read_curve(tmp_path / dtype / "curve.jsonl")]
+    assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=1e-2)
+    assert losses["bf16"][-1] == pytest.approx(losses["fp32"][-1], rel=5e-2)
+    assert losses["bf16"][-1] < losses["bf16"][0] - 0.02
+
+
 def test_lora_plus_gives_b_another_learning_rate(pocket_student: Path, tmp_path: Path) -> None:
     from deepdistill.distill.lora import load_student, parameter_groups
 
