@@ -6,7 +6,7 @@ whether what flipped is more than chance. Bits a weight are all tensors' bytes t
 
 Every cell is saved as it is done, and what is there is not done again.
 
-    python benchmarks/bench_heal.py RUN [--bpw 4.5] [--steps 24] [--n 500] [--out FOLDER]
+    python benchmarks/bench_heal.py RUN [--bpw 4.5] [--steps 32] [--n 500] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--bpw", type=float, default=4.5)
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("bench-heal"))
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell that would end after this")
