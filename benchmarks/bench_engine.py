@@ -383,13 +383,13 @@ def main() -> None:
     """Print a line a bar, then all of them as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("bars", nargs="*", choices=[*BARS, []], default=list(BARS))
+    parser.add_argument("bars", nargs="*", choices=[*BARS, []], default=[])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     arguments = parser.parse_args()
     globals()["ROUNDS"] = arguments.rounds
     done = json.loads(arguments.out.read_text()) if arguments.out and arguments.out.exists() else {}
-    for name in arguments.bars:
+    for name in arguments.bars or BARS:
         if name not in done:
             done[name] = BARS[name](arguments.model)
             print(name, json.dumps(done[name]), flush=True)
