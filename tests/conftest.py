@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,14 @@ from pathlib import Path
 import pytest
 
 CHAIN_SUM = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
+
+
+def pytest_unconfigure() -> None:
+    """Close the two files that llama-cpp-python leaves open: Python warns of them after pytest's last line."""
+    utils = sys.modules.get("llama_cpp._utils")
+    for name in ("outnull_file", "errnull_file"):
+        if utils:
+            getattr(utils, name).close()
 
 
 @pytest.fixture(scope="session")
