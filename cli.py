@@ -288,6 +288,11 @@ def teach(
     quiet: Quiet = False,
 ) -> None:
     """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
+    from .distill.processes import follow, is_first, leading
+
+    if not is_first():
+        follow()
+        return
     from .distill.budget import Limits, Price
     from .distill.judge import DEFAULT_RUBRIC, read_rubric
     from .distill.recipe import TeachSettings, Work
@@ -362,7 +367,7 @@ def teach(
     if dry_run:
         _preview(settings, limits, folder, offline, json_output)
         return
-    with _bars(quiet) as progress, _resumable(folder):
+    with leading(), _bars(quiet) as progress, _resumable(folder):
         result = run_teach(
             settings,
             folder,

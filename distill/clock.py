@@ -18,6 +18,7 @@ from ..errors import ModelError
 from ..localrun.progress import Progress
 from .curves import CURVE_FILE, cut_curve
 from .packing import Batch
+from .processes import agreed
 from .rows import Row
 from .train_settings import TrainSettings
 
@@ -66,6 +67,7 @@ class Clock(TrainerCallback):
         self._lowest = math.inf  # mean loss of a window
         self._validations: list[tuple[float, Validation]] = []  # (progress, what was found)
         self._validated_rows = 0  # that had trained at the last validation
+        self._best: int | None = None  # step of the best validation, whose checkpoint is kept
         self._curve: Path | None = None
         self.stopped = "end"
 
@@ -77,7 +79,7 @@ class Clock(TrainerCallback):
         """Return how much of the run is done, 0 to 1."""
         if self._settings.minutes is None:
             return steps_done
-        return _agreed(min(1.0, max(steps_done, self.seconds() / (60 * self._settings.minutes))))
+        return agreed(min(1.0, max(steps_done, self.seconds() / (60 * self._settings.minutes))))
 
     def tokens(self, steps: int) -> int:
         """Return how many tokens the rows of the first steps have."""
@@ -92,6 +94,8 @@ class Clock(TrainerCallback):
         last = self._losses[-_WINDOW:]
         rate = self.tokens(steps) / max(self.seconds(), 1e-9)
         found = self._validations[-1][1] if self._validations else None
+        if self.stopped == "early":
+            found = min((each for _, each in self._validations), key=lambda each: each.loss)
         return {
             "steps": steps,
             "rows": self.rows(steps),
@@ -110,7 +114,7 @@ class Clock(TrainerCallback):
         kept = json.loads((checkpoint / CLOCK_FILE).read_text(encoding="utf-8"))
         self._before, self._lowest, self._losses = kept["seconds"], kept["lowest"], kept["losses"]
         self._validations = [(done, Validation(*found)) for done, found in kept["validations"]]
-        self._validated_rows, self.stopped = kept["validated_rows"], kept["stopped"]
+        self._validated_rows, self.stopped, self._best = kept["validated_rows"], kept["stopped"], kept.get("best")
         return int(checkpoint.name.split("-")[1]) if kept["ended"] == self._ends() else None
 
     def _ends(self) -> list[float | None]:
@@ -130,8 +134,8 @@ class Clock(TrainerCallback):
         if done >= 1:
             control.should_training_stop = True
             self.stopped = "time" if self._settings.minutes and state.global_step < state.max_steps else "end"
-        self._maybe_validate(done, self.rows(state.global_step), control)
-        if _agreed(time.monotonic() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
+        self._maybe_validate(done, state.global_step, control)
+        if agreed(time.monotonic() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
             control.should_save = True
             self._saved = time.monotonic()
         rate = self.tokens(state.global_step) / max(self.seconds(), 1e-9)
@@ -163,7 +167,7 @@ class Clock(TrainerCallback):
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Finish a checkpoint, and leave the two newest."""
+        """Finish a checkpoint, and leave the two newest and the one of the best validation."""
         if not state.is_world_process_zero:
             return
         kept = {
@@ -173,15 +177,23 @@ class Clock(TrainerCallback):
             "validations": [(done, (found.loss, found.accuracy)) for done, found in self._validations],
             "validated_rows": self._validated_rows,
             "stopped": self.stopped,
+            "best": self._best,
             "ended": self._ends() if control.should_training_stop else None,
         }
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / CLOCK_FILE).write_text(json.dumps(kept), encoding="utf-8")
         for older in checkpoints(Path(args.output_dir))[:-2]:
-            shutil.rmtree(older, ignore_errors=True)
+            if older.name != f"checkpoint-{self._best}":
+                shutil.rmtree(older, ignore_errors=True)
 
-    def _maybe_validate(self, done: float, n_rows: int, control: Any) -> None:
+    def best_checkpoint(self, folder: Path) -> str | None:
+        """Return the checkpoint of the best validation; None if that was never saved."""
+        path = folder / f"checkpoint-{self._best}"
+        return str(path) if (path / CLOCK_FILE).exists() else None
+
+    def _maybe_validate(self, done: float, step: int, control: Any) -> None:
         """Score the held-out rows every twentieth of the run, and stop where they no longer get better."""
+        n_rows = self.rows(step)
         last = self._validations[-1][0] if self._validations else 0.0
         is_early = done - last < 1 / _N_VALIDATIONS or n_rows - self._validated_rows < self._rows_between
         if self._validate is None or (is_early and done < 1):
@@ -192,6 +204,8 @@ class Clock(TrainerCallback):
         self._draw(validation_loss=round(found.loss, 5), validation_accuracy=round(found.accuracy, 5))
         losses = [each.loss for _, each in self._validations]
         patience = self._settings.patience
+        if patience and losses[-1] == min(losses):
+            self._best, control.should_save = step, True
         if done < 1 and patience and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience]):
             control.should_training_stop = True
             self.stopped = "early"
@@ -234,19 +248,6 @@ def last_checkpoint(folder: Path) -> str | None:
         else:
             shutil.rmtree(path, ignore_errors=True)
     return whole
-
-
-def _agreed(value: float) -> float:
-    """Return the first process's value, so that all of them save and stop at the same step."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    shared = torch.tensor(value, dtype=torch.float64, device=_device())
-    torch.distributed.broadcast(shared, src=0)
-    return float(shared)
-
-
-def _device() -> str:
-    return "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
 
 
 def validation_of(

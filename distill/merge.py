@@ -26,20 +26,27 @@ MERGE_TOLERANCE = 1e-3  # of the largest logit
 _BASE_FILE = "deepdistill_base.json"
 
 
-def save_student(model: Any, base_dir: Path, tokenizer: Any, out: Path, rows: Sequence[Row] = ()) -> float | None:
-    """Write a trained model to out, beside its place and then renamed; an adapter goes to `out/../adapter` before.
-
-    Returns the merge's error on the rows (see `merge_adapter`), None where there was nothing to merge.
-
-    Raises:
-        ModelError: the merged model differs from base and adapter.
-    """
-    if not hasattr(model, "peft_config"):
-        _write(model, base_dir, tokenizer, out)
-        return None
-    adapter_dir = out.with_name("adapter")
-    save_adapter(model, base_dir, adapter_dir)
-    return merge_adapter(adapter_dir, base_dir, tokenizer, out, rows)
+def save_checkpoint(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
+    """Write a plain checkpoint in the base's number format, beside its place, then rename."""
+    temporary = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        stored = stored_dtype(base_dir) or torch.float32
+        model.config.use_cache = True
+        model.config._attn_implementation = "sdpa"
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.config.eos_token_id = tokenizer.eos_token_id
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.to(device="cpu", dtype=stored).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        for card in ("README.md", "LICENSE"):
+            if (base_dir / card).exists():
+                shutil.copy(base_dir / card, temporary / card)
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save_adapter(model: Any, base_dir: Path, folder: Path) -> None:
@@ -85,7 +92,7 @@ def merge_adapter(adapter_dir: Path, base_dir: Path, tokenizer: Any, out: Path, 
             f"the merged student's logits differ by {difference:.2g} from those of base and adapter",
             f"the adapter is in {adapter_dir}: use it unmerged, and report this",
         )
-    _write(merged, base_dir, tokenizer, out)
+    save_checkpoint(merged, base_dir, tokenizer, out)
     return difference
 
 
@@ -116,29 +123,6 @@ def _check_base(adapter_dir: Path, base_dir: Path) -> None:
 def _logits(model: Any, row: Row) -> Tensor:
     logits: Tensor = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].float()
     return logits
-
-
-def _write(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
-    """Write a plain checkpoint in the base's number format, beside its place, then rename."""
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        stored = stored_dtype(base_dir) or torch.float32
-        model.config.use_cache = True
-        model.config._attn_implementation = "sdpa"
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.config.eos_token_id = tokenizer.eos_token_id
-        model.config.pad_token_id = tokenizer.pad_token_id
-        model.to(device="cpu", dtype=stored).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        for card in ("README.md", "LICENSE"):
-            if (base_dir / card).exists():
-                shutil.copy(base_dir / card, temporary / card)
-        shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:

@@ -126,7 +126,8 @@ def _can_pack(causal_lm: Any) -> bool:
         plain = decoder(input_ids=ids[0][layout.gather], use_cache=False).last_hidden_state
         if use_row_attention(causal_lm):
             found = _states(causal_lm, None, ids, batch.position_ids, batch.layout)
-            if _near(found, plain.flatten(0, 1)[layout.scatter]):
+            wanted = batch.positions.to(causal_lm.device)
+            if _near(found[wanted], plain.flatten(0, 1)[layout.scatter][wanted]):
                 return True
     except (TypeError, ValueError, RuntimeError):
         pass  # it does not take what it is given, or does not hand it on

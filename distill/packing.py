@@ -7,6 +7,9 @@ apart as they are in a padded batch, without a mask.
 Rows that begin alike share the beginning: the states of equal tokens behind equal beginnings are equal, so they are
 computed once and gathered for each row, and their gradients add up by themselves. Loss and gradient are those of
 separate rows; only the work is less.
+
+Sizes come in few steps: some tokens without meaning stand behind the shortest row, where nothing looks back at them.
+oneDNN compiles a matrix product for each new shape, and that takes ten times as long as the product itself.
 """
 
 from __future__ import annotations
@@ -71,15 +74,18 @@ class Batch:
 def pack(rows: Sequence[Row]) -> Batch:
     """Return the rows packed end to end, common beginnings once."""
     ordered = sorted(rows, key=lambda row: (row.losses, row.input_ids))  # neighbours have the most in common
-    width = max(len(row.input_ids) for row in ordered)
+    n_shared = [_n_shared(a, row.input_ids) for a, row in zip(_before(ordered), ordered, strict=True)]
+    n_flat = sum(len(row.input_ids) for row in ordered) - sum(n_shared)
+    shortest = min(range(len(ordered)), key=lambda i: len(ordered[i].input_ids))
+    end, n_fill = len(ordered[shortest].input_ids), rounded_up(n_flat) - n_flat
+    width = rounded_up(max(end + n_fill, *(len(row.input_ids) for row in ordered)))
     gather = np.zeros((len(ordered), width), np.int64)
     flat: list[int] = []
     flat_positions: list[int] = []
     scatter: list[int] = []
     again: list[int] = []
-    before: list[int] = []
-    for i, row in enumerate(ordered):
-        ids, shared = row.input_ids, _n_shared(before, row.input_ids)
+    for i, (row, shared) in enumerate(zip(ordered, n_shared, strict=True)):
+        ids = row.input_ids
         start = len(flat)
         gather[i, :shared] = gather[i - 1, :shared]
         gather[i, shared : len(ids)] = np.arange(start, start + len(ids) - shared)
@@ -87,7 +93,10 @@ def pack(rows: Sequence[Row]) -> Batch:
         flat_positions += range(shared, len(ids))
         again += range(i * width, i * width + shared)
         scatter += range(i * width + shared, i * width + len(ids))
-        before = ids
+    gather[shortest, end : end + n_fill] = np.arange(n_flat, n_flat + n_fill)
+    flat += [0] * n_fill
+    flat_positions += [0] * n_fill
+    scatter += range(shortest * width + end, shortest * width + end + n_fill)
     predicted_from = [gather[i, row.n_prompt - 1 : len(row.input_ids) - 1] for i, row in enumerate(ordered)]
     several, again_of = np.unique(gather.ravel()[again], return_inverse=True)
     places = (gather, np.array(scatter), several, np.array(again, np.int64), again_of)
@@ -130,6 +139,16 @@ def _batch(
         n_tokens=sum(len(row.input_ids) for row in rows),
         weight=float(targets.weights.sum()),
     )
+
+
+def rounded_up(n: int) -> int:
+    """Return the next size that shapes come in: a multiple of 16, above 512 one of a thirty-second of the size."""
+    step = max(16, 1 << max(0, n.bit_length() - 5))
+    return -(-n // step) * step
+
+
+def _before(rows: Sequence[Row]) -> list[list[int]]:
+    return [[], *(row.input_ids for row in rows[:-1])]
 
 
 def _n_shared(a: list[int], b: list[int]) -> int:

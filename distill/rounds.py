@@ -27,6 +27,7 @@ from .graders import NONE
 from .logprobs import Logprobs, logprobs_path
 from .mixture import Mixture, MixtureSettings, mix, pass_rates
 from .problems import Problem
+from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .round_files import Round, RoundSettings, rounds_of
 from .round_teacher import ask_teacher
@@ -175,16 +176,17 @@ def go_round(
     run.save(name, record)
     work.say(f"round {round_.number}: {record['right']} of {len(samples)} right; rows: {_listed(record['rows'])}")
     rows = arrange(mixture.lessons, training.batch_size, training.epochs, training.seed)
-    report = train(
+    report = everywhere(
+        train,
         round_.student,
         rows,
         tokenizer,
         training,
         round_.folder / "checkpoints",
         round_.out,
-        on_progress,
         is_ordered=True,
-        say=work.say,
+        device=work.device,
+        own={"on_progress": on_progress, "say": work.say},
     )
     run.save(name, record | {"training": dataclasses.asdict(report)})
     return True

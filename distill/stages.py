@@ -15,6 +15,7 @@ from .evaluate import Score, evaluate, messages_of
 from .grade import Grader
 from .graders import NONE
 from .problems import Problem, load_problems
+from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .run import Run
 from .student import teach_template
@@ -99,18 +100,18 @@ def train_first(
     if settings.curriculum:
         asked = [kept[i] for i in trained]
         ordered = by_level(ordered, asked, rates, training.batch_size, training.epochs, settings.seed)
-    report = train(
+    report = everywhere(
+        train,
         base,
         ordered,
         tokenizer,
         training,
         run.checkpoints_dir,
         out,
-        on_progress,
         is_ordered=settings.curriculum,
         validation=validation,
         device=work.device,
-        say=work.say,
+        own={"on_progress": on_progress, "say": work.say},
     )
     run.save("training.json", dataclasses.asdict(report))
     return rows

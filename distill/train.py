@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,15 @@ from ..localrun.progress import Progress, no_progress
 from .clock import Clock, Validation, last_checkpoint, validation_of
 from .device import SMALL_MODEL, choose_device
 from .lora import check_vocabulary, load_student
-from .merge import save_student
+from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
 from .packing import Batch
 from .precision import fastest
+from .processes import is_first, processes
 from .rows import Row, order_rows
 from .run import write_text
 from .train_settings import TrainReport, TrainSettings
-from .trainer import StudentTrainer, arguments, processes
+from .trainer import StudentTrainer, arguments
 
 __all__ = ["TrainReport", "TrainSettings", "train"]
 
@@ -84,17 +84,27 @@ def train(
         plan = _plan(base_dir, rows, settings, where, checkpoints_dir)
         while True:
             try:
-                return _run(
+                report = _run(
                     base_dir, ordered, tokenizer, settings, plan, where, checkpoints_dir, out, on_progress, validation
                 )
+                break
             except (RuntimeError, MemoryError) as error:
                 is_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
                 if not is_memory or processes() > 1:  # the other processes would wait for this one
                     raise
                 plan = _smaller(plan, checkpoints_dir, say)
-            gc.collect()
-            if where.type == "cuda":
-                torch.cuda.empty_cache()
+            _make_room(where)
+        if settings.full or not is_first():
+            return report
+        _make_room(where)  # what was trained lies in the adapter's folder
+        error = merge_adapter(out.with_name("adapter"), base_dir, tokenizer, out, ordered[:_N_CHECKED])
+        return replace(report, merge_error=error)
+
+
+def _make_room(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _run(
@@ -132,20 +142,27 @@ def _run(
         )
         n_steps = _train(trainer, clock, last_checkpoint(checkpoints_dir))
         objective.release()
-        error = None
-        if trainer.is_world_process_zero():
-            error = save_student(trainer.model, base_dir, tokenizer, out, ordered[:_N_CHECKED])
-        return TrainReport(**clock.summary(n_steps), pass_=objective.pass_, merge_error=error, **asdict(plan))
+        if is_first() and settings.full:
+            save_checkpoint(model, base_dir, tokenizer, out)
+        elif is_first():
+            save_adapter(model, base_dir, out.with_name("adapter"))
+        return TrainReport(**clock.summary(n_steps), pass_=objective.pass_, **asdict(plan))
 
 
 def _train(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) -> int:
-    """Train to the end, from the checkpoint if there is one; return the number of steps."""
+    """Train to the end, from the checkpoint if there is one; return the number of steps.
+
+    A run that ended early, because held-out rows got no better, leaves the weights with which they were best.
+    """
     n_steps = clock.resume(Path(checkpoint)) if checkpoint else None
-    if n_steps is not None:  # only the merge is left
+    if n_steps is None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        n_steps, checkpoint = int(trainer.state.global_step), None
+    if clock.stopped == "early":
+        checkpoint = clock.best_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint:
         trainer._load_from_checkpoint(str(checkpoint))
-        return n_steps
-    trainer.train(resume_from_checkpoint=checkpoint)
-    return int(trainer.state.global_step)
+    return n_steps
 
 
 def _validation(
@@ -186,7 +203,7 @@ def _computed_share(
 def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: torch.device, folder: Path) -> Plan:
     """Return the plan that the run began with, or make it."""
     path = folder / _PLAN_FILE
-    if processes() > 1 and os.environ.get("RANK", "0") != "0":
+    if not is_first():
         _wait_for(path)  # the first process decides for all
     if path.exists():
         return Plan(**json.loads(path.read_text(encoding="utf-8")))

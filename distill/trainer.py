@@ -6,7 +6,6 @@ the step, whatever micro-batches and processes it is cut into.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..errors import UsageError
 from .clock import Clock
 from .lora import parameter_groups
 from .objective import Objective
+from .processes import processes
 from .train_settings import TrainSettings
 
 
@@ -137,8 +137,3 @@ def _reporters(names: str) -> list[str]:
         if name not in get_available_reporting_integrations():
             raise UsageError(f"--report-to {name}: it is not installed", f"pip install {name}")
     return wanted
-
-
-def processes() -> int:
-    """Return how many processes train together, as their launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

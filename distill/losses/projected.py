@@ -21,6 +21,7 @@ from .targets import Targets
 
 Loss = Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 24 << 20  # of fp32 logits at once: freed memory of up to 32 MB is used again, more is mapped anew
+_STEP = 16  # targets of a chunk are a multiple
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def projected_loss(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    rows = max(16, chunk_bytes // (4 * projection.shape[0]))
+    rows = max(1, chunk_bytes // (4 * projection.shape[0] * _STEP)) * _STEP
     shape = _Head(softcap, scale, rows)
     total: Tensor = _ProjectedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, projection, bias, targets, segments, losses, shape
@@ -96,7 +97,8 @@ class _ProjectedLoss(torch.autograd.Function):
             for segment in _chunks(segments, head.rows):
                 start, end = segment.start, segment.end
                 part = hidden[start:end]  # [n, H]
-                logits = head.logits(part, weight, None if bias is None else bias.to(hidden.dtype))
+                logits = head.logits(_filled(part), weight, None if bias is None else bias.to(hidden.dtype))
+                logits = logits[: len(part)]
                 slope = head.slope(logits)
                 loss, gradient = _mixture(logits, targets[start:end], segment.losses, losses)
                 total += loss
@@ -104,11 +106,13 @@ class _ProjectedLoss(torch.autograd.Function):
                 gradient = gradient.mul_(head.scale) if head.scale != 1.0 else gradient
                 gradient = gradient.to(hidden.dtype)  # [n, V]
                 each = targets.weights[start:end, None].to(hidden.dtype)
-                torch.mul(gradient @ weight, each, out=by_hidden[start:end])  # weighted here, where it is narrow
+                gradient = _filled(gradient)
+                by_part = (gradient @ weight)[: len(part)]
+                torch.mul(by_part, each, out=by_hidden[start:end])  # weighted here, where it is narrow
                 if by_projection is not None:
-                    by_projection += (gradient.T @ (part * each)).to(by_projection.dtype)
+                    by_projection += (gradient.T @ _filled(part * each)).to(by_projection.dtype)
                 if by_bias is not None:
-                    by_bias += (gradient.T @ each).squeeze(1).to(by_bias.dtype)
+                    by_bias += (gradient[: len(part)].T @ each).squeeze(1).to(by_bias.dtype)
         ctx.gradients = (by_hidden, by_projection, by_bias)
         return total
 
@@ -119,6 +123,12 @@ class _ProjectedLoss(torch.autograd.Function):
         gradients = (*scaled, None, None, None, None)
         ctx.gradients = None
         return gradients
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Return rows with rows of zeros behind them, so that products come in few shapes (see packing)."""
+    n_missing = -len(rows) % _STEP
+    return F.pad(rows, (0, 0, 0, n_missing)) if n_missing else rows
 
 
 def _mixture(
@@ -153,10 +163,10 @@ def token_scores(
     """
     logprobs = hidden.new_zeros(len(ids), dtype=torch.float32)
     is_best = torch.zeros(len(ids), dtype=torch.bool, device=hidden.device)
-    rows = max(16, CHUNK_BYTES // (4 * projection.shape[0]))
+    rows = max(1, CHUNK_BYTES // (4 * projection.shape[0] * _STEP)) * _STEP
     for start in range(0, len(ids), rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], projection.to(hidden.dtype), bias).float()
+        logits = F.linear(_filled(hidden[part]), projection.to(hidden.dtype), bias)[: len(ids[part])].float()
         chosen = logits.gather(1, ids[part, None]).squeeze(1)
         logprobs[part] = chosen - torch.logsumexp(logits, dim=-1)
         is_best[part] = logits.argmax(-1) == ids[part]

@@ -31,7 +31,7 @@ from ..collect import GradesAnswers
 from ..device import SMALL_MODEL, choose_device, has_fast_bf16
 from ..evaluate import messages_of
 from ..lora import load_base
-from ..merge import save_student
+from ..merge import save_checkpoint
 from ..problems import Problem
 from ..quiet import quiet_transformers
 from ..teachers.decode import BatchDecoder, make_row
@@ -109,7 +109,7 @@ def grpo(
     watch = _Watch(settings, sampler, on_progress, after_step)
     trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, device)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
-    save_student(trainer.model, base_dir, tokenizer, out)
+    save_checkpoint(trainer.model, base_dir, tokenizer, out)
     return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
 
 

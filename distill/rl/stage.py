@@ -25,17 +25,20 @@ def reinforce(
     """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
 
     Raises:
-        UsageError: no problem has an answer to be graded by.
+        UsageError: no problem has an answer to be graded by, or several processes were started.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
     if run.student_dir.exists():
         return
+    from ..processes import processes
     from ..teachers.loading import load_tokenizer
     from .grpo import GrpoSettings, grpo
 
     graded = [problem for problem in problems if problem.grader != NONE]
     if not graded:
         raise UsageError("--method grpo needs problems with an answer", "give another --problems, or a teacher")
+    if processes() > 1:
+        raise UsageError("--method grpo trains in one process", "start it without torchrun or accelerate launch")
     training = settings.training
     per_step = min(_PROBLEMS, len(graded))
     options = GrpoSettings(

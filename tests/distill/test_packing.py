@@ -7,7 +7,7 @@ import random
 import numpy as np
 import torch
 
-from deepdistill.distill.packing import pack, pad
+from deepdistill.distill.packing import pack, pad, rounded_up
 from deepdistill.distill.rows import Row
 from deepdistill.localrun.generation import TopLogprobs
 
@@ -22,8 +22,8 @@ def _rows_of(batch: object) -> list[list[int]]:
 
 def test_packed_rows_are_whole_and_what_they_share_stands_once() -> None:
     batch = pack(ROWS)
-    assert batch.input_ids.tolist() == [[4, 1, 2, 5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 2]]
+    assert batch.input_ids.tolist() == [[4, 1, 2, 5, 6, 7, 8, 9, *[0] * 8]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, *[0] * 8]]
     assert [
         row[: len(given)] for row, given in zip(_rows_of(batch), sorted(r.input_ids for r in ROWS), strict=True)
     ] == (sorted(r.input_ids for r in ROWS))
@@ -45,6 +45,24 @@ def test_scatter_brings_every_token_back_from_where_gather_put_it() -> None:
     for row in rows:  # walk each row along the flat tokens: its targets must be predicted where it passes
         assert {tokens[p] for p, _ in following} >= set(row.input_ids[:-1])
     assert len(batch.targets) == sum(row.n_targets for row in rows)
+
+
+def test_sizes_come_in_few_steps_and_what_fills_them_stands_behind_a_row() -> None:
+    rng = random.Random(2)
+    shapes = set()
+    for n in range(200):
+        rows = [Row([rng.randrange(1, 9) for _ in range(rng.randrange(2, 90))], 1) for _ in range(1 + n % 5)]
+        batch = pack(rows)
+        assert batch.layout is not None
+        shapes.add((batch.input_ids.shape[1], *batch.layout.gather.shape))
+        assert batch.input_ids.shape[1] % 16 == batch.layout.gather.shape[1] % 16 == 0
+        ends = {row[: len(row)].index(0) for row in _rows_of(batch) if 0 in row}  # no row holds a 0 but as filling
+        assert ends <= {len(row.input_ids) for row in rows}
+        assert len(batch.layout.scatter) == len(set(batch.layout.scatter.tolist())) == batch.input_ids.shape[1]
+    assert len(shapes) < 120
+    sizes = [rounded_up(n) for n in range(1, 100_000)]
+    assert all(n <= size <= max(n + 15, 1.065 * n) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 200
 
 
 def test_padded_rows_have_the_same_targets() -> None:

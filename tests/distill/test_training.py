@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill import train as train_module
@@ -209,7 +211,12 @@ def test_training_ends_early_where_held_out_rows_get_no_better(pocket_student: P
     assert report.stopped == "early"
     assert report.steps < 360
     assert min(losses[-2:]) >= min(losses[:-2])
-    assert report.validation_loss == pytest.approx(losses[-1], abs=1e-3)
+    assert report.validation_loss == pytest.approx(min(losses), abs=1e-3)
+    best = next(after["step"] for point, after in pairwise(curve) if point.get("validation_loss") == min(losses))
+    wanted = load_file(tmp_path / "c" / f"checkpoint-{best}" / "model.safetensors")
+    assert best < report.steps
+    found = weights(tmp_path / "s")
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert report.validation_accuracy is not None
 
 
@@ -337,17 +344,17 @@ def test_a_merge_that_is_cut_off_leaves_no_student_and_is_done_again(
     class Killed(BaseException):
         pass
 
-    real = merge._write
+    real = merge.save_checkpoint
 
     def die(*given: Any) -> None:
         given[3].with_name(f".{given[3].name}.partial").mkdir()
         raise Killed
 
-    monkeypatch.setattr(merge, "_write", die)
+    monkeypatch.setattr(merge, "save_checkpoint", die)
     with pytest.raises(Killed):
         go(pocket_student, tmp_path, batch_size=8, steps=3)
     assert not (tmp_path / "s").exists()
-    monkeypatch.setattr(merge, "_write", real)
+    monkeypatch.setattr(merge, "save_checkpoint", real)
     steps: list[float] = []
     report = go(pocket_student, tmp_path, progress=lambda stage, done, *_: steps.append(done), batch_size=8, steps=3)
     assert (tmp_path / "s" / "model.safetensors").exists()
