@@ -48,12 +48,17 @@ def main() -> None:
     arms = [arm.strip() for arm in options.arms.split(",")]
     for seed in range(options.seeds):
         for arm in arms:
-            key = f"{arm}, seed {seed}, {options.minutes:g} minutes, {options.batch_size} rows, {options.lr:g}"
+            key = key_of(options, arm, seed)
             if key not in cells:
                 cells[key] = run_cell(options, arm, seed)
                 path.write_text(json.dumps(cells, indent=1))
             print(f"{key}: {cells[key]}", file=sys.stderr, flush=True)
     print(json.dumps(table(options, cells, arms)))
+
+
+def key_of(options: argparse.Namespace, arm: str, seed: int) -> str:
+    """Return what names a cell."""
+    return f"{arm}, seed {seed}, {options.minutes:g} minutes, {options.batch_size} rows, {options.lr:g}"
 
 
 def run_cell(options: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
@@ -100,10 +105,7 @@ def table(options: argparse.Namespace, cells: dict[str, Any], arms: list[str]) -
     """Print a line an arm, and return the figures."""
     found = {}
     for arm in arms:
-        keys = [
-            f"{arm}, seed {i}, {options.minutes:g} minutes, {options.batch_size} rows, {options.lr:g}"
-            for i in range(options.seeds)
-        ]
+        keys = [key_of(options, arm, seed) for seed in range(options.seeds)]
         accuracies = [cells[key]["accuracy"] for key in keys]
         found[arm] = {"accuracy": accuracies, "median": statistics.median(accuracies)}
         shown = ", ".join(f"{100 * accuracy:.1f}" for accuracy in accuracies)
