@@ -536,6 +536,7 @@ def quantize(
             wanted,
             recipe=recipe,
             evaluate=ask,
+            divergence=_divergence() if heal else None,
             metadata=_metadata(settings),
             on_progress=progress,
         )
@@ -566,6 +567,15 @@ def _verify(path: Path, student: Path | None, imatrix: str | None, json_output: 
         print(json.dumps(dataclasses.asdict(found) | {"holds": found.holds}))
     if not found.holds:
         raise GateError(f"{path} is not what its sources make", "the lines above say what differs")
+
+
+def _divergence() -> Callable[..., Any]:
+    """Return the loss of healing."""
+    try:
+        from .distill.losses import projected_kl
+    except ImportError as error:
+        raise UsageError("--heal needs torch", "pip install 'deepdistill[teach]'") from error
+    return projected_kl
 
 
 def _traces_of(folder: Path | None, settings: TeachSettings | None) -> Path | None:

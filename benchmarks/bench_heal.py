@@ -21,6 +21,7 @@ from typing import Any
 
 from deepdistill.distill.evaluate import evaluate
 from deepdistill.distill.grade import Grader
+from deepdistill.distill.losses import projected_kl
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.teachers import open_teacher
@@ -90,7 +91,7 @@ def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
             print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 
     settings = ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl", fidelity=False)
-    made = release(run / "student", out, settings, on_progress=progress)
+    made = release(run / "student", out, settings, divergence=projected_kl, on_progress=progress)
     return {
         "bytes": made.report.n_bytes,
         "bits_per_weight": made.report.bits_per_weight,

@@ -97,8 +97,8 @@ def train(
         if settings.full or not is_first():
             return report
         _make_room(where)  # what was trained lies in the adapter's folder
-        error = merge_adapter(out.with_name("adapter"), base_dir, tokenizer, out, ordered[:_N_CHECKED])
-        return replace(report, merge_error=error)
+        difference = merge_adapter(out.with_name("adapter"), base_dir, tokenizer, out, ordered[:_N_CHECKED])
+        return replace(report, merge_error=difference)
 
 
 def _make_room(device: torch.device) -> None:
@@ -159,7 +159,7 @@ def _train(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) -> int
         trainer.train(resume_from_checkpoint=checkpoint)
         n_steps, checkpoint = int(trainer.state.global_step), None
     if clock.stopped == "early":
-        checkpoint = clock.best_checkpoint(Path(trainer.args.output_dir))
+        checkpoint = clock.best_checkpoint(Path(str(trainer.args.output_dir)))
     if checkpoint:
         trainer._load_from_checkpoint(str(checkpoint))
     return n_steps

@@ -14,15 +14,17 @@ tokens with one bucket for the rest. Vectors (norms, biases) stay F32 in the fil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from gguf import GGMLQuantizationType as Type
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     import torch
 
 _LARGE = 256  # hidden size: smaller models lose digits and gain nothing
+_WIDTH = 16  # batches are a multiple as wide: oneDNN compiles a product for each shape
+
+Item = TypeVar("Item", Text, "Row")
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,21 @@ class HealSettings:
     refresh: int = 8
     top_k: int = 128
     seed: int = 0
+    save_every_s: float = 120.0
+
+
+Divergence = Callable[..., Any]
+"""Of states `[N, H]`, projection `[V, H]` and the teacher's top ids and log-probabilities `[N, k]`: the mean KL."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A text with the teacher's words: top tokens `[T, k]`, their log-probabilities, and that of all others `[T]`."""
+    """A text, and what the teacher says at its T reply positions: top tokens and their log-probabilities `[T, k]`."""
 
     tokens: tuple[int, ...]
     n_prompt: int
     top: torch.Tensor
     logprobs: torch.Tensor
-    rest: torch.Tensor
 
 
 def heal(
@@ -69,12 +78,15 @@ def heal(
     types: Types,
     importance: Importance,
     texts: Sequence[Text],
+    divergence: Divergence,
     settings: HealSettings = HealSettings(),
     *,
     on_progress: Progress = no_progress,
     n_threads: int = 1,
 ) -> dict[str, Any]:
     """Train a checkpoint under its types and write the result, in float32, beside its place and renamed.
+
+    What was done is kept beside `out` every few minutes, and the same call goes on from there to the same weights.
 
     Returns what it came to: steps, seconds, the loss over the first and the last tenth, the share of sampled rows whose
     blocks stay the same when what they hold is quantized once more, and how many tensors the forward pass did not see
@@ -88,27 +100,35 @@ def heal(
         import torch
     except ImportError as error:
         raise ModelError("healing needs torch", "pip install 'deepdistill[teach]'") from error
-    started = time.monotonic()
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(student_dir, device)
-    rows = list(_teach(model, texts, settings.top_k, device, on_progress))
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
     wanted = {name for name, type_ in types.items() if type_ != Type.F32}
     found = origins(student_dir, wanted, shapes)
     quantizer = Quantizer(model, found, types, importance, n_threads)
-    losses = _train(model, quantizer, rows, settings, device, on_progress)
+    rows = _teach(model, texts, settings, device, on_progress)
+    healing = _Healing(model, quantizer, rows, divergence, settings, device)
+    healing.run(out.with_name(f".{out.name}.partial.pt"), _key(student_dir, types, texts, settings), on_progress)
     stable = quantizer.stability()
     _save(model, student_dir, out)
-    tenth = max(1, len(losses) // 10)
+    out.with_name(f".{out.name}.partial.pt").unlink(missing_ok=True)
+    tenth = max(1, len(healing.losses) // 10)
     return {
-        "steps": len(losses),
-        "seconds": round(time.monotonic() - started, 1),
-        "loss_before": float(f"{np.mean(losses[:tenth]):.4g}"),
-        "loss_after": float(f"{np.mean(losses[-tenth:]):.4g}"),
+        "steps": len(healing.losses),
+        "seconds": round(healing.seconds, 1),
+        "loss_before": float(f"{np.mean(healing.losses[:tenth]):.4g}"),
+        "loss_after": float(f"{np.mean(healing.losses[-tenth:]):.4g}"),
         "requantized_same": float(f"{stable:.4g}"),
         "tensors_not_seen": len(wanted) - len(found),
     }
+
+
+def _key(student_dir: Path, types: Types, texts: Sequence[Text], settings: HealSettings) -> str:
+    """Return what tells one healing from another."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in student_dir.glob("*.safetensors")]
+    known = (sorted(files), sorted((name, int(type_)) for name, type_ in types.items()), texts, settings)
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def _tensors(model: Any) -> dict[str, torch.Tensor]:
@@ -137,27 +157,24 @@ def _load(folder: Path, device: torch.device) -> Any:
     return model.to(device).eval()  # no dropout: the teacher has none either
 
 
-def _replies(
-    model: Any, tokens: torch.Tensor, wanted: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None
+def _states(
+    model: Any, tokens: torch.Tensor, wanted: torch.Tensor, weights: Mapping[str, torch.Tensor]
 ) -> torch.Tensor:
-    """Return the log-probabilities `[wanted, V]` after the wanted positions of tokens `[B, T]`."""
+    """Return the states `[wanted, H]` from which the tokens after the wanted positions of `[B, T]` are predicted."""
     import torch
     from torch.func import functional_call
 
-    class Replies(torch.nn.Module):
+    class Decoder(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
         def forward(self) -> torch.Tensor:
-            hidden = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
-            logits: torch.Tensor = self.model.get_output_embeddings()(hidden[wanted])
-            return logits
+            hidden: torch.Tensor = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+            return hidden[wanted]
 
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=_has_bf16(tokens.device, model)):
-        given = {f"model.{name}": weight for name, weight in (weights or {}).items()}
-        logits = functional_call(Replies(), given, ())
-    return torch.log_softmax(logits.float(), dim=-1)
+    states: torch.Tensor = functional_call(Decoder(), {f"model.{name}": one for name, one in weights.items()}, ())
+    return states
 
 
 def _has_bf16(device: torch.device, model: Any) -> bool:
@@ -170,93 +187,158 @@ def _has_bf16(device: torch.device, model: Any) -> bool:
     return bool(is_native) and model.config.hidden_size >= _LARGE
 
 
-def _teach(model: Any, texts: Sequence[Text], top_k: int, device: torch.device, on_progress: Progress) -> Iterator[Row]:
-    """Yield every text with what the unquantized model says at each position of its reply."""
+def _teach(
+    model: Any, texts: Sequence[Text], settings: HealSettings, device: torch.device, on_progress: Progress
+) -> list[Row]:
+    """Return every text with what the unquantized model says at each position of its reply, its logits in fp32."""
     import torch
 
-    k = min(top_k, model.config.vocab_size - 1)
-    for i, text in enumerate(texts):
-        tokens = torch.tensor([text.tokens], device=device)
-        wanted = torch.zeros_like(tokens, dtype=torch.bool)
-        wanted[0, max(text.n_prompt - 1, 0) : -1] = True
-        with torch.no_grad():
-            logprobs = _replies(model, tokens, wanted)
-            best, top = logprobs.topk(k)
-            rest = torch.log1p(-best.exp().sum(-1).clamp(max=1 - 1e-6))
-        yield Row(text.tokens, text.n_prompt, top.int().cpu(), best.cpu(), rest.cpu())
-        on_progress("the teacher reads", i + 1, len(texts), "")
-
-
-def divergence(logprobs: torch.Tensor, top: torch.Tensor, best: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    """Return the mean forward KL of log-probabilities `[T, V]` from the teacher's top `[T, k]` and the bucket `[T]`."""
-    import torch
-
-    ours = logprobs.gather(1, top.long())
-    others = torch.log1p(-ours.exp().sum(-1).clamp(max=1 - 1e-6))
-    kl = (best.exp() * (best - ours)).sum(-1) + rest.exp() * (rest - others)
-    return kl.mean()
-
-
-def _train(
-    model: Any,
-    quantizer: Quantizer,
-    rows: Sequence[Row],
-    settings: HealSettings,
-    device: torch.device,
-    on_progress: Progress,
-) -> list[float]:
-    import torch
-
-    parameters = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    batches = _batches(rows, settings)
-    losses: list[float] = []
-    changes: dict[str, torch.Tensor] = {}
-    started = time.monotonic()
-    for step in range(settings.steps):
-        done = step / settings.steps
-        rate = min(1.0, (step + 1) / max(1, settings.steps // 10)) * (1 - done)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * rate
-        if step % settings.refresh == 0:
-            changes = quantizer.changes()
-        seen = {name: parameters[name] + changes[name] for name in quantizer.names}
-        batch = next(batches)
+    k = min(settings.top_k, model.config.vocab_size - 1)
+    rows: list[Row] = []
+    for batch in _cut(sorted(texts, key=lambda text: len(text.tokens)), settings.batch_tokens):
         tokens, wanted = _collate(batch, device)
-        logprobs = _replies(model, tokens, wanted, seen)
-        teacher = [torch.cat([getattr(row, part) for row in batch]).to(device) for part in ("top", "logprobs", "rest")]
-        loss = divergence(logprobs, *teacher)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=_has_bf16(device, model)):
+            states = _states(model, tokens, wanted, {}).split([int(n) for n in wanted.sum(1)])
+        for text, of_text in zip(batch, states, strict=True):
+            with torch.no_grad():
+                logits = model.get_output_embeddings()(of_text.float())
+                best, top = torch.log_softmax(logits, dim=-1).topk(k)
+            rows.append(Row(text.tokens, text.n_prompt, top.int().cpu(), best.cpu()))
+        on_progress("the teacher reads", len(rows), len(texts), "")
+    return rows
+
+
+class _Healing:
+    """A student under way: weights in fp32, which the forward pass sees as they are under their types."""
+
+    def __init__(
+        self,
+        model: Any,
+        quantizer: Quantizer,
+        rows: Sequence[Row],
+        divergence: Divergence,
+        settings: HealSettings,
+        device: torch.device,
+    ) -> None:
+        import torch
+
+        self.model, self.quantizer, self.rows, self.divergence = model, quantizer, rows, divergence
+        self.settings, self.device = settings, device
+        self.parameters = dict(model.named_parameters())
+        head = model.get_output_embeddings().weight
+        self.head = next(name for name, parameter in self.parameters.items() if parameter is head)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        self.losses: list[float] = []
+        self.seconds = 0.0
+        # The residual stream stays in fp32, though the embedding that it begins with is seen in bf16.
+        model.get_input_embeddings().register_forward_hook(lambda *given: given[2].float())
+
+    def run(self, path: Path, key: str, on_progress: Progress) -> None:
+        """Train to the end, from what `path` keeps if that is of the same healing."""
+        self._resume(path, key)
+        changes: dict[str, torch.Tensor] = {}
+        batches = islice(_batches(self.rows, self.settings), len(self.losses), None)
+        started, before, saved = time.monotonic(), self.seconds, time.monotonic()
+        for step in range(len(self.losses), self.settings.steps):
+            if step % self.settings.refresh == 0:
+                if time.monotonic() - saved > self.settings.save_every_s:
+                    self._keep(path, key)
+                    saved = time.monotonic()
+                changes = self.quantizer.changes()
+            self._step(step, next(batches), changes)
+            self.seconds = before + time.monotonic() - started
+            note = f"KL {self.losses[-1]:.4f}, {self.seconds / (step + 1):.1f} s a step"
+            on_progress("healing", step + 1, self.settings.steps, note)
+
+    def _step(self, step: int, batch: Sequence[Row], changes: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        done = step / self.settings.steps
+        rate = min(1.0, (step + 1) / max(1, self.settings.steps // 10)) * (1 - done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * rate
+        in_bf16 = _has_bf16(self.device, self.model)
+        seen: dict[str, torch.Tensor] = {}
+        for name, change in changes.items():
+            weight = self.parameters[name].detach() + change
+            seen[name] = (weight.bfloat16() if in_bf16 and weight.ndim == 2 else weight).requires_grad_()
+        tokens, wanted = _collate(batch, self.device)
+        top, logprobs = (
+            torch.cat([getattr(row, part) for row in batch]).to(self.device) for part in ("top", "logprobs")
+        )
+        projection = seen.get(self.head, self.parameters[self.head])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16):
+            states = _states(self.model, tokens, wanted, seen)
+            loss = self.divergence(states, projection, top, logprobs)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
-        per_step = (time.monotonic() - started) / (step + 1)
-        on_progress("healing", step + 1, settings.steps, f"KL {losses[-1]:.4f}, {per_step:.1f} s a step")
-    return losses
+        for name, weight in seen.items():  # straight through
+            assert weight.grad is not None
+            self.parameters[name].grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(float(loss.detach()))
+
+    def _keep(self, path: Path, key: str) -> None:
+        """Write down how far it is; a refresh comes next, so nothing else is needed to go on exactly."""
+        import torch
+
+        state = {"key": key, "losses": self.losses, "seconds": self.seconds, "optimizer": self.optimizer.state_dict()}
+        state["weights"] = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        temporary = path.with_name(f"{path.name}.new")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError of a full disk
+            temporary.unlink(missing_ok=True)
+            raise ArtifactError(f"cannot keep what was healed in {path}: {error}", "free some disk space") from error
+
+    def _resume(self, path: Path, key: str) -> None:
+        import torch
+
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["key"] != key:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses, self.seconds = state["losses"], state["seconds"]
 
 
 def _batches(rows: Sequence[Row], settings: HealSettings) -> Iterator[list[Row]]:
     """Yield batches of about so many tokens, of rows of similar length, again and again in another order."""
     rng = random.Random(settings.seed)
     while True:
-        ordered = sorted(rng.sample(list(rows), len(rows)), key=lambda row: len(row.tokens))
-        batches, batch = list[list[Row]](), list[Row]()
-        for row in ordered:
-            if batch and (len(batch) + 1) * len(row.tokens) > settings.batch_tokens:
-                batches.append(batch)
-                batch = []
-            batch.append(row)
-        batches.append(batch)
+        shuffled = sorted(rng.sample(list(rows), len(rows)), key=lambda row: len(row.tokens))
+        batches = _cut(shuffled, settings.batch_tokens)
         rng.shuffle(batches)
         yield from batches
 
 
-def _collate(batch: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _cut(ordered: Sequence[Item], batch_tokens: int) -> list[list[Item]]:
+    """Return texts, the shortest first, as batches of at most so many tokens with their padding."""
+    batches: list[list[Item]] = [[]]
+    for one in ordered:
+        if batches[-1] and (len(batches[-1]) + 1) * _width(one) > batch_tokens:
+            batches.append([])
+        batches[-1].append(one)
+    return batches
+
+
+def _width(text: Text | Row) -> int:
+    return -(-len(text.tokens) // _WIDTH) * _WIDTH
+
+
+def _collate(batch: Sequence[Text | Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad on the right; a causal model never looks there, so there is no mask. Both are `[B, T]`."""
     import torch
 
-    width = max(len(row.tokens) for row in batch)
+    width = max(_width(row) for row in batch)
     tokens = torch.zeros((len(batch), width), dtype=torch.long)
     wanted = torch.zeros((len(batch), width), dtype=torch.bool)
     for i, row in enumerate(batch):

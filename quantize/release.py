@@ -26,7 +26,7 @@ from .desk import Desk
 from .fidelity import Fidelity
 from .ftypes import check_ftype
 from .gate import Metrics
-from .heal import HealSettings, heal
+from .heal import Divergence, HealSettings, heal
 from .paired import Answers, Paired, compare
 from .provenance import file_bytes, fill_in, source_key
 from .quantize import QuantizeReport, report_of
@@ -110,6 +110,7 @@ def release(
     *,
     recipe: Mapping[str, Any] | None = None,
     evaluate: Evaluate | None = None,
+    divergence: Divergence | None = None,
     metadata: Mapping[str, Value] | None = None,
     on_progress: Progress = no_progress,
     n_threads: int | None = None,
@@ -122,6 +123,7 @@ def release(
         settings: how.
         recipe: the run's settings, for the file's provenance.
         evaluate: what asks a GGUF the test problems, if answers are wanted.
+        divergence: the loss of healing, if that is wanted.
         metadata: more strings for the file.
         on_progress: told how far it is.
         n_threads: the machine's cores if not given.
@@ -148,7 +150,7 @@ def release(
             settings.base,
         )
         settings = _measurable(desk, settings)
-        return _Work(desk, out, settings, dict(recipe or {}), evaluate, dict(metadata or {})).run()
+        return _Work(desk, out, settings, dict(recipe or {}), evaluate, divergence, dict(metadata or {})).run()
 
 
 def _measurable(desk: Desk, settings: ReleaseSettings) -> ReleaseSettings:
@@ -175,10 +177,11 @@ class _Work:
         settings: ReleaseSettings,
         recipe: dict[str, Any],
         evaluate: Evaluate | None,
+        divergence: Divergence | None,
         metadata: dict[str, Value],
     ) -> None:
         self.desk, self.out, self.settings, self.recipe = desk, out, settings, recipe
-        self.evaluate, self.extra = evaluate, metadata
+        self.evaluate, self.divergence, self.extra = evaluate, divergence, metadata
         self.chooser = Chooser(desk, settings, lambda one: file_bytes(one, self._metadata(one)))
         self.healed: Mapping[str, Any] | None = None
         self.reference_answers: Answers | None = None
@@ -210,6 +213,7 @@ class _Work:
         return paths
 
     def _heal(self) -> None:
+        assert self.divergence is not None, "healing needs a loss"
         folder = self.out.parent / f"{self.desk.name}-healed"
         report = heal(
             self.desk.student_dir,
@@ -217,6 +221,7 @@ class _Work:
             self.chooser.types,
             self.desk.importance,
             self.desk.texts.heal,
+            self.divergence,
             HealSettings(steps=self.settings.heal),
             on_progress=self.desk.on_progress,
             n_threads=self.desk.n_threads,

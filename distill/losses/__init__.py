@@ -10,7 +10,7 @@ from __future__ import annotations
 from .cross_entropy import cross_entropy
 from .forward_kl import forward_kl
 from .policy_gradient import policy_gradient
-from .projected import Loss, Segment, projected_loss, token_scores
+from .projected import Loss, Segment, projected_kl, projected_loss, token_scores
 from .reverse_kl import reverse_kl
 from .targets import Targets
 from .unlikelihood import unlikelihood
@@ -32,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "forward_kl",
     "policy_gradient",
+    "projected_kl",
     "projected_loss",
     "reverse_kl",
     "token_scores",

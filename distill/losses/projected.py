@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .forward_kl import forward_kl
 from .targets import Targets
 
 Loss = Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
@@ -58,6 +59,17 @@ def projected_loss(
         hidden, projection, bias, targets, segments, losses, shape
     )
     return total
+
+
+def projected_kl(hidden: Tensor, projection: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
+    """Return the mean forward KL from a teacher's best tokens and log-probabilities `[N, k]`: see `forward_kl`.
+
+    hidden `[N, H]`, projection `[V, H]`.
+    """
+    n = len(hidden)
+    targets = Targets(top_ids[:, 0], top_logprobs.new_ones(n), top_ids, top_logprobs)
+    segments = [Segment(0, n, (("forward_kl", 1.0),))]
+    return projected_loss(hidden, projection, targets, segments, {"forward_kl": forward_kl}) / n
 
 
 class _Head(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepdistill.distill.losses import LOSSES, Segment, Targets, projected_loss, token_scores
+from deepdistill.distill.losses import LOSSES, Segment, Targets, projected_kl, projected_loss, token_scores
 
 N, H, V, K = 23, 16, 101, 5
 
@@ -197,3 +197,17 @@ def test_token_scores_are_the_log_softmax_and_its_best() -> None:
     torch.testing.assert_close(logprobs, naive[torch.arange(N), ids])
     assert is_best.tolist() == (naive.argmax(-1) == ids).tolist()
     assert is_best.any()
+
+
+def test_the_mean_kl_of_states_is_that_of_their_logits() -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(N, H, generator=generator).requires_grad_()
+    projection = torch.randn(V, H, generator=generator).requires_grad_()
+    teacher = torch.log_softmax(torch.randn(N, V, generator=generator), -1)
+    top_logprobs, top_ids = teacher.topk(V)
+    found = projected_kl(hidden, projection, top_ids, top_logprobs)
+    gradients = torch.autograd.grad(found, (hidden, projection))
+    wanted = F.kl_div(F.log_softmax(hidden @ projection.T, -1), teacher, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for mine, plain in zip(gradients, torch.autograd.grad(wanted, (hidden, projection)), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
-from torch.nn import functional as F
 
-from deepdistill.quantize.calibration import CalibrationSettings
+from deepdistill.distill.losses import projected_kl
+from deepdistill.quantize.calibration import CalibrationSettings, Text
 from deepdistill.quantize.convert import plan
-from deepdistill.quantize.heal import divergence
+from deepdistill.quantize.heal import HealSettings, heal
 from deepdistill.quantize.inspection import read_own
 from deepdistill.quantize.release import release
 from deepdistill.quantize.rows import origins
@@ -51,24 +50,6 @@ def test_rows_that_are_mixed_are_left_out(make_checkpoint: Callable[..., Path]) 
     assert set(found) == {"blk.0.attn_v_b.weight"}
 
 
-def test_the_loss_is_the_divergence_with_the_rest_in_one_bucket() -> None:
-    torch.manual_seed(0)
-    teacher, student = (torch.log_softmax(torch.randn(5, 40) * 2, -1) for _ in range(2))
-    full = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
-    best, top = teacher.topk(40)
-    nothing = torch.full((5,), -60.0)
-    torch.testing.assert_close(divergence(student, top, best, nothing), full, rtol=1e-4, atol=1e-4)
-    best, top = teacher.topk(8)
-    rest = torch.log(1 - best.exp().sum(-1))
-    bucketed = []
-    for row in range(5):
-        p = [*best[row].exp().tolist(), float(rest[row].exp())]
-        q = student[row, top[row]].exp().tolist()
-        q.append(1 - sum(q))
-        bucketed.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True)))
-    assert float(divergence(student, top, best, rest)) == pytest.approx(np.mean(bucketed), rel=1e-4)
-
-
 def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
     traces = tmp_path / "traces.jsonl"
     lines = (
@@ -79,7 +60,13 @@ def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student:
     traces.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationSettings(1500, 40, 300)}
     plain = release(student, tmp_path / "plain.gguf", ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
-    healed = release(student, tmp_path / "healed.gguf", ReleaseSettings(heal=30, **settings), n_threads=1)  # type: ignore[arg-type]
+    healed = release(
+        student,
+        tmp_path / "healed.gguf",
+        ReleaseSettings(heal=30, **settings),  # type: ignore[arg-type]
+        divergence=projected_kl,
+        n_threads=1,
+    )
     assert plain.fidelity is not None
     assert healed.fidelity is not None
     assert healed.healed is not None
@@ -89,3 +76,39 @@ def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student:
     assert healed.report.tensors == plain.report.tensors
     assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == f"{student.name}-healed"
     assert verify(tmp_path / "healed.gguf").holds, "the healed checkpoint quantizes to the same blocks again"
+
+
+def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(student: Path, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: float, total: float, note: str = "") -> None:
+        steps.append(done)
+        if stage == "healing" and done == 7:
+            raise Killed
+
+    rng = np.random.default_rng(0)
+    texts = [Text(tuple(rng.integers(5, 60, 10 + i % 7).tolist()), 4) for i in range(12)]
+    types = {one.tensor.name: one.got for one in plan(student, "Q8_0").tensors}
+    settings = HealSettings(steps=10, lr=1e-3, batch_tokens=64, refresh=2, save_every_s=0.0)
+    wanted = heal(student, tmp_path / "straight", types, {}, texts, projected_kl, settings)
+    steps: list[float] = []
+    with pytest.raises(Killed):
+        heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
+    assert not (tmp_path / "cut").exists()
+    steps.clear()
+    found = heal(
+        student,
+        tmp_path / "cut",
+        types,
+        {},
+        texts,
+        projected_kl,
+        settings,
+        on_progress=lambda _, n, *__: steps.append(n),
+    )
+    assert steps[-4:] == [7, 8, 9, 10], "six steps were kept"
+    assert found["loss_after"] == wanted["loss_after"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert not list(tmp_path.glob(".*partial*"))
