@@ -603,28 +603,18 @@ def _questions(problems: str | None, settings: TeachSettings | None) -> list[str
 
 def _asking(problems: str | None, settings: TeachSettings | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
-    from .distill.evaluate import evaluate
-    from .distill.grade import Grader
+    from .distill.evaluate import score_file
     from .distill.problems import load_problems
-    from .distill.teachers import open_teacher
-    from .localrun.generation import Sampling
     from .quantize.paired import Answers
 
     spec = problems or (settings.problems if settings else DEMO_PROBLEMS)
     held_out = load_problems(spec, "test", n, settings.seed if settings else 0)
-    sampling = Sampling(max_tokens=settings.eval_max_tokens if settings else 512)
+    max_tokens = settings.eval_max_tokens if settings else 512
 
     def ask(path: Path) -> Answers:
-        with tempfile.TemporaryDirectory() as folder, open_teacher(str(path)) as model, Grader() as grader:
+        with tempfile.TemporaryDirectory() as folder:
             answers = Path(folder) / "answers.jsonl"
-            score = evaluate(
-                model,
-                held_out,
-                grader,
-                sampling,
-                lambda done, right: progress(f"asking {path.name}", done, len(held_out), f"{right} right"),
-                answers,
-            )
+            score = score_file(path, held_out, max_tokens, progress, answers)
             lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         return Answers(tuple(line["verdict"] == "right" for line in lines), score.closed, score.looped)
 
@@ -1000,23 +990,11 @@ def _export(
 
 def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
-    from .distill.evaluate import evaluate
-    from .distill.grade import Grader
+    from .distill.evaluate import score_file
     from .distill.problems import load_problems
-    from .distill.teachers import open_teacher
-    from .localrun.generation import Sampling
 
     held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
-    with open_teacher(str(path)) as model, Grader() as grader:
-        score = evaluate(
-            model,
-            held_out,
-            grader,
-            Sampling(max_tokens=settings.eval_max_tokens),
-            lambda done, right: progress("scoring the GGUF", done, len(held_out), f"{right} right"),
-            folder / "answers" / "gguf.jsonl",
-        )
-    return score.to_json()
+    return score_file(path, held_out, settings.eval_max_tokens, progress, folder / "answers" / "gguf.jsonl").to_json()
 
 
 class _resumable:

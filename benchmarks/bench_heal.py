@@ -19,14 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepdistill.distill.evaluate import evaluate
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.evaluate import score_file
 from deepdistill.distill.losses import projected_kl
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings
-from deepdistill.distill.teachers import open_teacher
-from deepdistill.localrun.generation import Sampling
 from deepdistill.localrun.hardware import default_threads
+from deepdistill.localrun.progress import no_progress
 from deepdistill.quantize.calibration import CalibrationSettings
 from deepdistill.quantize.desk import Desk
 from deepdistill.quantize.paired import compare
@@ -120,8 +118,7 @@ def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     settings = TeachSettings.of_run(run)
     problems = load_problems(settings.problems, "test", n, settings.seed)
     answers = file.with_suffix(".answers.jsonl")
-    with open_teacher(str(file)) as model, Grader() as grader:
-        score = evaluate(model, problems, grader, Sampling(max_tokens=settings.eval_max_tokens), None, answers)
+    score = score_file(file, problems, settings.eval_max_tokens, no_progress, answers)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     return score.to_json() | {"right": [line["verdict"] == "right" for line in lines]}
 

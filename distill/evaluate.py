@@ -16,8 +16,10 @@ from typing import Any
 
 from ..errors import ModelError
 from ..localrun.generation import Completion, Sampling
+from ..localrun.progress import Progress
 from .grade import Grader
 from .problems import Problem
+from .teachers import open_teacher
 from .teachers.base import Request, Teacher
 
 _LOOP_TOKENS = 64
@@ -77,6 +79,22 @@ def evaluate(
     if not answered:
         raise ModelError(f"{model.name} answered none of {len(problems)} problems: {completions[-1].error}")
     return score(answered, right, seconds, n_failed=len(completions) - len(answered))
+
+
+def score_file(
+    path: Path, problems: Sequence[Problem], max_tokens: int, progress: Progress, answers_path: Path
+) -> Score:
+    """Ask a GGUF the problems, greedily, and write every answer with its verdict to answers_path."""
+    stage = f"asking {path.name}"
+    with open_teacher(str(path)) as model, Grader() as grader:
+        return evaluate(
+            model,
+            problems,
+            grader,
+            Sampling(max_tokens=max_tokens),
+            lambda done, right: progress(stage, done, len(problems), f"{right} right"),
+            answers_path,
+        )
 
 
 def score(completions: Sequence[Completion], right: int, seconds: float, n_failed: int = 0) -> Score:
