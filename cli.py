@@ -116,7 +116,7 @@ def demo(
 
     pupil = student or ("pocket" if quick else "smollm2")
     full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
-    boxed = minutes if minutes is not None else (0.4 if quick else 11.5)
+    boxed = minutes if minutes is not None else (0.4 if quick else 8.0)
     settings = TeachSettings(
         problems=DEMO_PROBLEMS,
         student=pupil,
@@ -125,7 +125,7 @@ def demo(
         eval_max_tokens=96 if quick else 512,
         seed=seed,
         training={"minutes": boxed, "epochs": 100}
-        | ({"full": True, "lr": 3e-3} if full else {"batch_size": 4}),  # small steps: see docs/experiments.md
+        | ({"full": True, "lr": 3e-3} if full else {"batch_size": 4, "lr": 1.2e-3}),  # see docs/experiments.md
     )
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
