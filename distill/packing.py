@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Batch:
 def pack(rows: Sequence[Row]) -> Batch:
     """Return the rows packed end to end, common beginnings once."""
     ordered = sorted(rows, key=lambda row: (row.losses, row.input_ids))  # neighbours have the most in common
-    n_shared = [_n_shared(a, row.input_ids) for a, row in zip(_before(ordered), ordered, strict=True)]
+    n_shared = [0, *(_n_shared(a.input_ids, b.input_ids) for a, b in pairwise(ordered))]
     n_flat = sum(len(row.input_ids) for row in ordered) - sum(n_shared)
     shortest = min(range(len(ordered)), key=lambda i: len(ordered[i].input_ids))
     end, n_fill = len(ordered[shortest].input_ids), rounded_up(n_flat) - n_flat
@@ -142,13 +143,9 @@ def _batch(
 
 
 def rounded_up(n: int) -> int:
-    """Return the next size that shapes come in: a multiple of 16, above 512 one of a thirty-second of the size."""
+    """Return the next size that shapes come in: a multiple of 16, of more above 511, a sixteenth of n at most."""
     step = max(16, 1 << max(0, n.bit_length() - 5))
     return -(-n // step) * step
-
-
-def _before(rows: Sequence[Row]) -> list[list[int]]:
-    return [[], *(row.input_ids for row in rows[:-1])]
 
 
 def _n_shared(a: list[int], b: list[int]) -> int:
