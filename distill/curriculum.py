@@ -3,11 +3,15 @@
 A problem that it nearly always solves teaches little, so it comes in a part of the passes; one that it solves now and
 then is where it can learn, and comes twice a pass; one that it never solves waits until the rest has been seen once.
 
+Where only some problems were tried, the row of another takes the mean of the tried ones nearest to it in length: the
+longer the chain of reasoning, the harder the problem.
+
 Source: difficulty by the model's own pass rate, as Kimi k1.5 (arXiv 2501.12599, section 2.3) and others sample prompts.
 """
 
 from __future__ import annotations
 
+import bisect
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +38,21 @@ def level_of(rate: float | None, settings: CurriculumSettings) -> Level:
     if rate >= settings.easy_from:
         return "easy"
     return "middle" if rate > 0 else "hopeless"
+
+
+def estimated(rows: Sequence[tuple[Row, float | None]], nearest: int = 8) -> list[tuple[Row, float | None]]:
+    """Return the rows, an untried one with the mean pass rate of the `nearest` tried ones in length (None if none)."""
+    tried = sorted((len(row.input_ids), rate) for row, rate in rows if rate is not None)
+    if not tried:
+        return list(rows)
+    lengths = [length for length, _ in tried]
+
+    def rate_at(length: int) -> float:
+        at = min(max(bisect.bisect(lengths, length) - nearest // 2, 0), max(len(tried) - nearest, 0))
+        around = [rate for _, rate in tried[at : at + nearest]]
+        return sum(around) / len(around)
+
+    return [(row, rate_at(len(row.input_ids)) if rate is None else rate) for row, rate in rows]
 
 
 def arrange(

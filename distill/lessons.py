@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError
-from .curriculum import arrange
+from .curriculum import arrange, estimated
 from .logit_rows import add_logits, refuse, why_no_logits
 from .logprobs import Logprobs, logprobs_path
 from .recipe import Loss, Work
@@ -102,7 +102,6 @@ def hold_out(rows: Sequence[Row], traces: Sequence[Trace], n: int, seed: int) ->
 def by_level(
     rows: Sequence[Row], traces: Sequence[Trace], rates: Mapping[str, float], batch_size: int, epochs: int, seed: int
 ) -> list[Row]:
-    """Return the rows of every pass, by how often the student solves their problems."""
-    return arrange(
-        [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)], batch_size, epochs, seed
-    )
+    """Return the rows of every pass, by how often the student solves their problems, or is likely to."""
+    tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
+    return arrange(estimated(tried), batch_size, epochs, seed)

@@ -6,6 +6,7 @@ Each finds what it made before in the run folder and does only what is not there
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from .rows import Row
 
 Stage = Literal["traces", "samples", "teacher", "training"]
-_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each problem, if --pass-samples does not say
+_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problems that stand for the rest
+_CURRICULUM_PROBLEMS = 256
 
 
 def pass_rates(
@@ -37,15 +39,22 @@ def pass_rates(
     work: Work,
     on_progress: Progress,
 ) -> dict[str, float] | None:
-    """Return how often the untrained student solves each problem, of `pass_samples` tries; None if not asked for."""
-    n_samples = settings.pass_samples or (_CURRICULUM_SAMPLES if settings.curriculum else 0)
+    """Return how often the untrained student solves each problem that it tries; None if it need not try any.
+
+    It tries each `pass_samples` times; a curriculum alone has it try some, which stand for the rest.
+    """
+    graded = [problem for problem in problems if problem.grader != NONE]
+    n_samples = settings.pass_samples
+    if not n_samples and settings.curriculum:
+        n_samples = _CURRICULUM_SAMPLES
+        graded = random.Random(settings.seed).sample(graded, min(len(graded), _CURRICULUM_PROBLEMS))
     if not n_samples:
         return None
-    known = run.load("pass_rate.json")
-    if known and known["samples"] == n_samples:
-        return dict(known["rates"])
-    graded = [problem for problem in problems if problem.grader != NONE] * n_samples
     right = dict.fromkeys((problem.id for problem in graded), 0)
+    known = run.load("pass_rate.json")
+    if known and known["samples"] == n_samples and known["rates"].keys() == right.keys():
+        return dict(known["rates"])
+    graded *= n_samples
     sampling = Sampling(temperature=0.7 if n_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
     requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
     with work.open_student(base) as student, Grader() as grader:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from deepdistill.distill.curriculum import CurriculumSettings, arrange, counts, level_of
+from deepdistill.distill.curriculum import CurriculumSettings, arrange, counts, estimated, level_of
 from deepdistill.distill.rows import Row, order_rows
 
 
@@ -34,3 +34,14 @@ def test_without_differences_it_is_the_plain_order() -> None:
     assert sorted(row.input_ids for row in arrange(rows, 4, 1, 0)) == sorted(
         row.input_ids for row in order_rows([row for row, _ in rows], 4, 1, 0)
     )
+
+
+def test_an_untried_row_takes_the_mean_of_those_tried_around_its_length() -> None:
+    def row(length: int) -> Row:
+        return Row([1] * length, 1)
+
+    tried = [(row(10), 1.0), (row(12), 0.5), (row(30), 0.25), (row(32), 0.0)]
+    untried = [(row(length), None) for length in (2, 11, 31, 90)]
+    assert [rate for _, rate in estimated([*untried, *tried], nearest=2)] == [0.75, 0.75, 0.125, 0.125, 1, 0.5, 0.25, 0]
+    assert [rate for _, rate in estimated([*untried, *tried])][:4] == [0.4375] * 4  # fewer tried than wanted
+    assert estimated(untried) == untried
