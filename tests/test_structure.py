@@ -17,6 +17,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("distill", "quantize", "localrun")
+PACKAGES = (*STAGES, "commands")
 COMMANDS_NOW = {"demo", "teach", "quantize", "chat", "eval"}
 COMMANDS_EVER = COMMANDS_NOW | {"bench", "inspect", "export", "plan", "doctor"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
@@ -48,7 +49,7 @@ class Import:
 
 
 def package_files() -> list[Path]:
-    return sorted(ROOT.glob("*.py")) + [path for stage in STAGES for path in sorted((ROOT / stage).rglob("*.py"))]
+    return sorted(ROOT.glob("*.py")) + [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def statements(tree: ast.AST, at_load: bool = True) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
@@ -106,13 +107,13 @@ def test_reader_sees_imports_wherever_they_stand(tmp_path: Path) -> None:
 
 
 def test_inside_the_package_imports_are_relative() -> None:
-    own = {"deepdistill", *STAGES, "cli", "errors"}
+    own = {"deepdistill", *PACKAGES, "cli", "errors"}
     assert faults(*(one for one in all_imports() if not one.relative and one.top in own)) == []
 
 
 def test_tests_import_the_installed_package() -> None:
     found = [one for path in sorted((ROOT / "tests").rglob("*.py")) for one in imports_of(path)]
-    assert faults(*(one for one in found if one.relative or one.top in {*STAGES, "cli", "errors"})) == []
+    assert faults(*(one for one in found if one.relative or one.top in {*PACKAGES, "cli", "errors"})) == []
     assert list((ROOT / "tests").rglob("__init__.py")) == [], "tests are no package"
 
 
@@ -121,7 +122,8 @@ def test_stages_import_only_what_they_may() -> None:
         "localrun": {"localrun", "errors", "__version__"},
         "distill": {"distill", "localrun", "errors", "__version__"},
         "quantize": {"quantize", "localrun", "errors", "__version__"},
-        "cli": {"distill", "quantize", "localrun", "errors", "__version__"},
+        "commands": {"commands", "distill", "quantize", "localrun", "errors", "__version__"},
+        "cli": {"commands", "errors", "__version__"},
         "__main__": {"cli"},
         "__init__": set(),
         "errors": set(),
@@ -143,8 +145,8 @@ def test_posix_only_modules_stand_in_one_place() -> None:
     assert {one.importer for one in all_imports() if one.top in POSIX_ONLY} <= POSIX_MODULES
 
 
-def test_cli_imports_stages_only_inside_commands() -> None:
-    early = (one for one in all_imports() if one.importer == "cli" and one.at_load and one.top in STAGES)
+def test_commands_import_stages_only_when_they_run() -> None:
+    early = (one for one in all_imports() if one.stage == "commands" and one.at_load and one.top in STAGES)
     assert faults(*early) == []
 
 
@@ -190,7 +192,7 @@ def setuptools_settings() -> dict[str, Any]:
 
 
 def test_listed_packages_are_those_on_disk() -> None:
-    folders = {path.parent for stage in STAGES for path in (ROOT / stage).rglob("*.py")}
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     on_disk = {".".join(("deepdistill", *folder.relative_to(ROOT).parts)) for folder in folders}
     assert set(setuptools_settings()["packages"]) == {"deepdistill", *on_disk}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []

@@ -1,0 +1,31 @@
+"""`deepdistill bench`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .shared import AsJson, Offline, Quiet, bars, console
+
+
+def bench(
+    model: Annotated[str | None, typer.Argument(help="A .gguf file, a run folder or hf:ORG/REPO[:FILE].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, in half a minute for a small model.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Measured anew if not given.", min=1)] = None,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prefill and decoding at several depths, sequences and KV types, against what the memory's bandwidth allows."""
+    from ..localrun.bench import QUICK, BenchSettings, print_bench
+    from ..localrun.bench import bench as run_bench
+    from ..localrun.find import find_model
+
+    path = find_model(model, offline=offline)
+    with bars(quiet) as progress:
+        report = run_bench(path, QUICK if quick else BenchSettings(), n_threads=threads, on_progress=progress)
+    print_bench(report, console())
+    if json_output:
+        print(json.dumps(report.to_json()))

@@ -1,0 +1,98 @@
+"""`deepdistill demo`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .runs import export_gguf
+from .shared import DEMO_PROBLEMS, AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
+
+if TYPE_CHECKING:
+    from ..distill.recipe import TeachSettings
+    from ..localrun.progress import Bars
+
+
+def demo(
+    out: Out = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny student, in under 90 seconds: the path, no skill.")
+    ] = False,
+    student: Annotated[str | None, typer.Option(help="smollm2, pocket, hf:ORG/NAME or a folder.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Of training.", min=0.01)] = None,
+    seed: Seed = 0,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
+    from ..distill.recipe import TeachSettings, Work
+    from ..distill.report import print_hops
+    from ..distill.student import student_dir
+    from ..distill.teach import teach
+
+    pupil = student or ("pocket" if quick else "smollm2")
+    full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
+    boxed = minutes if minutes is not None else (0.4 if quick else 8.0)
+    settings = TeachSettings(
+        problems=DEMO_PROBLEMS,
+        student=pupil,
+        n_traces=1000 if quick else 6000,
+        n_eval=50 if quick else 200,
+        eval_max_tokens=96 if quick else 512,
+        seed=seed,
+        training={"minutes": boxed, "epochs": 100}
+        | ({"full": True, "lr": 3e-3} if full else {"batch_size": 4, "lr": 1.2e-3}),  # see docs/experiments.md
+    )
+    folder = out or Path("runs") / ("demo-quick" if quick else "demo")
+    started = time.monotonic()
+    with bars(quiet) as progress, resumable(folder):
+        result = teach(settings, folder, work=Work(offline=offline), on_progress=progress)
+        report = export_gguf(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
+        scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
+    question, thinking, answer = _ask(report.path, settings)
+    minutes_taken = (time.monotonic() - started) / 60
+    sizes = {
+        "base": _weight_bytes(student_dir(pupil, offline)),
+        "student": _weight_bytes(folder / "student"),
+        "gguf": report.path.stat().st_size,
+    }
+    print_hops(console(), scores, sizes)
+    print(*report.summary(), sep="\n")
+    print(f"\nquestion: {question}")
+    console().print(thinking.strip(), style="dim", markup=False, highlight=False)
+    print(f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html")
+    print(f"next: deepdistill chat {folder}")
+    if json_output:
+        print(json.dumps({"run": str(folder), "gguf": str(report.path), "minutes": minutes_taken, "scores": scores}))
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
+    """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
+    from ..distill.problems import load_problems
+    from ..localrun.engine import Engine
+    from ..localrun.generation import Sampling
+
+    question = load_problems(settings.problems, "test", 1, settings.seed)[0].question
+    with Engine(gguf, n_ctx=1024) as engine:
+        prompt = engine.render([{"role": "user", "content": question}])
+        steps = list(engine.stream(prompt, Sampling(max_tokens=settings.eval_max_tokens)))
+    parts = {part: "".join(step.text for step in steps if step.part == part) for part in ("thinking", "answer")}
+    return question, parts["thinking"], parts["answer"]
+
+
+def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
+    """Score a GGUF on the problems that its run was scored on, with the same limits."""
+    from ..distill.evaluate import score_file
+    from ..distill.problems import load_problems
+
+    held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
+    return score_file(path, held_out, settings.eval_max_tokens, progress, folder / "answers" / "gguf.jsonl").to_json()

@@ -1,0 +1,30 @@
+"""`deepdistill doctor`."""
+
+from __future__ import annotations
+
+import json
+
+from .shared import AsJson, console
+
+
+def doctor(json_output: AsJson = False) -> None:
+    """This machine: cores, memory, GPU, llama.cpp's build, which models fit, and what confines code that is graded."""
+    from ..localrun.doctor import doctor as run_doctor
+    from ..localrun.doctor import print_doctor
+
+    report = run_doctor()
+    print_doctor(report, console())
+    layers = _confinement()
+    if layers is not None:
+        print("grading code: " + (f"confined by {', '.join(layers)}" if layers else "not here: nothing confines it"))
+    if json_output:
+        print(json.dumps(report.to_json() | {"confinement": layers}))
+
+
+def _confinement() -> list[str] | None:
+    """Return what holds code that a grader runs; None where the graders are not installed or cannot be."""
+    try:
+        from ..distill.sandbox import confinement
+    except ImportError:
+        return None
+    return list(confinement())

@@ -1,0 +1,86 @@
+"""`deepdistill export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import UsageError
+from .runs import export_gguf, run_of
+from .shared import AsJson, Offline, Quiet, bars
+
+
+def export(
+    path: Annotated[
+        str | None, typer.Argument(help="traces.jsonl; or a .gguf file, a run folder or hf:ORG/REPO[:FILE].")
+    ] = None,
+    to: Annotated[
+        Literal["phone", "messages", "parquet"],
+        typer.Option(help="phone: a GGUF as a folder; messages (JSONL) or parquet: traces for other trainers."),
+    ] = "phone",
+    out: Annotated[Path | None, typer.Option(help="The folder or file; named after the path if not given.")] = None,
+    reasoning: Annotated[
+        Literal["field", "think"], typer.Option(help="Of traces: in a field of its own, or between think tags.")
+    ] = "field",
+    all_traces: Annotated[bool, typer.Option("--all", help="Traces that are not right, too.")] = False,
+    memory: Annotated[
+        int | None, typer.Option(help="MB that the model and its context may take; 2000 if not given.", min=1)
+    ] = None,
+    json_output: AsJson = False,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """A GGUF as a folder for phones with a page that runs it offline, or traces as other trainers load them."""
+    if to != "phone":
+        _export_traces(path, to, out, reasoning, all_traces, json_output)
+        return
+    from ..localrun.find import find_model
+    from ..localrun.phone import export_phone
+
+    folder = Path(path) if path and Path(path).is_dir() else None
+    model = folder or find_model(path, offline=offline)
+    name = (folder or model.with_suffix("")).resolve().name
+    run, settings = run_of(folder) if folder else (None, None)
+    with bars(quiet) as progress:
+
+        def make(type_: str) -> Path:
+            assert run is not None
+            target = run / f"student-{type_}.gguf"
+            return export_gguf(run / "student", target, type_, None, settings, progress, proofs=False).path
+
+        report = export_phone(
+            model,
+            out or Path(f"{name}-phone"),
+            memory_mb=memory,
+            make=make if run and (run / "student").is_dir() else None,
+            offline=offline,
+            on_progress=progress,
+        )
+    print(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000", sep="\n")
+    if json_output:
+        print(json.dumps(dataclasses.asdict(report), default=str))
+
+
+def _export_traces(
+    path: str | None,
+    to: Literal["messages", "parquet"],
+    out: Path | None,
+    reasoning: Literal["field", "think"],
+    all_traces: bool,
+    json_output: bool,
+) -> None:
+    """Write traces, a run's or a file's, as rows for another trainer."""
+    from ..distill.exports import export_traces
+
+    if path is None:
+        raise UsageError("which traces?", "give a traces.jsonl or a run folder")
+    source = Path(path) / "traces.jsonl" if Path(path).is_dir() else Path(path)
+    target = out or source.with_name(f"{source.stem}-{to}.{'parquet' if to == 'parquet' else 'jsonl'}")
+    n_rows = export_traces(source, target, to, reasoning=reasoning, include="all" if all_traces else "accepted")
+    print(f"{target}: {n_rows:,} rows")
+    if json_output:
+        print(json.dumps({"path": str(target), "rows": n_rows}))

@@ -1,0 +1,47 @@
+"""`deepdistill inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import AsJson, console
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A traces.jsonl, a run folder or a .gguf file.")],
+    show: Annotated[
+        str | None, typer.Option("--show", help="One trace to read: its number, or how its id begins.")
+    ] = None,
+    json_output: AsJson = False,
+) -> None:
+    """What an artifact holds: traces with their verdicts, lengths and cost, a run with its scores, a GGUF's origin."""
+    if path.suffix == ".gguf":
+        from ..quantize.inspection import inspect_gguf, summary
+
+        of_file = inspect_gguf(path)
+        print(*summary(of_file), sep="\n")
+        if json_output:
+            print(json.dumps(of_file, default=str))
+        return
+    from ..distill.inspection import find_trace, inspect_run, inspect_traces
+    from ..distill.show import print_report, print_run, print_trace
+
+    terminal = console()
+    if show is not None:
+        trace = find_trace(path / "traces.jsonl" if path.is_dir() else path, show)
+        print_trace(trace, terminal)
+        found = dataclasses.asdict(trace)
+    elif path.is_dir():
+        found = inspect_run(path)
+        print_run(found, terminal)
+    else:
+        report = inspect_traces(path)
+        print_report(report, terminal)
+        found = report.to_json()
+    if json_output:
+        print(json.dumps(found, default=str))

@@ -1,0 +1,58 @@
+"""`deepdistill plan`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+import typer
+
+from .shared import AsJson, console
+
+
+def plan(
+    teacher: Annotated[
+        str,
+        typer.Argument(help="A known model (a wrong name lists them), a config.json, or a folder with one."),
+    ] = "DeepSeek-R1",
+    n_traces: Annotated[int, typer.Option(help="To be made.", min=1)] = 10_000,
+    tokens: Annotated[int, typer.Option(help="Of a trace on average, thinking and answer.", min=1)] = 4_000,
+    prompt_tokens: Annotated[int, typer.Option(help="Of a prompt on average.", min=0)] = 200,
+    gpu: Annotated[str, typer.Option(help="H200, H100, A100, RTX4090, …; a wrong name lists them.")] = "H200",
+    n_gpus: Annotated[int | None, typer.Option(help="The fewest that hold it, if not given.", min=1)] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights; the publisher's if not given.")] = None,
+    kv_dtype: Annotated[Literal["bf16", "fp8"], typer.Option(help="Of the KV cache.")] = "bf16",
+    concurrency: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 256,
+    tokens_per_s: Annotated[
+        float | None,
+        typer.Option(help="Measured on the deployment; a bound stands in if not given.", min=0.01),
+    ] = None,
+    gpu_hour: Annotated[float | None, typer.Option(help="Dollars for a GPU and hour.", min=0)] = None,
+    price: Annotated[str | None, typer.Option(help="IN,OUT: an endpoint's dollars a million tokens.")] = None,
+    json_output: AsJson = False,
+) -> None:
+    """What a full-size teacher takes: memory, GPUs, hours and money, each formula shown."""
+    from ..distill.budget import Price
+    from ..distill.plan import PlanSettings
+    from ..distill.plan import plan as make_plan
+    from ..distill.plan_text import plan_json, print_plan
+
+    made = make_plan(
+        PlanSettings(
+            teacher,
+            n_traces,
+            tokens,
+            prompt_tokens,
+            gpu,
+            n_gpus,
+            dtype,  # type: ignore[arg-type]  # PlanSettings checks it, and says which there are
+            kv_dtype,
+            concurrency,
+            tokens_per_s,
+            gpu_hour,
+            Price.parse(price) if price else None,
+        )
+    )
+    print_plan(made, console())
+    if json_output:
+        print(json.dumps(plan_json(made)))

@@ -1,0 +1,57 @@
+"""A run folder as the commands take it: its recipe, and its student's GGUF with that recipe inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from .shared import DEMO_PROBLEMS
+
+if TYPE_CHECKING:
+    from ..distill.recipe import TeachSettings
+    from ..localrun.progress import Bars
+    from ..quantize.quantize import QuantizeReport
+
+
+def run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
+    """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
+    if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
+        return None, None  # nothing to import a stage for
+    from ..distill.recipe import TeachSettings
+    from ..distill.run import find_run
+
+    folder = find_run(path)
+    return folder, TeachSettings.of_run(folder) if folder else None
+
+
+def export_gguf(
+    checkpoint: Path,
+    target: Path,
+    type_: str,
+    problems: str | None,
+    settings: TeachSettings | None,
+    progress: Bars,
+    proofs: bool = True,
+) -> QuantizeReport:
+    """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
+    from ..quantize.quantize import quantize as run_quantize
+
+    report = run_quantize(checkpoint, target, type_, metadata=metadata_of(settings), on_progress=progress)
+    return report.proved(questions_of(problems, settings), on_progress=progress) if proofs else report
+
+
+def metadata_of(settings: TeachSettings | None) -> dict[str, str | int | float | bool]:
+    """Return what a GGUF says of the version and the run that made it."""
+    recipe = {"deepdistill.recipe": json.dumps(dataclasses.asdict(settings))} if settings else {}
+    return {"deepdistill.version": __version__, **recipe}
+
+
+def questions_of(problems: str | None, settings: TeachSettings | None) -> list[str]:
+    """Return some test questions of a spec, or of the run."""
+    from ..distill.problems import load_problems
+
+    spec = problems or (settings.problems if settings else DEMO_PROBLEMS)
+    return [p.question for p in load_problems(spec, "test", 20, settings.seed if settings else 0)]
