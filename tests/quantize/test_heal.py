@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from deepdistill.cli import main
 from deepdistill.distill.losses import projected_kl
 from deepdistill.quantize.calibration import CalibrationSettings, Text
 from deepdistill.quantize.convert import plan
@@ -50,14 +53,18 @@ def test_rows_that_are_mixed_are_left_out(make_checkpoint: Callable[..., Path]) 
     assert set(found) == {"blk.0.attn_v_b.weight"}
 
 
-def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
-    traces = tmp_path / "traces.jsonl"
+def _write_traces(path: Path) -> Path:
     lines = (
         {"messages": [{"role": "user", "content": f"{i} + 1?"}], "content": str(i + 1), "verdict": "right"}
         | {"reasoning_content": f"{i} + 1 = {i + 1}", "finish_reason": "stop"}
         for i in range(80)
     )
-    traces.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
+    traces = _write_traces(tmp_path / "traces.jsonl")
     settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationSettings(1500, 40, 300)}
     plain = release(student, tmp_path / "plain.gguf", ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
     healed = release(
@@ -96,6 +103,9 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
     with pytest.raises(Killed):
         heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
     assert not (tmp_path / "cut").exists()
+    shutil.copy(tmp_path / ".cut.partial.pt", tmp_path / ".other.partial.pt")
+    other = heal(student, tmp_path / "other", types, {}, texts, projected_kl, replace(settings, steps=2, lr=1e-4))
+    assert other["steps"] == 2, "what other settings left is no beginning for these"
     steps.clear()
     found = heal(
         student,
@@ -109,6 +119,17 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
     )
     assert steps[-4:] == [7, 8, 9, 10], "six steps were kept"
     assert found["loss_after"] == wanted["loss_after"]
+    assert other["loss_before"] == wanted["loss_before"]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_the_command_heals(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = _write_traces(tmp_path / "traces.jsonl")
+    command = ["quantize", str(student), "--type", "Q4_0", "--heal", "3", "--traces", str(traces), "--no-proofs"]
+    command += ["--imatrix", "none", "--out", str(tmp_path / "healed.gguf"), "--quiet", "--json"]
+    assert main(command) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["healed"]["steps"] == 3
+    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == f"{student.name}-healed"
