@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ..errors import DeepDistillError
-from .commands import COMMANDS, obey
 from .conversations import Conversation, Store
 from .engine import Engine, Step
 from .oneshot import why_cut
 from .screen import Screen, Thought, new_console, printable
 from .session import Question, Session
+from .slash import COMMANDS, obey
 from .terminal import Keys, reader
 
 _NEARLY_FULL = 0.85  # of the context

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError, ModelError
-from .checkpoint import Tensor, Weight, read_header, read_json
+from .weights import Tensor, Weight, read_header, read_json
 
 _PREFIX = "base_model.model."
 _HOW = "merge it first: peft's merge_and_unload, then save_pretrained"

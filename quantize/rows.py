@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from .architectures import read_architecture
-from .checkpoint import Checkpoint, Tensor, Weight
+from .checkpoint import Checkpoint
+from .weights import Tensor, Weight
 
 _MOST = 1 << 24  # whole numbers that float32 holds
 

@@ -17,8 +17,9 @@ import numpy.typing as npt
 from gguf import GGUFWriter
 
 from ...errors import ArtifactError, ModelError
-from ..checkpoint import Checkpoint, Tensor, Weight
+from ..checkpoint import Checkpoint
 from ..ftypes import Shape
+from ..weights import Tensor, Weight
 from .rope import rope_settings, write_rope
 
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}

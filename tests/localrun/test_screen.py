@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from deepdistill.localrun.engine import Step
-from deepdistill.localrun.screen import Flow, Screen, Thought, printable
+from deepdistill.localrun.flow import Flow
+from deepdistill.localrun.screen import Screen, Thought, printable
 from deepdistill.localrun.thinking import Part
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")

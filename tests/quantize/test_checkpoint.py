@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
 from deepdistill.localrun.header import read_gguf
 from deepdistill.localrun.progress import no_progress
-from deepdistill.quantize.checkpoint import Checkpoint, read_header
+from deepdistill.quantize.checkpoint import Checkpoint
 from deepdistill.quantize.convert import plan, write
+from deepdistill.quantize.weights import read_header
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
