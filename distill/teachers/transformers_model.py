@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from jinja2.exceptions import TemplateError
 from transformers.cache_utils import DynamicCache
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
-from ..device import SMALL_MODEL, choose_device
+from ..device import choose_device
 from ..vocabulary import of_tokenizer
 from .base import Backend, Request, Teacher
 from .choose import top_with
@@ -30,6 +31,7 @@ from .scoring_passes import score_rows
 
 __all__ = ["TransformersTeacher", "check_pocket_source"]
 
+_USUAL_LENGTH = 1024  # tokens of a row, by which memory is reckoned
 _SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
 
 
@@ -253,9 +255,15 @@ def check_pocket_source(problem_source: str) -> None:
 
 
 def _default_batch_size(model: Any, device: torch.device, pages: bool) -> int:
+    """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as memory lets."""
     if device.type == "cuda":
         return 256 if pages else 128
-    return 256 if model.num_parameters() < SMALL_MODEL else 48
+    config = model.config.get_text_config()
+    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_a_row = _USUAL_LENGTH * config.num_hidden_layers * 2 * n_heads * size * model.dtype.itemsize
+    free: int = psutil.virtual_memory().available
+    return int(min(256, max(8, free // 4 // of_a_row)))
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
