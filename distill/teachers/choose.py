@@ -7,9 +7,11 @@ A row's number comes from its own seed, so that a completion does not depend on 
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from ...localrun.generation import Sampling
 
+_BLOCK = 256  # probabilities that are summed before one of them is looked for
 _NUCLEUS = 1024  # tokens looked at for top-p; where they hold less than p, the whole vocabulary is sorted
 
 
@@ -80,8 +82,25 @@ def _sorted_head(probs: torch.Tensor, sampling: Sampling, captured: bool) -> tup
 
 
 def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Return the index `[B]` at which the cumulative sum of `probs` `[B, K]` (any scale) passes `uniforms`."""
-    cumulative = probs.double().cumsum(-1)
+    """Return the index `[B]` at which the cumulative sum of `probs` `[B, K]` (any scale) passes `uniforms`.
+
+    First the block, then the token in it: to sum a vocabulary up costs far less than all of its cumulative sums.
+    """
+    n = probs.shape[-1]
+    if n <= _BLOCK:
+        return _passed(probs, uniforms)[0]
+    blocks = (F.pad(probs, (0, -n % _BLOCK)) if n % _BLOCK else probs).unflatten(-1, (-1, _BLOCK))  # [B, n, _BLOCK]
+    block, inside = _passed(blocks.sum(-1), uniforms)
+    token, _ = _passed(blocks[torch.arange(len(blocks), device=block.device), block], inside)
+    return (block * _BLOCK + token).clamp(max=n - 1)
+
+
+def _passed(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the index `[B]` whose cumulative weight passes `uniforms`, and how far into it that is, in [0, 1)."""
+    weights = weights.double()
+    cumulative = weights.cumsum(-1)
     target = (uniforms * cumulative[:, -1])[:, None]
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return index.clamp(max=probs.shape[-1] - 1)
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
+    own = weights.gather(1, index)
+    inside = (target - cumulative.gather(1, index) + own) / own.clamp(min=torch.finfo(own.dtype).tiny)
+    return index[:, 0], inside[:, 0].clamp(0, 1 - torch.finfo(own.dtype).eps)
