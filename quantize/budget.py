@@ -42,6 +42,10 @@ class Item:
     name: str
     choices: tuple[Choice, ...]
 
+    def of(self, type_: Type) -> Choice:
+        """Return the choice of a type."""
+        return next(choice for choice in self.choices if choice.type == type_)
+
 
 def efficient(choices: Sequence[Choice]) -> tuple[Choice, ...]:
     """Return the choices worth a thought, the smallest first: three that are no larger and err less rule one out.
@@ -93,9 +97,10 @@ def solve(items: Sequence[Item], n_bytes: int) -> list[Choice]:
 def promoted(items: Sequence[Item], chosen: Sequence[Choice], n_more: int) -> list[Choice]:
     """Return the choices after raising the worst tensors: those that gain most for a byte, for n_more bytes or less.
 
-    At least one is raised if any can be, whatever it takes.
+    At least one is raised if any can be, whatever it takes. Of `chosen` only the types count: its damages may be old.
     """
-    chosen, left, is_first = list(chosen), n_more, True
+    chosen = [one.of(now.type) for one, now in zip(items, chosen, strict=True)]
+    left, is_first = n_more, True
     while True:
         steps = [
             ((now.damage - up.damage) / (up.n_bytes - now.n_bytes), i, up)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .budget import Choice, Item, promoted, target_bytes
+from .budget import Choice, Item, promoted, solve, target_bytes
 from .convert import Conversion, Importance, Types, plan
 from .desk import Desk
 from .ftypes import FTYPES, check_ftype
@@ -43,27 +43,30 @@ class Chooser:
         n_bytes = self.tensor_budget()
         if self._settings.promote:
             n_bytes = max(int(_FIRST * n_bytes), sum(i.choices[0].n_bytes for i in self._desk.sensitivity.items))
-        self._take(self._measured(n_bytes))
+        self._take(self._measured(lambda items: solve(items, n_bytes)))
 
     def promote(self) -> bool:
         """Raise the tensors that gain most for a byte; return False where the budget, or every type, is spent."""
         if self.chosen is None:
             sizes = {one.tensor.name: one.n_bytes for one in self._recipe.tensors}
-            self._measured(sum(sizes[item.name] for item in self._desk.sensitivity.items))
-            self._take([_nearest(item, sizes[item.name]) for item in self._desk.sensitivity.weighed()])
-        items, chosen = self._desk.sensitivity.weighed(), self.chosen or []
-        now = sum(choice.n_bytes for choice in chosen)
-        most = sum(item.choices[-1].n_bytes for item in items)
+            self._take(self._measured(lambda items: [_nearest(item, sizes[item.name]) for item in items]))
+        before = self.chosen or []
+        now = sum(choice.n_bytes for choice in before)
+        most = sum(item.choices[-1].n_bytes for item in self._desk.sensitivity.items)
         most = min(most, self.tensor_budget()) if self._settings.has_budget else most
-        raised = promoted(items, chosen, min(int(_STEP * now) + 1, most - now)) if most > now else chosen
-        if raised == chosen or sum(choice.n_bytes for choice in raised) > most:
+        if now >= most:
+            return False
+        # The types that it raises to are measured first: what errs least alone may do the most damage in all tensors.
+        raised = self._measured(lambda items: promoted(items, before, min(int(_STEP * now) + 1, most - now)))
+        n_bytes = sum(choice.n_bytes for choice in raised)
+        if not now < n_bytes <= most:
             return False
         self._take(raised)
         return True
 
-    def _measured(self, n_bytes: int) -> list[Choice]:
+    def _measured(self, choose: Callable[[list[Item]], list[Choice]]) -> list[Choice]:
         with self._desk.open_bench() as bench:
-            return refine(self._desk.sensitivity, bench.damage, n_bytes, on_progress=self._desk.on_progress)
+            return refine(self._desk.sensitivity, bench.damage, choose, on_progress=self._desk.on_progress)
 
     def _take(self, chosen: list[Choice]) -> None:
         types = {item.name: one.type for item, one in zip(self._desk.sensitivity.items, chosen, strict=True)}

@@ -31,7 +31,7 @@ from ..localrun import ggml
 from ..localrun.dequantize import dequantize_rows
 from ..localrun.probe import Probe
 from ..localrun.progress import Progress, no_progress
-from .budget import Choice, Item, efficient, solve
+from .budget import Choice, Item, efficient
 from .convert import Conversion, Importance, Typed
 from .fidelity import Reference
 
@@ -231,21 +231,25 @@ Damage = Callable[[Mapping[str, Type]], float]
 
 
 def refine(
-    sensitivity: Sensitivity, damage_of: Damage, n_bytes: int, *, on_progress: Progress = no_progress
+    sensitivity: Sensitivity,
+    damage_of: Damage,
+    choose: Callable[[list[Item]], list[Choice]],
+    *,
+    on_progress: Progress = no_progress,
 ) -> list[Choice]:
-    """Return the choices under a number of bytes, after measuring what has not been measured yet.
+    """Return what `choose` takes of the weighed items, after measuring what it takes and was not measured yet.
 
     First some layers of each role are measured, all where there are few, at the choice that takes about 4.5 bits. Then
-    the types are levelled that the best choices use, and the choices made again, until all that they use are levelled.
+    the types are levelled that the choices use, and the choices made again, until all that they use are levelled.
     """
     _measure_costs(sensitivity, damage_of, on_progress)
     for _ in range(len(TYPES)):
-        chosen = solve(sensitivity.weighed(), n_bytes)
+        chosen = choose(sensitivity.weighed())
         unknown = {choice.type for choice in chosen} - {Type.F16} - {Type[name] for name in sensitivity.levels}
         if not unknown:
             return chosen
         _measure_levels(sensitivity, damage_of, sorted(unknown), on_progress)
-    return solve(sensitivity.weighed(), n_bytes)
+    return choose(sensitivity.weighed())
 
 
 def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, on_progress: Progress) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,26 +102,33 @@ def test_errors_that_point_the_same_way_are_seen_only_together(tmp_path: Path) -
         return apart + (kinds.count(Type.Q4_1) ** 2) * one_by_one[Type.Q4_1]
 
     known = Sensitivity(items, "key", tmp_path / "s.json")
-    chosen = refine(known, damage, 60)
+    chosen = refine(known, damage, lambda items: solve(items, 60))
     assert known.levels["Q4_1"] == pytest.approx(20)
     assert Type.Q4_1 not in {choice.type for choice in chosen}
     assert sum(choice.n_bytes for choice in chosen) <= 60
     n = len(asked)
-    refine(known, damage, 60)
+    refine(known, damage, lambda items: solve(items, 70))
     assert len(asked) == n, "another budget measures nothing twice"
+    fresh = Sensitivity(items, "key", tmp_path / "t.json")
+    raised = refine(fresh, damage, lambda items: promoted(items, [item.of(Type.Q4_0) for item in items], 20))
+    assert Counter(choice.type for choice in raised) == {Type.Q4_0: 15, Type.Q8_0: 5}, "nor is anything raised to Q4_1"
 
 
 def test_the_worst_is_raised_first() -> None:
-    items = [
-        Item("calm", (choice(10, 0.10), choice(20, 0.09))),
-        Item("hurt", (choice(10, 0.50), choice(20, 0.10), choice(40, 0.01))),
-    ]
+    damages = {"calm": (0.10, 0.09), "hurt": (0.50, 0.10, 0.01)}
+    items = [replace(item_of(name), choices=weighed(item_of(name, *of))) for name, of in damages.items()]
     lowest = [item.choices[0] for item in items]
-    assert [one.n_bytes for one in promoted(items, lowest, 10)] == [10, 20]
-    assert [one.n_bytes for one in promoted(items, lowest, 1)] == [10, 20], "one step at least"
-    assert [one.n_bytes for one in promoted(items, lowest, 100)] == [20, 40]
+    assert [one.n_bytes for one in promoted(items, lowest, 1)] == [2, 3]
+    assert [one.n_bytes for one in promoted(items, lowest, 0)] == [2, 3], "one step at least"
+    assert [one.n_bytes for one in promoted(items, lowest, 100)] == [3, 6]
+    stale = [replace(choice, damage=0.0) for choice in lowest]
+    assert [one.n_bytes for one in promoted(items, stale, 1)] == [2, 3], "what was thought of the types before is past"
     top = [item.choices[-1] for item in items]
     assert promoted(items, top, 100) == top
+
+
+def weighed(item: Item) -> tuple[Choice, ...]:
+    return tuple(replace(choice, damage=choice.error) for choice in item.choices)
 
 
 def test_a_target_is_bound_by_memory_speed_and_what_is_of_use() -> None:
