@@ -201,7 +201,8 @@ class _Work:
             if not failures:
                 return self._hand_out(conversion, paths, measured, n_promotions)
             if not self.settings.promote or not self.chooser.promote():
-                raise GateError(f"the gate was not met: {'; '.join(failures)}", f"{self.out} was not written")
+                more = "" if self.settings.heal else "; --heal 200 keeps more in the same size"
+                raise GateError(f"the gate was not met: {'; '.join(failures)}", f"{self.out} was not written{more}")
             n_promotions += 1
 
     def _write(self, conversion: Conversion) -> list[Path]:
