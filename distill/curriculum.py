@@ -1,7 +1,9 @@
 """Which rows train when, by how often the student itself solves their problems.
 
 A problem that it nearly always solves teaches little, so it comes in a part of the passes; one that it solves now and
-then is where it can learn, and comes twice a pass; one that it never solves waits until the rest has been seen once.
+then is where it can learn, and comes twice a pass from the second on. The first rows are of what it can solve now and
+then; one that it never solves joins in after them. Not later: a boxed training may not see all rows once, and what it
+never solves is most of what there is to learn.
 
 Where only some problems were tried, the row of another takes the mean of the tried ones nearest to it in length: the
 longer the chain of reasoning, the harder the problem.
@@ -29,6 +31,7 @@ class CurriculumSettings:
     easy_from: float = 0.75
     easy_share: float = 0.5
     middle_times: int = 2
+    head_start: float = 0.1
 
 
 def level_of(rate: float | None, settings: CurriculumSettings) -> Level:
@@ -64,8 +67,8 @@ def arrange(
 ) -> list[Row]:
     """Return the rows of every pass in order, given each with its problem's pass rate.
 
-    The first pass has two halves: what the student can learn now, then the same again among the hopeless ones. Where
-    nothing is easy or in the middle this is the plain order.
+    The first pass begins with rows of what the student solves now and then, `head_start` of its rows at most; then all
+    levels come together. Where no problem was ever solved this is the plain order.
     """
     settings = settings or CurriculumSettings()
     levels = [level_of(rate, settings) for _, rate in rows]
@@ -76,10 +79,14 @@ def arrange(
     ordered: list[Row] = []
     for epoch in range(epochs):
         some_easy = rng.sample(easy, round(settings.easy_share * len(easy)))
-        again = middle * (settings.middle_times - 1)
-        halves = [middle + some_easy, again + hopeless] if epoch == 0 else [middle + again + some_easy + hopeless]
-        for half, part in enumerate(halves):
-            ordered += order_rows(part, batch_size, 1, seed + 2 * epoch + half) if part else []
+        if epoch == 0:
+            first = rng.sample(middle, len(middle))
+            n_first = min(len(first), round(settings.head_start * len(rows))) if hopeless else 0
+            parts = [first[:n_first], first[n_first:] + some_easy + hopeless]
+        else:
+            parts = [middle * settings.middle_times + some_easy + hopeless]
+        for i, part in enumerate(parts):
+            ordered += order_rows(part, batch_size, 1, seed + 2 * epoch + i) if part else []
     return ordered
 
 
