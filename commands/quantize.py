@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ArtifactError, GateError, UsageError
 from .runs import metadata_of, questions_of, run_of
-from .shared import DEMO_PROBLEMS, AsJson, Quiet, bars
+from .shared import AsJson, Quiet, bars
 
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
@@ -67,7 +67,7 @@ def quantize(
 ) -> None:
     """Student -> GGUF: types by recipe or by measurement under a size, what it kept, a gate, and proofs."""
     if verify is not None:
-        _verify(verify, student, imatrix, json_output, quiet)
+        _verify(verify, student, imatrix, base, json_output, quiet)
         return
     if student is None:
         raise UsageError("which student?", "give a run folder or a checkpoint folder")
@@ -81,7 +81,8 @@ def quantize(
     if folder and not checkpoint.is_dir():
         raise ArtifactError(f"{folder} holds no trained student", f"deepdistill teach --out {folder} … makes one")
     kind = size or (f"{bpw:g}bpw" if bpw else target) or type_.upper()
-    target_path = out or (folder or checkpoint.resolve().parent) / f"{checkpoint.resolve().name}-{kind}.gguf"
+    name = f"{checkpoint.resolve().name}-{kind}.gguf"
+    target_path = (out / name if out.is_dir() else out) if out else (folder or checkpoint.resolve().parent) / name
     held = Gate.parse(gate) if gate else None
     wanted = ReleaseSettings(
         type=type_,
@@ -95,12 +96,16 @@ def quantize(
         promote=promote,
         heal=heal,
         fidelity=fidelity,
-        compare=tuple(part for part in (compare or "").split(",") if part),
+        compare=tuple(part.strip().upper() for part in (compare or "").split(",") if part.strip()),
         split=parse_size(split) if split else None,
     )
     n_asked = n or (200 if held and held.needs_answers else 0)
+    spec = problems or (settings.problems if settings else None)
+    if n_asked and spec is None:
+        raise UsageError("there are no problems to ask", "give --problems")
+    questions = questions_of(problems, settings) if proofs else []
     with bars(quiet) as progress:
-        ask = _asking(problems, settings, n_asked, progress) if n_asked else None
+        ask = _asking(spec, settings, n_asked, progress) if spec and n_asked else None
         recipe = dataclasses.asdict(settings) if settings else {}
         made = release(
             checkpoint,
@@ -110,11 +115,12 @@ def quantize(
             evaluate=ask,
             divergence=_divergence() if heal else None,
             metadata=metadata_of(settings),
+            asked=f"{n_asked} of {spec}, seed {settings.seed if settings else 0}" if ask else "",
             on_progress=progress,
         )
         report = made.report
         if proofs:
-            report = report.proved(questions_of(problems, settings), on_progress=progress)
+            report = report.proved(questions, on_progress=progress)
     print(f"{report.path}: {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits a weight")
     print(*report.summary(), *made.summary(), sep="\n")
     print(f"next: deepdistill chat {report.path}")
@@ -125,14 +131,16 @@ def quantize(
         raise GateError(f"{report.path} does not do what its checkpoint does", "the proofs above say where they differ")
 
 
-def _verify(path: Path, student: Path | None, imatrix: str | None, json_output: bool, quiet: bool) -> None:
+def _verify(
+    path: Path, student: Path | None, imatrix: str | None, base: Path | None, json_output: bool, quiet: bool
+) -> None:
     """Make a file again from its sources and compare."""
     from ..quantize.verify import verify as run_verify
 
     folder, _ = run_of(student) if student else (None, None)
     with bars(quiet) as progress:
         found = run_verify(
-            path, folder / "student" if folder else student, Path(imatrix) if imatrix else None, progress
+            path, folder / "student" if folder else student, Path(imatrix) if imatrix else None, base, progress
         )
     print(*found.summary(), sep="\n")
     if json_output:
@@ -141,13 +149,12 @@ def _verify(path: Path, student: Path | None, imatrix: str | None, json_output: 
         raise GateError(f"{path} is not what its sources make", "the lines above say what differs")
 
 
-def _asking(problems: str | None, settings: TeachSettings | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
+def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
     from ..distill.evaluate import score_file
     from ..distill.problems import load_problems
     from ..quantize.paired import Answers
 
-    spec = problems or (settings.problems if settings else DEMO_PROBLEMS)
     held_out = load_problems(spec, "test", n, settings.seed if settings else 0)
     max_tokens = settings.eval_max_tokens if settings else 512
 

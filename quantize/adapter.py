@@ -48,6 +48,11 @@ class Merged:
         return np.asarray(self.weight.rows(part) + self.left[part] @ self.right, dtype=np.float32)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Say whether a folder holds a LoRA adapter and no model."""
+    return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+
+
 def find_base(folder: Path) -> Path:
     """Return the folder of the base that an adapter names.
 

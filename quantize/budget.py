@@ -94,10 +94,11 @@ def solve(items: Sequence[Item], n_bytes: int) -> list[Choice]:
     return chosen[::-1]
 
 
-def promoted(items: Sequence[Item], chosen: Sequence[Choice], n_more: int) -> list[Choice]:
+def promoted(items: Sequence[Item], chosen: Sequence[Choice], n_more: int, most: int) -> list[Choice]:
     """Return the choices after raising the worst tensors: those that gain most for a byte, for n_more bytes or less.
 
-    At least one is raised if any can be, whatever it takes. Of `chosen` only the types count: its damages may be old.
+    At least one is raised if any can be for `most` bytes, even if it takes more than n_more. Of `chosen` only the types
+    count: its damages may be old.
     """
     chosen = [one.of(now.type) for one, now in zip(items, chosen, strict=True)]
     left, is_first = n_more, True
@@ -107,7 +108,7 @@ def promoted(items: Sequence[Item], chosen: Sequence[Choice], n_more: int) -> li
             for i, (item, now) in enumerate(zip(items, chosen, strict=True))
             for up in item.choices
             if up.n_bytes > now.n_bytes and up.damage < now.damage
-            if is_first or up.n_bytes - now.n_bytes <= left
+            if up.n_bytes - now.n_bytes <= (most if is_first else left)
         ]
         if not steps:
             return chosen

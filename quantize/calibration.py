@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Texts:
-    """The traces by what they are for, and the SHA-256 of the file that they came from."""
+    """The traces by what they are for, and the SHA-256 of the file that they came from, with what was judged later."""
 
     heal: tuple[Text, ...] = ()  # those that calibrate come first
     calibrate: tuple[Text, ...] = ()
@@ -94,7 +95,7 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSetting
         tuple(taken["choose"]),
         tuple(taken["measure"]),
         str(traces_path),
-        sha256_of(traces_path),
+        _hash(traces_path),
     )
 
 
@@ -119,15 +120,39 @@ def sha256_of(path: Path) -> str:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
 
 
+def _verdicts_path(traces_path: Path) -> Path:
+    """Return where votes and judges' verdicts on stored traces stand (docs/traces.md)."""
+    return traces_path.with_name(f"{traces_path.stem}.verdicts.jsonl")
+
+
+def _hash(traces_path: Path) -> str:
+    found, verdicts = sha256_of(traces_path), _verdicts_path(traces_path)
+    if not verdicts.is_file() or not verdicts.stat().st_size:
+        return found
+    return hashlib.sha256(f"{found} {sha256_of(verdicts)}".encode()).hexdigest()
+
+
+def _judged(path: Path) -> dict[str, str]:
+    """Return who vouches for a trace by its id, from its last line; a torn or foreign line says nothing."""
+    judged: dict[str, str] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            one = json.loads(line)
+            judged[one["id"]] = one["verdict_by"]
+    return judged
+
+
 def _verified(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines, judged = path.read_bytes().splitlines(), _judged(_verdicts_path(path))
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}", "give --traces FILE, or --imatrix none") from error
     for number, line in enumerate(lines, 1):
         try:
             trace = json.loads(line)
-            is_verified = trace["verdict"] == "right" or trace.get("verdict_by") in ("vote", "judge")
+            by = trace.get("verdict_by")
+            by = by if by == "grader" else judged.get(trace.get("id"), by)
+            is_verified = trace["verdict"] == "right" or by in ("vote", "judge")
             trace["messages"][-1]["content"] + trace["content"]  # both are texts
         except (ValueError, KeyError, TypeError, IndexError) as error:
             if number == len(lines):  # a torn last line is no fault

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ _HEADS = ("file", "MB", "bits a weight", "mean KL", "99 % KL", "same top", "perp
 
 @dataclass(frozen=True)
 class Row:
-    """One file: JSON values as they stand in `fidelity.json`. `fidelity`, `answers`, `paired` may be missing."""
+    """One file: JSON values as they stand in `fidelity.json`. `fidelity`, `answers`, `paired` may be missing.
+
+    `texts` is the hash of the traces that the fidelity is measured on, `asked` which problems the answers are to.
+    """
 
     name: str
     n_bytes: int
@@ -32,6 +35,17 @@ class Row:
     fidelity: Mapping[str, Any] | None = None
     answers: Mapping[str, Any] | None = None
     paired: Mapping[str, Any] | None = None
+    texts: str = ""
+    asked: str = ""
+
+    def comparable(self, others: Sequence[Row]) -> Row:
+        """Return the row without figures of other traces, or of other problems, than those of other rows."""
+        row = self
+        if any(one.fidelity and one.texts != self.texts for one in others):
+            row = replace(row, fidelity=None, texts="")
+        if any(one.answers and one.asked != self.asked for one in others):
+            row = replace(row, answers=None, paired=None, asked="")
+        return row
 
     def cells(self) -> list[str]:
         """Return the row's cells as text; a dash where nothing was measured."""
@@ -58,7 +72,9 @@ class Row:
 
 
 def keep_rows(folder: Path, rows: Sequence[Row], source: str) -> list[Row]:
-    """Add rows to a folder's fidelity.json and return all of it; rows of another source's files are dropped.
+    """Add rows to a folder's fidelity.json and return all of it; what cannot be compared with them is dropped.
+
+    That is rows of another source's files, and figures from other traces or other problems.
 
     Raises:
         ArtifactError: it cannot be written.
@@ -68,7 +84,7 @@ def keep_rows(folder: Path, rows: Sequence[Row], source: str) -> list[Row]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["source"] == source:
-            kept = {row["name"]: Row(**row) for row in found["files"]}
+            kept = {row["name"]: Row(**row).comparable(rows) for row in found["files"]}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or of an older version: it is measured again
     kept |= {row.name: row for row in rows}

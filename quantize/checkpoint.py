@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ModelError
-from .adapter import find_base, merge
+from .adapter import find_base, is_adapter, merge
 from .weights import Blocks, Tensor, Weight, read_header, read_json
 
 _SCALE = "_scale_inv"
@@ -29,8 +29,7 @@ class Checkpoint:
         self.folder, self.base = folder, base
         if not folder.is_dir():
             raise ArtifactError(f"no checkpoint folder at {folder}", "deepdistill teach makes one")
-        is_adapter = (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
-        if is_adapter:
+        if is_adapter(folder):
             self.base = base or find_base(folder)
         elif base:
             raise ArtifactError(f"{folder} is no LoRA adapter, so it has no base", "leave out --base")
@@ -38,7 +37,7 @@ class Checkpoint:
         if not self.config:
             raise ArtifactError(f"{self.base or folder} is no model folder: it has no config.json")
         self.tensors: dict[str, Weight] = self._dequantized(self._index(self.base or folder))
-        if is_adapter:
+        if is_adapter(folder):
             self.tensors = merge(folder, self.tensors)
 
     def find(self, name: str) -> Path | None:

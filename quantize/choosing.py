@@ -12,7 +12,7 @@ from ..errors import UsageError
 from .budget import Choice, Item, promoted, solve, target_bytes
 from .convert import Conversion, Importance, Types, plan
 from .desk import Desk
-from .ftypes import FTYPES, check_ftype
+from .ftypes import FTYPES, UNQUANTIZED
 from .sensitivity import describe, refine
 from .settings import ReleaseSettings
 
@@ -57,7 +57,7 @@ class Chooser:
         if now >= most:
             return False
         # The types that it raises to are measured first: what errs least alone may do the most damage in all tensors.
-        raised = self._measured(lambda items: promoted(items, before, min(int(_STEP * now) + 1, most - now)))
+        raised = self._measured(lambda items: promoted(items, before, int(_STEP * now) + 1, most - now))
         n_bytes = sum(choice.n_bytes for choice in raised)
         if not now < n_bytes <= most:
             return False
@@ -105,7 +105,7 @@ class Chooser:
     @cached_property
     def _recipe(self) -> Conversion:
         """The plan of the student by a standard recipe."""
-        return self._desk.plan(check_ftype(self._settings.type), importance=self._desk.importance)
+        return self._desk.plan(self._settings.type.upper(), importance=self._desk.importance)
 
     def plan(self) -> Conversion:
         """Return the plan of a file with the chosen types."""
@@ -124,7 +124,7 @@ class Chooser:
         bases = {base.name: ftype for ftype, (_, base) in reversed(FTYPES.items())}
         for one in self._desk.twin.tensors:
             type_ = self.types.get(one.tensor.name, one.got)
-            if type_.name in bases:
+            if type_.name in bases and type_.name not in UNQUANTIZED:
                 weights[type_.name] += one.n_weights
         return bases[weights.most_common(1)[0][0]] if weights else "F16"
 

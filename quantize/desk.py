@@ -6,6 +6,7 @@ what every type does to every tensor.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +48,7 @@ class Desk:
     @cached_property
     def source(self) -> dict[str, object]:
         """The hashes of the student's files."""
-        return source_of(self.student_dir)
+        return source_of(self.student_dir, self.base)
 
     def plan(self, ftype: str, *, types: Types | None = None, importance: Importance | None = None) -> Conversion:
         """Return the plan of a file of the student."""
@@ -90,8 +91,7 @@ class Desk:
             if not self.notes:
                 self.notes.append("no importance matrix: there are no traces to make one from")
             return None
-        texts = [text.tokens for text in self.texts.calibrate]
-        dataset = f"{self.traces_path.name} sha256:{self.texts.sha256} model:{source_key(self.source)}"
+        texts, dataset = [text.tokens for text in self.texts.calibrate], self._dataset
         if self.kept_imatrix.is_file() and read_imatrix(self.kept_imatrix).datasets == (dataset,):
             return read_imatrix(self.kept_imatrix)
         made = collect_imatrix(
@@ -105,9 +105,15 @@ class Desk:
         return made
 
     @property
+    def _dataset(self) -> str:
+        assert self.traces_path is not None
+        return f"{self.traces_path.name} sha256:{self.texts.sha256} model:{source_key(self.source)}"
+
+    @property
     def kept_imatrix(self) -> Path:
-        """Where a collected importance matrix is kept."""
-        return self.kept / f"{self.name}.imatrix.gguf"
+        """Where a collected importance matrix is kept, one for each student and set of traces: files name it."""
+        key = hashlib.sha256(self._dataset.encode()).hexdigest()[:8]
+        return self.kept / f"{self.name}-{key}.imatrix.gguf"
 
     @property
     def imatrix_file(self) -> Path:

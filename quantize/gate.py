@@ -51,6 +51,8 @@ class Condition:
         value, base = found.get(self.metric), reference.get(self.metric) if self.is_relative else 1.0
         if value is None or base is None:
             raise UsageError(f"the gate asks for {self.metric}, which was not measured", "it takes traces and problems")
+        if self.is_relative and base == 0 and ">" in self.operator:
+            return f"{self.metric} of the unquantized model is 0, and a share of it says nothing"
         limit = self.value * base
         # A share of a share rounds: 0.98 * 0.5 is a hair above 0.49.
         holds = _OPERATORS[self.operator](value, limit) or ("=" in self.operator and abs(value - limit) < 1e-9)

@@ -39,6 +39,7 @@ from .rows import origins
 if TYPE_CHECKING:
     import torch
 
+_RECORD = "healing.json"  # in the healed folder: what it was made from, and what it came to
 _LARGE = 256  # hidden size: smaller models lose digits and gain nothing
 _WIDTH = 16  # batches are a multiple as wide: oneDNN compiles a product for each shape
 
@@ -86,7 +87,8 @@ def heal(
 ) -> dict[str, Any]:
     """Train a checkpoint under its types and write the result, in float32, beside its place and renamed.
 
-    What was done is kept beside `out` every few minutes, and the same call goes on from there to the same weights.
+    What was done is kept beside `out` every few minutes, and the same call goes on from there to the same weights. Once
+    all is done, the same call finds it.
 
     Returns what it came to: steps, seconds, the loss over the first and the last tenth, the share of sampled rows whose
     blocks stay the same when what they hold is quantized once more, and how many tensors the forward pass did not see
@@ -100,6 +102,13 @@ def heal(
         import torch
     except ImportError as error:
         raise ModelError("healing needs torch", "pip install 'deepdistill[teach]'") from error
+    key = _key(student_dir, types, importance, texts, settings)
+    try:
+        known = json.loads((out / _RECORD).read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return dict(known["report"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing yet
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _load(student_dir, device)
@@ -109,25 +118,26 @@ def heal(
     quantizer = Quantizer(model, found, types, importance, n_threads)
     rows = _teach(model, texts, settings, device, on_progress)
     healing = _Healing(model, quantizer, rows, divergence, settings, device)
-    healing.run(out.with_name(f".{out.name}.partial.pt"), _key(student_dir, types, texts, settings), on_progress)
-    stable = quantizer.stability()
-    _save(model, student_dir, out)
-    out.with_name(f".{out.name}.partial.pt").unlink(missing_ok=True)
+    healing.run(out.with_name(f".{out.name}.partial.pt"), key, on_progress)
     tenth = max(1, len(healing.losses) // 10)
-    return {
+    report = {
         "steps": len(healing.losses),
         "seconds": round(healing.seconds, 1),
         "loss_before": float(f"{np.mean(healing.losses[:tenth]):.4g}"),
         "loss_after": float(f"{np.mean(healing.losses[-tenth:]):.4g}"),
-        "requantized_same": float(f"{stable:.4g}"),
+        "requantized_same": float(f"{quantizer.stability():.4g}"),
         "tensors_not_seen": len(wanted) - len(found),
     }
+    _save(model, student_dir, out, {"key": key, "report": report})
+    out.with_name(f".{out.name}.partial.pt").unlink(missing_ok=True)
+    return report
 
 
-def _key(student_dir: Path, types: Types, texts: Sequence[Text], settings: HealSettings) -> str:
+def _key(student_dir: Path, types: Types, importance: Importance, texts: Sequence[Text], settings: HealSettings) -> str:
     """Return what tells one healing from another."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in student_dir.glob("*.safetensors")]
-    known = (sorted(files), sorted((name, int(type_)) for name, type_ in types.items()), texts, settings)
+    weights = sorted((name, hashlib.sha256(one.tobytes()).hexdigest()) for name, one in importance.items())
+    known = (sorted(files), sorted((name, int(type_)) for name, type_ in types.items()), weights, texts, settings)
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
@@ -347,7 +357,7 @@ def _collate(batch: Sequence[Text | Row], device: torch.device) -> tuple[torch.T
     return tokens.to(device), wanted.to(device)
 
 
-def _save(model: Any, student_dir: Path, out: Path) -> None:
+def _save(model: Any, student_dir: Path, out: Path, record: Mapping[str, Any]) -> None:
     """Write the weights in float32 under the checkpoint's own names, and everything else as it was."""
     from safetensors.torch import save_file
 
@@ -363,6 +373,7 @@ def _save(model: Any, student_dir: Path, out: Path) -> None:
         config = json.loads((temporary / "config.json").read_text(encoding="utf-8"))
         config = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": "float32"}
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (temporary / _RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(temporary, out)
     except OSError as error:

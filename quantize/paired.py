@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 
@@ -65,7 +66,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """Return the probability of flips at least as lopsided if each went either way by a fair coin."""
     n = lost + gained
     tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / float(2**n))
+    return min(1.0, float(Fraction(2 * tail, 2**n)))  # of whole numbers: 2**n may be more than a float holds
 
 
 def interval(lost: int, gained: int, n: int, z: float = 1.959964) -> tuple[float, float]:

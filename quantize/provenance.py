@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from ..errors import ArtifactError
+from .adapter import find_base, is_adapter
 from .calibration import sha256_of
 from .card import Provenance
 from .convert import Conversion, Value, _write_metadata
@@ -77,11 +78,18 @@ def _padded(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
 
 
-def source_of(folder: Path) -> dict[str, Any]:
-    """Return a checkpoint's folder and the SHA-256 of each file that decides what becomes of it."""
+def source_of(folder: Path, base: Path | None = None) -> dict[str, Any]:
+    """Return a checkpoint's folder and the SHA-256 of each file that decides what becomes of it, its base's too."""
+    hashes = {path.name: sha256_of(path) for path in _deciding(folder)}
+    if is_adapter(folder):
+        hashes |= {f"base/{path.name}": sha256_of(path) for path in _deciding(base or find_base(folder))}
+    return {"folder": str(folder.resolve()), "sha256": hashes}
+
+
+def _deciding(folder: Path) -> list[Path]:
     names = {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
-    paths = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in names)
-    return {"folder": str(folder.resolve()), "sha256": {path.name: sha256_of(path) for path in paths}}
+    names.add("adapter_config.json")
+    return sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in names)
 
 
 def source_key(source: Mapping[str, Any]) -> str:

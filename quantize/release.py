@@ -13,18 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import GateError, UsageError
+from ..errors import GateError, ModelError, UsageError
 from ..localrun.hardware import default_threads
 from ..localrun.memory import Footprint
 from ..localrun.progress import Progress, no_progress
 from . import card_files
+from .adapter import is_adapter
 from .card import write_card
 from .card_files import Row
 from .choosing import Chooser
 from .convert import Conversion, Value, write
 from .desk import Desk
 from .fidelity import Fidelity
-from .ftypes import check_ftype
 from .gate import Metrics
 from .heal import Divergence, HealSettings, heal
 from .paired import Answers, Paired, compare
@@ -112,6 +112,7 @@ def release(
     evaluate: Evaluate | None = None,
     divergence: Divergence | None = None,
     metadata: Mapping[str, Value] | None = None,
+    asked: str = "",
     on_progress: Progress = no_progress,
     n_threads: int | None = None,
 ) -> Release:
@@ -125,6 +126,7 @@ def release(
         evaluate: what asks a GGUF the test problems, if answers are wanted.
         divergence: the loss of healing, if that is wanted.
         metadata: more strings for the file.
+        asked: which problems `evaluate` asks, for the record; figures of other problems leave the table.
         on_progress: told how far it is.
         n_threads: the machine's cores if not given.
 
@@ -134,6 +136,14 @@ def release(
         ArtifactError, ModelError: see `quantize.quantize`.
     """
     settings.check()
+    if out.is_dir():
+        raise UsageError(f"{out} is a folder", f"name the file: {out / student_dir.resolve().name}.gguf")
+    if out.suffix != ".gguf":
+        raise UsageError(f"{out.name} is no name of a GGUF", f"such as {out.name}.gguf")
+    if settings.heal and is_adapter(student_dir):
+        raise UsageError(
+            f"--heal trains whole checkpoints, and {student_dir} is an adapter", "give the merged student, such as RUN"
+        )
     if settings.gate and settings.gate.needs_answers and evaluate is None:
         raise UsageError("the gate asks for answers, and there are no problems to ask", "give --problems and --n")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -150,20 +160,21 @@ def release(
             settings.base,
         )
         settings = _measurable(desk, settings)
-        return _Work(desk, out, settings, dict(recipe or {}), evaluate, divergence, dict(metadata or {})).run()
+        return _Work(desk, out, settings, dict(recipe or {}), evaluate, divergence, dict(metadata or {}), asked).run()
 
 
 def _measurable(desk: Desk, settings: ReleaseSettings) -> ReleaseSettings:
     """Return the settings without measurements where the traces are too few, and nothing that was asked needs them."""
     needs = settings.has_budget or settings.gate or settings.heal
-    if needs or not settings.traces or not (settings.fidelity or desk.imatrix_path is None):
+    if needs or not settings.reads_traces:
         return settings
     try:
         assert desk.texts
-    except UsageError as error:
+    except (UsageError, ModelError) as error:
         desk.notes.append(f"not measured, and no importance matrix: {error.message}")
         desk.traces_path = None
-        return replace(settings, traces=None)
+        settings = replace(settings, traces=None)
+        settings.check()  # a type may need the matrix
     return settings
 
 
@@ -179,7 +190,9 @@ class _Work:
         evaluate: Evaluate | None,
         divergence: Divergence | None,
         metadata: dict[str, Value],
+        asked: str,
     ) -> None:
+        self.asked = asked
         self.desk, self.out, self.settings, self.recipe = desk, out, settings, recipe
         self.evaluate, self.divergence, self.extra = evaluate, divergence, metadata
         self.chooser = Chooser(desk, settings, lambda one: file_bytes(one, self._metadata(one)))
@@ -215,7 +228,7 @@ class _Work:
 
     def _heal(self) -> None:
         assert self.divergence is not None, "healing needs a loss"
-        folder = self.out.parent / f"{self.desk.name}-healed"
+        folder = self.out.with_name(f"{self.out.stem}-healed")  # the file's own: it is what made its blocks
         report = heal(
             self.desk.student_dir,
             folder,
@@ -253,7 +266,7 @@ class _Work:
         kl = measured.fidelity
         unquantized = Fidelity(0, 0.0, 0.0, 0.0, 1.0, kl.reference_perplexity, kl.reference_perplexity) if kl else None
         twin = Measured(unquantized, self.reference_answers)
-        reference = twin.metrics(self.desk.twin_path.stat().st_size if kl else 0)
+        reference = twin.metrics(sum(one.n_bytes for one in self.desk.twin.tensors))
         return self.settings.gate.failures(measured.metrics(n_bytes), reference)
 
     def _hand_out(
@@ -264,13 +277,15 @@ class _Work:
         n_promotions: int,
     ) -> Release:
         report = report_of(conversion, self.chooser.source_dir, self.out, paths, tuple(self.desk.notes))
-        row = self._row(report.path.name, report.n_bytes, report.bits_per_weight, True, measured)
+        is_ours = self.settings.has_budget or n_promotions > 0 or self.healed is not None
+        row = self._row(report.path.name, report.n_bytes, report.bits_per_weight, is_ours, measured)
+        others = self._others()
         footprint = Footprint.of(paths[0])
         memory = footprint.total_bytes(min(_MEMORY_CTX, footprint.n_ctx_train or _MEMORY_CTX))
         fill_in(paths[0], {"memory_bytes": memory} | {k: v for k, v in vars(row).items() if v is not None})
         for path in reversed(paths):
             os.replace(path, self.out.with_name(path.name))
-        rows = [*self._others(), row]
+        rows = [*others, row]
         kept = card_files.keep_rows(self.out.parent, rows, source_key(self.desk.source))
         write_card(report.path, conversion.provenance, card_files.markdown(kept), card_files.plot(kept), self._facts)
         card_files.update_report(self.out.parent, kept)
@@ -287,7 +302,8 @@ class _Work:
         )
 
     def _row(self, name: str, n_bytes: int, bits: float, is_ours: bool, measured: Measured) -> Row:
-        return Row(name, n_bytes, bits, is_ours, *measured.to_json())
+        texts = self.desk.texts.sha256 if measured.fidelity else ""
+        return Row(name, n_bytes, bits, is_ours, *measured.to_json(), texts, self.asked if measured.answers else "")
 
     def _others(self) -> list[Row]:
         """Return the rows of the unquantized twin, if it was asked, and of the recipes that are compared with."""
@@ -297,10 +313,10 @@ class _Work:
             n_bytes = sum(one.n_bytes for one in twin.tensors)
             rows.append(self._row("unquantized (F16)", n_bytes, 16.0, False, Measured(None, self.reference_answers)))
         for ftype in self.settings.compare:
-            conversion = self.desk.plan(check_ftype(ftype), importance=self.desk.importance)
-            path = self.desk.scratch / f"{ftype}.gguf"
+            conversion = self.desk.plan(ftype.upper(), importance=self.desk.importance)
+            path = self.desk.scratch / f"{ftype.upper()}.gguf"
             write(conversion, path, {}, self.desk.on_progress, self.desk.n_threads)
             report = report_of(conversion, self.desk.student_dir, path, [path], ())
-            rows.append(self._row(ftype, report.n_bytes, report.bits_per_weight, False, self._measure(path)))
+            rows.append(self._row(ftype.upper(), report.n_bytes, report.bits_per_weight, False, self._measure(path)))
             path.unlink()
         return rows

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .calibration import CalibrationSettings
+from .ftypes import check_ftype
 from .gate import Gate
 
 _PLAIN = frozenset({"F32", "F16", "BF16", "Q8_0"})  # an importance matrix changes nothing in them
@@ -52,9 +53,23 @@ class ReleaseSettings:
             raise UsageError(f"{self.bpw:g} bits a weight", "between 1 and 16")
         if self.promote and not self.gate:
             raise UsageError("--promote raises tensors until a gate is met", "give one with --gate")
+        if self.promote and self.heal:
+            raise UsageError(
+                "--heal trains under one choice of types, and --promote makes others", "heal at a larger --size"
+            )
+        has_imatrix = self.imatrix_path != "none" and bool(self.imatrix or self.traces)
+        for name in (*(() if self.has_budget else (self.type,)), *self.compare):
+            check_ftype(name, has_imatrix=has_imatrix)
+
+    @property
+    def reads_traces(self) -> bool:
+        """Whether anything is measured, or made, with the traces."""
+        wanted = self.fidelity or self.has_budget or self.promote or self.heal or self.imatrix_path is None
+        return self.traces is not None and bool(wanted)
 
     @property
     def imatrix_path(self) -> str | None:
         """The file to read, "none", or None where one is to be made: not for types that make no use of it."""
-        is_plain = not self.has_budget and not self.promote and self.type.upper() in _PLAIN
+        types = {name.upper() for name in (self.type, *self.compare)}
+        is_plain = not self.has_budget and not self.promote and types <= _PLAIN
         return "none" if self.imatrix is None and is_plain else self.imatrix

@@ -50,7 +50,7 @@ def sign(
             "tokens": desk.imatrix.n_tokens,
             "datasets": list(desk.imatrix.datasets),
         }
-    if settings.traces is not None:
+    if settings.reads_traces:
         own["think_budget"] = str(think_budget(desk.texts.calibrate))
     return own
 

@@ -46,7 +46,11 @@ class Verified:
 
 
 def verify(
-    path: Path, student_dir: Path | None = None, imatrix_path: Path | None = None, on_progress: Progress = no_progress
+    path: Path,
+    student_dir: Path | None = None,
+    imatrix_path: Path | None = None,
+    base: Path | None = None,
+    on_progress: Progress = no_progress,
 ) -> Verified:
     """Quantize the source of a file again with the types that the file has, and compare every tensor.
 
@@ -54,6 +58,7 @@ def verify(
         path: the file, made by deepdistill.
         student_dir: its source; where the file says it was, if not given.
         imatrix_path: its importance matrix; where the file says it is, if not given.
+        base: an adapter's base; where the file says it was, if not given.
         on_progress: called after every tensor.
 
     Raises:
@@ -66,9 +71,10 @@ def verify(
     folder = student_dir or path.parent / own["source"]["folder"]
     if not folder.is_dir():
         raise ArtifactError(f"the source of {path} is not at {folder}", "give it: deepdistill quantize FOLDER --verify")
-    sources = list(_source_differences(own["source"]["sha256"], folder))
-    base = own["source"].get("base")
-    conversion = plan(folder, "F16", base=path.parent / base if base else None)
+    if base is None and (recorded := own["source"].get("base")):
+        base = path.parent / recorded
+    sources = list(_source_differences(own["source"]["sha256"], folder, base))
+    conversion = plan(folder, "F16", base=base)
     importance = {}
     if made_with := own.get("imatrix"):
         found = imatrix_path or path.parent / made_with["file"]
@@ -89,8 +95,8 @@ def verify(
     return Verified(len(names | stored.keys()), tuple(sorted(different)), tuple(sources))
 
 
-def _source_differences(expected: dict[str, str], folder: Path) -> Iterator[str]:
-    found = source_of(folder)["sha256"]
+def _source_differences(expected: dict[str, str], folder: Path, base: Path | None) -> Iterator[str]:
+    found = source_of(folder, base)["sha256"]
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             yield f"{folder / name} is missing"

@@ -15,11 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
+from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.header import read_gguf
 from deepdistill.localrun.progress import no_progress
 from deepdistill.quantize.checkpoint import Checkpoint
 from deepdistill.quantize.convert import plan, write
+from deepdistill.quantize.provenance import source_key, source_of
+from deepdistill.quantize.release import release
+from deepdistill.quantize.settings import ReleaseSettings
+from deepdistill.quantize.verify import verify
 
 pytestmark = [  # peft, on tied weights and missing configs, and with the names of older releases
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -122,3 +126,22 @@ def test_a_base_is_only_for_adapters(student: Path, tmp_path: Path) -> None:
     shutil.copytree(student, tmp_path / "whole")
     with pytest.raises(ArtifactError, match="no LoRA adapter"):
         plan(tmp_path / "whole", "Q8_0", base=student)
+
+
+def test_an_adapter_is_known_by_its_base_too(student: Path, tmp_path: Path) -> None:
+    """Or what was measured with one base would be taken for another's."""
+    make_adapter(student, tmp_path / "adapter", target_modules=LINEAR)
+    other = Path(shutil.copytree(student, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    save_file({name: weight + 0.1 for name, weight in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    keys = {source_key(source_of(tmp_path / "adapter", base)) for base in (student, None, other)}
+    assert len(keys) == 2, "the one that it names is the first"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert source_key(source_of(tmp_path / "adapter", student)) not in keys
+    wanted = ReleaseSettings(type="Q8_0", base=other)
+    made = release(tmp_path / "adapter", tmp_path / "a.gguf", wanted, n_threads=1)
+    assert verify(made.report.path).holds
+    assert not verify(made.report.path, base=student).holds
+    with pytest.raises(UsageError, match="is an adapter"):
+        release(tmp_path / "adapter", tmp_path / "b.gguf", ReleaseSettings(heal=2, base=other), n_threads=1)

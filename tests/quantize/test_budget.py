@@ -110,7 +110,7 @@ def test_errors_that_point_the_same_way_are_seen_only_together(tmp_path: Path) -
     refine(known, damage, lambda items: solve(items, 70))
     assert len(asked) == n, "another budget measures nothing twice"
     fresh = Sensitivity(items, "key", tmp_path / "t.json")
-    raised = refine(fresh, damage, lambda items: promoted(items, [item.of(Type.Q4_0) for item in items], 20))
+    raised = refine(fresh, damage, lambda items: promoted(items, [item.of(Type.Q4_0) for item in items], 20, 99))
     assert Counter(choice.type for choice in raised) == {Type.Q4_0: 15, Type.Q8_0: 5}, "nor is anything raised to Q4_1"
 
 
@@ -118,13 +118,14 @@ def test_the_worst_is_raised_first() -> None:
     damages = {"calm": (0.10, 0.09), "hurt": (0.50, 0.10, 0.01)}
     items = [replace(item_of(name), choices=weighed(item_of(name, *of))) for name, of in damages.items()]
     lowest = [item.choices[0] for item in items]
-    assert [one.n_bytes for one in promoted(items, lowest, 1)] == [2, 3]
-    assert [one.n_bytes for one in promoted(items, lowest, 0)] == [2, 3], "one step at least"
-    assert [one.n_bytes for one in promoted(items, lowest, 100)] == [3, 6]
+    assert [one.n_bytes for one in promoted(items, lowest, 1, 99)] == [2, 3]
+    assert [one.n_bytes for one in promoted(items, lowest, 0, 99)] == [2, 3], "one step at least"
+    assert [one.n_bytes for one in promoted(items, lowest, 0, 0)] == [2, 2], "within what there is"
+    assert [one.n_bytes for one in promoted(items, lowest, 100, 100)] == [3, 6]
     stale = [replace(choice, damage=0.0) for choice in lowest]
-    assert [one.n_bytes for one in promoted(items, stale, 1)] == [2, 3], "what was thought of the types before is past"
+    assert [one.n_bytes for one in promoted(items, stale, 1, 99)] == [2, 3], "old damages do not count"
     top = [item.choices[-1] for item in items]
-    assert promoted(items, top, 100) == top
+    assert promoted(items, top, 100, 100) == top
 
 
 def weighed(item: Item) -> tuple[Choice, ...]:

@@ -54,3 +54,8 @@ def test_answers_are_paired_problem_by_problem() -> None:
     assert interval(10, 10, 500)[1] < 0.02
     with pytest.raises(ValueError, match="cannot be paired"):
         compare(before, after[:4])
+
+
+def test_mcnemar_of_more_flips_than_a_float_has_powers_of_two() -> None:
+    assert mcnemar(600, 600) == 1.0
+    assert 0 < mcnemar(500, 700) < 1e-7

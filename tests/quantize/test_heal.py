@@ -81,7 +81,7 @@ def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student:
     assert healed.healed["loss_after"] < healed.healed["loss_before"]
     assert healed.healed["requantized_same"] > 0.95
     assert healed.report.tensors == plain.report.tensors
-    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == f"{student.name}-healed"
+    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
     assert verify(tmp_path / "healed.gguf").holds, "the healed checkpoint quantizes to the same blocks again"
 
 
@@ -123,6 +123,12 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert not list(tmp_path.glob(".*partial*"))
+    steps.clear()
+    again = heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
+    assert (again, steps) == (found, []), "what is done is not done again"
+    importance = {"blk.0.ffn_up.weight": np.ones(64, np.float32)}
+    heal(student, tmp_path / "cut", types, importance, texts, projected_kl, replace(settings, steps=1))
+    assert json.loads((tmp_path / "cut" / "healing.json").read_text())["report"]["steps"] == 1
 
 
 def test_the_command_heals(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,4 +138,4 @@ def test_the_command_heals(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(command) == 0
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["healed"]["steps"] == 3
-    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == f"{student.name}-healed"
+    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"

@@ -24,7 +24,7 @@ from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.header import read_gguf
 from deepdistill.localrun.probe import LogitReader
 from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts
-from deepdistill.quantize.card_files import update_report
+from deepdistill.quantize.card_files import Row, keep_rows, update_report
 from deepdistill.quantize.desk import Desk
 from deepdistill.quantize.fidelity import Reference
 from deepdistill.quantize.gate import Gate
@@ -281,7 +281,7 @@ def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: ReleaseS
 
 def test_an_imatrix_may_be_given_or_left_out(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
     first = release(tied, tmp_path / "made.gguf", replace(settings, type="Q4_0"), n_threads=1)
-    matrix = tmp_path / f"{tied.name}.imatrix.gguf"
+    (matrix,) = tmp_path.glob(f"{tied.name}-*.imatrix.gguf")
     given = replace(settings, type="Q4_0", imatrix=str(matrix), traces=None, fidelity=False)
     release(tied, tmp_path / "given.gguf", given, n_threads=1)
     none = replace(settings, type="Q4_0", imatrix="none")
@@ -328,7 +328,7 @@ def test_every_architecture_gets_chosen_types(
     assert made.fidelity.kl_mean < plain.fidelity.kl_mean
     assert verify(tmp_path / "a.gguf").holds
     matrices = {name for name, shape in shapes_of(tmp_path / "a.gguf").items() if len(shape) > 1}
-    seen = shapes_of(tmp_path / f"{folder.name}.imatrix.gguf")
+    seen = shapes_of(next(tmp_path.glob(f"{folder.name}-*.imatrix.gguf")))
     missing = {name for name in matrices if f"{name}.in_sum2" not in seen}
     assert missing <= {"token_embd.weight"}, "only a table of lookups is multiplied with nothing"
 
@@ -392,3 +392,88 @@ def test_on_the_command_line(
     assert main(["inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["deepdistill"]["quantization"]["type"] == "Q4_0"
+
+
+def test_what_was_judged_later_counts_as_verified(tied: Path, traces: Path, tmp_path: Path) -> None:
+    """Votes and judges' verdicts stand beside the traces, which are unknown without them."""
+    stored = [json.loads(line) | {"id": f"{i:016x}"} for i, line in enumerate(traces.read_text().splitlines())]
+    unknown = tmp_path / "traces.jsonl"
+    unknown.write_text("".join(json.dumps(one | {"verdict": "unknown", "verdict_by": "none"}) + "\n" for one in stored))
+    quantize(tied, tmp_path / "f16.gguf", "F16")
+    with pytest.raises(UsageError, match="too few verified traces"):
+        read_texts(unknown, tmp_path / "f16.gguf", SMALL)
+    before = [{"id": one["id"], "verdict_by": "judge"} for one in stored]
+    taken_back = [{"id": stored[5]["id"], "verdict_by": "none"}]
+    verdicts = tmp_path / "traces.verdicts.jsonl"
+    verdicts.write_text("".join(json.dumps(one) + "\n" for one in [*before, *taken_back]) + '{"id": "torn')
+    everything = replace(SMALL, n_calibrate=10**6, n_choose=10**6, n_measure=10**6)
+    texts = read_texts(unknown, tmp_path / "f16.gguf", everything)
+    assert len(texts.heal) + len(texts.choose) + len(texts.measure) == len(stored) - 1
+    verdicts.write_text("".join(json.dumps(one) + "\n" for one in before))
+    assert read_texts(unknown, tmp_path / "f16.gguf", everything).sha256 != texts.sha256
+
+
+def test_types_that_need_an_importance_matrix_can_be_had_with_one(tied: Path, traces: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.gguf"
+    command = ["quantize", str(tied), "--type", "iq3_xxs", "--out", str(out), "--no-proofs", "--quiet"]
+    assert main([*command, "--traces", str(traces)]) == 0
+    assert Type.IQ3_XXS in {tensor.type for tensor in read_gguf(out).tensors.values()}
+    out.unlink()
+    for missing in (["--imatrix", "none"], []):
+        assert main([*command, *missing]) == 2
+    assert not out.exists()
+
+
+def test_what_cannot_be_done_is_said_before_anything_is(
+    tied: Path, traces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*more: str) -> str:
+        code = main(["quantize", str(tied), "--traces", str(traces), "--quiet", *more])
+        assert code == 2
+        return capsys.readouterr().err
+
+    out = ["--out", str(tmp_path / "a.gguf")]
+    assert "no type 'Q4_KM'" in refused(*out, "--compare", "Q4_0, Q4_KM")
+    assert "--promote makes others" in refused(*out, "--heal", "3", "--promote", "--gate", "kl <= 1")
+    assert "no problems to ask" in refused(*out, "--n", "20")
+    assert "no problems to ask" in refused(*out, "--gate", "accuracy >= 0.9 of bf16")
+    assert "no name of a GGUF" in refused("--out", str(tmp_path / "model"))
+    assert list(tmp_path.iterdir()) == []
+    assert main(["quantize", str(tied), "--out", str(tmp_path), "--no-proofs", "--quiet"]) == 0
+    assert [path.name for path in tmp_path.glob("*.gguf")] == [f"{tied.name}-Q8_0.gguf"], (
+        "by its own name"
+    )
+    with pytest.raises(UsageError, match="is a folder"):
+        release(tied, tmp_path, ReleaseSettings(), n_threads=1)
+
+
+def test_a_share_of_nothing_is_no_pass() -> None:
+    condition = Gate.parse("accuracy >= 0.98 of bf16").conditions[0]
+    assert "says nothing" in str(condition.check({"accuracy": 0.0}, {"accuracy": 0.0}))
+
+
+def test_bytes_are_a_share_of_the_unquantized_ones_though_nothing_is_measured(tied: Path, tmp_path: Path) -> None:
+    wanted = ReleaseSettings(type="Q8_0", fidelity=False, gate=Gate.parse("bytes <= 0.9 of bf16"))
+    assert release(tied, tmp_path / "a.gguf", wanted, n_threads=1).report.path.exists()
+
+
+def test_too_few_traces_hinder_only_what_reads_them(tied: Path, traces: Path, tmp_path: Path) -> None:
+    few = tmp_path / "traces.jsonl"
+    few.write_text("".join(f"{line}\n" for line in traces.read_text().splitlines()[:2]))
+    wanted = ReleaseSettings(type="Q4_0", traces=few, imatrix="none", fidelity=False)
+    assert release(tied, tmp_path / "a.gguf", wanted, n_threads=1).report.path.exists()
+    with pytest.raises(UsageError, match="needs an importance matrix"):
+        release(tied, tmp_path / "b.gguf", ReleaseSettings(type="IQ2_S", traces=few), n_threads=1)
+
+
+def test_a_table_holds_only_what_can_be_compared(tmp_path: Path) -> None:
+    def row(name: str, texts: str, asked: str) -> Row:
+        return Row(name, 10, 4.0, False, {"kl_mean": 0.1}, {"accuracy": 0.5}, {"lost": 1, "gained": 0}, texts, asked)
+
+    keep_rows(tmp_path, [row("a", "t1", "200 of x"), row("b", "t1", "200 of x")], "source")
+    kept = {one.name: one for one in keep_rows(tmp_path, [row("b", "t1", "20 of y")], "source")}
+    assert (kept["a"].fidelity, kept["a"].answers, kept["a"].paired) == ({"kl_mean": 0.1}, None, None)
+    kept = {one.name: one for one in keep_rows(tmp_path, [row("c", "t2", "20 of y")], "source")}
+    assert (kept["a"].fidelity, kept["b"].fidelity) == (None, None)
+    assert kept["b"].answers == {"accuracy": 0.5}
+    assert [one.name for one in keep_rows(tmp_path, [row("d", "t2", "")], "other")] == ["d"]
