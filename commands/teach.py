@@ -261,7 +261,7 @@ def teach(
         print_curation(console(), result.curation)
         kept, total = result.curation["kept"], result.curation["traces"]
         own = folder / "traces.jsonl"
-    print(f"{kept} of {total} traces train; all of them are in {own if own.exists() else traces}")
+        print(f"{kept} of {total} traces train; all of them are in {own if own.exists() else traces}")
     if result.scores:
         print_hops(console(), result.scores, {})
         print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")

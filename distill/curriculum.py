@@ -68,9 +68,11 @@ def arrange(
     """Return the rows of every pass in order, given each with its problem's pass rate.
 
     The first pass begins with rows of what the student solves now and then, `head_start` of its rows at most; then all
-    levels come together. Where no problem was ever solved this is the plain order.
+    levels come together. Where no problem was ever solved, or none was tried, this is the plain order.
     """
     settings = settings or CurriculumSettings()
+    if all(rate is None for _, rate in rows):
+        return order_rows([row for row, _ in rows], batch_size, epochs, seed)
     levels = [level_of(rate, settings) for _, rate in rows]
     hopeless = [row for (row, _), level in zip(rows, levels, strict=True) if level == "hopeless"]
     middle = [row for (row, _), level in zip(rows, levels, strict=True) if level == "middle"]

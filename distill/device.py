@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..errors import UsageError
 
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
 SMALL_MODEL = 20_000_000  # parameters: smaller models gain nothing from bf16 and lose digits
 
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from .logit_rows import mixture
 from .logprobs import Logprobs
 from .loops import find_loop, negative_row
 from .recipe import OnPolicy
-from .rows import Row, make_row
+from .rows import Row, make_row, shortened
 from .traces import Trace
 
 Lesson = tuple[Row, float | None]
@@ -43,6 +43,9 @@ class MixtureSettings:
     correct_below: float = 0.5
     replay: float = 0.5
     max_length: int = 1024
+    too_long: Literal["drop", "shorten"] = "drop"
+    reasoning_weight: float = 1.0
+    answer_weight: float = 1.0
     seed: int = 0
 
 
@@ -107,12 +110,22 @@ def mix(
             made.add("own_right", Row([*prompt, *ids], len(prompt)), rate, settings.max_length)
     for trace in corrections:
         if trace.verdict == "right" and trace.finish_reason == "stop":
-            row = make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content)
+            row = _corrected(tokenizer, trace, settings)
             made.add("corrected", row, rates.get(trace.problem_id), settings.max_length)
     n_replayed = min(len(earlier), round(settings.replay * len(made.lessons)))
     for row in random.Random(settings.seed).sample(list(earlier), n_replayed):
         made.add("replayed", row, _REPLAYED, settings.max_length)
     return made
+
+
+def _corrected(tokenizer: Any, trace: Trace, settings: MixtureSettings) -> Row:
+    """Return the teacher's own answer as the first training would have had it."""
+    said = (trace.messages, trace.reasoning_content or "", trace.content)
+    row = make_row(tokenizer, *said, reasoning_weight=settings.reasoning_weight, answer_weight=settings.answer_weight)
+    if settings.too_long == "drop":
+        return row
+    weights = {"reasoning_weight": settings.reasoning_weight, "answer_weight": settings.answer_weight}
+    return shortened(tokenizer, row, *said, settings.max_length, weights)
 
 
 def _shortest_right(samples: Sequence[Trace]) -> set[str]:

@@ -69,7 +69,15 @@ class Objective:
         states = _states(self.causal_lm, self._fast, batch.input_ids.to(device), batch.position_ids, batch.layout)
         head = self.causal_lm.get_output_embeddings()
         wanted = states.index_select(0, batch.positions.to(device))
-        return token_scores(wanted, head.weight, batch.targets.ids.to(device), bias=head.bias)
+        config = self.causal_lm.config
+        return token_scores(
+            wanted,
+            head.weight,
+            batch.targets.ids.to(device),
+            bias=head.bias,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=_logit_scale(config),
+        )
 
     def release(self) -> None:
         """Give the model its own forward back."""

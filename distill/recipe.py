@@ -20,7 +20,8 @@ from .vote import VoteSettings
 MAY_CHANGE = frozenset(
     {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}
     | {"accept", "vote_share", "judge", "judge_model", "judge_compare", "rubric"}
-    | {"method", "loss", "logit_share", "curriculum", "rounds", "round_problems", "round_samples", "on_policy_loss"}
+    | {"training", "method", "loss", "logit_share", "curriculum"}
+    | {"rounds", "round_problems", "round_samples", "on_policy_loss"}
 )
 """Settings that may change until the training has begun: what they ask for is added to what is there."""
 

@@ -93,8 +93,7 @@ def lessons_of(
     tokenizer: Any,
     options: RoundSettings,
     record: dict[str, Any],
-    max_length: int,
-    seed: int,
+    training: TrainSettings,
     work: Work,
 ) -> Mixture:
     """Return the rows of a round from its artifacts.
@@ -102,7 +101,14 @@ def lessons_of(
     Raises:
         ArtifactError: there is nothing to learn from.
     """
-    settings = MixtureSettings(options.on_policy, max_length=max_length, seed=seed)
+    settings = MixtureSettings(
+        options.on_policy,
+        max_length=training.max_length,
+        too_long=training.too_long,
+        reasoning_weight=training.reasoning_weight,
+        answer_weight=training.answer_weight,
+        seed=training.seed,
+    )
     with ExitStack() as files:
         own = files.enter_context(Logprobs.open(logprobs_path(round_.samples_path)))
         scores = files.enter_context(Logprobs.open(round_.scores_path)) if record["scored"] else None
@@ -171,7 +177,7 @@ def go_round(
     if until == "teacher":
         work.say(f"the teacher's part of round {round_.number} is done: it is not needed to train")
         return False
-    mixture = lessons_of(round_, samples, earlier, tokenizer, options, record, training.max_length, training.seed, work)
+    mixture = lessons_of(round_, samples, earlier, tokenizer, options, record, training, work)
     record |= summary(mixture, samples)
     run.save(name, record)
     work.say(f"round {round_.number}: {record['right']} of {len(samples)} right; rows: {_listed(record['rows'])}")

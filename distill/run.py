@@ -50,6 +50,11 @@ class Run:
         if self._lock is not None:
             self._lock.release()
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a training has begun: from then on it has the rows that it has."""
+        return self.student_dir.exists() or self.checkpoints_dir.exists()
+
     def _holds_work(self) -> bool:
         """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
         others = (p for p in self.folder.iterdir() if p.name not in ("recipe.json", "failures.jsonl"))
@@ -59,12 +64,11 @@ class Run:
         kept = (self.load("recipe.json") or {}) if self._holds_work() else {}
         # A key that it lacks is one that the version before did not know.
         changed = [key for key in sorted(kept) if kept[key] != self._recipe.get(key)]
-        is_trained = self.student_dir.exists() or self.checkpoints_dir.exists()
-        fixed = [key for key in changed if is_trained or key not in self._may_change]
+        fixed = [key for key in changed if self.is_trained or key not in self._may_change]
         if fixed:
             was = ", ".join(f"{key} was {kept[key]!r}, is {self._recipe.get(key)!r}" for key in fixed[:3])
             hint = "give another folder with --out, or the same settings"
-            if is_trained and all(key in self._may_change for key in fixed):
+            if self.is_trained and all(key in self._may_change for key in fixed):
                 hint += f"; to train anew on more traces, delete student/ and checkpoints/ in {self.folder}"
             raise ArtifactError(f"{self.folder} holds a run with another recipe: {was}", hint)
         if kept != self._recipe:

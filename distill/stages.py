@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..localrun.generation import Sampling
 from ..localrun.progress import Progress
+from .curate import CurateSettings
 from .evaluate import Score, evaluate, messages_of
 from .grade import Grader
 from .graders import NONE
@@ -19,6 +21,7 @@ from .problems import Problem, load_problems
 from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .run import Run
+from .similar import contaminated, word_hashes
 from .student import teach_template
 from .teachers import Request
 from .traces import Trace
@@ -29,6 +32,35 @@ if TYPE_CHECKING:
 Stage = Literal["traces", "samples", "teacher", "training"]
 _CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problems that stand for the rest
 _CURRICULUM_PROBLEMS = 256
+
+
+def check_training(base: Path, settings: TeachSettings) -> None:
+    """See that the student can be taught with these settings: nothing is paid for one that cannot.
+
+    Raises:
+        UsageError: settings that do not go together, or a tracker that is not there.
+        ModelError: a chat template that cannot be taught to think.
+    """
+    from .rows import make_row
+    from .train import TrainSettings
+    from .trainer import reporters
+
+    reporters(TrainSettings(**settings.stage_training()).report_to)
+    make_row(_tokenizer(base), [{"role": "user", "content": "1 + 1?"}], "1 + 1 = 2", "2")
+
+
+def apart_from(
+    problems: list[Problem], held_out: list[Problem], filters: CurateSettings, say: Callable[[str], None]
+) -> list[Problem]:
+    """Return the problems in which no held-out question stands, as the filter `contaminated` takes such traces out."""
+    n = filters.contamination_ngram
+    if n is None or not held_out or not problems:
+        return problems
+    asked, evaluation = ([word_hashes(problem.question) for problem in part] for part in (problems, held_out))
+    apart = [problem for problem, found in zip(problems, contaminated(asked, evaluation, n), strict=True) if found < 0]
+    if len(apart) < len(problems):
+        say(f"{len(problems) - len(apart)} problems ask what held-out ones ask: left out")
+    return apart
 
 
 def pass_rates(
@@ -100,14 +132,17 @@ def train_first(
     trained, validation = hold_out(rows, kept, training.n_validation, settings.seed)
     if out.exists():
         return rows
-    record = run.load("curation.json")
-    record["dropped"]["too_long"] = len(traces) - len(rows)
-    record["kept"] = len(rows)
-    run.save("curation.json", record)
+    if not run.is_trained:
+        record = run.load("curation.json")
+        record["dropped"]["too_long"] = len(traces) - len(rows)
+        record["kept"] = len(rows)
+        run.save("curation.json", record)
     out.parent.mkdir(parents=True, exist_ok=True)
     ordered = [rows[i] for i in trained]
     if settings.curriculum:
         asked = [kept[i] for i in trained]
+        if not any(trace.problem_id in rates for trace in asked):
+            work.say("no problem of the traces could be tried: their order is the plain one, without a curriculum")
         ordered = by_level(ordered, asked, rates, training.batch_size, training.epochs, settings.seed)
     report = everywhere(
         train,
@@ -138,6 +173,8 @@ def go_rounds(
     run: Run,
     base: Path,
     earlier: list[Row],
+    held_out: list[Problem],
+    filters: CurateSettings,
     settings: TeachSettings,
     work: Work,
     stop_after: Stage | None,
@@ -152,6 +189,7 @@ def go_rounds(
     options = RoundSettings(settings.round_problems, settings.round_samples, settings.on_policy_loss)
     n_problems = settings.n_traces + settings.rounds * options.n_problems
     problems = load_problems(settings.problems, "train", n_problems, settings.seed, offline=work.offline)
+    problems = apart_from(problems, held_out, filters, work.say)
     for round_ in rounds_of(run, settings.rounds):
         if round_.out.exists():
             continue

@@ -22,7 +22,7 @@ from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
 from .settle import check_judged
-from .stages import Stage, go_rounds, pass_rates, score_hops, train_first
+from .stages import Stage, apart_from, check_training, go_rounds, pass_rates, score_hops, train_first
 from .student import student_dir
 from .traces import Trace, TraceStore
 
@@ -59,7 +59,7 @@ def teach(
         base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
         filters = settings.curate_settings()
         problems, held_out = draw_problems(settings, work.offline)
-        _check(settings, problems)
+        _check(settings, problems, base, stop_after)
         kept: Iterable[Trace] = ()
         done = True
         if settings.method == "grpo":
@@ -67,7 +67,8 @@ def teach(
                 raise UsageError("--method grpo has no teacher, so no traces and no rounds", "leave those flags out")
             from .rl.stage import reinforce
 
-            reinforce(run, base, problems, settings, on_progress)
+            apart = apart_from(problems, held_out, filters, work.say)
+            reinforce(run, base, apart, settings, work.device, on_progress)
         else:
             kept, done = _distill(run, base, problems, held_out, filters, settings, work, stop_after, on_progress)
         if base is not None and done and stop_after != "training":
@@ -83,12 +84,17 @@ def teach(
         return result
 
 
-def _check(settings: TeachSettings, problems: list[Problem]) -> None:
+def _check(settings: TeachSettings, problems: list[Problem], base: Path | None, stop_after: Stage | None) -> None:
     """See that what is asked for can be had, as far as that can be told before a teacher is asked.
 
     Raises:
         UsageError: it cannot.
+        ModelError: the student cannot be taught.
     """
+    if stop_after in ("samples", "teacher") and not settings.rounds:
+        raise UsageError(f"--stop-after {stop_after} ends a round, and there are none", "give --rounds")
+    if base is not None:
+        check_training(base, settings)
     if settings.rounds and all(problem.grader == NONE for problem in problems):
         raise UsageError("--rounds needs problems with an answer to grade by", "leave --rounds out")
     if settings.loss == "logits" and settings.traces is None and not settings.logprobs:
@@ -117,7 +123,8 @@ def _distill(
         evaluation=[problem.question for problem in held_out],
         pass_rate=rates,
     )
-    run.save("curation.json", selected.record)
+    if not run.is_trained:
+        run.save("curation.json", selected.record)
     if not selected and stop_after != "traces":
         write_report(run, selected)
         raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(selected.record))
@@ -125,7 +132,7 @@ def _distill(
         return selected, False  # read again where they are wanted: there may be a million
     kept = list(selected)
     rows = train_first(run, base, kept, traces_path, rates or {}, settings, work, on_progress)
-    return kept, go_rounds(run, base, rows, settings, work, stop_after, on_progress)
+    return kept, go_rounds(run, base, rows, held_out, filters, settings, work, stop_after, on_progress)
 
 
 def _traces(
@@ -138,6 +145,8 @@ def _traces(
     on_progress: Progress,
 ) -> Path:
     """Return the file of the run's traces: asked for, taken in from another tool's file, or read where they are."""
+    if run.is_trained and run.traces_path.exists():
+        return run.traces_path  # with more of them the training would go on with other rows
     if settings.traces is None:
         if stop_after != "traces":
             check_judged(problems, settings)

@@ -9,6 +9,7 @@ not.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import re
 import time
@@ -22,10 +23,10 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from safetensors import SafetensorError
 
-from ..errors import ArtifactError, ModelError
+from ..errors import ArtifactError, ModelError, UsageError
 from ..localrun.progress import Progress, no_progress
 from .clock import Clock, Validation, last_checkpoint, validation_of
-from .device import SMALL_MODEL, choose_device
+from .device import NO_MEMORY, SMALL_MODEL, choose_device
 from .lora import check_vocabulary, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
@@ -41,8 +42,8 @@ __all__ = ["TrainReport", "TrainSettings", "train"]
 
 # torch's and safetensors' ways to say so
 _DISK_FULL = re.compile(r"No space left|File too large|inline_container|PytorchStreamWriter|os error")
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.I)
 _PLAN_FILE = "plan.json"
+_ROWS_FILE = "rows.sha256"
 _N_CHECKED = 4  # rows on which the merge is checked
 
 
@@ -82,6 +83,7 @@ def train(
     ordered = list(rows) if is_ordered else order_rows(rows, settings.batch_size, settings.epochs, settings.seed)
     with _disk_errors(checkpoints_dir):
         plan = _plan(base_dir, rows, settings, where, checkpoints_dir)
+        _same_rows(ordered, checkpoints_dir)
         while True:
             try:
                 report = _run(
@@ -89,10 +91,10 @@ def train(
                 )
                 break
             except (RuntimeError, MemoryError) as error:
-                is_memory = isinstance(error, MemoryError) or _NO_MEMORY.search(str(error))
+                is_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
                 if not is_memory or processes() > 1:  # the other processes would wait for this one
                     raise
-                plan = _smaller(plan, checkpoints_dir, say)
+                plan = _smaller(plan, settings, checkpoints_dir, say)
             _make_room(where)
         if settings.full or not is_first():
             return report
@@ -136,7 +138,7 @@ def _run(
             objective,
             clock,
             model=model,
-            args=arguments(settings, str(checkpoints_dir), device, plan.micro_batch, autocast),
+            args=arguments(settings, str(checkpoints_dir), device, plan.micro_batch, autocast, len(ordered)),
             train_dataset=ordered,
             data_collator=collate,
         )
@@ -205,20 +207,47 @@ def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: 
     path = folder / _PLAN_FILE
     if not is_first():
         _wait_for(path)  # the first process decides for all
+    share, left = divmod(settings.batch_size, processes())
+    if left or not share:
+        raise UsageError(
+            f"{processes()} processes cannot share the {settings.batch_size} rows of a step", "give --train-batch-size"
+        )
     if path.exists():
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+        plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(plan, micro_batch=_divisor(share, plan.micro_batch))  # there may be more processes now
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     width, inner = text.get("hidden_size", 512), text.get("intermediate_size") or 4 * text.get("hidden_size", 512)
     choice = fastest(width, inner, device)
     is_small = sum(file.stat().st_size for file in base_dir.glob("*.safetensors")) < 2 * SMALL_MODEL
     kind = settings.dtype or ("fp32" if is_small or choice.dtype == torch.float32 else "bf16")
-    plan = Plan(
-        kind, settings.threads or choice.threads, settings.micro_batch or _fitting(text, rows, settings, device)
-    )
+    at_once = settings.micro_batch or _fitting(text, rows, share, device)
+    plan = Plan(kind, settings.threads or choice.threads, _divisor(share, at_once))
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(asdict(plan)) + "\n")
     return plan
+
+
+def _same_rows(ordered: Sequence[Row], folder: Path) -> None:
+    """Remember which rows this training takes; with others a checkpoint would go on at the wrong place.
+
+    Raises:
+        ArtifactError: they are others than when it began.
+    """
+    if not is_first():
+        return
+    digests: dict[int, bytes] = {}  # a row comes in every pass
+    whole = hashlib.sha256()
+    for row in ordered:
+        if id(row) not in digests:
+            digests[id(row)] = hashlib.sha256(repr((row.input_ids, row.n_prompt)).encode()).digest()
+        whole.update(digests[id(row)])
+    path = folder / _ROWS_FILE
+    if path.exists() and path.read_text(encoding="utf-8").strip() != whole.hexdigest() and last_checkpoint(folder):
+        raise ArtifactError(
+            f"the rows are others than when the training in {folder} began", f"delete {folder} to train anew on these"
+        )
+    write_text(path, whole.hexdigest() + "\n")
 
 
 def _wait_for(path: Path) -> None:
@@ -229,22 +258,24 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.1)
 
 
-def _fitting(config: dict[str, Any], rows: Sequence[Row], settings: TrainSettings, device: torch.device) -> int:
-    """Return how many rows at once fit the memory by a rule with room to spare: a step's, or half of it, and so on."""
-    share = max(1, settings.batch_size // processes())
+def _divisor(share: int, most: int) -> int:
+    """Return the most rows at once that a process's share of a step is a multiple of."""
+    return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
+
+
+def _fitting(config: dict[str, Any], rows: Sequence[Row], share: int, device: torch.device) -> int:
+    """Return how many rows of a share fit the memory at once, by a rule with room to spare."""
     width, inner = config.get("hidden_size", 512), config.get("intermediate_size") or 4 * config.get("hidden_size", 512)
     longest = max(len(row.input_ids) for row in rows)
     # what the passes keep of a token and layer: twelve states as wide as the stream, four as the MLP, in fp32 at worst
     of_a_row = longest * config.get("num_hidden_layers", 32) * (12 * width + 4 * inner) * 4
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    while share > 1 and share * of_a_row > 0.5 * free:
-        share //= 2
-    return share
+    return max(1, min(share, int(0.5 * free / of_a_row)))
 
 
-def _smaller(plan: Plan, folder: Path, say: Callable[[str], None]) -> Plan:
-    """Return the plan with half the rows at once; a step still takes as many in all.
+def _smaller(plan: Plan, settings: TrainSettings, folder: Path, say: Callable[[str], None]) -> Plan:
+    """Return the plan with half the rows at once, or less; a step still takes as many in all.
 
     Raises:
         ModelError: it is one row already.
@@ -253,7 +284,7 @@ def _smaller(plan: Plan, folder: Path, say: Callable[[str], None]) -> Plan:
         raise ModelError(
             "not even one row at a time fits the memory", "give a smaller --max-length, or train an adapter, not --full"
         )
-    smaller = Plan(plan.dtype, plan.threads, plan.micro_batch // 2)
+    smaller = replace(plan, micro_batch=_divisor(settings.batch_size // processes(), plan.micro_batch // 2))
     write_text(folder / _PLAN_FILE, json.dumps(asdict(smaller)) + "\n")
     say(f"{plan.micro_batch} rows at once do not fit the memory: {smaller.micro_batch} from here on, as many a step")
     return smaller

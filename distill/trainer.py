@@ -7,7 +7,7 @@ the step, whatever micro-batches and processes it is cut into.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import SequentialSampler
@@ -75,6 +75,9 @@ class StudentTrainer(Trainer):
         return 0
 
 
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
 def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Callable[[int], float]:
     """Return the learning rate's factor by step: a linear warm-up, then a linear way down to `final_lr`."""
 
@@ -88,16 +91,17 @@ def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Calla
 
 
 def arguments(
-    settings: TrainSettings, output_dir: str, device: torch.device, micro_batch: int, autocast: bool
+    settings: TrainSettings, output_dir: str, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
 ) -> TrainingArguments:
-    """Return Trainer's arguments. micro_batch: rows that a process computes at once."""
+    """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of every pass."""
     n_processes = processes()
-    return TrainingArguments(
+    n_steps = -(-n_rows // settings.batch_size)
+    given = TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=max(1, settings.batch_size // (micro_batch * n_processes)),
+        gradient_accumulation_steps=settings.batch_size // (micro_batch * n_processes),
         num_train_epochs=1,  # the rows hold every epoch already, in order
-        max_steps=settings.steps or -1,
+        max_steps=min(settings.steps, n_steps) if settings.steps else -1,
         learning_rate=settings.peak_lr,
         weight_decay=settings.weight_decay,
         adam_beta2=0.99,
@@ -108,16 +112,23 @@ def arguments(
         logging_steps=1 if device.type == "cpu" else 10,
         logging_nan_inf_filter=False,  # a NaN ends the run: the clock sees to it
         save_strategy="no",  # the clock says when
-        report_to=_reporters(settings.report_to),
+        report_to=reporters(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         seed=settings.seed,
         ddp_find_unused_parameters=False if n_processes > 1 else None,
     )
+    return on_one_gpu(given)
 
 
-def _reporters(names: str) -> list[str]:
+def on_one_gpu(given: Arguments) -> Arguments:
+    """Return Trainer's arguments for one GPU a process: with more it takes DataParallel, which cuts rows apart."""
+    given._n_gpu = min(given.n_gpu, 1)
+    return given
+
+
+def reporters(names: str) -> list[str]:
     """Return the trackers that transformers tells.
 
     Raises:

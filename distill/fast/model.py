@@ -119,7 +119,8 @@ def _is_known_layer(layer: Any) -> bool:
     children = {name for part in ("self_attn", "mlp") for name, _ in parts[part].named_children()}
     linears: list[Any] = [getattr(parts["self_attn"], name, None) for name in _ATTENTION]
     linears += [getattr(parts["mlp"], name, None) for name in _MLP]
-    is_silu = isinstance(getattr(parts["mlp"], "act_fn", None), nn.SiLU) or "SiLU" in type(parts["mlp"].act_fn).__name__
+    act = getattr(parts["mlp"], "act_fn", None)
+    is_silu = isinstance(act, nn.SiLU) or "SiLU" in type(act).__name__
     norms = [parts[name] for name in _NORMS]
     return (
         None not in linears

@@ -167,18 +167,26 @@ def _chunks(segments: Sequence[Segment], rows: int) -> Sequence[Segment]:
 
 @torch.no_grad()
 def token_scores(
-    hidden: Tensor, projection: Tensor, ids: Tensor, *, bias: Tensor | None = None
+    hidden: Tensor,
+    projection: Tensor,
+    ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Return log q of each token in ids `[N]` and whether it is the most probable one `[N]`, without a gradient.
 
-    hidden `[N, H]`, projection `[V, H]`. What the validation shows, and what an advantage is made of.
+    hidden `[N, H]`, projection `[V, H]`; `bias`, `softcap` and `scale` as in `projected_loss`. What the
+    validation shows, and what an advantage is made of.
     """
     logprobs = hidden.new_zeros(len(ids), dtype=torch.float32)
     is_best = torch.zeros(len(ids), dtype=torch.bool, device=hidden.device)
     rows = max(1, CHUNK_BYTES // (4 * projection.shape[0] * _STEP)) * _STEP
+    head = _Head(softcap, scale, rows)
     for start in range(0, len(ids), rows):
         part = slice(start, start + rows)
-        logits = F.linear(_filled(hidden[part]), projection.to(hidden.dtype), bias)[: len(ids[part])].float()
+        logits = head.logits(_filled(hidden[part]), projection.to(hidden.dtype), bias)[: len(ids[part])]
         chosen = logits.gather(1, ids[part, None]).squeeze(1)
         logprobs[part] = chosen - torch.logsumexp(logits, dim=-1)
         is_best[part] = logits.argmax(-1) == ids[part]

@@ -35,6 +35,7 @@ from ..merge import save_checkpoint
 from ..problems import Problem
 from ..quiet import quiet_transformers
 from ..teachers.decode import BatchDecoder, make_row
+from ..trainer import on_one_gpu
 from .reward import Reward, reward_of
 
 _ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one pass, of models under 20 M parameters and above
@@ -85,6 +86,7 @@ def grpo(
     checkpoints_dir: Path,
     out: Path,
     *,
+    device: str = "auto",
     on_progress: Progress = no_progress,
     after_step: Callable[[Any], None] | None = None,
 ) -> GrpoReport:
@@ -102,12 +104,12 @@ def grpo(
         raise ModelError("reinforcement learning needs TRL", "pip install 'deepdistill[rl]'") from error
     if settings.group_size < 2:
         raise UsageError("a group of one answer has nothing to compare", "give a group size of at least 2")
-    device = choose_device()
+    where = choose_device(device)
     quiet_transformers()
-    model: Any = load_base(base_dir, torch.float32).to(device)
+    model: Any = load_base(base_dir, torch.float32).to(where)
     sampler = _Sampler(tokenizer, problems, grader, settings)
     watch = _Watch(settings, sampler, on_progress, after_step)
-    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, device)
+    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, where)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
     save_checkpoint(trainer.model, base_dir, tokenizer, out)
     return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
@@ -275,7 +277,7 @@ def _make_trainer(
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=sampler.reward,
-            args=arguments,
+            args=on_one_gpu(arguments),
             train_dataset=Dataset.from_list([{"prompt": messages_of(problem)} for problem in problems]),
             processing_class=tokenizer,
             callbacks=[watch],

@@ -15,12 +15,13 @@ from ..problems import Problem
 from ..recipe import TeachSettings
 from ..run import Run
 from ..student import teach_template
+from ..train_settings import TrainSettings
 
 _GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
 
 
 def reinforce(
-    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, on_progress: Progress
+    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, device: str, on_progress: Progress
 ) -> None:
     """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
 
@@ -28,6 +29,8 @@ def reinforce(
         UsageError: no problem has an answer to be graded by, or several processes were started.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
+    if unused := _unused(settings):
+        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", "leave them out: all weights train")
     if run.student_dir.exists():
         return
     from ..processes import processes
@@ -56,9 +59,40 @@ def reinforce(
     teach_template(tokenizer)
     with Grader() as grader:
         report = grpo(
-            base, graded, tokenizer, grader, options, run.checkpoints_dir, run.student_dir, on_progress=on_progress
+            base,
+            graded,
+            tokenizer,
+            grader,
+            options,
+            run.checkpoints_dir,
+            run.student_dir,
+            device=device,
+            on_progress=on_progress,
         )
     run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})
+
+
+def _unused(settings: TeachSettings) -> list[str]:
+    """Return the flags that were given, by their difference from the default, and say nothing to reinforcement."""
+    of_traces = ("traces", "logprobs", "loss", "curriculum", "expand", "pass_samples")
+    plain = TeachSettings(settings.problems)
+    given = [name for name in of_traces if getattr(settings, name) != getattr(plain, name)]
+    of_training = (
+        "batch_size",
+        "lora_targets",
+        "lora_first_layer",
+        "lora_plus",
+        "dora",
+        "rslora",
+        "qlora",
+        "micro_batch",
+        "dtype",
+    )
+    default = TrainSettings()
+    for name in (*of_training, "lora_rank", "lora_alpha", "threads", "report_to"):
+        if settings.training.get(name, getattr(default, name)) != getattr(default, name):
+            given.append({"dtype": "train_dtype", "batch_size": "train_batch_size"}.get(name, name))
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _steps(training: dict[str, Any], n_problems: int, per_step: int) -> int:

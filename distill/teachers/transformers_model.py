@@ -6,6 +6,7 @@ code from a checkpoint is ever run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
-from ..device import choose_device
+from ..device import NO_MEMORY, choose_device
 from ..vocabulary import of_tokenizer
 from .base import Backend, Request, Teacher
 from .choose import top_with
@@ -31,7 +32,8 @@ from .scoring_passes import score_rows
 
 __all__ = ["TransformersTeacher", "check_pocket_source"]
 
-_USUAL_LENGTH = 1024  # tokens of a row, by which memory is reckoned
+_USUAL_LENGTH = 1024  # tokens of a row, by which memory is reckoned before its limit is known
+_PROMPT_ROOM = 256  # tokens
 _SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
 
 
@@ -68,7 +70,8 @@ class TransformersTeacher(Teacher):
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         self.n_ctx: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._pages = self.device.type == "cuda" and can_page(self.model)
-        self.n_parallel = batch_size or _default_batch_size(self.model, self.device, self._pages)
+        self._batch_size = batch_size
+        self.n_parallel = batch_size or self._rows_of(_USUAL_LENGTH)
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
@@ -79,7 +82,9 @@ class TransformersTeacher(Teacher):
         try:
             for row in self._decode_rows(rows, sampling, top_logprobs):
                 yield row.index, self._completion(row, opened.pop(row.index))
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+                raise
             raise ModelError(
                 f"{self.name} ran out of memory with {self.n_parallel} rows", "lower --batch-size"
             ) from error
@@ -106,9 +111,9 @@ class TransformersTeacher(Teacher):
             except PagedCacheError as error:
                 self._pages, rows = False, chain(error.rows, rows)
                 self.on_note(f"transformers' paged cache refuses {self.name} ({error}): rows are batched here instead")
-        decoder = BatchDecoder(
-            self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad
-        )
+        longest = min(_PROMPT_ROOM + sampling.max_tokens, self.n_ctx or sys.maxsize)
+        n_rows = self._batch_size or min(self.n_parallel, self._rows_of(longest))
+        decoder = BatchDecoder(self.model, batch_size=n_rows, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad)
         yield from decoder.run(rows, sampling, top_logprobs)
 
     @torch.inference_mode()
@@ -151,6 +156,13 @@ class TransformersTeacher(Teacher):
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
         return self._tokenize(text)
+
+    def _rows_of(self, length: int) -> int:
+        """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as memory lets."""
+        if self.device.type == "cuda":
+            return 256 if self._pages else 128
+        of_a_row = length * kv_values(self.model.config.get_text_config()) * self.model.dtype.itemsize
+        return int(min(256, max(8, psutil.virtual_memory().available // 4 // of_a_row)))
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -254,16 +266,14 @@ def check_pocket_source(problem_source: str) -> None:
             raise TeacherError(f"the pocket teacher has not learned gym:{name} with {key}={value}", hint)
 
 
-def _default_batch_size(model: Any, device: torch.device, pages: bool) -> int:
-    """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as memory lets."""
-    if device.type == "cuda":
-        return 256 if pages else 128
-    config = model.config.get_text_config()
-    n_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    of_a_row = _USUAL_LENGTH * config.num_hidden_layers * 2 * n_heads * size * model.dtype.itemsize
-    free: int = psutil.virtual_memory().available
-    return int(min(256, max(8, free // 4 // of_a_row)))
+def kv_values(config: Any) -> int:
+    """Return how many numbers the cache holds of a token."""
+    n_layers = getattr(config, "num_hidden_layers", 32)
+    if latent := getattr(config, "kv_lora_rank", None):
+        return int(n_layers * (latent + config.qk_rope_head_dim))
+    n_heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 4096) // n_heads
+    return int(n_layers * 2 * (getattr(config, "num_key_value_heads", None) or n_heads) * size)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -211,3 +211,12 @@ def test_the_mean_kl_of_states_is_that_of_their_logits() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     for mine, plain in zip(gradients, torch.autograd.grad(wanted, (hidden, projection)), strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_token_scores_scale_and_cap_as_the_model_does() -> None:
+    generator = torch.Generator().manual_seed(4)
+    hidden, projection = torch.randn(7, 16, generator=generator), torch.randn(60, 16, generator=generator)
+    ids = torch.arange(7)
+    logprobs, _ = token_scores(hidden, projection, ids, softcap=3.0, scale=0.125)
+    wanted = (3 * torch.tanh(0.125 * hidden @ projection.T / 3)).log_softmax(-1)
+    assert torch.allclose(logprobs, wanted[torch.arange(7), ids], atol=1e-5)

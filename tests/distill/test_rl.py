@@ -139,3 +139,10 @@ def test_experts_are_balanced_while_they_learn() -> None:
     for router, old, layer in zip(balance.routers, before, load, strict=True):
         moved = router.e_score_correction_bias - old
         assert torch.equal(torch.sign(moved.round(decimals=4)), torch.sign(layer.mean() - layer))
+
+
+def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) -> None:
+    settings = TeachSettings("gym:leg_counting", student="pocket", method="grpo", n_traces=4, n_eval=2, curriculum=True)
+    settings.training.update({"qlora": True, "dtype": "bf16"})
+    with pytest.raises(UsageError, match="no use of --curriculum, --qlora, --train-dtype"):
+        teach(settings, tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,16 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.curate import curate
+from deepdistill.cli import main
+from deepdistill.distill import teach as teach_module
+from deepdistill.distill.curate import CurateSettings, curate
+from deepdistill.distill.problems import Problem
 from deepdistill.distill.split import bucket_of
+from deepdistill.distill.stages import apart_from
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces import TraceStore
-from deepdistill.errors import ArtifactError, TeacherError
+from deepdistill.errors import ArtifactError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 2, "lr": 1e-3, "save_every_s": 0.0}
 
@@ -194,3 +199,57 @@ def test_killed_while_training_it_goes_on_from_the_last_checkpoint(
     assert result.training
     assert len(done) == result.training["steps"] - reached  # not one step twice
     assert (folder / "student" / "model.safetensors").exists()
+
+
+def test_what_is_wrong_with_the_training_is_found_before_the_teacher_is_asked(chain_sum: str, tmp_path: Path) -> None:
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"training": {"full": True, "dora": True}}, "--full trains all weights"),
+        ({"training": {"reasoning_weight": 0.0, "answer_weight": 0.0}}, "nothing to learn"),
+        ({"training": {"report_to": "carrier-pigeon"}}, "carrier-pigeon is unknown"),
+    ]
+    for changes, message in bad:
+        with pytest.raises(UsageError, match=message):
+            teach(_settings(chain_sum, teacher="http://127.0.0.1:9/v1", **changes), tmp_path / "run")
+    with pytest.raises(UsageError, match="ends a round, and there are none"):
+        teach(_settings(chain_sum), tmp_path / "run", stop_after="samples")
+    assert not (tmp_path / "run" / "traces.jsonl").exists()
+    teach(_settings(chain_sum, n_traces=4), tmp_path / "run", stop_after="traces")
+    changed = _settings(chain_sum, n_traces=4, training=TRAINING | {"lr": 2e-3})
+    teach(changed, tmp_path / "run", stop_after="traces")  # nothing was trained with the other
+
+
+def test_a_run_that_is_trained_asks_for_no_more_traces(finished: Path, chain_sum: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    record = json.loads((folder / "curation.json").read_text()) | {"marked": True}
+    (folder / "curation.json").write_text(json.dumps(record))
+    lines = (folder / "traces.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "traces.jsonl").write_bytes(b"".join(lines[:-3]))  # as if three requests had failed
+    teach(_settings(chain_sum), folder)
+    assert len((folder / "traces.jsonl").read_bytes().splitlines()) == len(lines) - 3
+    assert json.loads((folder / "curation.json").read_text())["marked"], (
+        "what it was trained on stays as it was counted"
+    )
+
+
+def test_problems_that_ask_what_held_out_ones_ask_are_left_out() -> None:
+    def problem(text: str) -> Problem:
+        return Problem(text, text, "1", "x", "number")
+
+    long = "how many legs do seven dogs and two very old blue chairs have"
+    said: list[str] = []
+    asked = [problem(f"please answer: {long}"), problem("what is one and one")]
+    kept = apart_from(asked, [problem(long)], CurateSettings(), said.append)
+    assert [one.question for one in kept] == ["what is one and one"]
+    assert said == ["1 problems ask what held-out ones ask: left out"]
+    assert apart_from(asked, [problem(long)], CurateSettings(contamination_ngram=None), said.append) == asked
+
+
+def test_a_run_without_traces_ends_without_a_word_of_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reinforcement learning has none."""
+    made = teach_module.TeachResult(tmp_path, None, {}, {}, None)
+    monkeypatch.setattr(teach_module, "teach", lambda *_, **__: made)
+    command = ["teach", "--problems", "gym:leg_counting", "--method", "grpo", "--out", str(tmp_path), "--json"]
+    assert main(command) == 0
+    assert "traces train" not in capsys.readouterr().out

@@ -479,3 +479,69 @@ def test_logits_that_are_no_product_are_refused(pocket_student: Path) -> None:
     model.forward = twisted
     with pytest.raises(ModelError, match="makes its logits"):
         Objective(model, 16)
+
+
+def test_steps_are_at_most_and_never_more_passes(pocket_student: Path, tmp_path: Path) -> None:
+    report = go(pocket_student, tmp_path, batch_size=4, epochs=2, steps=100, full=True, _validation=rows_of(2))
+    assert (report.steps, report.rows) == (24, 96)
+    validated = [point for point in read_curve(tmp_path / "curve.jsonl") if "validation_loss" in point]
+    assert len(validated) > 1
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch", "at_once"), [(4, 3, 2), (4, 32, 4), (5, 3, 1), (6, 4, 3)])
+def test_a_step_is_as_many_rows_as_asked_whatever_is_computed_at_once(
+    pocket_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    micro_batch: int,
+    at_once: int,
+) -> None:
+    seen = []
+
+    def watch(*given: Any) -> Any:
+        made = train_module_arguments(*given)
+        seen.append((made.per_device_train_batch_size, made.gradient_accumulation_steps))
+        return made
+
+    train_module_arguments = train_module.arguments
+    monkeypatch.setattr(train_module, "arguments", watch)
+    go(pocket_student, tmp_path, batch_size=batch_size, micro_batch=micro_batch, steps=1)
+    assert seen == [(at_once, batch_size // at_once)]
+
+
+def test_a_checkpoint_goes_on_with_its_own_rows_only(
+    pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: str, done: float, total: float, note: str) -> None:
+        if done > 0.6:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"batch_size": 8, "steps": 6, "full": True, "save_every_s": 0.0}
+    with pytest.raises(KeyboardInterrupt):
+        go(pocket_student, tmp_path, progress=stop, **options)
+    with pytest.raises(ArtifactError, match="the rows are others than when the training"):
+        go(pocket_student, tmp_path, rows_of()[1:], **options)
+    assert go(pocket_student, tmp_path, **options).steps == 6
+
+
+def test_a_student_of_experts_takes_the_packed_pass(tmp_path: Path, pocket_student: Path) -> None:
+    """Its layers have the names of Llama's, and what stands behind one of them is another thing."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(pocket_student).save_pretrained(tmp_path / "moe")
+    report = go(tmp_path / "moe", tmp_path, [Row(list(range(5, 20)), 3)] * 8, batch_size=4, epochs=1, full=True)
+    assert report.pass_ == "packed"

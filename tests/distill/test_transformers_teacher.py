@@ -18,13 +18,14 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicCache
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
 from deepdistill.distill.teachers import Request, loading, open_teacher, scoring_passes, transformers_model
 from deepdistill.distill.teachers.choose import choose, draw_uniforms
 from deepdistill.distill.teachers.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
-from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source
+from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source, kv_values
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
 from deepdistill.localrun.generation import Message, Sampling
 
@@ -542,3 +543,12 @@ def test_pocket_refuses_the_rest_and_says_what_it_answers(source: str, named: st
 def test_pocket_leaves_unknown_parameters_to_the_problems() -> None:
     with pytest.raises(DeepDistillError, match="min_term"):
         check_pocket_source("gym:chain_sum?min_term=2")
+
+
+@pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
+def test_the_cache_of_a_token_is_reckoned_as_large_as_it_is(folders: dict[str, Path], kind: str) -> None:
+    model = TransformersTeacher(folders[kind], device="cpu").model
+    cache: Any = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert kv_values(model.config) == held // 3

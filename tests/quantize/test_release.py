@@ -440,9 +440,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(
     assert "no name of a GGUF" in refused("--out", str(tmp_path / "model"))
     assert list(tmp_path.iterdir()) == []
     assert main(["quantize", str(tied), "--out", str(tmp_path), "--no-proofs", "--quiet"]) == 0
-    assert [path.name for path in tmp_path.glob("*.gguf")] == [f"{tied.name}-Q8_0.gguf"], (
-        "by its own name"
-    )
+    assert [path.name for path in tmp_path.glob("*.gguf")] == [f"{tied.name}-Q8_0.gguf"], "by its own name"
     with pytest.raises(UsageError, match="is a folder"):
         release(tied, tmp_path, ReleaseSettings(), n_threads=1)
 
