@@ -28,7 +28,7 @@ def load_student(base_dir: Path, settings: TrainSettings, device: torch.device, 
     """
     quiet_transformers()
     model = load_base(
-        base_dir, torch.float32 if settings.full else dtype, _four_bits(device) if settings.qlora else None
+        base_dir, torch.float32 if settings.full else dtype, four_bits(device) if settings.qlora else None
     )
     model = model if settings.qlora else model.to(device)
     model.config.use_cache = False
@@ -124,7 +124,7 @@ def _linears(model: Any) -> Iterator[tuple[int, str]]:
             yield int(name.split(".")[0]), f"layers.{name}"
 
 
-def _four_bits(device: torch.device) -> Any:
+def four_bits(device: torch.device) -> Any:
     """Return how QLoRA quantizes the base.
 
     Raises:

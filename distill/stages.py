@@ -34,18 +34,23 @@ _CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problem
 _CURRICULUM_PROBLEMS = 256
 
 
-def check_training(base: Path, settings: TeachSettings) -> None:
+def check_training(base: Path, settings: TeachSettings, device: str) -> None:
     """See that the student can be taught with these settings: nothing is paid for one that cannot.
 
     Raises:
         UsageError: settings that do not go together, or a tracker that is not there.
-        ModelError: a chat template that cannot be taught to think.
+        ModelError: a chat template that cannot be taught to think, or no way to 4 bits.
     """
+    from .device import choose_device
+    from .lora import four_bits
     from .rows import make_row
     from .train import TrainSettings
     from .trainer import reporters
 
-    reporters(TrainSettings(**settings.stage_training()).report_to)
+    training = TrainSettings(**settings.stage_training())
+    reporters(training.report_to)
+    if training.qlora:
+        four_bits(choose_device(device))
     make_row(_tokenizer(base), [{"role": "user", "content": "1 + 1?"}], "1 + 1 = 2", "2")
 
 

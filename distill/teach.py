@@ -59,7 +59,7 @@ def teach(
         base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
         filters = settings.curate_settings()
         problems, held_out = draw_problems(settings, work.offline)
-        _check(settings, problems, base, stop_after)
+        _check(settings, problems, base, work.device, stop_after)
         kept: Iterable[Trace] = ()
         done = True
         if settings.method == "grpo":
@@ -84,7 +84,9 @@ def teach(
         return result
 
 
-def _check(settings: TeachSettings, problems: list[Problem], base: Path | None, stop_after: Stage | None) -> None:
+def _check(
+    settings: TeachSettings, problems: list[Problem], base: Path | None, device: str, stop_after: Stage | None
+) -> None:
     """See that what is asked for can be had, as far as that can be told before a teacher is asked.
 
     Raises:
@@ -93,8 +95,8 @@ def _check(settings: TeachSettings, problems: list[Problem], base: Path | None, 
     """
     if stop_after in ("samples", "teacher") and not settings.rounds:
         raise UsageError(f"--stop-after {stop_after} ends a round, and there are none", "give --rounds")
-    if base is not None:
-        check_training(base, settings)
+    if base is not None and settings.method == "distill":
+        check_training(base, settings, device)
     if settings.rounds and all(problem.grader == NONE for problem in problems):
         raise UsageError("--rounds needs problems with an answer to grade by", "leave --rounds out")
     if settings.loss == "logits" and settings.traces is None and not settings.logprobs:

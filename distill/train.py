@@ -205,13 +205,13 @@ def _computed_share(
 def _plan(base_dir: Path, rows: Sequence[Row], settings: TrainSettings, device: torch.device, folder: Path) -> Plan:
     """Return the plan that the run began with, or make it."""
     path = folder / _PLAN_FILE
-    if not is_first():
-        _wait_for(path)  # the first process decides for all
     share, left = divmod(settings.batch_size, processes())
     if left or not share:
         raise UsageError(
             f"{processes()} processes cannot share the {settings.batch_size} rows of a step", "give --train-batch-size"
         )
+    if not is_first():
+        _wait_for(path)  # the first process decides for all
     if path.exists():
         plan = Plan(**json.loads(path.read_text(encoding="utf-8")))
         return replace(plan, micro_batch=_divisor(share, plan.micro_batch))  # there may be more processes now

@@ -142,7 +142,8 @@ def release(
         raise UsageError(f"{out.name} is no name of a GGUF", f"such as {out.name}.gguf")
     if settings.heal and is_adapter(student_dir):
         raise UsageError(
-            f"--heal trains whole checkpoints, and {student_dir} is an adapter", "give the merged student, such as RUN"
+            f"--heal trains whole checkpoints, and {student_dir} is an adapter",
+            "give the merged student: a run folder, or its student/",
         )
     if settings.gate and settings.gate.needs_answers and evaluate is None:
         raise UsageError("the gate asks for answers, and there are no problems to ask", "give --problems and --n")

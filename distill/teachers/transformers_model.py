@@ -82,7 +82,7 @@ class TransformersTeacher(Teacher):
         try:
             for row in self._decode_rows(rows, sampling, top_logprobs):
                 yield row.index, self._completion(row, opened.pop(row.index))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
                 raise
             raise ModelError(

@@ -20,12 +20,13 @@ from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
 from deepdistill.distill.curate import CurateSettings, curate
 from deepdistill.distill.problems import Problem
+from deepdistill.distill.recipe import Work
 from deepdistill.distill.split import bucket_of
 from deepdistill.distill.stages import apart_from
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces import TraceStore
-from deepdistill.errors import ArtifactError, TeacherError, UsageError
+from deepdistill.errors import ArtifactError, ModelError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 2, "lr": 1e-3, "save_every_s": 0.0}
 
@@ -210,6 +211,8 @@ def test_what_is_wrong_with_the_training_is_found_before_the_teacher_is_asked(ch
     for changes, message in bad:
         with pytest.raises(UsageError, match=message):
             teach(_settings(chain_sum, teacher="http://127.0.0.1:9/v1", **changes), tmp_path / "run")
+    with pytest.raises(ModelError, match="--qlora needs"):
+        teach(_settings(chain_sum, training={"qlora": True}), tmp_path / "run", work=Work(device="cpu"))
     with pytest.raises(UsageError, match="ends a round, and there are none"):
         teach(_settings(chain_sum), tmp_path / "run", stop_after="samples")
     assert not (tmp_path / "run" / "traces.jsonl").exists()
