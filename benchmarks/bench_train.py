@@ -165,7 +165,7 @@ def make_rows(options: Any) -> Path:
     made = [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in right][:n_rows]
     if len(made) < n_rows:
         raise SystemExit(f"{traces} holds {len(made)} right traces, {n_rows} are needed")
-    path.write_text(json.dumps([(row.input_ids, row.n_prompt) for row in made]))
+    path.write_text(json.dumps([(list(row.input_ids), row.n_prompt) for row in made]))
     return path
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError
-from ..localrun.generation import TopLogprobs
 from .logprobs import Logprobs
 from .rows import Row
 from .traces import Trace
@@ -73,10 +72,12 @@ def add_logits(
             counts.without += 1
             made.append(row)
             continue
-        top = _aligned(row.input_ids[row.n_prompt :], stored[0].tolist(), stored[1])
-        counts.not_aligned += top is None
-        counts.with_logits += top is not None
-        made.append(row if top is None else replace(row, losses=mixture("forward_kl", share), top=top))
+        place = _places(list(row.input_ids[row.n_prompt :]), stored[0].tolist())
+        counts.not_aligned += place is None
+        counts.with_logits += place is not None
+        if place is not None:
+            row = replace(row, losses=mixture("forward_kl", share), top=logprobs.stored(trace.id, place))
+        made.append(row)
     return made, counts
 
 
@@ -91,23 +92,16 @@ def refuse(reason: str) -> ArtifactError:
     return ArtifactError(f"--loss logits: {reason}", _HINT)
 
 
-def _aligned(targets: Sequence[int], said: Sequence[int], top: TopLogprobs) -> TopLogprobs | None:
-    """Return the teacher's distribution at each target `[n, k]`: its own where it said that token, else one-hot."""
-    n, k = len(targets), top.ids.shape[1]
-    place = np.full(n, -1)
-    start = next((i for i in range(len(said) - n + 1) if list(said[i : i + n]) == list(targets)), None)
+def _places(targets: list[int], said: list[int]) -> list[int] | None:
+    """Return which of the teacher's tokens each target is, -1 for none; None if too few are."""
+    n = len(targets)
+    start = next((i for i in range(len(said) - n + 1) if said[i : i + n] == targets), None)
     if start is not None:
-        place = np.arange(start, start + n)
-    else:
-        for block in SequenceMatcher(None, targets, said, autojunk=False).get_matching_blocks():
-            place[block.a : block.a + block.size] = np.arange(block.b, block.b + block.size)
-    if np.count_nonzero(place >= 0) < _LEAST_ALIGNED * n:
-        return None
-    ids: npt.NDArray[np.int32] = np.full((n, k), -1, np.int32)
-    values: npt.NDArray[np.float32] = np.full((n, k), -np.inf, np.float32)
-    ids[:, 0], values[:, 0] = targets, 0.0
-    ids[place >= 0], values[place >= 0] = top.ids[place[place >= 0]], top.values[place[place >= 0]]
-    return TopLogprobs(ids, values)
+        return list(range(start, start + n))
+    place = [-1] * n
+    for block in SequenceMatcher(None, targets, said, autojunk=False).get_matching_blocks():
+        place[block.a : block.a + block.size] = range(block.b, block.b + block.size)
+    return place if sum(at >= 0 for at in place) >= _LEAST_ALIGNED * n else None
 
 
 def _reads_as(tokenizer: Any, ids: npt.NDArray[np.int32], trace: Trace) -> bool:

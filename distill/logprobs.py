@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
@@ -123,6 +125,54 @@ def _whole_records(file: BinaryIO, path: Path) -> Iterator[_Record]:
         record = _Record.read(file, record.end, path)
 
 
+@dataclass(frozen=True)
+class StoredTop:
+    """What a teacher thought at each of n targets, in a record on the disk until it is read.
+
+    `place` says which of the record's tokens each target is; -1: none, and the target stands there alone and certain.
+    """
+
+    path: Path
+    start: int  # the byte at which the record begins
+    place: array[int]  # [n]
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def read(self, targets: Sequence[int]) -> TopLogprobs:
+        """Return the distribution `[n, k]` at the targets `[n]`.
+
+        Raises:
+            ArtifactError: the file is gone, or its record broken.
+        """
+        import numpy as np
+
+        with _open(self.path) as file:
+            _, top = _read(file, self.start, self.path)
+        place = np.array(self.place)
+        ids: npt.NDArray[np.int32] = np.full((len(place), top.ids.shape[1]), -1, np.int32)
+        values: npt.NDArray[np.float32] = np.full(ids.shape, -np.inf, np.float32)
+        ids[:, 0], values[:, 0] = targets, 0.0
+        said = place >= 0
+        ids[said], values[said] = top.ids[place[said]], top.values[place[said]]
+        return TopLogprobs(ids, values)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read(file: BinaryIO, start: int, path: Path) -> tuple[npt.NDArray[np.int32], TopLogprobs]:
+    record = _Record.read(file, start, path)
+    payload = record.payload(file) if record else None
+    if record is None or payload is None:
+        raise ArtifactError(f"{path} is broken at byte {start}: its checksum is off")
+    return _decode(payload, record.n_tokens, record.k)
+
+
 class Logprobs:
     """The log-probabilities of a traces file, by trace. Close it, or use it as a context manager."""
 
@@ -137,10 +187,7 @@ class Logprobs:
         Raises:
             ArtifactError: it is missing or broken.
         """
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+        file = _open(path)
         try:
             return cls(file, path)
         except BaseException:
@@ -156,13 +203,11 @@ class Logprobs:
             ArtifactError: the record is broken.
         """
         start = self._starts.get(id_key(trace_id))
-        if start is None:
-            return None
-        record = _Record.read(self._file, start, self.path)
-        payload = record.payload(self._file) if record else None
-        if record is None or payload is None:
-            raise ArtifactError(f"{self.path} is broken at byte {start}: its checksum is off")
-        return _decode(payload, record.n_tokens, record.k)
+        return None if start is None else _read(self._file, start, self.path)
+
+    def stored(self, trace_id: str, place: Sequence[int]) -> StoredTop:
+        """Return what a trace that has log-probabilities has at some of its tokens, unread (see `StoredTop`)."""
+        return StoredTop(self.path, self._starts[id_key(trace_id)], array("i", place))
 
     def __contains__(self, trace_id: str) -> bool:
         return id_key(trace_id) in self._starts

@@ -100,11 +100,10 @@ def mix(
         prompt, loop = prompts[trace.problem_id], find_loop(ids)
         if loop is not None:
             made.add("loops", negative_row(prompt, ids, loop), None, settings.max_length)
-        scored = scores.get(trace.id) if scores is not None else None
-        if scored is not None and ids:
+        if scores is not None and trace.id in scores and ids:
             n = len(ids) if loop is None else loop.first_repeat
             mine = student_scores.get(trace.id) if student_scores is not None else None
-            row = _scored_row(prompt, ids, scored[1], mine[1] if mine else None, n, trace, settings)
+            row = _scored_row(prompt, ids, scores, mine[1] if mine else None, n, trace, settings)
             made.add("scored", row, rate, settings.max_length)
         elif trace.id in shortest:
             made.add("own_right", Row([*prompt, *ids], len(prompt)), rate, settings.max_length)
@@ -147,7 +146,7 @@ def _prompt_ids(tokenizer: Any, trace: Trace) -> list[int]:
 def _scored_row(
     prompt: list[int],
     ids: list[int],
-    teacher: TopLogprobs,
+    scores: Logprobs,
     student: TopLogprobs | None,
     n: int,
     trace: Trace,
@@ -158,9 +157,11 @@ def _scored_row(
     share = 1 - settings.imitation_share if trace.verdict == "right" else 1.0
     row_ids, losses = [*prompt, *ids[:n]], mixture(name, share)
     if name != "policy_gradient":
-        return Row(row_ids, len(prompt), losses=losses, top=TopLogprobs(teacher.ids[:n], teacher.values[:n]))
+        return Row(row_ids, len(prompt), losses=losses, top=scores.stored(trace.id, range(n)))
+    teacher = scores.get(trace.id)
     assert student is not None, "the policy gradient compares with the student's own log-probabilities"
-    before, wanted = given_logprobs(student, ids)[:n], given_logprobs(teacher, ids)[:n]
+    assert teacher is not None
+    before, wanted = given_logprobs(student, ids)[:n], given_logprobs(teacher[1], ids)[:n]
     advantages = np.clip(wanted - before, -_MOST_ADVANTAGE, _MOST_ADVANTAGE)
     return Row(row_ids, len(prompt), losses=losses, advantages=advantages.tolist(), old_logprobs=before.tolist())
 

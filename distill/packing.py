@@ -74,7 +74,7 @@ class Batch:
 
 def pack(rows: Sequence[Row]) -> Batch:
     """Return the rows packed end to end, common beginnings once."""
-    ordered = sorted(rows, key=lambda row: (row.losses, row.input_ids))  # neighbours have the most in common
+    ordered = sorted(rows, key=lambda row: (row.losses, list(row.input_ids)))  # neighbours have the most in common
     n_shared = [0, *(_n_shared(a.input_ids, b.input_ids) for a, b in pairwise(ordered))]
     n_flat = sum(len(row.input_ids) for row in ordered) - sum(n_shared)
     shortest = min(range(len(ordered)), key=lambda i: len(ordered[i].input_ids))
@@ -148,7 +148,7 @@ def rounded_up(n: int) -> int:
     return -(-n // step) * step
 
 
-def _n_shared(a: list[int], b: list[int]) -> int:
+def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -187,15 +187,16 @@ def _targets(rows: Sequence[Row]) -> Targets:
 
 def _top(rows: Sequence[Row]) -> tuple[Tensor | None, Tensor | None]:
     """Return the teacher's tokens and log-probabilities `[N, k]`, -1 and -inf where there are none."""
-    k = max((row.top.ids.shape[1] for row in rows if row.top is not None), default=0)
+    tops = [row.distribution() for row in rows]
+    k = max((top.ids.shape[1] for top in tops if top is not None), default=0)
     if not k:
         return None, None
     n = sum(row.n_targets for row in rows)
     ids, logprobs = np.full((n, k), -1, np.int64), np.full((n, k), -np.inf, np.float32)
     start = 0
-    for row in rows:
-        if row.top is not None:
-            here = np.s_[start : start + row.n_targets, : row.top.ids.shape[1]]
-            ids[here], logprobs[here] = row.top.ids, row.top.values
+    for row, top in zip(rows, tops, strict=True):
+        if top is not None:
+            here = np.s_[start : start + row.n_targets, : top.ids.shape[1]]
+            ids[here], logprobs[here] = top.ids, top.values
         start += row.n_targets
     return torch.from_numpy(ids), torch.from_numpy(logprobs)

@@ -8,12 +8,14 @@ loss it carries, so a training run is any mixture of rows.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ModelError
 from ..localrun.generation import Message, TopLogprobs
+from .logprobs import StoredTop
 
 CROSS_ENTROPY = (("cross_entropy", 1.0),)
 
@@ -22,31 +24,44 @@ CROSS_ENTROPY = (("cross_entropy", 1.0),)
 class Row:
     """One example. The first `n_prompt` tokens are given; each of the n that follow is a target.
 
+    Thousands are held while a student trains, so a row is small: four bytes a token, and `top` may stay on the disk.
+
     losses: the names of `losses.LOSSES` that its targets carry, each with its share.
     weights: `[n]`, at least 0, how much each target counts; all count 1 if None. They are in the mean's denominator.
     top: the teacher's `[n, k]` best tokens at each target (forward_kl, reverse_kl).
     advantages: `[n]`, any sign (policy_gradient). old_logprobs: `[n]`, of the targets when they were sampled.
     """
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     n_prompt: int
     losses: tuple[tuple[str, float], ...] = CROSS_ENTROPY
     weights: list[float] | None = None
-    top: TopLogprobs | None = field(default=None, repr=False)
+    top: TopLogprobs | StoredTop | None = field(default=None, repr=False)
     advantages: list[float] | None = None
     old_logprobs: list[float] | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "input_ids", array("i", self.input_ids))
         n = self.n_targets
         assert 0 < self.n_prompt <= len(self.input_ids), "a target needs a token before it"
         for values in (self.weights, self.advantages, self.old_logprobs):
             assert values is None or len(values) == n, "one value a target"
-        assert self.top is None or len(self.top.ids) == n, "one row of log-probabilities a target"
+        assert self.top is None or len(self.top) == n, "one row of log-probabilities a target"
 
     @property
     def n_targets(self) -> int:
         """How many tokens are to be learned."""
         return len(self.input_ids) - self.n_prompt
+
+    def distribution(self) -> TopLogprobs | None:
+        """Return the teacher's best tokens at each target, from the disk where they stayed there.
+
+        Raises:
+            ArtifactError: the file is gone or broken.
+        """
+        if isinstance(self.top, StoredTop):
+            return self.top.read(self.input_ids[self.n_prompt :])
+        return self.top
 
 
 def make_row(

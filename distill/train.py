@@ -240,7 +240,7 @@ def _same_rows(ordered: Sequence[Row], folder: Path) -> None:
     whole = hashlib.sha256()
     for row in ordered:
         if id(row) not in digests:
-            digests[id(row)] = hashlib.sha256(repr((row.input_ids, row.n_prompt)).encode()).digest()
+            digests[id(row)] = hashlib.sha256(repr((list(row.input_ids), row.n_prompt)).encode()).digest()
         whole.update(digests[id(row)])
     path = folder / _ROWS_FILE
     if path.exists() and path.read_text(encoding="utf-8").strip() != whole.hexdigest() and last_checkpoint(folder):

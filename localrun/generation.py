@@ -65,6 +65,9 @@ class TopLogprobs:
     ids: npt.NDArray[np.int32]  # [T, k]
     values: npt.NDArray[np.float32]  # [T, k]
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 @dataclass(frozen=True)
 class Completion:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.distill.vocabulary import is_same, of_tokenizer
+from deepdistill.errors import ArtifactError
 from deepdistill.localrun.generation import Sampling
 
 
@@ -77,12 +80,32 @@ def test_a_token_that_the_teacher_did_not_say_is_taught_as_itself(traces: Path) 
     with Logprobs.open(logprobs_path(traces)) as logprobs:
         (made,), _ = add_logits([longer], held[:1], logprobs, 0.8, tokenizer)
         stored = logprobs.get(held[0].id)
+    top = made.distribution()  # the file is closed: a row reads for itself
     assert stored is not None
-    assert made.top is not None
+    assert top is not None
     assert made.losses == (("forward_kl", 0.8), ("cross_entropy", pytest.approx(0.2)))
-    assert made.top.ids[0, 0] == 9
-    assert (made.top.ids[0, 1:] == -1).all()
-    assert np.array_equal(made.top.ids[1:], stored[1].ids[: made.n_targets - 1])
+    assert top.ids[0, 0] == 9
+    assert top.values[0, 0] == 0
+    assert (top.ids[0, 1:] == -1).all()
+    assert np.array_equal(top.ids[1:], stored[1].ids[: made.n_targets - 1])
+    assert np.array_equal(top.values[1:], stored[1].values[: made.n_targets - 1])
+
+
+def test_a_row_holds_a_few_bytes_a_token_and_survives_the_way_to_another_process(traces: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(pocket_dir())
+    rows, held = _rows(traces)
+    sidecar = Path(shutil.copy(logprobs_path(traces), tmp_path))
+    with Logprobs.open(sidecar) as logprobs:
+        made, _ = add_logits(rows, held, logprobs, 0.8, tokenizer)
+    sent = pickle.dumps(made)
+    assert len(sent) < 12 * sum(len(row.input_ids) for row in made)  # its ids and places; the distribution has 325
+    for row, back in zip(made, pickle.loads(sent), strict=True):
+        assert row == back
+        mine, its = row.distribution(), back.distribution()
+        assert np.array_equal(mine.values, its.values)
+    sidecar.unlink()
+    with pytest.raises(ArtifactError, match="cannot read"):
+        made[0].distribution()
 
 
 def test_rows_rendered_as_other_tokens_keep_their_cross_entropy(traces: Path) -> None:

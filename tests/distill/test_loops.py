@@ -40,7 +40,7 @@ def test_only_what_repeats_is_a_negative() -> None:
     assert loop is not None
     row = negative_row([1, 2, 3], text, loop)
     assert row.losses == (("unlikelihood", 1.0),)
-    assert row.input_ids[:9] == [1, 2, 3, 4, 5, 7, 8, 7, 8]
+    assert list(row.input_ids[:9]) == [1, 2, 3, 4, 5, 7, 8, 7, 8]
     assert row.weights is not None
     assert row.weights[:6] == [0, 0, 0, 0, 1, 1]
     assert sum(row.weights) == 64  # its beginning is enough

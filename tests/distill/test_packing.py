@@ -25,8 +25,8 @@ def test_packed_rows_are_whole_and_what_they_share_stands_once() -> None:
     assert batch.input_ids.tolist() == [[4, 1, 2, 5, 6, 7, 8, 9, *[0] * 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, *[0] * 8]]
     assert [
-        row[: len(given)] for row, given in zip(_rows_of(batch), sorted(r.input_ids for r in ROWS), strict=True)
-    ] == (sorted(r.input_ids for r in ROWS))
+        row[: len(given)] for row, given in zip(_rows_of(batch), sorted(list(r.input_ids) for r in ROWS), strict=True)
+    ] == (sorted(list(r.input_ids) for r in ROWS))
     assert batch.n_tokens == 14
     assert batch.targets.ids.tolist() == [1, 2, 7, 8, 8, 9]
     assert batch.positions.tolist() == [0, 1, 4, 5, 5, 4]  # of two targets behind the same token each has its own

@@ -205,7 +205,7 @@ def test_right_samples_are_imitated_too_and_wrong_ones_only_judged(finished: Pat
     samples, mixture = _mixed(finished, scored=True)
     expected = {"right": (("reverse_kl", 0.8), ("cross_entropy", pytest.approx(0.2))), "wrong": (("reverse_kl", 1.0),)}
     assert [row.losses for row, _ in mixture.lessons] == [expected[trace.verdict] for trace in samples]
-    assert all(row.top is not None and len(row.top.ids) == row.n_targets for row, _ in mixture.lessons)
+    assert all(row.top is not None and len(row.top) == row.n_targets for row, _ in mixture.lessons)
 
 
 def test_the_policy_gradient_compares_teacher_and_student(finished: Path) -> None:

@@ -16,7 +16,7 @@ def test_trained_tokens_are_the_tokens_prompted_with_and_end_in_eos(pocket_stude
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
     row = make_row(tokenizer, MESSAGES, "4+3=7", "7")
     prompted = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    assert row.input_ids[: row.n_prompt] == prompted
+    assert list(row.input_ids[: row.n_prompt]) == prompted
     assert tokenizer.decode(prompted).endswith("<|im_start|>assistant\n<think>\n")
     assert tokenizer.decode(row.input_ids[row.n_prompt :]) == "4+3=7\n</think>\n\n7<|im_end|>"
     assert row.input_ids[-1] == tokenizer.eos_token_id
