@@ -20,9 +20,9 @@ from .curves import CURVE_FILE, cut_curve
 from .packing import Batch
 from .processes import agreed
 from .rows import Row
+from .run import CLOCK_FILE
 from .train_settings import TrainSettings
 
-CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
 _WINDOW = 20  # steps whose mean loss is looked at
 _DIVERGED = 2.0  # times the lowest mean so far, and half a nat more
 _N_VALIDATIONS = 20  # in a run

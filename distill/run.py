@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,14 @@ from typing import Any, Self
 from ..errors import ArtifactError
 from .durable import WriterLock
 
+CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
+
 
 class Run:
     """A folder of a run, held while work goes on in it; use it as a context manager.
 
-    What `may_change` names of the recipe may change until the training has begun: the traces that are there stay. As
-    long as nothing was made by it, all of it may.
+    What `may_change` names of the recipe may change until a training has a checkpoint: the traces that are there stay.
+    As long as nothing was made by it, all of it may.
 
     Raises on entry:
         ArtifactError: another process holds it, which is named, or it was made with another recipe.
@@ -52,8 +55,8 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a training has begun: from then on it has the rows that it has."""
-        return self.student_dir.exists() or self.checkpoints_dir.exists()
+        """Whether a training has come to a checkpoint: from then on it has the rows and settings that it has."""
+        return self.student_dir.exists() or any(self.checkpoints_dir.glob(f"checkpoint-*/{CLOCK_FILE}"))
 
     def _holds_work(self) -> bool:
         """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
@@ -72,6 +75,8 @@ class Run:
                 hint += f"; to train anew on more traces, delete student/ and checkpoints/ in {self.folder}"
             raise ArtifactError(f"{self.folder} holds a run with another recipe: {was}", hint)
         if kept != self._recipe:
+            if not self.is_trained:
+                shutil.rmtree(self.checkpoints_dir, ignore_errors=True)  # a plan at most, made by the other settings
             self.save("recipe.json", self._recipe)
 
     def load(self, name: str) -> Any:

@@ -26,7 +26,7 @@ from ...errors import ModelError, UsageError
 from ...localrun.generation import Sampling
 from ...localrun.progress import Progress, no_progress
 from ...localrun.thinking import prompt_opens_thinking
-from ..clock import CLOCK_FILE, checkpoints, last_checkpoint
+from ..clock import checkpoints, last_checkpoint
 from ..collect import GradesAnswers
 from ..device import SMALL_MODEL, choose_device, has_fast_bf16
 from ..evaluate import messages_of
@@ -34,6 +34,7 @@ from ..lora import load_base
 from ..merge import save_checkpoint
 from ..problems import Problem
 from ..quiet import quiet_transformers
+from ..run import CLOCK_FILE
 from ..teachers.decode import BatchDecoder, make_row
 from ..trainer import on_one_gpu
 from .reward import Reward, reward_of

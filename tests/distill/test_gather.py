@@ -247,7 +247,9 @@ def test_more_may_be_asked_for_until_the_training_has_begun(prompts: Path, tmp_p
     assert (len(first.asked), len(more.asked), len(traces)) == (8, 22, 30)
     with pytest.raises(ArtifactError, match="temperature was"):
         teach(settings_of(prompts, temperature=0.5), tmp_path / "run", stop_after="traces")
-    (tmp_path / "run" / "checkpoints").mkdir()
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-7"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "clock.json").touch()
     with pytest.raises(ArtifactError, match="samples was 3, is 4") as caught:
         teach(settings_of(prompts), tmp_path / "run", stop_after="traces")
     assert "delete student/" in caught.value.hint

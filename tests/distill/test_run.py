@@ -47,6 +47,25 @@ def test_a_run_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
         pass
 
 
+def test_a_training_that_failed_before_its_first_checkpoint_may_be_tried_with_other_settings(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", {"lr": 1, "teacher": "x"}, ["lr"]) as run:
+        run.traces_path.write_text("{}\n")
+        run.checkpoints_dir.mkdir()
+        (run.checkpoints_dir / "plan.json").write_text("{}")
+        (run.checkpoints_dir / "checkpoint-3").mkdir()  # cut off while it was written
+    with Run(tmp_path / "run", {"lr": 1, "teacher": "x"}, ["lr"]):
+        assert run.checkpoints_dir.exists()  # the same settings keep their plan
+    with Run(tmp_path / "run", {"lr": 2, "teacher": "x"}, ["lr"]) as run:
+        assert not run.checkpoints_dir.exists()
+        assert run.traces_path.exists()
+        (run.checkpoints_dir / "checkpoint-3").mkdir(parents=True)
+        (run.checkpoints_dir / "checkpoint-3" / "clock.json").touch()
+    with pytest.raises(ArtifactError, match="lr was 2, is 3") as caught, Run(tmp_path / "run", {"lr": 3}, ["lr"]):
+        pass
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").exists()
+    assert "another folder" in caught.value.hint
+
+
 def test_a_broken_artifact_is_named(tmp_path: Path) -> None:
     with Run(tmp_path / "run", {}) as run:
         (tmp_path / "run" / "scores.json").write_text('{"base": ')
