@@ -49,12 +49,12 @@ def save_checkpoint(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_adapter(model: Any, base_dir: Path, folder: Path) -> None:
-    """Write a model's adapter, and which base it belongs to."""
+def save_adapter(model: Any, base_dir: Path, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write a model's adapter, and which base it belongs to. `weights` are all of them, where it has only a part."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         base = {"name": base_dir.name, "sha256": fingerprint(base_dir)}
         (temporary / _BASE_FILE).write_text(json.dumps(base), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)

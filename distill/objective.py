@@ -19,7 +19,7 @@ from ..errors import ModelError
 from .fast.interface import use_row_attention
 from .fast.model import FastDecoder, fast_decoder
 from .losses import LOSSES, Segment, Targets, projected_loss, token_scores
-from .packing import Batch, Layout, pack, pad
+from .packing import Layout, pack, pad
 from .rows import Row
 
 _PROBE = [Row([1 + (7 * i + 3 * j) % 11 for i in range(5 + j)], 1) for j in range(3)]
@@ -38,6 +38,7 @@ class Objective:
         Raises:
             ModelError: the model makes its logits in a way that the losses do not know.
         """
+        self._model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         _check_head(self.causal_lm)
         self._fast: FastDecoder | None = None
@@ -63,21 +64,13 @@ class Objective:
 
     @torch.no_grad()
     def scores(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return log q of each target `[N]` and whether it is the model's first choice `[N]`."""
-        batch = Batch(**inputs)
-        device = self.causal_lm.device
-        states = _states(self.causal_lm, self._fast, batch.input_ids.to(device), batch.position_ids, batch.layout)
-        head = self.causal_lm.get_output_embeddings()
-        wanted = states.index_select(0, batch.positions.to(device))
-        config = self.causal_lm.config
-        return token_scores(
-            wanted,
-            head.weight,
-            batch.targets.ids.to(device),
-            bias=head.bias,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            scale=_logit_scale(config),
-        )
+        """Return log q of each target `[N]` and whether it is the model's first choice `[N]`.
+
+        It is a call of the whole model, as a step is: only so a sharded one gathers its weights.
+        """
+        moved = {name: inputs[name].to(self.causal_lm.device) for name in ("input_ids", "positions")}
+        scored: tuple[Tensor, Tensor] = self._model(**inputs | moved, is_scored=True)
+        return scored
 
     def release(self) -> None:
         """Give the model its own forward back."""
@@ -94,20 +87,15 @@ def _forward(
     positions: Tensor,
     targets: Targets,
     segments: Sequence[Segment],
+    is_scored: bool = False,
     **_: Any,
-) -> Tensor:
-    states = _states(causal_lm, fast, input_ids, position_ids, layout)
-    head, config = causal_lm.get_output_embeddings(), causal_lm.config
-    return projected_loss(
-        states.index_select(0, positions),
-        head.weight,
-        targets.to(states.device),
-        segments,
-        LOSSES,
-        bias=head.bias,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=_logit_scale(config),
-    )
+) -> Tensor | tuple[Tensor, Tensor]:
+    states = _states(causal_lm, fast, input_ids, position_ids, layout).index_select(0, positions)
+    head, config, targets = causal_lm.get_output_embeddings(), causal_lm.config, targets.to(states.device)
+    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+    if is_scored:
+        return token_scores(states, head.weight, targets.ids, bias=head.bias, softcap=softcap, scale=scale)
+    return projected_loss(states, head.weight, targets, segments, LOSSES, bias=head.bias, softcap=softcap, scale=scale)
 
 
 def _states(

@@ -27,7 +27,7 @@ from ..errors import ArtifactError, ModelError, UsageError
 from ..localrun.progress import Progress, no_progress
 from .clock import Clock, Validation, last_checkpoint, validation_of
 from .device import NO_MEMORY, SMALL_MODEL, choose_device
-from .lora import check_vocabulary, load_student
+from .lora import check_vocabulary, load_base, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
 from .packing import Batch
@@ -144,11 +144,21 @@ def _run(
         )
         n_steps = _train(trainer, clock, last_checkpoint(checkpoints_dir))
         objective.release()
+        gathered = trainer.gathered_weights()
         if is_first() and settings.full:
-            save_checkpoint(model, base_dir, tokenizer, out)
+            save_checkpoint(_with(gathered, base_dir) or model, base_dir, tokenizer, out)
         elif is_first():
-            save_adapter(model, base_dir, out.with_name("adapter"))
+            save_adapter(model, base_dir, out.with_name("adapter"), gathered)
         return TrainReport(**clock.summary(n_steps), pass_=objective.pass_, **asdict(plan))
+
+
+def _with(weights: dict[str, Any] | None, base_dir: Path) -> Any:
+    """Return the base with all weights that several processes held in parts; None where each held them all."""
+    if weights is None:
+        return None
+    model = load_base(base_dir, torch.float32)
+    model.load_state_dict(weights)
+    return model
 
 
 def _train(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) -> int:

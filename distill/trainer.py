@@ -70,6 +70,12 @@ class StudentTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def gathered_weights(self) -> dict[str, Any] | None:
+        """Return all weights, in the first process, where each process holds a part (FSDP, DeepSpeed); else None."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        return dict(self.accelerator.get_state_dict(self.model_wrapped))
+
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: packed rows are no input that transformers' formula is right for."""
         return 0
