@@ -3,9 +3,9 @@
     python benchmarks/bench_rl.py r1 --out runs/bench-r1          # V3 to R1
     python benchmarks/bench_rl.py small --out runs/bench-small    # distilled against RL alone
 
-`r1` stops the pocket teacher's recipe early (in stages, until 20 to 60 % of its held-out problems are right), goes on
+`r1` stops the pocket teacher's recipe early (in stages, until `--least` of its held-out problems are right), goes on
 by GRPO alone, and measures accuracy, answer length and the experts' load before and after. `--start DIR` takes a
-checkpoint that is there. `small` warms a tiny dense student up until 5 to 30 % are right, then trains it for the same
+checkpoint that is there. `small` warms a tiny dense student up until `--least` are right, then trains it for the same
 minutes twice: on the pocket teacher's traces (the time that these took counts), and by GRPO (its sampling counts).
 Accuracy is taken after each of equal parts, so that both curves stand over compute.
 
@@ -66,7 +66,9 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     """V3 to R1."""
     out: Path = arguments.out
     early = arguments.start or out / "early"
-    while arguments.start is None and (found := cells.done.get("before", {"accuracy": 0.0}))["accuracy"] < 0.2:
+    while (
+        arguments.start is None and (found := cells.done.get("before", {"accuracy": 0.0}))["accuracy"] < arguments.least
+    ):
         stage = found.get("stage", 0) + 1
         if stage > arguments.most_stages:
             raise SystemExit(f"{100 * found['accuracy']:.1f} % after {stage - 1} stages: give more --stage-minutes")
@@ -116,7 +118,7 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cells.save("traces", {"minutes": (time.monotonic() - began) / 60})
     rows = rows_of(out / "traces" / "traces.jsonl")
     start = out / "start"
-    while (found := cells.done.get("start", {"accuracy": 0.0}))["accuracy"] < 0.05:
+    while (found := cells.done.get("start", {"accuracy": 0.0}))["accuracy"] < arguments.least:
         part = found.get("parts", 0) + 1
         # The warm-up is the same for both arms: it is not counted.
         settings = TrainSettings(full=True, lr=3e-3, batch_size=32, steps=arguments.warm_steps, epochs=1000, seed=part)
@@ -173,6 +175,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="r1: a checkpoint that was stopped early")
     parser.add_argument("--minutes", type=float, default=20.0, help="of reinforcement, and of distillation")
+    parser.add_argument(
+        "--least", type=float, help="accuracy to begin with (0.4 of the pocket teacher's, 0.15 of small)"
+    )
     parser.add_argument("--stage-minutes", type=float, default=8.0, help="r1: of the recipe, until it is stopped early")
     parser.add_argument("--most-stages", type=int, default=6)
     parser.add_argument("--warm-steps", type=int, default=150, help="small: steps of the warm-up's parts")
@@ -182,6 +187,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.least is None:
+        arguments.least = 0.4 if arguments.part == "r1" else 0.15
     cells = Cells(arguments.out)
     with Bars(quiet=False) as bars:
         (run_r1 if arguments.part == "r1" else run_small)(arguments, cells, bars)
