@@ -66,15 +66,15 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     """V3 to R1."""
     out: Path = arguments.out
     early = arguments.start or out / "early"
-    while (
-        arguments.start is None and (found := cells.done.get("before", {"accuracy": 0.0}))["accuracy"] < arguments.least
-    ):
+    found = cells.done.get("before", {"accuracy": 0.0})
+    while arguments.start is None and found["accuracy"] < arguments.least:
         stage = found.get("stage", 0) + 1
         if stage > arguments.most_stages:
             raise SystemExit(f"{100 * found['accuracy']:.1f} % after {stage - 1} stages: give more --stage-minutes")
         recipe = Recipe(minutes=arguments.stage_minutes, peak_lr=3e-3 if stage == 1 else 2e-3, seed=stage - 1)
         train_pocket(recipe, early, early if stage > 1 else None)
-        cells.save("before", measure(early, arguments.n_eval) | {"stage": stage})
+        found = measure(early, arguments.n_eval) | {"stage": stage}
+        cells.save("before", found)
     if "before" not in cells:
         cells.save("before", measure(early, arguments.n_eval))
     settings = GrpoSettings(
@@ -175,9 +175,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="r1: a checkpoint that was stopped early")
     parser.add_argument("--minutes", type=float, default=20.0, help="of reinforcement, and of distillation")
-    parser.add_argument(
-        "--least", type=float, help="accuracy to begin with (0.4 of the pocket teacher's, 0.15 of small)"
-    )
+    parser.add_argument("--least", type=float, help="accuracy to begin with (r1: 0.4, small: 0.15)")
     parser.add_argument("--stage-minutes", type=float, default=8.0, help="r1: of the recipe, until it is stopped early")
     parser.add_argument("--most-stages", type=int, default=6)
     parser.add_argument("--warm-steps", type=int, default=150, help="small: steps of the warm-up's parts")

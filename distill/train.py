@@ -146,16 +146,15 @@ def _run(
         objective.release()
         gathered = trainer.gathered_weights()
         if is_first() and settings.full:
-            save_checkpoint(_with(gathered, base_dir) or model, base_dir, tokenizer, out)
+            whole = model if gathered is None else _put_together(gathered, base_dir)
+            save_checkpoint(whole, base_dir, tokenizer, out)
         elif is_first():
             save_adapter(model, base_dir, out.with_name("adapter"), gathered)
         return TrainReport(**clock.summary(n_steps), pass_=objective.pass_, **asdict(plan))
 
 
-def _with(weights: dict[str, Any] | None, base_dir: Path) -> Any:
-    """Return the base with all weights that several processes held in parts; None where each held them all."""
-    if weights is None:
-        return None
+def _put_together(weights: dict[str, Any], base_dir: Path) -> Any:
+    """Return the base with the trained weights, of which every process held a part."""
     model = load_base(base_dir, torch.float32)
     model.load_state_dict(weights)
     return model
