@@ -76,19 +76,21 @@ def test_a_token_that_the_teacher_did_not_say_is_taught_as_itself(traces: Path) 
     tokenizer = load_tokenizer(pocket_dir())
     rows, held = _rows(traces)
     row = rows[0]
-    longer = Row([*row.input_ids[: row.n_prompt], 9, *row.input_ids[row.n_prompt :]], row.n_prompt)
+    third = row.n_prompt + 2  # 9 stands where the teacher said something else
+    other = Row([*row.input_ids[:third], 9, *row.input_ids[third + 1 :]], row.n_prompt)
     with Logprobs.open(logprobs_path(traces)) as logprobs:
-        (made,), _ = add_logits([longer], held[:1], logprobs, 0.8, tokenizer)
+        (made,), _ = add_logits([other], held[:1], logprobs, 0.8, tokenizer)
         stored = logprobs.get(held[0].id)
     top = made.distribution()  # the file is closed: a row reads for itself
     assert stored is not None
     assert top is not None
     assert made.losses == (("forward_kl", 0.8), ("cross_entropy", pytest.approx(0.2)))
-    assert top.ids[0, 0] == 9
-    assert top.values[0, 0] == 0
-    assert (top.ids[0, 1:] == -1).all()
-    assert np.array_equal(top.ids[1:], stored[1].ids[: made.n_targets - 1])
-    assert np.array_equal(top.values[1:], stored[1].values[: made.n_targets - 1])
+    assert top.ids[2, 0] == 9 != row.input_ids[third]
+    assert top.values[2, 0] == 0
+    assert (top.ids[2, 1:] == -1).all()
+    for part in (np.s_[:2], np.s_[3 : other.n_targets]):
+        assert np.array_equal(top.ids[part], stored[1].ids[part])
+        assert np.array_equal(top.values[part], stored[1].values[part])
 
 
 def test_a_row_holds_a_few_bytes_a_token_and_survives_the_way_to_another_process(traces: Path, tmp_path: Path) -> None:
