@@ -54,7 +54,7 @@ class Objective:
             self._fast = fast_decoder(self.causal_lm)
         if self._fast:
             return "fast"
-        return "packed" if _can_pack(self.causal_lm) else "padded"
+        return "packed" if can_pack(self.causal_lm) else "padded"
 
     def collator(self, pad_token_id: int) -> Callable[[Sequence[Row]], dict[str, Any]]:
         """Return what makes a batch of rows for this pass."""
@@ -90,7 +90,7 @@ def _forward(
     is_scored: bool = False,
     **_: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    states = _states(causal_lm, fast, input_ids, position_ids, layout).index_select(0, positions)
+    states = states_of(causal_lm, fast, input_ids, position_ids, layout).index_select(0, positions)
     head, config, targets = causal_lm.get_output_embeddings(), causal_lm.config, targets.to(states.device)
     softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
     if is_scored:
@@ -98,10 +98,10 @@ def _forward(
     return projected_loss(states, head.weight, targets, segments, LOSSES, bias=head.bias, softcap=softcap, scale=scale)
 
 
-def _states(
+def states_of(
     causal_lm: Any, fast: FastDecoder | None, input_ids: Tensor, position_ids: Tensor, layout: Layout | None
 ) -> Tensor:
-    """Return the decoder's last states, flat `[T, H]`."""
+    """Return the decoder's last states, flat `[T, H]`; a layout needs `can_pack`, or the fast pass."""
     layout = layout.to(input_ids.device) if layout is not None else None
     if fast is not None and layout is not None:
         return fast(input_ids, layout)
@@ -111,7 +111,7 @@ def _states(
 
 
 @torch.no_grad()
-def _can_pack(causal_lm: Any) -> bool:
+def can_pack(causal_lm: Any) -> bool:
     """Let a model attend by rows if it then has the states of separate rows; say whether it has."""
     decoder, before = causal_lm.get_decoder(), causal_lm.config._attn_implementation
     batch, was_training = pack(_PROBE), causal_lm.training
@@ -121,7 +121,7 @@ def _can_pack(causal_lm: Any) -> bool:
     try:
         plain = decoder(input_ids=ids[0][layout.gather], use_cache=False).last_hidden_state
         if use_row_attention(causal_lm):
-            found = _states(causal_lm, None, ids, batch.position_ids, batch.layout)
+            found = states_of(causal_lm, None, ids, batch.position_ids, batch.layout)
             wanted = batch.positions.to(causal_lm.device)
             if _near(found[wanted], plain.flatten(0, 1)[layout.scatter][wanted]):
                 return True

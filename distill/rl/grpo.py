@@ -46,8 +46,9 @@ _ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one pass, of models under 20 M pa
 class GrpoSettings:
     """How to train by reward. A step draws `problems_per_step` problems and answers each `group_size` times.
 
-    `lr` None is 1e-4 for models under 20 M parameters and 2e-6 for larger ones. `minutes` boxes the time, sampling
-    included; None goes on for `steps`. `rows_per_pass` answers are learned from at once; None fits the model's size.
+    `lr` is the peak, from which the learning rate falls to 0; None is 1e-4 for models under 20 M parameters and 2e-6
+    for larger ones. `minutes` boxes the time, sampling included; None goes on for `steps`. `rows_per_pass` answers are
+    learned from at once; None fits the model's size.
     """
 
     steps: int = 200
@@ -187,6 +188,13 @@ class _Watch(TrainerCallback):
     def seconds(self) -> float:
         return self._before + time.monotonic() - self._started
 
+    def progress(self, step: int) -> float:
+        """Return how much of the run is done after so many steps, 0 to 1."""
+        done = step / self._settings.steps
+        if self._settings.minutes is not None:
+            done = max(done, self.seconds() / (60 * self._settings.minutes))
+        return min(1.0, done)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK_FILE
         if saved.exists():
@@ -208,15 +216,13 @@ class _Watch(TrainerCallback):
                 "sampled_tokens": self._sampler.n_tokens,
             }
         )
-        done = state.global_step / state.max_steps
-        if self._settings.minutes is not None:
-            done = max(done, self.seconds() / (60 * self._settings.minutes))
+        done = self.progress(state.global_step)
         control.should_training_stop |= done >= 1
         if time.monotonic() - self._saved >= self._settings.save_every_s or done >= 1:
             control.should_save, self._saved = True, time.monotonic()
         self._on_progress(
             "reinforcing",
-            min(1.0, done),
+            done,
             1.0,
             f"{100 * right:.0f} % right, {self.curve[-1]['tokens']:.0f} tokens an answer",
         )
@@ -241,7 +247,8 @@ def _make_trainer(
 ) -> Any:
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
-    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    from .trainer import RewardTrainer
 
     n_rows = settings.group_size * settings.problems_per_step
     wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
@@ -258,8 +265,6 @@ def _make_trainer(
         epsilon_high=settings.clip_high,
         max_steps=settings.steps,
         learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
         adam_beta2=0.99,
         bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
@@ -273,9 +278,14 @@ def _make_trainer(
         dataloader_pin_memory=device.type == "cuda",
         seed=settings.seed,
     )
+
+    def rate(step: int) -> float:
+        return min((step + 1) / max(1, settings.warmup_steps), 1 - watch.progress(step))
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
-        trainer = GRPOTrainer(
+        trainer = RewardTrainer(
+            rate,
             model=model,
             reward_funcs=sampler.reward,
             args=on_one_gpu(arguments),

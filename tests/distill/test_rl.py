@@ -94,6 +94,39 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_packed_answers_have_the_log_probabilities_that_trl_gives_padded_ones(
+    is_sparse: bool, chain_sum: str, pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="the rl extra is not installed")
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    from deepdistill.distill.rl.grpo import GrpoSettings, grpo
+    from deepdistill.distill.rl.trainer import RewardTrainer
+
+    packed, n_compared = RewardTrainer._get_per_token_logps_and_entropies, []
+
+    def compared(self: Any, model: Any, ids: Any, mask: Any, n_kept: int, *others: Any, **named: Any) -> Any:
+        assert self._packs
+        found = packed(self, model, ids, mask, n_kept, *others, **named)
+        with torch.no_grad():
+            plain = GRPOTrainer._get_per_token_logps_and_entropies(self, model, ids, mask, n_kept, *others, **named)
+        there = mask[:, -n_kept:].bool()
+        n_compared.append(int(there.sum()))
+        for ours, theirs in zip(found[:2], plain[:2], strict=True):
+            torch.testing.assert_close(ours[there], theirs[there], rtol=1e-4, atol=1e-4)
+        return found
+
+    monkeypatch.setattr(RewardTrainer, "_get_per_token_logps_and_entropies", compared)
+    start = pocket_dir() if is_sparse else pocket_student
+    settings = GrpoSettings(steps=2, group_size=4, problems_per_step=4, max_tokens=48, temperature=0.7)
+    folders = (tmp_path / "checkpoints", tmp_path / "student")
+    grpo(start, load_problems(chain_sum, "train", 4, 0), load_tokenizer(start), Contains(), settings, *folders)
+    assert len(n_compared) == 2
+    assert min(n_compared) > 100
+
+
+@pytest.mark.slow
 def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the rl extra is not installed")
     settings = TeachSettings(
