@@ -3,12 +3,13 @@
     python benchmarks/bench_train.py --traces runs/demo/traces.jsonl
     python benchmarks/bench_train.py --traces … --full                 # all weights
     python benchmarks/bench_train.py --traces … --processor-time       # on a busy machine
-    python benchmarks/bench_train.py --device cuda --length 4096   # ours alone: tokens/s, share of peak FLOPs
+    python benchmarks/bench_train.py --device cuda --length 4096 --at-once 4 --steps 40 --student random:qwen2-1.5b
 
 The rows are the demo's: the pocket teacher's traces in SmolLM2's template. Each cell is a process of its own, so that
 its peak memory is its own; every finished cell is kept in --out, and the same command goes on where it stopped. TRL's
 best CPU setting is found first, each candidate for a few steps. Rates count the rows' tokens, not padding; `computed`
-counts what rows share only once. The last line is JSON.
+counts what rows share only once. On a GPU both also tell which share of its peak FLOPs the model's own take (MFU);
+`random:` students have a known model's shape and random weights. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,8 +26,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS_A_STEP = 16
-WARM_UP = 2  # steps that are not counted
+WARM_UP = {"cpu": 2, "cuda": 10}  # steps that are not counted; on a GPU the curve has a point every tenth
+SHAPES = {
+    "qwen2-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "tie_word_embeddings": True,
+    }
+}
 LORA = {"r": 32, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
 TRL: dict[str, dict[str, Any]] = {
     "trl bf16 autocast": {"bf16": True},
@@ -48,6 +61,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="train all weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--length", type=int, default=0, help="make rows of so many random tokens instead")
+    parser.add_argument("--rows-a-step", type=int, default=16)
+    parser.add_argument("--at-once", type=int, default=0, help="rows of a pass, if not all of a step")
     parser.add_argument(
         "--processor-time", action="store_true", help="one thread, rates by its time: for busy machines"
     )
@@ -66,7 +81,7 @@ def main() -> None:
     if not options.rounds:
         print(json.dumps({"peer": peer}))
         return
-    names = ["ours"] if options.device == "cuda" else ["ours", peer]
+    names = ["ours", peer]
     for i in range(options.rounds):
         for name in names:
             measure(options, rows, cells, name, f"{name} #{i}", options.steps)
@@ -79,6 +94,8 @@ def measure(options: Any, rows: Path, cells: dict[str, Any], name: str, key: str
     if key not in cells:
         command = [sys.executable, __file__, "--cell", name, "--rows", str(rows), "--steps", str(steps)]
         command += ["--student", options.student, "--device", options.device] + ["--full"] * options.full
+        command += ["--rows-a-step", str(options.rows_a_step), "--at-once", str(options.at_once)]
+        command += ["--length", str(options.length)]
         command += ["--processor-time"] * options.processor_time
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -95,14 +112,15 @@ def suffix_of(options: Any) -> str:
     """Return what sets the cells of these options apart."""
     parts = [options.full and "full", options.length and f"length {options.length}"]
     parts.append(options.processor_time and "processor time")
+    parts.append(options.student != "smollm2" and options.student)
     return "".join(f" {part}" for part in parts if part)
 
 
 def choose_trl(options: Any, rows: Path, cells: dict[str, Any]) -> str:
-    """Return the setting of TRL that trains fastest."""
+    """Return the setting of TRL that trains fastest; on a GPU bf16 weights, or autocast where all are trained."""
     if options.device == "cuda":
-        return ""
-    short = {name: measure(options, rows, cells, name, f"try {name}", WARM_UP + 2) for name in TRL}
+        return "trl bf16 autocast" if options.full else "trl bf16 weights"
+    short = {name: measure(options, rows, cells, name, f"try {name}", WARM_UP["cpu"] + 2) for name in TRL}
     return max(short, key=lambda name: float(short[name].get("tokens_per_s", 0.0)))
 
 
@@ -112,6 +130,8 @@ def report(options: Any, cells: dict[str, Any], names: list[str]) -> None:
     runs = {name: [cells[f"{name} #{i}{suffix}"] for i in range(options.rounds)] for name in names}
     summary: dict[str, Any] = {}
     for name, found in runs.items():
+        if errors := [cell["error"] for cell in found if "error" in cell]:
+            raise SystemExit(f"{name}: {errors[0]}")
         rates = sorted(cell["tokens_per_s"] for cell in found)
         summary[name] = {
             "tokens_per_s": statistics.median(rates),
@@ -144,13 +164,8 @@ def gap(losses: list[float], others: list[float]) -> dict[str, float]:
 
 def make_rows(options: Any) -> Path:
     """Write the token rows that every cell reads, in the order of training."""
-    from deepdistill.distill.rows import make_row
-    from deepdistill.distill.student import student_dir, teach_template
-    from deepdistill.distill.teachers.loading import load_tokenizer
-    from deepdistill.distill.traces import TraceStore
-
     path = Path(tempfile.mkdtemp()) / "rows.json"
-    n_rows = options.steps * ROWS_A_STEP
+    n_rows = options.steps * options.rows_a_step
     if options.length:
         import random
 
@@ -158,8 +173,13 @@ def make_rows(options: Any) -> Path:
         rows = [([rng.randrange(1000, 40000) for _ in range(options.length)], 64) for _ in range(n_rows)]
         path.write_text(json.dumps(rows))
         return path
+    from deepdistill.distill.rows import make_row
+    from deepdistill.distill.student import teach_template
+    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.traces import TraceStore
+
     traces = options.traces or make_traces(options.out.parent / "bench_train_traces", n_rows)
-    tokenizer = load_tokenizer(student_dir(options.student))
+    tokenizer = load_tokenizer(base_of(options))
     teach_template(tokenizer)
     right = (trace for trace in TraceStore.read(traces) if trace.verdict == "right")
     made = [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in right][:n_rows]
@@ -179,7 +199,7 @@ def make_traces(folder: Path, n_rows: int) -> Path:
 
 def run_cell(options: Any) -> dict[str, Any]:
     """Train for the steps and return the figures."""
-    rows = json.loads(options.rows.read_text())[: options.steps * ROWS_A_STEP]
+    rows = json.loads(options.rows.read_text())[: options.steps * options.rows_a_step]
     if options.processor_time:
         import torch
 
@@ -187,16 +207,13 @@ def run_cell(options: Any) -> dict[str, Any]:
         time.monotonic = time.process_time
     with tempfile.TemporaryDirectory() as scratch:
         cell = ours(options, rows, Path(scratch)) if options.cell == "ours" else trl(options, rows, scratch)
-    n_tokens = [sum(len(ids) for ids, _ in rows[i : i + ROWS_A_STEP]) for i in range(0, len(rows), ROWS_A_STEP)]
-    counted = sum(n_tokens[WARM_UP:])
+    counted = sum(len(ids) for ids, _ in rows[WARM_UP[options.device] * options.rows_a_step :])
     if "packing" in TRL.get(options.cell, {}):  # its steps hold other numbers of rows
         counted = cell.pop("real_tokens")
     rate = counted / cell.pop("seconds")
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     if options.device == "cuda":
-        import torch
-
-        peak_gb = torch.cuda.max_memory_allocated() / 1e9
+        peak_gb = cell.pop("peak_gpu_gb")
         cell["mfu"] = round(rate * flops_a_token(options) / peak_flops(), 3)
     share = cell.pop("computed_share", 1.0)
     return cell | {
@@ -208,19 +225,21 @@ def run_cell(options: Any) -> dict[str, Any]:
 
 def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     """Train with `deepdistill`'s loop."""
+    from deepdistill.distill import train as training
     from deepdistill.distill.curves import read_curve
     from deepdistill.distill.rows import Row
-    from deepdistill.distill.student import student_dir, teach_template
+    from deepdistill.distill.student import teach_template
     from deepdistill.distill.teachers.loading import load_tokenizer
-    from deepdistill.distill.train import TrainSettings, train
+    from deepdistill.distill.train import TrainSettings
 
-    base = student_dir(options.student)
+    base = base_of(options)
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)
     settings = TrainSettings(
         full=options.full,
         lr=1e-5 if options.full else 6e-4,
-        batch_size=ROWS_A_STEP,
+        batch_size=options.rows_a_step,
+        micro_batch=options.at_once or None,
         epochs=1,
         warmup=0.0,
         final_lr=1.0,
@@ -233,15 +252,21 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     peak = {}
 
     def watch(*_: Any) -> None:  # saving and merging come after the training
-        peak["kb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak["peak_training_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
+        if options.device == "cuda":
+            peak.pop("peak_training_gb")
+            peak["peak_gpu_gb"] = peak_gpu_gb()
 
-    report = train(base, rows_, tokenizer, settings, scratch / "c", scratch / "s", watch, is_ordered=True)
+    folders = scratch / "checkpoints", scratch / "student"
+    training.merge_adapter = lambda *_: 0.0  # type: ignore[assignment]  # nothing of it is measured
+    report = training.train(base, rows_, tokenizer, settings, *folders, watch, is_ordered=True, device=options.device)
     points = [point for point in read_curve(scratch / "curve.jsonl") if "loss" in point]
+    seconds = {point["step"]: point["seconds"] for point in points}
     return {
-        "seconds": points[-1]["seconds"] - points[WARM_UP - 1]["seconds"],
+        "seconds": seconds[options.steps] - seconds[WARM_UP[options.device]],
         "losses": [round(point["loss"], 4) for point in points],
         "computed_share": report.computed_tokens_per_s / report.tokens_per_s,
-        "peak_training_gb": round(peak["kb"] / 1e6, 3),
+        **peak,
         "pass": report.pass_,
         "dtype": report.dtype,
         "threads": report.threads,
@@ -257,11 +282,10 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from deepdistill.distill.student import student_dir
     from deepdistill.distill.teachers.loading import load_tokenizer
 
     setting = dict(TRL[options.cell])
-    base = student_dir(options.student)
+    base = base_of(options)
     weights = getattr(torch, setting.pop("weights", "float32"))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=weights)
     torch.manual_seed(0)
@@ -271,10 +295,13 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
     packing = setting.get("packing", False)
     longest = max(len(ids) for ids, _ in rows)
     mean_tokens = sum(len(ids) for ids, _ in rows) / len(rows)
-    width = 512 if packing else None  # a packed step holds as many tokens as 16 rows
+    width = 512 if packing else None  # a packed step holds as many tokens as the rows of another
+    at_once = options.at_once or options.rows_a_step
+    at_once = max(1, round(options.rows_a_step * mean_tokens / 512)) if packing else at_once
     args = SFTConfig(
         output_dir=scratch,
-        per_device_train_batch_size=max(1, round(ROWS_A_STEP * mean_tokens / 512)) if packing else ROWS_A_STEP,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=1 if packing else options.rows_a_step // at_once,
         max_length=max(width, longest) if width else None,
         max_steps=options.steps,
         learning_rate=1e-5 if options.full else 6e-4,
@@ -282,10 +309,10 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
         adam_beta2=0.99,
         max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        logging_steps=1,
+        logging_steps=1 if options.device == "cpu" else 10,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
         gradient_checkpointing=False,
         train_sampling_strategy="sequential",
         completion_only_loss=True,
@@ -297,6 +324,8 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if options.device == "cuda":
+                torch.cuda.synchronize()
             ends.append(time.monotonic())
 
     trainer = SFTTrainer(
@@ -304,20 +333,49 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
     )
     trainer.train()
     losses = [point["loss"] for point in trainer.state.log_history if "loss" in point]
-    cell = {"seconds": ends[-1] - ends[WARM_UP - 1], "losses": losses, "threads": torch.get_num_threads()}
+    warm_up = WARM_UP[options.device]
+    cell = {"seconds": ends[-1] - ends[warm_up - 1], "losses": losses, "threads": torch.get_num_threads()}
     if packing:
         seen = trainer.train_dataset[: len(ends) * args.per_device_train_batch_size]["input_ids"]
-        cell["real_tokens"] = sum(len(ids) for ids in seen[WARM_UP * args.per_device_train_batch_size :])
+        cell["real_tokens"] = sum(len(ids) for ids in seen[warm_up * args.per_device_train_batch_size :])
+    if options.device == "cuda":
+        cell["peak_gpu_gb"] = peak_gpu_gb()
     return cell
+
+
+def base_of(options: Any) -> Path:
+    """Return the student's folder; one of `SHAPES` is made once, with random weights in bf16."""
+    from deepdistill.distill.student import cache_dir, student_dir
+    from deepdistill.distill.teachers.loading import load_tokenizer
+
+    if not options.student.startswith("random:"):
+        return student_dir(options.student)
+    shape = options.student.removeprefix("random:")
+    folder = cache_dir() / f"random-{shape}"
+    if not (folder / "model.safetensors").exists():
+        import torch
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        torch.manual_seed(0)
+        with torch.device(options.device):
+            model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape])).to(torch.bfloat16)
+        load_tokenizer(student_dir("smollm2")).save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size="100GB")
+    return folder
+
+
+def peak_gpu_gb() -> float:
+    """Return the most GPU memory that tensors have taken so far."""
+    import torch
+
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3)
 
 
 def flops_a_token(options: Any) -> float:
     """Return the model's own FLOPs a trained token: 2 a weight forward, 2 backward, 2 more where the weight learns."""
     from transformers import AutoConfig
 
-    from deepdistill.distill.student import student_dir
-
-    config = AutoConfig.from_pretrained(student_dir(options.student))
+    config = AutoConfig.from_pretrained(base_of(options))
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv = width * config.num_key_value_heads // config.num_attention_heads
     weights = layers * (2 * width * width + 2 * width * kv + 3 * width * inner) + config.vocab_size * width

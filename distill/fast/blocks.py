@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..packing import Layout
 from .attention import attend, attend_back
+from .fused import multiply, on_gpu
 from .linears import Linears
 
 
@@ -51,13 +52,15 @@ def row_attention(
     return y
 
 
+@on_gpu
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return (the normalised x times weight, 1 / rms `[T, 1]` in fp32); the former in `out` if given."""
     r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     r = r.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return torch.mul(x.float(), r, out=torch.empty_like(x) if out is None else out).mul_(weight), r
+    return multiply(x.float(), r, torch.empty_like(x) if out is None else out).mul_(weight), r
 
 
+@on_gpu
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, residual: Tensor | None = None) -> Tensor:
     """Return the gradient of x `[T, H]`, and the residual's added to it if given."""
     g, wide = (dy * weight).float(), x.float()  # in fp32 from here: a product of two formats is slow
@@ -115,7 +118,7 @@ class _GatedMLPOnto(torch.autograd.Function):
         both, inner = gate_up.forward(room)  # [T, 2 I]
         gate, up = both.chunk(2, dim=-1)
         room = down.room(x)
-        torch.mul(F.silu(gate), up, out=room[:, : gate.shape[1]])
+        gated(gate, up, room[:, : gate.shape[1]])
         y, inner_down = down.forward(room, x)
         ctx.save_for_backward(x, norm, r, both, inner, inner_down)
         ctx.linears = (gate_up, down)
@@ -127,23 +130,36 @@ class _GatedMLPOnto(torch.autograd.Function):
         gate_up, down = ctx.linears
         dy = upstream[0]
         gate, up = both.chunk(2, dim=-1)
-        silu = F.silu(gate)
+        hidden, silu = gated(gate, up)
         room = down.room_back(x)
         room[:, : dy.shape[1]] = dy
-        d_hidden, down_gradients = down.backward(room, silu * up, inner_down)
+        d_hidden, down_gradients = down.backward(room, hidden, inner_down)
         assert d_hidden is not None
         room = gate_up.room_back(x)
-        d_gate, d_up = room[:, : both.shape[1]].chunk(2, dim=-1)
-        torch.mul(d_hidden, silu, out=d_up)
-        torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
+        gated_backward(d_hidden, gate, up, silu, *room[:, : both.shape[1]].chunk(2, dim=-1))
         dx, gradients = gate_up.backward(room, _normed(x, norm, r), inner, ctx.needs_input_grad[0])
         if dx is not None:
             dx = rms_norm_backward(dx, x, norm, r, residual=dy)
         return (dx, None, None, None, None, *gradients, *down_gradients)
 
 
+@on_gpu
+def gated(gate: Tensor, up: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return (silu(gate) * up `[T, I]`, in `out` if given, and silu(gate))."""
+    silu = F.silu(gate)
+    return multiply(silu, up, torch.empty_like(silu) if out is None else out), silu
+
+
+@on_gpu
+def gated_backward(d_hidden: Tensor, gate: Tensor, up: Tensor, silu: Tensor, d_gate: Tensor, d_up: Tensor) -> None:
+    """Write the gradients of gate and up `[T, I]`; d_hidden, that of their product, is used up."""
+    multiply(d_hidden, silu, d_up)
+    torch.ops.aten.silu_backward.grad_input(d_hidden.mul_(up), gate, grad_input=d_gate)
+
+
+@on_gpu
 def _normed(x: Tensor, norm: Tensor, r: Tensor) -> Tensor:
-    return torch.mul(x.float(), r, out=torch.empty_like(x)).mul_(norm)
+    return multiply(x.float(), r, torch.empty_like(x)).mul_(norm)
 
 
 class _RowAttention(torch.autograd.Function):
@@ -177,6 +193,7 @@ class _RowAttention(torch.autograd.Function):
         return (ctx.layout.sum_back(d_rows.view(n * length, -1)), None, None, None, None)
 
 
+@on_gpu
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Turn heads `[n, L, h, d]` in place by the angles of cos and sin `[L, d]`, whose halves are equal."""
     half = heads.shape[-1] // 2

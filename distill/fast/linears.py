@@ -30,29 +30,39 @@ class _Adapter:
     scale: float
     outputs: slice  # of the O
     ranks: slice  # of the R
+    a_place: Tensor  # [r, I], a's own in the joint matrix
+    b_place: Tensor  # [o, r]
 
 
 class Linears:
-    """n linear modules of one input, `nn.Linear` or peft's around one; O outputs in all, R ranks in all."""
+    """n linear modules of one input, `nn.Linear` or peft's around one; O outputs in all, R ranks in all.
+
+    `refresh` comes before a pass. What a pass takes of the joint matrix is cut out once: on a GPU a small model's layer
+    costs as much as the calls that it makes.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
         pairs = [None if base is module else adapter_of(module) for module, base in zip(modules, bases, strict=True)]
         self.n_inputs, self.n_outputs = bases[0].in_features, sum(base.out_features for base in bases)
         self.n_ranks = sum(pair[0].shape[0] for pair in pairs if pair)
-        shape = self.n_outputs + self.n_ranks, self.n_inputs + self.n_ranks
-        self._joint = bases[0].weight.new_zeros(shape)
+        joint = bases[0].weight.new_zeros(self.n_outputs + self.n_ranks, self.n_inputs + self.n_ranks)
+        self._weight, self._a = joint[: self.n_outputs], joint[self.n_outputs :, : self.n_inputs]  # [O, I + R], [R, I]
+        self._b, self._back = self._weight[:, self.n_inputs :], joint[:, : self.n_inputs]  # [O, R], [O + R, I]
+        self._weight_t = self._weight.T
         self._bias = _joint_bias(bases)
         self.adapters: list[_Adapter] = []
         start = rank = 0
         for base, pair in zip(bases, pairs, strict=True):
             outputs = slice(start, start + base.out_features)
-            self._joint[outputs, : self.n_inputs] = base.weight.detach()
-            base.weight.data = self._joint[outputs, : self.n_inputs]
+            self._weight[outputs, : self.n_inputs] = base.weight.detach()
+            base.weight.data = self._weight[outputs, : self.n_inputs]
             start = outputs.stop
             if pair:
-                self.adapters.append(_Adapter(*pair, outputs, slice(rank, rank + pair[0].shape[0])))
-                rank += pair[0].shape[0]
+                ranks = slice(rank, rank + pair[0].shape[0])
+                places = self._a[ranks], self._b[outputs, ranks]
+                self.adapters.append(_Adapter(*pair, outputs, ranks, *places))
+                rank = ranks.stop
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -71,13 +81,11 @@ class Linears:
         """Return (y `[T, O]`, x A^T `[T, R]` to be kept) of a filled `room`; residual `[T, O]` is added."""
         inner = None
         if self.adapters:
-            self._refresh()
-            inner = F.linear(room[:, : self.n_inputs], self._joint[self.n_outputs :, : self.n_inputs])
+            inner = F.linear(room[:, : self.n_inputs], self._a)
             room[:, self.n_inputs :] = inner
-        weight = self._joint[: self.n_outputs]
         if residual is None:
-            return F.linear(room, weight, self._bias), inner
-        y = torch.addmm(residual, room, weight.T)
+            return F.linear(room, self._weight, self._bias), inner
+        y = torch.addmm(residual, room, self._weight_t)
         return (y if self._bias is None else y.add_(self._bias)), inner
 
     def backward(
@@ -87,21 +95,23 @@ class Linears:
         gradients: list[Tensor] = []
         if inner is not None:
             dy, d_inner = room[:, : self.n_outputs], room[:, self.n_outputs :]
-            d_inner.copy_(dy @ self._joint[: self.n_outputs, self.n_inputs :])  # [T, R]
-            d_a = d_inner.T @ x  # [R, I]
+            d_inner.copy_(dy @ self._b)  # [T, R]
+            d_a = (d_inner.T @ x).float()  # [R, I]
             d_b = inner.T @ dy  # [R, O], of which each adapter has its block
             for adapter in self.adapters:
-                gradients.append(d_a[adapter.ranks].float())
-                gradients.append(d_b[adapter.ranks, adapter.outputs].T.float().mul_(adapter.scale))
-        return (room @ self._joint[:, : self.n_inputs] if with_input else None), gradients
+                gradient = d_b[adapter.ranks, adapter.outputs].T.float()
+                gradients += [d_a[adapter.ranks], gradient if adapter.scale == 1.0 else gradient.mul_(adapter.scale)]
+        return (room @ self._back if with_input else None), gradients
 
-    def _refresh(self) -> None:
-        for adapter in self.adapters:
-            rows = slice(self.n_outputs + adapter.ranks.start, self.n_outputs + adapter.ranks.stop)
-            columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
-            self._joint[rows, : self.n_inputs].copy_(adapter.a.detach())
-            b = adapter.b.detach() if adapter.scale == 1.0 else adapter.b.detach() * adapter.scale
-            self._joint[adapter.outputs, columns].copy_(b)
+
+@torch.no_grad()
+def refresh(adapters: Sequence[_Adapter]) -> None:
+    """Copy adapters as they are now into their joint matrices."""
+    if not adapters:
+        return
+    scaled = torch._foreach_mul([adapter.b for adapter in adapters], [adapter.scale for adapter in adapters])
+    torch._foreach_copy_([adapter.a_place for adapter in adapters], [adapter.a for adapter in adapters])
+    torch._foreach_copy_([adapter.b_place for adapter in adapters], scaled)
 
 
 def adapter_of(module: Any) -> tuple[nn.Parameter, nn.Parameter, float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..packing import Batch, Layout, pack
 from ..rows import Row
 from .blocks import gated_mlp_onto, linear_onto, normed_linears, row_attention
-from .linears import Linears, is_plain
+from .linears import Linears, is_plain, refresh
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -38,6 +38,8 @@ class _Layer:
             attention.q_proj.out_features // attention.head_dim,
             attention.k_proj.out_features // attention.head_dim,
         )
+        linears = (self._qkv, self._o, self._gate_up, self._down)
+        self.adapters = [adapter for each in linears for adapter in each.adapters]
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """Return the layer's output `[T, H]`."""
@@ -52,15 +54,21 @@ class FastDecoder:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self.layers = [_Layer(layer) for layer in decoder.layers]
+        self._adapters = [adapter for layer in self.layers for adapter in layer.adapters]
 
     def __call__(self, input_ids: Tensor, layout: Layout) -> Tensor:
         """Return the states `[T, H]` of packed ids `[1, T]`."""
+        self.refresh()
         x: Tensor = self._decoder.embed_tokens(input_ids)[0]
         turn = self.turn(x, layout)
         for layer in self.layers:
             x = layer(x, turn, layout)
         states: Tensor = self._decoder.norm(x)
         return states
+
+    def refresh(self) -> None:
+        """Take over the adapters as the optimizer left them."""
+        refresh(self._adapters)
 
     def turn(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return the cos and sin `[L, d]` of the rows' places."""
@@ -92,6 +100,7 @@ def _agrees(fast: FastDecoder, decoder: Any, batch: Batch, device: torch.device)
     plain = decoder(input_ids=padded, use_cache=False, output_hidden_states=True).hidden_states
     states = [state.flatten(0, 1)[layout.scatter] for state in plain]  # after each layer; after the norm at last
     turn = fast.turn(states[0], layout)
+    fast.refresh()
     tolerance = 1e-4 if states[0].dtype == torch.float32 else 3e-2
     for i, (layer, before, after) in enumerate(zip(fast.layers, states, states[1:], strict=False)):
         found = layer(before, turn, layout)

@@ -21,7 +21,9 @@ from .forward_kl import forward_kl
 from .targets import Targets
 
 Loss = Callable[[Tensor, Targets], tuple[Tensor, Tensor]]
-CHUNK_BYTES = 24 << 20  # of fp32 logits at once: freed memory of up to 32 MB is used again, more is mapped anew
+# Of fp32 logits at once. On a CPU freed memory of up to 32 MB is used again, more is mapped anew; a GPU wants fewer,
+# larger products.
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
 _STEP = 16  # targets of a chunk are a multiple
 
 
@@ -44,7 +46,7 @@ def projected_loss(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Return the weighted sum of the losses of N targets, a scalar in fp32; 0 with a gradient of 0 if there are none.
 
@@ -53,8 +55,7 @@ def projected_loss(
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    rows = max(1, chunk_bytes // (4 * projection.shape[0] * _STEP)) * _STEP
-    shape = _Head(softcap, scale, rows)
+    shape = _Head(softcap, scale, _chunk_rows(projection, chunk_bytes))
     total: Tensor = _ProjectedLoss.apply(  # type: ignore[no-untyped-call]
         hidden, projection, bias, targets, segments, losses, shape
     )
@@ -137,6 +138,12 @@ class _ProjectedLoss(torch.autograd.Function):
         return gradients
 
 
+def _chunk_rows(projection: Tensor, chunk_bytes: int | None = None) -> int:
+    """Return how many targets a chunk holds."""
+    chunk_bytes = chunk_bytes or CHUNK_BYTES.get(projection.device.type, CHUNK_BYTES["cpu"])
+    return max(1, chunk_bytes // (4 * projection.shape[0] * _STEP)) * _STEP
+
+
 def _filled(rows: Tensor) -> Tensor:
     """Return rows with rows of zeros behind them, so that products come in few shapes (see packing)."""
     n_missing = -len(rows) % _STEP
@@ -182,7 +189,7 @@ def token_scores(
     """
     logprobs = hidden.new_zeros(len(ids), dtype=torch.float32)
     is_best = torch.zeros(len(ids), dtype=torch.bool, device=hidden.device)
-    rows = max(1, CHUNK_BYTES // (4 * projection.shape[0] * _STEP)) * _STEP
+    rows = _chunk_rows(projection)
     head = _Head(softcap, scale, rows)
     for start in range(0, len(ids), rows):
         part = slice(start, start + rows)

@@ -34,6 +34,10 @@ class Targets:
         """Return the same targets on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> Targets:
+        """Return the same targets where a GPU can fetch them while it computes."""
+        return self._each(Tensor.pin_memory)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
         known = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: change(value) for name, value in known.items() if value is not None})

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepdistill.distill.fast import attention
+from deepdistill.distill.fast import attention, blocks, fused
 from deepdistill.distill.fast.blocks import rms_norm, rms_norm_backward
-from deepdistill.distill.fast.linears import Linears, adapter_of
+from deepdistill.distill.fast.linears import Linears, adapter_of, refresh
 from deepdistill.distill.fast.model import fast_decoder
 from deepdistill.distill.packing import pack
 from deepdistill.distill.rows import Row
@@ -170,6 +170,7 @@ def test_rows_too_long_for_plain_products_take_the_fused_attention_to_the_same_g
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_fast_pass_is_exact_too(dtype: torch.dtype) -> None:
     expected = _naive(_model("llama"), ROWS).item()
@@ -201,6 +202,47 @@ def test_the_norm_and_its_gradient_equal_autograds() -> None:
     y, r = rms_norm(x.detach(), weight, 1e-5)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(rms_norm_backward(dy, x.detach(), weight, r), wanted)
+
+
+def _chain_inputs(chain: str, n: int, device: str) -> list[Any]:
+    """Return what a chain takes, drawn anew from the same seed; outputs have gaps between their rows."""
+    torch.manual_seed(n)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(device)
+
+    room = draw(n, 80)
+    both = room[:, :64].chunk(2, dim=-1)
+    inputs: dict[str, list[Any]] = {
+        "rms_norm": [draw(n, 32), draw(32), 1e-5, room[:, :32]],
+        "rms_norm_backward": [draw(n, 32), draw(n, 32), draw(32), draw(n, 1), draw(n, 32)],
+        "gated": [draw(n, 64)[:, :32], draw(n, 64)[:, 32:], room[:, :32]],
+        "gated_backward": [*(draw(n, 32) for _ in range(4)), *both],
+        "rotate": [draw(3, n, 5, 8)[:, :, :3], draw(n, 8), draw(n, 8)],
+    }
+    return inputs[chain]
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("chain", ["rms_norm", "rms_norm_backward", "gated", "gated_backward", "rotate"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_chain_as_one_kernel_computes_and_writes_what_its_operations_do(
+    chain: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = getattr(blocks, chain)
+    for n in (12, 20, 36):  # the same kernel for each number of tokens
+        results = []
+        for devices in ((), (device,)):
+            monkeypatch.setattr(fused, "DEVICES", devices)
+            inputs = _chain_inputs(chain, n, device)
+            returned = run(*inputs)
+            results.append([*(returned if isinstance(returned, tuple) else (returned,)), *inputs])
+        for plain, found in zip(*results, strict=True):
+            is_used_up = chain == "gated_backward" and plain is results[0][1]
+            if isinstance(plain, Tensor) and not is_used_up:
+                torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -246,6 +288,7 @@ def test_a_small_adapter_is_not_rounded_away_in_bf16() -> None:
 
 
 def _through(linears: Linears, x: Tensor) -> Tensor:
+    refresh(linears.adapters)
     room = linears.room(x)
     room[:, : x.shape[1]] = x
     return linears.forward(room)[0].float()
