@@ -4,10 +4,11 @@
     python benchmarks/bench_rl.py small --out runs/bench-small    # distilled against RL alone
 
 `r1` stops the pocket teacher's recipe early (in stages, until `--least` of its held-out problems are right), goes on
-by GRPO alone, and measures accuracy, answer length and the experts' load before and after. `--start DIR` takes a
-checkpoint that is there. `small` warms a tiny dense student up until `--least` are right, then trains it for the same
-minutes twice: on the pocket teacher's traces (the time that these took counts), and by GRPO (its sampling counts).
-Accuracy is taken after each of equal parts, so that both curves stand over compute.
+by GRPO alone, and measures accuracy (greedy, and sampled at temperature 1, as it trains), answer length and the experts'
+load before and after. `--start DIR` takes a checkpoint that is there. `small` warms a tiny dense student up until
+`--least` are right, then trains it for the same minutes twice: on the pocket teacher's traces (the time that these took
+counts), and by GRPO (its sampling counts). Accuracy, greedy and sampled, is taken after each of equal parts, so that
+both curves stand over compute.
 
 Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
 """
@@ -87,16 +88,20 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cell = cells.done[name]
         families = ", ".join(f"{family} {100 * s['accuracy']:.1f}" for family, s in cell["families"].items())
         print(
-            f"{name:<7} {100 * cell['accuracy']:5.1f} % ({families})  {cell['tokens_per_answer']:.1f} tokens, "
+            f"{name:<7} {100 * cell['accuracy']:5.1f} % ({families}), sampled {100 * cell['sampled']:.1f} %  "
+            f"{cell['tokens_per_answer']:.1f} tokens, "
             f"experts {cell['idlest_expert']:.2f} to {cell['busiest_expert']:.2f} of the mean"
         )
 
 
 def accuracy_of(folder: Path, n: int) -> dict[str, float]:
     """Score a student on held-out problems."""
+    problems = load_problems(PROBLEMS, "test", n, 0)
     with open_teacher(str(folder)) as model, Grader() as grader:
-        score = evaluate(model, load_problems(PROBLEMS, "test", n, 0), grader, Sampling(max_tokens=128))
-    return {"accuracy": score.accuracy, "tokens_per_answer": score.tokens_per_answer, "looped": score.looped}
+        score = evaluate(model, problems, grader, Sampling(max_tokens=128))
+        drawn = evaluate(model, problems * 4, grader, Sampling(temperature=1.0, max_tokens=128))
+    found = {"accuracy": score.accuracy, "sampled": drawn.accuracy}
+    return found | {"tokens_per_answer": score.tokens_per_answer, "looped": score.looped}
 
 
 def rows_of(traces_path: Path) -> list[Row]:
@@ -165,7 +170,8 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     print(f"start       {100 * cells.done['start']['accuracy']:5.1f} %")
     for arm in ("distilled", "reinforced"):
         found = [cells.done[f"{arm} {part}"] for part in range(1, arguments.n_parts + 1)]
-        print(f"{arm:<11} " + ", ".join(f"{100 * c['accuracy']:.1f} % at {c['minutes']:.1f} min" for c in found))
+        shown = (f"{100 * c['accuracy']:.1f} % ({100 * c['sampled']:.1f}) at {c['minutes']:.1f} min" for c in found)
+        print(f"{arm:<11} " + ", ".join(shown))
 
 
 def main() -> None:

@@ -32,13 +32,13 @@ def spec_of(family: str) -> str:
     return f"gym:{family}" + (f"?{urlencode(params)}" if params else "")
 
 
-def score_families(teacher: TransformersTeacher, n: int) -> dict[str, Score]:
-    """Return the teacher's score on n held-out problems of every family."""
+def score_families(
+    teacher: TransformersTeacher, n: int, sampling: Sampling = Sampling(), n_samples: int = 1
+) -> dict[str, Score]:
+    """Return the teacher's score on n held-out problems of every family, each answered n_samples times."""
+    problems = {family: load_problems(spec_of(family), "test", n, SEED) * n_samples for family in FAMILIES}
     with Grader() as grader:
-        return {
-            family: evaluate(teacher, load_problems(spec_of(family), "test", n, SEED), grader, Sampling())
-            for family in FAMILIES
-        }
+        return {family: evaluate(teacher, asked, grader, sampling) for family, asked in problems.items()}
 
 
 def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...localrun.generation import Sampling
 from ...localrun.progress import Bars, Progress, no_progress
 from ..grade import Grader
 from ..problems import Problem, load_problems
@@ -30,6 +31,7 @@ from .recipe import ExpertBalance
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _GAMMA = 1e-4  # a tenth of the recipe's: fewer tokens stand behind a step
 _N_TEXTS = 50  # a family, for the experts' load
+_N_SAMPLES = 4  # of a problem, at the temperature of the training
 
 
 def training_problems(n: int, seed: int, families: Sequence[str] = tuple(FAMILIES)) -> list[Problem]:
@@ -78,19 +80,25 @@ def reinforce(
 
 
 def measure(folder: Path, n: int) -> dict[str, Any]:
-    """Return a checkpoint's accuracy and answer length on each family's held-out problems, and its experts' load."""
+    """Return a checkpoint's accuracy and answer length on each family's held-out problems, and its experts' load.
+
+    `accuracy` is that of greedy answers, `sampled` the mean of answers at temperature 1: what GRPO raises.
+    """
     from ..teachers.transformers_model import TransformersTeacher
 
     teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
     scores = score_families(teacher, n)
+    drawn = score_families(teacher, n, Sampling(temperature=1.0, max_tokens=LONGEST), _N_SAMPLES)
     load = expert_load(teacher, held_out_texts(teacher, min(n, _N_TEXTS)))
     return {
         "accuracy": sum(score.accuracy for score in scores.values()) / len(scores),
+        "sampled": sum(score.accuracy for score in drawn.values()) / len(drawn),
         "tokens_per_answer": sum(score.tokens_per_answer for score in scores.values()) / len(scores),
         "looped": sum(score.looped for score in scores.values()) / len(scores),
         "busiest_expert": round(float(load.max()), 3),
         "idlest_expert": round(float(load.min()), 3),
         "families": {family: score.to_json() for family, score in scores.items()},
+        "sampled_families": {family: score.to_json() for family, score in drawn.items()},
     }
 
 
