@@ -4,11 +4,11 @@
     python benchmarks/bench_rl.py small --out runs/bench-small    # distilled against RL alone
 
 `r1` stops the pocket teacher's recipe early (in stages, until `--least` of its held-out problems are right), goes on
-by GRPO alone, and measures accuracy (greedy, and sampled at temperature 1, as it trains), answer length and the experts'
-load before and after. `--start DIR` takes a checkpoint that is there. `small` warms a tiny dense student up until
-`--least` are right, then trains it for the same minutes twice: on the pocket teacher's traces (the time that these took
-counts), and by GRPO (its sampling counts). Accuracy, greedy and sampled, is taken after each of equal parts, so that
-both curves stand over compute.
+by GRPO alone, and measures accuracy (greedy, and sampled at temperature 1, as it trains), answer length and the load
+of the experts before and after. `--start DIR` takes a checkpoint that is there. `small` warms a tiny dense student up
+until `--least` are right, then trains it for the same minutes twice: on the pocket teacher's traces (the time that
+these took counts), and by GRPO (its sampling counts). Accuracy, greedy and sampled, is taken after each of equal
+parts, so that both curves stand over compute.
 
 Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
 """

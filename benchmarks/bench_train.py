@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.device == "cuda" and options.steps % 10:
+        parser.error("on a GPU the steps have to be a multiple of ten")
     if options.cell:
         print(json.dumps(run_cell(options)))
         return
@@ -113,6 +115,7 @@ def suffix_of(options: Any) -> str:
     parts = [options.full and "full", options.length and f"length {options.length}"]
     parts.append(options.processor_time and "processor time")
     parts.append(options.student != "smollm2" and options.student)
+    parts.append(options.device == "cuda" and f"cuda, {options.rows_a_step} rows, {options.at_once} at once")
     return "".join(f" {part}" for part in parts if part)
 
 
@@ -324,7 +327,7 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if options.device == "cuda":
+            if options.device == "cuda" and len(ends) + 1 in (WARM_UP["cuda"], options.steps):
                 torch.cuda.synchronize()
             ends.append(time.monotonic())
 

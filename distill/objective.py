@@ -46,7 +46,7 @@ class Objective:
         self.causal_lm.forward = partial(_forward, self.causal_lm, self._fast)
 
     def _choose(self, longest: int) -> Pass:
-        if _window(self.causal_lm.config) < longest:
+        if window_of(self.causal_lm.config) < longest:
             return "padded"
         # FSDP and DeepSpeed gather a layer's weights when the layer itself is called, which the fast pass does not do.
         is_sharded = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
@@ -57,10 +57,8 @@ class Objective:
         return "packed" if can_pack(self.causal_lm) else "padded"
 
     def collator(self, pad_token_id: int) -> Callable[[Sequence[Row]], dict[str, Any]]:
-        """Return what makes a batch of rows for this pass."""
-        if self.pass_ == "padded":
-            return lambda rows: pad(rows, pad_token_id).inputs()
-        return lambda rows: pack(rows).inputs()
+        """Return what makes a batch of rows for this pass; another process can be handed it."""
+        return partial(_padded, pad_token_id) if self.pass_ == "padded" else _packed
 
     @torch.no_grad()
     def scores(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -75,6 +73,14 @@ class Objective:
     def release(self) -> None:
         """Give the model its own forward back."""
         del self.causal_lm.forward
+
+
+def _padded(pad_token_id: int, rows: Sequence[Row]) -> dict[str, Any]:
+    return pad(rows, pad_token_id).inputs()
+
+
+def _packed(rows: Sequence[Row]) -> dict[str, Any]:
+    return pack(rows).inputs()
 
 
 def _forward(
@@ -92,7 +98,7 @@ def _forward(
 ) -> Tensor | tuple[Tensor, Tensor]:
     states = states_of(causal_lm, fast, input_ids, position_ids, layout).index_select(0, positions)
     head, config, targets = causal_lm.get_output_embeddings(), causal_lm.config, targets.to(states.device)
-    softcap, scale = getattr(config, "final_logit_softcapping", None), _logit_scale(config)
+    softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
     if is_scored:
         return token_scores(states, head.weight, targets.ids, bias=head.bias, softcap=softcap, scale=scale)
     return projected_loss(states, head.weight, targets, segments, LOSSES, bias=head.bias, softcap=softcap, scale=scale)
@@ -142,7 +148,7 @@ def _check_head(causal_lm: Any) -> None:
         ids = torch.tensor([_PROBE[0].input_ids], device=causal_lm.device)
         states = causal_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         head = causal_lm.get_output_embeddings()
-        logits = head(states).float() * _logit_scale(config)
+        logits = head(states).float() * logit_scale(config)
         cap = getattr(config, "final_logit_softcapping", None)
         logits = cap * torch.tanh(logits / cap) if cap else logits
         if _near(logits, causal_lm(input_ids=ids, use_cache=False).logits.float()):
@@ -162,7 +168,7 @@ def _near(found: Tensor, expected: Tensor) -> bool:
     return bool((error <= tolerance * expected.float().norm(dim=-1).clamp(min=1e-6)).float().mean() > 0.8)
 
 
-def _window(config: Any) -> float:
+def window_of(config: Any) -> float:
     """Return how far back the narrowest attention of a model sees, in tokens."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = getattr(text, "layer_types", None) or []
@@ -173,6 +179,6 @@ def _window(config: Any) -> float:
     return float(window) if window and is_used else float("inf")
 
 
-def _logit_scale(config: Any) -> float:
+def logit_scale(config: Any) -> float:
     """Return what the model multiplies its logits by: Granite divides them, Cohere scales them."""
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

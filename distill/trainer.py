@@ -46,7 +46,8 @@ class StudentTrainer(Trainer):
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        weight = torch.tensor(sum(batch["weight"] for batch in batch_samples), device=device)
+        # filled there: a copy from here would wait for the GPU
+        weight = torch.full((), sum(batch["weight"] for batch in batch_samples), device=device)
         return self.accelerator.gather(weight).sum() if self.accelerator.num_processes > 1 else weight
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -97,9 +97,9 @@ class Linears:
             dy, d_inner = room[:, : self.n_outputs], room[:, self.n_outputs :]
             d_inner.copy_(dy @ self._b)  # [T, R]
             d_a = (d_inner.T @ x).float()  # [R, I]
-            d_b = inner.T @ dy  # [R, O], of which each adapter has its block
+            d_b = dy.T @ inner  # [O, R], of which each adapter has its block
             for adapter in self.adapters:
-                gradient = d_b[adapter.ranks, adapter.outputs].T.float()
+                gradient = d_b[adapter.outputs, adapter.ranks].float()
                 gradients += [d_a[adapter.ranks], gradient if adapter.scale == 1.0 else gradient.mul_(adapter.scale)]
         return (room @ self._back if with_input else None), gradients
 

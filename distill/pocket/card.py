@@ -24,6 +24,7 @@ from .chains import FAMILIES
 from .recipe import TRAINING_PARAMS, ExpertBalance
 
 SEED = 20_000_000  # held-out problems that nobody looked at while the recipe was made
+GREEDY = Sampling()
 
 
 def spec_of(family: str) -> str:
@@ -33,7 +34,7 @@ def spec_of(family: str) -> str:
 
 
 def score_families(
-    teacher: TransformersTeacher, n: int, sampling: Sampling = Sampling(), n_samples: int = 1
+    teacher: TransformersTeacher, n: int, sampling: Sampling = GREEDY, n_samples: int = 1
 ) -> dict[str, Score]:
     """Return the teacher's score on n held-out problems of every family, each answered n_samples times."""
     problems = {family: load_problems(spec_of(family), "test", n, SEED) * n_samples for family in FAMILIES}

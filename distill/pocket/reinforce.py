@@ -3,7 +3,7 @@
 `python -m deepdistill.distill.pocket.recipe --out EARLY --minutes 15` stops one early (20 to 60 % of its problems are
 right then), and `python -m deepdistill.distill.pocket.reinforce --start EARLY --out OUT --minutes 20` goes on from it:
 the model answers problems of the training bucket, the graders that verify traces judge, and GRPO makes right answers
-more probable. The experts stay balanced by the V3 paper's rule, as in the recipe.
+more probable. The experts' biases, which balance them in the recipe, stay as they are.
 
 Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (R1-Zero: reinforcement on the base model, no supervised data).
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from ..run import write_text
 from ..teachers.loading import load_tokenizer
 from .card import expert_load, held_out_texts, score_families, spec_of
 from .chains import FAMILIES
-from .recipe import ExpertBalance
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
-_GAMMA = 1e-4  # a tenth of the recipe's: fewer tokens stand behind a step
 _N_TEXTS = 50  # a family, for the experts' load
 _N_SAMPLES = 4  # of a problem, at the temperature of the training
 
@@ -39,19 +37,6 @@ def training_problems(n: int, seed: int, families: Sequence[str] = tuple(FAMILIE
     drawn = [load_problems(spec_of(family), "train", n, seed) for family in families]
     longest = max(map(len, drawn))
     return [some[i] for i in range(longest) for some in drawn if i < len(some)]
-
-
-def balancing(gamma: float = _GAMMA) -> Callable[[Any], None]:
-    """Return what keeps a model's experts balanced, to be called with it after every step."""
-    balances: list[ExpertBalance] = []
-
-    def after_step(model: Any) -> None:
-        if not balances:
-            balances.append(ExpertBalance(model))  # counts from the next forward pass on
-        elif balances[0].load.sum() > 0:
-            balances[0].update(gamma)
-
-    return after_step
 
 
 def reinforce(
@@ -75,7 +60,6 @@ def reinforce(
             out.with_name(f"{out.name}-checkpoints"),
             out,
             on_progress=on_progress,
-            after_step=balancing(),
         )
 
 

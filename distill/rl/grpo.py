@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,11 @@ class GrpoSettings:
 
 @dataclass(frozen=True)
 class GrpoReport:
-    """What a run did. `curve` has a record every step: minutes, share right, mean tokens, sampled tokens so far."""
+    """What a run did.
+
+    `curve` has a record every step: minutes, the share of right answers, that of groups whose answers earned different
+    rewards (no other teaches), mean tokens, sampled tokens so far.
+    """
 
     steps: int
     minutes: float
@@ -90,11 +94,8 @@ def grpo(
     *,
     device: str = "auto",
     on_progress: Progress = no_progress,
-    after_step: Callable[[Any], None] | None = None,
 ) -> GrpoReport:
     """Train all weights of the checkpoint in base_dir by reward and save it to out; go on from the last checkpoint.
-
-    `after_step` gets the model after every step (the pocket teacher balances its experts there).
 
     Raises:
         ModelError: TRL is not installed, or the weights cannot be loaded.
@@ -110,7 +111,7 @@ def grpo(
     quiet_transformers()
     model: Any = load_base(base_dir, torch.float32).to(where)
     sampler = _Sampler(tokenizer, problems, grader, settings)
-    watch = _Watch(settings, sampler, on_progress, after_step)
+    watch = _Watch(settings, sampler, on_progress)
     trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, where)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
     save_checkpoint(trainer.model, base_dir, tokenizer, out)
@@ -173,14 +174,8 @@ class _Sampler:
 class _Watch(TrainerCallback):
     """Keeps the time, the curve and the checkpoints."""
 
-    def __init__(
-        self,
-        settings: GrpoSettings,
-        sampler: _Sampler,
-        on_progress: Progress,
-        after_step: Callable[[Any], None] | None,
-    ) -> None:
-        self._settings, self._sampler, self._on_progress, self._after_step = settings, sampler, on_progress, after_step
+    def __init__(self, settings: GrpoSettings, sampler: _Sampler, on_progress: Progress) -> None:
+        self._settings, self._sampler, self._on_progress = settings, sampler, on_progress
         self._before = 0.0
         self._started = self._saved = time.monotonic()
         self.curve: list[dict[str, float]] = []
@@ -202,16 +197,17 @@ class _Watch(TrainerCallback):
             self._before, self.curve, self._sampler.n_tokens = kept["seconds"], kept["curve"], kept["sampled_tokens"]
         self._started = self._saved = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._after_step:
-            self._after_step(model)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         rewards, lengths = self._sampler.rewards, self._sampler.lengths
         right = sum(reward.is_right for reward in rewards) / len(rewards)
+        totals, size = [reward.total for reward in rewards], self._settings.group_size
+        groups = [totals[i : i + size] for i in range(0, len(totals), size)]
         self.curve.append(
             {
                 "step": state.global_step,
                 "minutes": round(self.seconds() / 60, 3),
                 "right": round(right, 4),
+                "groups": round(sum(len(set(group)) > 1 for group in groups) / len(groups), 4),
                 "tokens": round(sum(lengths) / len(lengths), 1),
                 "sampled_tokens": self._sampler.n_tokens,
             }
@@ -261,6 +257,7 @@ def _make_trainer(
         max_completion_length=settings.max_tokens,
         temperature=settings.temperature,
         beta=settings.kl_weight,
+        scale_rewards="none",  # else a group of wrong answers, one of them not even closed, teaches as much as any
         epsilon=settings.clip_low,
         epsilon_high=settings.clip_high,
         max_steps=settings.steps,

@@ -1,23 +1,28 @@
-"""TRL's `GRPOTrainer` on packed rows, with a learning rate that falls to zero.
+"""TRL's `GRPOTrainer` on packed rows that teach something, with a learning rate that falls to zero.
 
-TRL pads every answer to the longest: with answers of 76 tokens on average and a few of 192, most of what it computes
-is padding. Here rows lie end to end, a problem's prompt once for its whole group (see `packing`); the loss is TRL's.
+TRL pads every answer to the longest. Here rows lie end to end, a problem's prompt once for its whole group (see
+`packing`). And where all answers of a group earned the same, none has an advantage: such rows are half of them or more,
+and are left out of the passes. The loss and its gradient are TRL's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from ..fast.interface import use_row_attention
-from ..objective import can_pack, states_of
+from ..objective import can_pack, logit_scale, states_of, window_of
 from ..packing import pack
 from ..rows import Row
+
+_LEAST = 1e-3  # of an advantage: the mean of equal rewards is rounded
+_CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 
 
 class RewardTrainer(GRPOTrainer):
@@ -28,18 +33,16 @@ class RewardTrainer(GRPOTrainer):
     def __init__(self, rate: Callable[[int], float], **keywords: Any) -> None:
         super().__init__(**keywords)
         self._rate = rate
-        # Answers are sampled with the model's own attention. DDP, FSDP and DeepSpeed need the call of the whole model.
-        with self._own_attention():
-            self._packs = self.accelerator.num_processes == 1 and can_pack(self.model)
+        self._longest = self._longest_packed()  # rows longer than that are padded, as TRL does
 
-    @contextmanager
-    def _own_attention(self) -> Iterator[None]:
-        """Leave the model with the attention that it has now."""
-        attention = self.model.config._attn_implementation
-        try:
-            yield
-        finally:
-            self.model.config._attn_implementation = attention
+    def _longest_packed(self) -> float:
+        config = self.model.config
+        is_plain = not getattr(config, "final_logit_softcapping", None) and logit_scale(config) == 1.0
+        # DDP, FSDP and DeepSpeed need the call of the whole model
+        if not is_plain or self.accelerator.num_processes > 1:
+            return 0
+        with _own_attention(self.model):
+            return window_of(config) if can_pack(self.model) else 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule."""
@@ -47,6 +50,10 @@ class RewardTrainer(GRPOTrainer):
             of = optimizer if optimizer is not None else self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(of, self._rate)  # type: ignore[arg-type]
         return self.lr_scheduler
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = super()._compute_loss(model, teaching_rows(inputs))  # type: ignore[no-untyped-call]
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -59,35 +66,75 @@ class RewardTrainer(GRPOTrainer):
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return log-probabilities and entropies of the answers' tokens `[n, logits_to_keep]`, and no other loss."""
-        if not self._packs or others.get("compute_aux_loss"):
+        if input_ids.shape[1] > self._longest or others.get("compute_aux_loss"):
             found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
             return found
         n_at_once = batch_size or len(input_ids)
         parts = [
-            self._scores(input_ids[i : i + n_at_once], attention_mask[i : i + n_at_once], logits_to_keep)
+            self._scores(model, input_ids[i : i + n_at_once], attention_mask[i : i + n_at_once], logits_to_keep)
             for i in range(0, len(input_ids), n_at_once)
         ]
         logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
         return logps, entropies if compute_entropy else None, None
 
-    def _scores(self, input_ids: Tensor, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    def _scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies `[n, n_kept]` of rows whose last n_kept places hold the answers."""
-        there = attention_mask.bool()
+        there, device = attention_mask.bool().cpu(), input_ids.device
         n_prompt = there[:, :-n_kept].sum(1).tolist()
-        given = [Row(ids[here].tolist(), n) for ids, here, n in zip(input_ids, there, n_prompt, strict=True)]
+        given = [Row(ids[here].tolist(), n) for ids, here, n in zip(input_ids.cpu(), there, n_prompt, strict=True)]
         order = sorted(range(len(given)), key=lambda i: list(given[i].input_ids))  # as they are packed
         batch = pack([given[i] for i in order])
-        device = input_ids.device
-        with self._own_attention(), self.accelerator.autocast():
-            use_row_attention(self.model)
-            states = states_of(self.model, None, batch.input_ids.to(device), batch.position_ids, batch.layout)
-            logits = self.model.get_output_embeddings()(states[batch.positions.to(device)])  # [N, V]
-        each = torch.log_softmax(logits.float() / self.temperature, dim=-1)
-        chosen = each.gather(1, batch.targets.ids[:, None].to(device)).squeeze(1)
-        with torch.no_grad():
-            spread = -(each.exp() * each).sum(-1)
+        with _own_attention(model), self.accelerator.autocast():
+            use_row_attention(model)
+            states = states_of(model, None, batch.input_ids.to(device), batch.position_ids, batch.layout)
+            states, ids = states[batch.positions.to(device)], batch.targets.ids.to(device)
+            scored = _of_tokens(states, ids, model.get_output_embeddings(), self.temperature)
         row, place = there[order, -n_kept:].nonzero(as_tuple=True)
-        index, shape = (torch.tensor(order, device=device)[row], place), (len(given), n_kept)
-        return chosen.new_zeros(shape).index_put(index, chosen), spread.new_zeros(shape).index_put(index, spread)
+        index = torch.tensor(order, device=device)[row.to(device)], place.to(device)
+        shape = len(given), n_kept
+        chosen, spread = (flat.new_zeros(shape).index_put(index, flat) for flat in scored)
+        return chosen, spread
+
+
+def teaching_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of TRL's without the rows that have no advantage; one stays where none has."""
+    advantages = inputs["advantages"]
+    kept = (advantages.abs().reshape(len(advantages), -1).amax(1) > _LEAST).nonzero().squeeze(1)
+    if not len(kept):
+        kept = kept.new_zeros(1)
+
+    def of(value: Any) -> Any:
+        is_by_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(advantages)
+        return value[kept] if is_by_row else value
+
+    return {name: of(value) for name, value in inputs.items()}
+
+
+def _of_tokens(states: Tensor, ids: Tensor, head: Any, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log-probability and entropy of each token `[N]` of the states `[N, H]` that predict them, in chunks."""
+
+    def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logps = torch.log_softmax(head(states).float() / temperature, dim=-1)  # [n, V]
+        with torch.no_grad():
+            entropies = -(logps.exp() * logps).sum(-1)
+        return logps.gather(1, ids[:, None]).squeeze(1), entropies
+
+    rows = max(1, _CHUNK_BYTES // (4 * head.weight.shape[0]))
+    if len(states) <= rows:
+        return score(states, ids)
+    chunks = zip(states.split(rows), ids.split(rows), strict=True)
+    parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
+    return logps, entropies
+
+
+@contextmanager
+def _own_attention(model: Any) -> Iterator[None]:
+    """Leave a model with the attention that it has now: answers are sampled with it."""
+    attention = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = attention

@@ -218,7 +218,7 @@ def _chain_inputs(chain: str, n: int, device: str) -> list[Any]:
         "rms_norm_backward": [draw(n, 32), draw(n, 32), draw(32), draw(n, 1), draw(n, 32)],
         "gated": [draw(n, 64)[:, :32], draw(n, 64)[:, 32:], room[:, :32]],
         "gated_backward": [*(draw(n, 32) for _ in range(4)), *both],
-        "rotate": [draw(3, n, 5, 8)[:, :, :3], draw(n, 8), draw(n, 8)],
+        "rotate": [draw(n // 4, n, 5, 8)[:, :, :3], draw(n, 8), draw(n, 8)],
     }
     return inputs[chain]
 
@@ -232,12 +232,14 @@ def test_a_chain_as_one_kernel_computes_and_writes_what_its_operations_do(
     chain: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = getattr(blocks, chain)
-    for n in (12, 20, 36):  # the same kernel for each number of tokens
+    for n in (12, 20, 36):
         results = []
         for devices in ((), (device,)):
             monkeypatch.setattr(fused, "DEVICES", devices)
             inputs = _chain_inputs(chain, n, device)
-            returned = run(*inputs)
+            # the kernel that was compiled for the first number of tokens does for the others
+            with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=n != 12):
+                returned = run(*inputs)
             results.append([*(returned if isinstance(returned, tuple) else (returned,)), *inputs])
         for plain, found in zip(*results, strict=True):
             is_used_up = chain == "gated_backward" and plain is results[0][1]

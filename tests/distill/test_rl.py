@@ -93,9 +93,17 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
     assert (tmp_path / "student" / "model.safetensors").exists()
 
 
+class LikesLong:
+    """A grader that calls answers of some lengths right, so that most groups hold both."""
+
+    def grade(self, problem: Problem, content: str) -> Grade:
+        is_right = len(content) % 3 == 0
+        return Grade(content, "right" if is_right else "wrong", "grader", float(is_right))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_sparse", [False, True])
-def test_packed_answers_have_the_log_probabilities_that_trl_gives_padded_ones(
+def test_packed_rows_that_teach_have_the_log_probabilities_and_gradients_of_trls_padded_ones(
     is_sparse: bool, chain_sum: str, pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl", reason="the rl extra is not installed")
@@ -104,26 +112,61 @@ def test_packed_answers_have_the_log_probabilities_that_trl_gives_padded_ones(
     from deepdistill.distill.rl.grpo import GrpoSettings, grpo
     from deepdistill.distill.rl.trainer import RewardTrainer
 
-    packed, n_compared = RewardTrainer._get_per_token_logps_and_entropies, []
+    packed, ours, left_out = RewardTrainer._get_per_token_logps_and_entropies, RewardTrainer._compute_loss, []
+    n_compared: list[int] = []
 
     def compared(self: Any, model: Any, ids: Any, mask: Any, n_kept: int, *others: Any, **named: Any) -> Any:
-        assert self._packs
+        assert ids.shape[1] <= self._longest
         found = packed(self, model, ids, mask, n_kept, *others, **named)
         with torch.no_grad():
             plain = GRPOTrainer._get_per_token_logps_and_entropies(self, model, ids, mask, n_kept, *others, **named)
         there = mask[:, -n_kept:].bool()
         n_compared.append(int(there.sum()))
-        for ours, theirs in zip(found[:2], plain[:2], strict=True):
-            torch.testing.assert_close(ours[there], theirs[there], rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(found[:2], plain[:2], strict=True):
+            torch.testing.assert_close(mine[there], theirs[there], rtol=1e-4, atol=1e-4)
         return found
 
+    def loss(self: Any, model: Any, inputs: Any) -> Any:
+        left_out.append(int((inputs["advantages"].abs() < 1e-3).sum()))
+        weights = [p for p in model.parameters() if p.requires_grad]
+        plain = torch.autograd.grad(GRPOTrainer._compute_loss(self, model, inputs), weights, allow_unused=True)
+        found = torch.autograd.grad(ours(self, model, inputs), weights, allow_unused=True)
+        for mine, theirs in zip(found, plain, strict=True):
+            if mine is not None and theirs is not None:
+                torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+        return ours(self, model, inputs)
+
     monkeypatch.setattr(RewardTrainer, "_get_per_token_logps_and_entropies", compared)
+    monkeypatch.setattr(RewardTrainer, "_compute_loss", loss)
     start = pocket_dir() if is_sparse else pocket_student
-    settings = GrpoSettings(steps=2, group_size=4, problems_per_step=4, max_tokens=48, temperature=0.7)
+    settings = GrpoSettings(
+        steps=2, group_size=4, problems_per_step=4, max_tokens=48, temperature=1.3, format_weight=0.0
+    )
     folders = (tmp_path / "checkpoints", tmp_path / "student")
-    grpo(start, load_problems(chain_sum, "train", 4, 0), load_tokenizer(start), Contains(), settings, *folders)
-    assert len(n_compared) == 2
-    assert min(n_compared) > 100
+    tokenizer = load_tokenizer(start)
+    if not is_sparse:  # a random student rarely closes its thinking
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    report = grpo(start, load_problems(chain_sum, "train", 4, 0), tokenizer, LikesLong(), settings, *folders)
+    assert sum(n_compared) > 500
+    assert 0 < sum(left_out) < 32
+    assert 0 < sum(point["groups"] for point in report.curve) < 2
+
+
+def test_rows_without_an_advantage_are_left_out_and_one_stays() -> None:
+    pytest.importorskip("trl", reason="the rl extra is not installed")
+    from deepdistill.distill.rl.trainer import teaching_rows
+
+    inputs = {
+        "advantages": torch.tensor([0.0, 0.5, 6e-8, -0.5]),
+        "completion_ids": torch.arange(8).view(4, 2),
+        "num_items_in_batch": torch.tensor(8),
+        "name": "kept",
+    }
+    found = teaching_rows(inputs)
+    assert found["advantages"].tolist() == [0.5, -0.5]
+    assert found["completion_ids"].tolist() == [[2, 3], [6, 7]]
+    assert (found["num_items_in_batch"].item(), found["name"]) == (8, "kept")
+    assert len(teaching_rows(inputs | {"advantages": torch.zeros(4)})["completion_ids"]) == 1
 
 
 @pytest.mark.slow
@@ -157,7 +200,7 @@ def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> Non
 
 
 def test_experts_are_balanced_while_they_learn() -> None:
-    """The hook that the pocket teacher's recipe gives: after a step an overloaded expert's bias goes down."""
+    """After a step an overloaded expert's bias goes down."""
     from transformers import AutoModelForCausalLM
 
     from deepdistill.distill.pocket.recipe import ExpertBalance
