@@ -111,7 +111,7 @@ def main() -> None:
     with Bars(quiet=False) as bars:
         result = teach(settings, out / "run", stop_after="training", on_progress=bars)
         assert result.student_dir is not None
-        models = {"base": student_dir(arguments.student), "student": result.student_dir}
+        models = {"student": result.student_dir, "base": student_dir(arguments.student)}
         for hop, model in models.items():
             for name in ("seen", "unseen"):
                 for sample in range(arguments.n_samples):
