@@ -25,10 +25,11 @@ _LEAST = 1e-3  # of an advantage: the mean of equal rewards is rounded
 _CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 
 
-class RewardTrainer(GRPOTrainer):
+class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPO whose learning rate is `rate(step)` times the peak."""
 
     model: Any
+    lr_scheduler: Any
 
     def __init__(self, rate: Callable[[int], float], **keywords: Any) -> None:
         super().__init__(**keywords)
@@ -48,11 +49,11 @@ class RewardTrainer(GRPOTrainer):
         """Return the schedule."""
         if self.lr_scheduler is None:
             of = optimizer if optimizer is not None else self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(of, self._rate)  # type: ignore[arg-type]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(of, self._rate)
         return self.lr_scheduler
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        loss: Tensor = super()._compute_loss(model, teaching_rows(inputs))  # type: ignore[no-untyped-call]
+        loss: Tensor = super()._compute_loss(model, teaching_rows(inputs))
         return loss
 
     def _get_per_token_logps_and_entropies(
