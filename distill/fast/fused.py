@@ -41,8 +41,8 @@ def on_gpu(chain: F) -> F:
             _mark([first, *others, *named.values()])
             try:
                 return compiled(first, *others, **named)
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # before anything was computed
-                _log.warning("no kernels of our own here, training is slower: %s", str(error).strip().splitlines()[0])
+            except torch._dynamo.exc.TorchDynamoException as error:  # before anything was computed
+                _log.warning("no kernels of our own here, training is slower: %s", " ".join(str(error).split())[:200])
                 compiled = chain
         return compiled(first, *others, **named)
 

@@ -66,7 +66,7 @@ def reinforce(
 def measure(folder: Path, n: int) -> dict[str, Any]:
     """Return a checkpoint's accuracy and answer length on each family's held-out problems, and its experts' load.
 
-    `accuracy` is that of greedy answers, `sampled` the mean of answers at temperature 1: what GRPO raises.
+    `accuracy` is that of greedy answers, `sampled` the mean of answers at temperature 1, as GRPO trains.
     """
     from ..teachers.transformers_model import TransformersTeacher
 

@@ -247,6 +247,24 @@ def test_a_chain_as_one_kernel_computes_and_writes_what_its_operations_do(
                 torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_where_the_compiler_fails_the_operations_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._dynamo
+
+    failure = torch._dynamo.exc.BackendCompilerFailed.__new__(torch._dynamo.exc.BackendCompilerFailed)
+    tried = []
+
+    def broken(*_: Any) -> Tensor:
+        tried.append(1)
+        raise failure
+
+    monkeypatch.setattr(torch, "compile", lambda chain: broken)
+    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+    twice = fused.on_gpu(lambda x: 2 * x)
+    assert [twice(torch.ones(2, 2)).sum().item() for _ in range(3)] == [8.0, 8.0, 8.0]
+    assert len(tried) == 1
+
+
 @pytest.mark.slow
 def test_the_demos_student_in_fp32_is_exact() -> None:
     from peft import LoraConfig, get_peft_model
