@@ -28,8 +28,9 @@ from deepdistill.distill.lessons import lessons
 from deepdistill.distill.pocket.recipe import Recipe
 from deepdistill.distill.pocket.recipe import train as train_pocket
 from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems import Problem, load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.rl.choose_problems import sometimes_solved
 from deepdistill.distill.rl.grpo import GrpoSettings, grpo
 from deepdistill.distill.rows import Row
 from deepdistill.distill.run import write_text
@@ -43,6 +44,7 @@ from deepdistill.localrun.generation import Sampling
 from deepdistill.localrun.progress import Bars
 
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
+_RL_TOKENS = 96  # of a sampled answer to them
 
 
 class Cells:
@@ -63,6 +65,18 @@ class Cells:
         write_text(self._path, json.dumps(self.done, indent=1))
 
 
+def grpo_settings(arguments: argparse.Namespace, minutes: float, max_tokens: int, seed: int) -> GrpoSettings:
+    """Return GRPO's settings, boxed in time."""
+    return GrpoSettings(
+        steps=10**6,
+        minutes=minutes,
+        problems_per_step=arguments.problems_per_step,
+        max_tokens=max_tokens,
+        lr=arguments.lr,
+        seed=seed,
+    )
+
+
 def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     """V3 to R1."""
     out: Path = arguments.out
@@ -78,9 +92,7 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cells.save("before", found)
     if "before" not in cells:
         cells.save("before", measure(early, arguments.n_eval))
-    settings = GrpoSettings(
-        steps=10**6, minutes=arguments.minutes, max_tokens=LONGEST, lr=arguments.lr, seed=arguments.seed
-    )
+    settings = grpo_settings(arguments, arguments.minutes, LONGEST, arguments.seed)
     if "after" not in cells:
         report = reinforce(early, out / "reinforced", settings, on_progress=bars)
         cells.save("after", measure(out / "reinforced", arguments.n_eval) | {"report": asdict(report)})
@@ -112,6 +124,20 @@ def rows_of(traces_path: Path) -> list[Row]:
     return rows
 
 
+def problems_of(start: Path, n: int, cells: Cells) -> tuple[list[Problem], float]:
+    """Return the training problems that the student solves now and then, and the minutes that finding them took."""
+    problems = load_problems(PROBLEMS, "train", n, 1)
+    if "chosen" not in cells:
+        began = time.monotonic()
+        sampling = Sampling(temperature=1.0, max_tokens=_RL_TOKENS)
+        with open_teacher(str(start), batch_size=256) as model, Grader() as grader:
+            chosen = sometimes_solved(model, problems, grader, sampling)
+        cells.save("chosen", {"ids": [p.id for p in chosen], "minutes": (time.monotonic() - began) / 60})
+    found = cells.done["chosen"]
+    ids = set(found["ids"])
+    return [problem for problem in problems if problem.id in ids], found["minutes"]
+
+
 def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     """Distilled against RL alone."""
     out: Path = arguments.out
@@ -132,11 +158,12 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         )
         cells.save("start", accuracy_of(start, arguments.n_eval) | {"parts": part})
     part_minutes = arguments.minutes / arguments.n_parts
-    problems = load_problems(PROBLEMS, "train", arguments.n_traces, 1)
     for arm in ("distilled", "reinforced"):
         model, spent, sampled, learned = start, 0.0, 0, 0
         if arm == "distilled":
             spent = cells.done["traces"]["minutes"]
+        else:
+            problems, spent = problems_of(start, arguments.n_traces, cells)
         for part in range(1, arguments.n_parts + 1):
             key, target = f"{arm} {part}", out / f"{arm}-{part}"
             if key not in cells:
@@ -148,7 +175,9 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
                     report = train(model, rows, tokenizer, box, out / f"{key}-checkpoints", target, bars)
                     learned += report.tokens
                 else:
-                    options = GrpoSettings(steps=10**6, minutes=part_minutes, max_tokens=96, lr=arguments.lr, seed=part)
+                    # Choosing problems took of the first part's minutes.
+                    left = part_minutes - (spent if part == 1 else 0)
+                    options = grpo_settings(arguments, left, _RL_TOKENS, part)
                     with Grader() as grader:
                         report_rl = grpo(
                             model,
@@ -188,7 +217,8 @@ def main() -> None:
     parser.add_argument("--n-parts", type=int, default=4)
     parser.add_argument("--n-traces", type=int, default=4000)
     parser.add_argument("--n-eval", type=int, default=200)
-    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--lr", type=float, default=2e-4, help="of GRPO")
+    parser.add_argument("--problems-per-step", type=int, default=64, help="of GRPO, 8 answers to each")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.least is None:

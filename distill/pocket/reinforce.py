@@ -1,9 +1,10 @@
 """V3 to R1, small: a pocket teacher that was stopped early improves by reinforcement alone, without another trace.
 
 `python -m deepdistill.distill.pocket.recipe --out EARLY --minutes 15` stops one early (20 to 60 % of its problems are
-right then), and `python -m deepdistill.distill.pocket.reinforce --start EARLY --out OUT --minutes 20` goes on from it:
+right then), and `python -m deepdistill.distill.pocket.reinforce --start EARLY --out OUT --minutes 60` goes on from it:
 the model answers problems of the training bucket, the graders that verify traces judge, and GRPO makes right answers
-more probable. The experts' biases, which balance them in the recipe, stay as they are.
+more probable. Only problems that it solves now and then are taken. The experts' biases, which balance them in
+the recipe, stay as they are.
 
 Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (R1-Zero: reinforcement on the base model, no supervised data).
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ from ...localrun.generation import Sampling
 from ...localrun.progress import Bars, Progress, no_progress
 from ..grade import Grader
 from ..problems import Problem, load_problems
+from ..rl.choose_problems import sometimes_solved
 from ..rl.grpo import GrpoReport, GrpoSettings, grpo
 from ..run import write_text
+from ..teachers import open_teacher
 from ..teachers.loading import load_tokenizer
 from .card import expert_load, held_out_texts, score_families, spec_of
 from .chains import FAMILIES
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load
+_ROWS = 256  # sampled at once while problems are chosen
 _N_SAMPLES = 4  # of a problem, at the temperature of the training
 
 
@@ -44,13 +49,22 @@ def reinforce(
     out: Path,
     settings: GrpoSettings,
     *,
-    n_problems: int = 4000,
+    n_problems: int = 1500,
     families: Sequence[str] = tuple(FAMILIES),
     on_progress: Progress = no_progress,
 ) -> GrpoReport:
-    """Improve the checkpoint in start by reward and write it to out; the same call goes on."""
-    problems = training_problems(n_problems, settings.seed, families)
+    """Improve the checkpoint in start by reward and write it to out; the same call goes on.
+
+    Of n_problems of each family those are taken that it solves now and then; finding them counts as time.
+    """
+    problems, began = training_problems(n_problems, settings.seed, families), time.monotonic()
+    sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed)
     with Grader() as grader:
+        on_progress("choosing problems", 0, 1, f"of {len(problems)}")
+        with open_teacher(str(start), batch_size=_ROWS) as model:
+            problems = sometimes_solved(model, problems, grader, sampling)
+        if settings.minutes is not None:
+            settings = replace(settings, minutes=settings.minutes - (time.monotonic() - began) / 60)
         return grpo(
             start,
             problems,
@@ -91,13 +105,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--lr", type=float, default=GrpoSettings.lr)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--problems-per-step", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-eval", type=int, default=200)
     arguments = parser.parse_args()
     settings = GrpoSettings(
-        steps=10**6, minutes=arguments.minutes, max_tokens=LONGEST, lr=arguments.lr, seed=arguments.seed
+        steps=10**6,
+        minutes=arguments.minutes,
+        problems_per_step=arguments.problems_per_step,
+        max_tokens=LONGEST,
+        lr=arguments.lr,
+        seed=arguments.seed,
     )
     with Bars(quiet=False) as bars:
         report = reinforce(arguments.start, arguments.out, settings, on_progress=bars)

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ...localrun.generation import Sampling, TopLogprobs
 from .choose import choose, draw_uniforms, top_of
 from .growing_cache import GrowingLayer, stack_rows
+from .latent_attention import LatentAttention
 
 _PREFILL_TOKENS = 16384  # a prefill pass with its padding; bounds the memory that long prompts take
 _WINDOW = 2  # batches drawn at once and sorted by length
@@ -88,6 +89,7 @@ class BatchDecoder:
         self.shared: list[int] = []  # the prefix's tokens
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # a layer's keys and values, [1, H, n_prefix, D]
         self.n_top = 0
+        self.latent = LatentAttention(model)
         self.by_row = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
     @property
@@ -133,7 +135,8 @@ class BatchDecoder:
         self.width += 1
         if self.width > self.mask.shape[1]:
             self.mask = F.pad(self.mask, (0, self.width), value=1)
-        logits = self._forward(last, self.mask[:, : self.width], positions, self.cache)
+        with self.latent.one_token():
+            logits = self._forward(last, self.mask[:, : self.width], positions, self.cache)
         return self._take(self.rows, logits, sampling)
 
     def _join(self, new: list[Row], sampling: Sampling) -> list[Row]:
@@ -141,14 +144,25 @@ class BatchDecoder:
         device, started, n_prefix = self.model.device, time.monotonic(), self.n_prefix
         for row in new:
             row.n_shared = n_prefix if n_prefix < len(row.prompt) and row.prompt[:n_prefix] == self.shared else 0
+        # Several answers to one prompt: it is computed once.
+        place: dict[tuple[int, ...], int] = {}
+        firsts: list[Row] = []
+        for row in new:
+            if place.setdefault(tuple(row.prompt), len(firsts)) == len(firsts) or not self.by_row:
+                firsts.append(row)
         width = max(row.n_own for row in new)
-        own = [[self.pad_id] * (width - row.n_own) + row.prompt[row.n_shared :] for row in new]
-        n_shared = torch.tensor([[row.n_shared] for row in new])
-        is_own = (torch.arange(width)[None] >= torch.tensor([[width - row.n_own] for row in new])).long()  # [B, T]
+        own = [[self.pad_id] * (width - row.n_own) + row.prompt[row.n_shared :] for row in firsts]
+        n_shared = torch.tensor([[row.n_shared] for row in firsts])
+        is_own = (torch.arange(width)[None] >= torch.tensor([[width - row.n_own] for row in firsts])).long()  # [B, T]
         positions = (n_shared + is_own.cumsum(-1) - 1).clamp(min=0).to(device)  # [B, T]
         mask = torch.cat([(n_shared > 0).long().expand(-1, n_prefix), is_own], 1).to(device)  # [B, n_prefix + T]
-        cache = self._new_cache(len(new))
+        cache = self._new_cache(len(firsts))
         logits = self._forward(torch.tensor(own, device=device), mask, positions, cache)
+        if len(firsts) < len(new):
+            index = torch.tensor([place[tuple(row.prompt)] for row in new], device=device)
+            logits, mask = logits.index_select(0, index), mask.index_select(0, index)
+            for layer in cache.layers:
+                layer.keep(index, torch.arange(n_prefix + width, device=device))
         for row in new:
             row.started = started
         ended = self._take(new, logits, sampling)

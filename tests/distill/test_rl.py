@@ -17,6 +17,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.errors import UsageError
+from deepdistill.localrun.generation import Completion, Sampling
 
 
 class Contains:
@@ -222,3 +223,37 @@ def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) ->
     settings.training.update({"qlora": True, "dtype": "bf16"})
     with pytest.raises(UsageError, match="no use of --curriculum, --qlora, --train-dtype"):
         teach(settings, tmp_path / "run")
+
+
+def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
+    from deepdistill.distill.rl.choose_problems import sometimes_solved
+
+    problems = [Problem(f"p{i}", f"{i}?", "yes", "s", "number") for i in range(4)]
+
+    class Answers:
+        """Solves problem i in i of 3 tries."""
+
+        def generate(self, requests: Any, sampling: Sampling) -> Any:
+            seeds = []
+            for index, request in enumerate(requests):
+                question = int(request.messages[-1]["content"][:-1])
+                seeds.append(request.seed)
+                content = "yes" if index % 3 < question else "no"
+                yield index, Completion(content, None, None, "stop", 1, 1, 0, 0.0)
+            assert len(set(seeds)) == len(seeds) == 12
+
+    def chosen(some: list[Problem]) -> list[str]:
+        kept = sometimes_solved(Answers(), some, Contains(), Sampling(temperature=1.0), 3)  # type: ignore[arg-type]
+        return [problem.id for problem in kept]
+
+    assert chosen(problems) == ["p1", "p2"]
+    assert (
+        sometimes_solved(
+            Answers(),
+            [problems[0]] * 4,
+            Contains(),
+            Sampling(),
+            3,  # type: ignore[arg-type]
+        )
+        == [problems[0]] * 4
+    )

@@ -43,9 +43,9 @@ MODELS: dict[str, Callable[[int], Any]] = {
         topk_group=1,
         first_k_dense_replace=1,
         q_lora_rank=None,
-        kv_lora_rank=8,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
+        kv_lora_rank=12,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
         v_head_dim=8,
         **SMALL,
     ),
@@ -290,6 +290,56 @@ def test_samples_depend_on_seed_and_index_but_not_on_the_batch(llama: Transforme
     assert len({answer.token_ids for _, answer in llama.generate(same, sampling)}) > 1
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_prompt_is_computed_once_for_all_its_answers(folders: dict[str, Path], kind: str) -> None:
+    teacher = TransformersTeacher(folders[kind], device="cpu", batch_size=6)
+    sampling = Sampling(temperature=1.0, max_tokens=12)
+    requests = [Request(ask(2)[i % 2].messages, seed=i) for i in range(6)]
+    alone = [next(iter(teacher.generate([request], sampling)))[1].token_ids for request in requests]
+    prefilled: list[int] = []
+    hook = teacher.model.register_forward_pre_hook(
+        lambda _, args, given: prefilled.append(given["input_ids"].shape[0] * (given["input_ids"].shape[1] > 1)),
+        with_kwargs=True,
+    )
+    answers = dict(teacher.generate(requests, sampling))
+    hook.remove()
+    assert [answers[i].token_ids for i in range(6)] == alone
+    assert len(set(alone)) > 2
+    # what all prompts begin with, then the rest of both; a cache that cannot be cut by row takes all six
+    assert [n for n in prefilled if n] == ([6] if kind == "sliding" else [1, 2])
+
+
+def test_a_step_looks_at_the_latents_themselves(folders: dict[str, Path]) -> None:
+    """Multi-head latent attention: only the prompt's latents are expanded to keys and values, once."""
+    teacher = TransformersTeacher(folders["deepseek_v3"], device="cpu", batch_size=4)
+    attention = teacher.model.model.layers[1].self_attn
+    if not hasattr(attention, "expand_kv"):
+        pytest.skip("this transformers keeps whole keys and values")
+    conversations, widths = ask(4), list[int]()
+    expected = [generated_alone(teacher, list(request.messages), 12) for request in conversations]
+    hook = attention.kv_b_proj.register_forward_hook(lambda _, args, output: widths.append(output.shape[-2]))
+    answers = dict(teacher.generate(conversations, Sampling(max_tokens=12)))
+    assert [answers[i].token_ids for i in range(4)] == expected
+    assert len(widths) == 2  # the shared words, then the rest
+    assert teacher.model.config._attn_implementation == "sdpa"
+
+    # a wrapped projection may not be what its weight says
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.inner(x)
+
+    attention.kv_b_proj = Wrapped(attention.kv_b_proj)
+    widths.clear()
+    answers = dict(teacher.generate(conversations, Sampling(max_tokens=12)))
+    assert [answers[i].token_ids for i in range(4)] == expected
+    assert len(widths) > 2
+    hook.remove()
+
+
 def test_closing_the_iterator_stops_and_the_teacher_answers_again(llama: TransformersTeacher) -> None:
     answers = llama.generate(ask(9), Sampling(max_tokens=24))
     next(answers)
@@ -321,13 +371,14 @@ def test_thinking_is_told_from_the_answer(llama: TransformersTeacher, monkeypatc
     assert (cut.content, cut.closed, cut.finish_reason, cut.reasoning_tokens) == ("", False, "length", 4)
 
 
-class Parrot:
+class Parrot(torch.nn.Module):
     """A model that says what it was told, whatever it is asked."""
 
     def __init__(self, model: Any, tokens: list[int]) -> None:
+        super().__init__()
         self.config, self.device, self.tokens, self.n = model.config, model.device, tokens, 0
 
-    def __call__(self, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
         rows, width = input_ids.shape
         states = torch.zeros(rows, 1, width, 1)
         for i in range(len(past_key_values.layers)):
