@@ -7,11 +7,13 @@ the step, whatever micro-batches and processes it is cut into.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ..errors import UsageError
@@ -31,6 +33,10 @@ class StudentTrainer(Trainer):
         self._settings, self._clock, self._objective = settings, clock, objective
         super().__init__(callbacks=[clock], **keywords)
         self.remove_callback(PrinterCallback)
+        if self.is_deepspeed_enabled:
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+            if zero.get("stage") == 3:  # else its weights cannot be put together in the end
+                zero["stage3_gather_16bit_weights_on_model_save"] = True
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
@@ -76,7 +82,9 @@ class StudentTrainer(Trainer):
         """Return all weights, in the first process, where each process holds a part (FSDP, DeepSpeed); else None."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
-        return dict(self.accelerator.get_state_dict(self.model_wrapped))
+        gathered = self.accelerator.get_state_dict(self.model_wrapped)
+        unset_hf_deepspeed_config()  # else a model that is loaded from now on would be cut into parts, too
+        return dict(gathered or {})
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: packed rows are no input that transformers' formula is right for."""
@@ -121,6 +129,8 @@ def arguments(
         logging_nan_inf_filter=False,  # a NaN ends the run: the clock sees to it
         save_strategy="no",  # the clock says when
         report_to=reporters(settings.report_to),
+        project="deepdistill",
+        run_name=Path(output_dir).resolve().parent.name,  # the run folder's
         disable_tqdm=True,
         remove_unused_columns=False,
         # a GPU computes while the next rows are packed in another process and fetched

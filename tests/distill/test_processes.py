@@ -30,6 +30,7 @@ from deepdistill.cli import main
 from deepdistill.distill import clock, trainer
 
 begin, step = AcceleratorState.__init__, trainer.StudentTrainer.training_step
+is_fsdp = "ACCELERATE_USE_FSDP" in os.environ
 
 def begin_sharded(self, *given, fsdp_plugin=None, **options):
     begin(self, *given, fsdp_plugin=fsdp_plugin, **options)
@@ -38,7 +39,10 @@ def begin_sharded(self, *given, fsdp_plugin=None, **options):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 def step_or_die(self, model, *given, **options):
-    assert type(next(model.parameters())).__name__ == "DTensor", "each process holds a part"
+    if is_fsdp:
+        assert type(next(model.parameters())).__name__ == "DTensor", "each process holds a part"
+    else:
+        assert type(model).__name__ == "DeepSpeedEngine"
     if self.state.global_step == int(os.environ.get("DIE_AT", -1)):
         os._exit(9)
     return step(self, model, *given, **options)
@@ -47,6 +51,14 @@ AcceleratorState.__init__, trainer.StudentTrainer.training_step = begin_sharded,
 clock.agreed = lambda _: 1e9
 sys.exit(main(sys.argv[sys.argv.index("deepdistill") + 1:]))
 """
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+# DS_ACCELERATOR says that it is the CPU; accelerate leaves DeepSpeed out where it is told so itself
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_CPU": "false"}
+SHARDINGS = {
+    "fsdp": FSDP,
+    "zero2": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+    "zero3": ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
 
 
 def teach(
@@ -77,19 +89,22 @@ def test_teach_in_two_processes_comes_to_what_one_comes_to(pocket_student: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "adapter"])
+@pytest.mark.parametrize("sharding", SHARDINGS)
 def test_processes_that_hold_a_part_of_the_weights_each_come_to_the_student_of_one(
-    kind: str, pocket_student: Path, tmp_path: Path
+    sharding: str, kind: str, pocket_student: Path, tmp_path: Path
 ) -> None:
+    if sharding != "fsdp":
+        pytest.importorskip("deepspeed")
     flags = ["--json", "--quiet", "--n-validation", "4", *(["--full"] if kind == "full" else [])]
     one = teach(["-m"], pocket_student, tmp_path / "one", *flags)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    variables = SHARDINGS[sharding]
     launcher = [*PROCESSES, str(script)]
-    killed = teach(launcher, pocket_student, tmp_path / "two", *flags, DIE_AT="2", **fsdp)
+    killed = teach(launcher, pocket_student, tmp_path / "two", *flags, DIE_AT="2", **variables)
     assert killed.returncode != 0
     assert not (tmp_path / "two" / "student").exists()
-    two = teach(launcher, pocket_student, tmp_path / "two", *flags, **fsdp)
+    two = teach(launcher, pocket_student, tmp_path / "two", *flags, **variables)
     assert (one.returncode, two.returncode) == (0, 0), two.stderr[-3000:]
     expected, found = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("one", "two"))
     assert expected.keys() == found.keys()
