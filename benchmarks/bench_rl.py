@@ -25,12 +25,12 @@ from typing import Any
 from deepdistill.distill.evaluate import evaluate
 from deepdistill.distill.grade import Grader
 from deepdistill.distill.lessons import lessons
+from deepdistill.distill.pass_rate import measure_pass_rates, sometimes_solved
 from deepdistill.distill.pocket.recipe import Recipe
 from deepdistill.distill.pocket.recipe import train as train_pocket
 from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
 from deepdistill.distill.problems import Problem, load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
-from deepdistill.distill.rl.choose_problems import sometimes_solved
 from deepdistill.distill.rl.grpo import GrpoSettings, grpo
 from deepdistill.distill.rows import Row
 from deepdistill.distill.run import write_text
@@ -131,7 +131,7 @@ def problems_of(start: Path, n: int, cells: Cells) -> tuple[list[Problem], float
         began = time.monotonic()
         sampling = Sampling(temperature=1.0, max_tokens=_RL_TOKENS)
         with open_teacher(str(start), batch_size=256) as model, Grader() as grader:
-            chosen = sometimes_solved(model, problems, grader, sampling)
+            chosen = sometimes_solved(problems, measure_pass_rates(model, problems, grader, sampling, 4))
         cells.save("chosen", {"ids": [p.id for p in chosen], "minutes": (time.monotonic() - began) / 60})
     found = cells.done["chosen"]
     ids = set(found["ids"])

@@ -72,7 +72,11 @@ def teach(
     ] = None,
     pass_samples: Annotated[
         int,
-        typer.Option(help="Tries of the untrained student at each problem; what it always solves is left out.", min=0),
+        typer.Option(
+            help="Tries of the untrained student at each problem; what it always solves is left out, "
+            "by GRPO what it never does, too.",
+            min=0,
+        ),
     ] = 0,
     logprobs: Annotated[
         int, typer.Option(help="Log-probabilities a token to keep beside the traces; 64 is usual.", min=0)

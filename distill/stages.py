@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..localrun.generation import Sampling
 from ..localrun.progress import Progress
 from .curate import CurateSettings
-from .evaluate import Score, evaluate, messages_of
+from .evaluate import Score, evaluate
 from .grade import Grader
 from .graders import NONE
+from .pass_rate import measure_pass_rates
 from .problems import Problem, load_problems
 from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .run import Run
 from .similar import contaminated, word_hashes
 from .student import teach_template
-from .teachers import Request
 from .traces import Trace
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def apart_from(
     return apart
 
 
-def pass_rates(
+def own_pass_rates(
     run: Run,
     base: Path,
     problems: list[Problem],
@@ -87,19 +87,13 @@ def pass_rates(
         graded = random.Random(settings.seed).sample(graded, min(len(graded), _CURRICULUM_PROBLEMS))
     if not n_samples:
         return None
-    right = dict.fromkeys((problem.id for problem in graded), 0)
     known = run.load("pass_rate.json")
-    if known and known["samples"] == n_samples and known["rates"].keys() == right.keys():
+    if known and known["samples"] == n_samples and known["rates"].keys() == {problem.id for problem in graded}:
         return dict(known["rates"])
-    graded *= n_samples
-    sampling = Sampling(temperature=0.7 if n_samples > 1 else 0.0, max_tokens=settings.eval_max_tokens)
-    requests = (Request(messages_of(problem), settings.seed + i) for i, problem in enumerate(graded))
+    temperature = 0.7 if n_samples > 1 else 0.0
+    sampling = Sampling(temperature, max_tokens=settings.eval_max_tokens, seed=settings.seed)
     with work.open_student(base) as student, Grader() as grader:
-        for done, (index, completion) in enumerate(student.generate(requests, sampling), 1):
-            problem = graded[index]
-            right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
-            on_progress("the student's own", done, len(graded), f"{sum(right.values())} right")
-    rates = {problem_id: n / n_samples for problem_id, n in right.items()}
+        rates = measure_pass_rates(student, graded, grader, sampling, n_samples, on_progress)
     run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
     return rates
 

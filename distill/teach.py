@@ -22,7 +22,7 @@ from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
 from .settle import check_judged
-from .stages import Stage, apart_from, check_training, go_rounds, pass_rates, score_hops, train_first
+from .stages import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
 from .student import student_dir
 from .traces import Trace, TraceStore
 
@@ -68,7 +68,7 @@ def teach(
             from .rl.stage import reinforce
 
             apart = apart_from(problems, held_out, filters, work.say)
-            reinforce(run, base, apart, settings, work.device, on_progress)
+            reinforce(run, base, apart, settings, work, on_progress)
         else:
             kept, done = _distill(run, base, problems, held_out, filters, settings, work, stop_after, on_progress)
         if base is not None and done and stop_after != "training":
@@ -118,7 +118,7 @@ def _distill(
     if base and "long_share" not in settings.curation and _is_small(base):
         filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
     traces_path = _traces(run, problems, held_out, settings, work, stop_after, on_progress)
-    rates = pass_rates(run, base, problems, settings, work, on_progress) if base else None
+    rates = own_pass_rates(run, base, problems, settings, work, on_progress) if base else None
     selected = select(
         lambda: TraceStore.read(traces_path),
         filters,

@@ -22,8 +22,8 @@ from typing import Any
 from ...localrun.generation import Sampling
 from ...localrun.progress import Bars, Progress, no_progress
 from ..grade import Grader
+from ..pass_rate import measure_pass_rates, sometimes_solved
 from ..problems import Problem, load_problems
-from ..rl.choose_problems import sometimes_solved
 from ..rl.grpo import GrpoReport, GrpoSettings, grpo
 from ..run import write_text
 from ..teachers import open_teacher
@@ -33,7 +33,7 @@ from .chains import FAMILIES
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load
-_ROWS = 256  # sampled at once while problems are chosen
+_N_TRIES, _ROWS = 4, 256  # answers to a problem, and at once, while problems are chosen
 _N_SAMPLES = 4  # of a problem, at the temperature of the training
 
 
@@ -60,9 +60,10 @@ def reinforce(
     problems, began = training_problems(n_problems, settings.seed, families), time.monotonic()
     sampling = Sampling(settings.temperature, max_tokens=settings.max_tokens, seed=settings.seed)
     with Grader() as grader:
-        on_progress("choosing problems", 0, 1, f"of {len(problems)}")
         with open_teacher(str(start), batch_size=_ROWS) as model:
-            problems = sometimes_solved(model, problems, grader, sampling)
+            problems = sometimes_solved(
+                problems, measure_pass_rates(model, problems, grader, sampling, _N_TRIES, on_progress)
+            )
         if settings.minutes is not None:
             settings = replace(settings, minutes=settings.minutes - (time.monotonic() - began) / 60)
         return grpo(

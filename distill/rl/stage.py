@@ -11,9 +11,11 @@ from ...errors import UsageError
 from ...localrun.progress import Progress
 from ..grade import Grader
 from ..graders import NONE
+from ..pass_rate import sometimes_solved
 from ..problems import Problem
-from ..recipe import TeachSettings
+from ..recipe import TeachSettings, Work
 from ..run import Run
+from ..stages import own_pass_rates
 from ..student import teach_template
 from ..train_settings import TrainSettings
 
@@ -21,9 +23,11 @@ _GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
 
 
 def reinforce(
-    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, device: str, on_progress: Progress
+    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, work: Work, on_progress: Progress
 ) -> None:
     """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
+
+    With `pass_samples` it tries each problem so often before, and those that it solves now and then train.
 
     Raises:
         UsageError: no problem has an answer to be graded by, or several processes were started.
@@ -42,6 +46,10 @@ def reinforce(
         raise UsageError("--method grpo needs problems with an answer", "give another --problems, or a teacher")
     if processes() > 1:
         raise UsageError("--method grpo trains in one process", "start it without torchrun or accelerate launch")
+    rates = own_pass_rates(run, base, graded, settings, work, on_progress)
+    if rates is not None:
+        n_given, graded = len(graded), sometimes_solved(graded, rates)
+        work.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
     training = settings.training
     per_step = min(_PROBLEMS, len(graded))
     options = GrpoSettings(
@@ -66,7 +74,7 @@ def reinforce(
             options,
             run.checkpoints_dir,
             run.student_dir,
-            device=device,
+            device=work.device,
             on_progress=on_progress,
         )
     run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})
@@ -74,7 +82,7 @@ def reinforce(
 
 def _unused(settings: TeachSettings) -> list[str]:
     """Return the flags that were given, by their difference from the default, and say nothing to reinforcement."""
-    of_traces = ("traces", "logprobs", "loss", "curriculum", "expand", "pass_samples")
+    of_traces = ("traces", "logprobs", "loss", "curriculum", "expand")
     plain = TeachSettings(settings.problems)
     given = [name for name in of_traces if getattr(settings, name) != getattr(plain, name)]
     of_training = (

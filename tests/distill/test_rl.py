@@ -11,7 +11,7 @@ import torch
 
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.problems import Problem, load_problems
-from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.reward import reward_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
@@ -193,6 +193,27 @@ def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_grpo_leaves_out_what_the_student_always_or_never_solves(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the rl extra is not installed")
+    said: list[str] = []
+    settings = TeachSettings(
+        "gym:leg_counting",
+        student=str(pocket_dir()),
+        method="grpo",
+        n_traces=48,
+        n_eval=4,
+        pass_samples=4,
+        eval_max_tokens=160,
+        training={"steps": 1, "lr": 1e-5},
+    )
+    teach(settings, tmp_path / "run", work=Work(say=said.append))
+    rates = json.loads((tmp_path / "run" / "pass_rate.json").read_text())["rates"]
+    n_between = sum(0 < rate < 1 for rate in rates.values())
+    assert 0 < n_between < len(rates)
+    assert f"{n_between} of {len(rates)} problems train: the student solves them now and then" in said
+
+
 def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> None:
     for changes in ({"rounds": 1}, {}):
         settings = TeachSettings(chain_sum, student="pocket", method="grpo", n_traces=4, **changes)  # type: ignore[arg-type]
@@ -226,7 +247,7 @@ def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) ->
 
 
 def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
-    from deepdistill.distill.rl.choose_problems import sometimes_solved
+    from deepdistill.distill.pass_rate import measure_pass_rates, sometimes_solved
 
     problems = [Problem(f"p{i}", f"{i}?", "yes", "s", "number") for i in range(4)]
 
@@ -242,18 +263,8 @@ def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
                 yield index, Completion(content, None, None, "stop", 1, 1, 0, 0.0)
             assert len(set(seeds)) == len(seeds) == 12
 
-    def chosen(some: list[Problem]) -> list[str]:
-        kept = sometimes_solved(Answers(), some, Contains(), Sampling(temperature=1.0), 3)  # type: ignore[arg-type]
-        return [problem.id for problem in kept]
-
-    assert chosen(problems) == ["p1", "p2"]
-    assert (
-        sometimes_solved(
-            Answers(),
-            [problems[0]] * 4,
-            Contains(),
-            Sampling(),
-            3,  # type: ignore[arg-type]
-        )
-        == [problems[0]] * 4
-    )
+    model: Any = Answers()
+    rates = measure_pass_rates(model, problems, Contains(), Sampling(temperature=1.0, seed=5), 3)
+    assert rates == pytest.approx({"p0": 0, "p1": 1 / 3, "p2": 2 / 3, "p3": 1})
+    assert sometimes_solved(problems, rates) == problems[1:3]
+    assert sometimes_solved([problems[0], problems[3]], rates) == [problems[0], problems[3]]
