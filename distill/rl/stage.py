@@ -49,7 +49,8 @@ def reinforce(
     rates = own_pass_rates(run, base, graded, settings, work, on_progress)
     if rates is not None:
         n_given, graded = len(graded), sometimes_solved(graded, rates)
-        work.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
+        if len(graded) < n_given:
+            work.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
     training = settings.training
     per_step = min(_PROBLEMS, len(graded))
     options = GrpoSettings(
