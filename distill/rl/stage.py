@@ -20,6 +20,7 @@ from ..student import teach_template
 from ..train_settings import TrainSettings
 
 _GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
+_FEW = 256  # problems; docs/experiments.md has what a model learned from 36
 
 
 def reinforce(
@@ -51,6 +52,8 @@ def reinforce(
         n_given, graded = len(graded), sometimes_solved(graded, rates)
         if len(graded) < n_given:
             work.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
+    if len(graded) < _FEW:
+        work.say(f"{len(graded)} problems are soon learned by heart, which helps with no others: --n-traces takes more")
     training = settings.training
     per_step = min(_PROBLEMS, len(graded))
     options = GrpoSettings(

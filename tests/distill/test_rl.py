@@ -212,6 +212,7 @@ def test_grpo_leaves_out_what_the_student_always_or_never_solves(tmp_path: Path)
     n_between = sum(0 < rate < 1 for rate in rates.values())
     assert 0 < n_between < len(rates)
     assert f"{n_between} of {len(rates)} problems train: the student solves them now and then" in said
+    assert f"{n_between} problems are soon learned by heart" in said[-1]
 
 
 def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> None:
