@@ -187,7 +187,8 @@ class _Watch(TrainerCallback):
         """Return how much of the run is done after so many steps, 0 to 1."""
         done = step / self._settings.steps
         if self._settings.minutes is not None:
-            done = max(done, self.seconds() / (60 * self._settings.minutes))
+            box = 60 * self._settings.minutes  # nothing is left of it where choosing problems took it all
+            done = max(done, self.seconds() / box if box > 0 else 1.0)
         return min(1.0, done)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -269,3 +269,12 @@ def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
     assert rates == pytest.approx({"p0": 0, "p1": 1 / 3, "p2": 2 / 3, "p3": 1})
     assert sometimes_solved(problems, rates) == problems[1:3]
     assert sometimes_solved([problems[0], problems[3]], rates) == [problems[0], problems[3]]
+
+
+def test_a_box_of_which_nothing_is_left_ends_after_a_step() -> None:
+    """Choosing the problems may take all of the minutes."""
+    from deepdistill.distill.rl.grpo import GrpoSettings, _Watch
+
+    for minutes, ended in ((-1.0, True), (0.0, True), (5.0, False)):
+        watch = _Watch(GrpoSettings(steps=10**6, minutes=minutes), None, lambda *_: None)  # type: ignore[arg-type]
+        assert (watch.progress(1) == 1.0) is ended

@@ -23,6 +23,7 @@ from deepdistill.distill.clock import Clock
 from deepdistill.distill.curves import read_curve
 from deepdistill.distill.rows import Row
 from deepdistill.distill.train import TrainSettings, train
+from deepdistill.distill.trainer import arguments
 from deepdistill.errors import ArtifactError, ModelError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
@@ -436,6 +437,12 @@ def test_tensorboard_gets_the_loss(pocket_student: Path, tmp_path: Path, monkeyp
     accumulated.Reload()
     losses = [point["loss"] for point in read_curve(tmp_path / "curve.jsonl")]
     assert [event.value for event in accumulated.Scalars("train/loss")] == pytest.approx(losses, rel=1e-3)
+
+
+def test_a_tracker_shows_the_name_of_the_run_folder(tmp_path: Path) -> None:
+    checkpoints = str(tmp_path / "sums" / "checkpoints")
+    given = arguments(TrainSettings(batch_size=8), checkpoints, torch.device("cpu"), 8, False, 8)
+    assert (given.project, given.run_name) == ("deepdistill", "sums")
 
 
 def test_a_reporter_that_is_not_installed_is_said(pocket_student: Path, tmp_path: Path) -> None:
