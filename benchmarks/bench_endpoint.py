@@ -25,7 +25,7 @@ from typing import Any
 
 from deepdistill.distill.teachers import Request
 from deepdistill.distill.teachers.endpoint import EndpointTeacher
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 CAPACITY, ANSWER_S, N_PIECES = 32, 0.5, 10
 

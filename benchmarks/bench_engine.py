@@ -37,7 +37,7 @@ from deepdistill.distill.problems import load_problems
 from deepdistill.localrun import engine
 from deepdistill.localrun.drafts import Latch
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Guidance, Sampling
+from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.llama import Context, Entry, Model, has_amx
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
@@ -350,7 +350,7 @@ def bar_start(model: Path) -> dict[str, Any]:
         "import sys, time, llama_cpp\n"
         "from pathlib import Path\n"
         "from deepdistill.localrun.engine import Engine\n"
-        "from deepdistill.localrun.generation import Sampling\n"
+        "from deepdistill.localrun.core.generation import Sampling\n"
         "started = time.monotonic()\n"
         "with Engine(sys.argv[1], n_threads=int(sys.argv[2])) as e:\n"
         "    n = sum(1 for _ in e.stream(e.prompt([{'role': 'user', 'content': 'hi'}]), Sampling(max_tokens=32)))\n"

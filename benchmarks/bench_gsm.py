@@ -30,8 +30,8 @@ from deepdistill.distill.split import bucket_of
 from deepdistill.distill.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.localrun.generation import Sampling
-from deepdistill.localrun.progress import Bars
+from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.progress import Bars
 
 HELD_OUT_SHARE = 0.2
 

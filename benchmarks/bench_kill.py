@@ -34,7 +34,7 @@ from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.generation import Completion, Sampling, TopLogprobs
+from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 
 N_WRITERS = 4
 K = 8

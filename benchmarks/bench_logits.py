@@ -38,8 +38,8 @@ from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.distill.train import TrainSettings, train
-from deepdistill.localrun.generation import Sampling
-from deepdistill.localrun.progress import Bars
+from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.progress import Bars
 
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
 SHARES = {"cross-entropy": 0.0, "logits": 1.0, "mixed": 0.5}

@@ -93,7 +93,7 @@ def peer(llama_cpp: Path, checkpoint: Path, folder: Path) -> dict[str, float]:
 
 def same_tensors(folder: Path) -> bool:
     """Say whether both files hold the same types and bytes."""
-    from deepdistill.localrun.header import read_gguf
+    from deepdistill.localrun.gguf.header import read_gguf
 
     a, b = read_gguf(folder / "ours.gguf"), read_gguf(folder / "peer.gguf")
     ours_data, peer_data = (folder / "ours.gguf").read_bytes(), (folder / "peer.gguf").read_bytes()

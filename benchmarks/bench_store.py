@@ -25,7 +25,7 @@ from deepdistill.distill.grade import Grade
 from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 INFO = TeacherInfo("teacher", "endpoint")
 THOUGHT = "Let me see. 47 + 85: 7 + 5 = 12, write 2, carry 1; 4 + 8 + 1 = 13. So 132. Check: 132 - 85 = 47. " * 14

@@ -20,7 +20,7 @@ from deepdistill.distill.evaluate import is_loop
 from deepdistill.distill.grade import Grader
 from deepdistill.distill.problems import load_problems
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import FREE, Completion, Guidance, Sampling
+from deepdistill.localrun.core.generation import FREE, Completion, Guidance, Sampling
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 SEED = 30_000_000

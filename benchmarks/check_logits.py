@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepdistill.localrun import llama
-from deepdistill.localrun.header import read_gguf
-from deepdistill.localrun.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.convert import plan, write
 from deepdistill.quantize.ftypes import FTYPES
 

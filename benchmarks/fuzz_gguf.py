@@ -30,7 +30,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf.header import read_gguf
 
 _NUMBERS = (0, 1, 2, 7, 8, 9, 31, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, 1 << 48, (1 << 63) - 1,
             1 << 63, (1 << 64) - 1)  # fmt: skip

@@ -14,7 +14,7 @@ from .shared import DEMO_PROBLEMS, AsJson, Offline, Out, Quiet, Seed, bars, cons
 
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
-    from ..localrun.progress import Bars
+    from ..localrun.core.progress import Bars
 
 
 def demo(
@@ -79,7 +79,7 @@ def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
     """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
     from ..distill.problems import load_problems
     from ..localrun.engine import Engine
-    from ..localrun.generation import Sampling
+    from ..localrun.core.generation import Sampling
 
     question = load_problems(settings.problems, "test", 1, settings.seed)[0].question
     with Engine(gguf, n_ctx=1024) as engine:

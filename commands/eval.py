@@ -52,7 +52,7 @@ def eval_(
     from ..distill.problems import load_problems
     from ..distill.student import student_dir
     from ..distill.teachers import open_teacher
-    from ..localrun.generation import Sampling
+    from ..localrun.core.generation import Sampling
 
     held_out = load_problems(problems, "test", n, seed, offline=offline)
     spec = str(student_dir(model)) if model == "smollm2" else model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..errors import UsageError
-from ..localrun.generation import Completion
+from ..localrun.core.generation import Completion
 
 _JUDGED_FROM = 20  # samples; fewer say little about the rest
 

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from ..errors import ModelError
-from ..localrun.progress import Progress
+from ..localrun.core.progress import Progress
 from .curves import CURVE_FILE, cut_curve
 from .packing import Batch
 from .processes import agreed

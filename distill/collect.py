@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..localrun.generation import Completion, Sampling
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import Completion, Sampling
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget, Limits
-from .durable import whole_lines
+from ..localrun.core.append_file import whole_lines
 from .evaluate import messages_of
 from .grade import Grade
 from .graders import NONE

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
-from ..localrun.generation import Completion, Sampling
-from ..localrun.progress import Progress
+from ..localrun.core.generation import Completion, Sampling
+from ..localrun.core.progress import Progress
 from .grade import Grader
 from .problems import Problem
 from .teachers import open_teacher

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UsageError
-from ..localrun.generation import Message, Sampling
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import Message, Sampling
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget
 from .problems import Problem
 from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies

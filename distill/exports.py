@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError
-from ..localrun.generation import Message
+from ..localrun.core.generation import Message
 from ..localrun.thinking import CLOSE, OPEN
 from .traces import Trace, TraceStore
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..localrun.progress import Progress
+from ..localrun.core.progress import Progress
 from .budget import Budget
 from .collect import CollectSettings, collect, failures_usd
 from .expand import ExpandSettings, expand

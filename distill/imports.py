@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
-from ..localrun.generation import FinishReason, Message, Sampling
+from ..localrun.core.generation import FinishReason, Message, Sampling
 from ..localrun.thinking import THINK, Tags, split_thinking
 from .graders.answer import final_answer
 from .problem_files import read_rows

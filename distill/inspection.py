@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
-from .durable import parse_line, whole_lines
+from ..localrun.core.append_file import parse_line, whole_lines
 from .judgements import verdicts_path
 from .logprobs import logprobs_path
 from .run import find_run

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.generation import Message, Sampling
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import Message, Sampling
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget
 from .judgements import Judgement
 from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies

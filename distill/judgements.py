@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .durable import id_key, parse_line, whole_lines
+from ..localrun.core.append_file import id_key, parse_line, whole_lines
 from .grade import VerdictBy
 
 

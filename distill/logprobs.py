@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from ..errors import ArtifactError
-from ..localrun.generation import TopLogprobs
-from .durable import AppendFile, id_key
+from ..localrun.core.generation import TopLogprobs
+from ..localrun.core.append_file import AppendFile, id_key
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..localrun.loops import LEAST_TIMES, LEAST_TOKENS
+from ..localrun.core.loops import LEAST_TIMES, LEAST_TOKENS
 from .rows import Row
 
 _MOST_NEGATIVES = 64  # tokens of one sample: a loop of 500 teaches no more than its beginning

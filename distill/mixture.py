@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..localrun.generation import TopLogprobs
+from ..localrun.core.generation import TopLogprobs
 from .logit_rows import mixture
 from .logprobs import Logprobs
 from .loops import find_loop, negative_row

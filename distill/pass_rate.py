@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..localrun.generation import Sampling
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import Sampling
+from ..localrun.core.progress import Progress, no_progress
 from .collect import GradesAnswers
 from .evaluate import messages_of
 from .problems import Problem

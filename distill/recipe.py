@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.generation import Sampling
+from ..localrun.core.generation import Sampling
 from .budget import Limits
 from .curate import CurateSettings
 from .judge import DEFAULT_RUBRIC, JudgeSettings

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..localrun.generation import FinishReason, Message, Sampling
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import FinishReason, Message, Sampling
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget, Limits
-from .durable import AppendFile, parse_line, whole_lines
+from ..localrun.core.append_file import AppendFile, parse_line, whole_lines
 from .teachers.base import Request, Teacher
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ..errors import TeacherError
-from ..localrun.progress import Progress
+from ..localrun.core.progress import Progress
 from .budget import Budget
 from .collect import CollectSettings, collect
 from .gather import spent_before

@@ -18,8 +18,8 @@ from functools import cache
 from typing import Any, Literal
 
 from ..errors import ArtifactError
-from ..localrun.generation import Sampling
-from ..localrun.progress import Progress
+from ..localrun.core.generation import Sampling
+from ..localrun.core.progress import Progress
 from .collect import CollectSettings, collect
 from .curriculum import arrange, counts
 from .grade import Grader

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ModelError
-from ..localrun.generation import Message, TopLogprobs
+from ..localrun.core.generation import Message, TopLogprobs
 from .logprobs import StoredTop
 
 CROSS_ENTROPY = (("cross_entropy", 1.0),)

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ArtifactError
-from .durable import WriterLock
+from ..localrun.core.append_file import WriterLock
 
 CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
 

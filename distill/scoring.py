@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TeacherError
-from ..localrun.progress import Progress, no_progress
-from .durable import id_key
+from ..localrun.core.progress import Progress, no_progress
+from ..localrun.core.append_file import id_key
 from .logprobs import Logprobs, LogprobsWriter, encode
 from .teachers.base import Teacher
 from .traces import Trace

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget
 from .collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces

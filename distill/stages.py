@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..localrun.generation import Sampling
-from ..localrun.progress import Progress
+from ..localrun.core.generation import Sampling
+from ..localrun.core.progress import Progress
 from .curate import CurateSettings
 from .evaluate import Score, evaluate
 from .grade import Grader

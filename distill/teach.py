@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .curate import select
 from .filters import LONG_SHARE_SMALL, CurateSettings
 from .gather import gather, is_traces_file, take_in

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Self, get_args
 
 from ..errors import ArtifactError
-from ..localrun.generation import Completion, FinishReason, Message, Sampling
-from .durable import AppendFile, WriterLock, id_key, parse_line, whole_lines
+from ..localrun.core.generation import Completion, FinishReason, Message, Sampling
+from ..localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
 from .grade import Grade, Verdict, VerdictBy
 from .judgements import Judgement, read_judgements, verdicts_path
 from .logprobs import LogprobsWriter, encode, logprobs_path

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import ArtifactError, ModelError, UsageError
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .clock import Clock, Validation, last_checkpoint, validation_of
 from .device import NO_MEMORY, SMALL_MODEL, choose_device
 from .lora import check_vocabulary, load_base, load_student

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from .generation import Completion, Guidance, Sampling
+from .core.generation import Completion, Guidance, Sampling
 from .llama import Context, Entry
 from .logprobs import stack_rows, top_of
 from .thinking import Tags

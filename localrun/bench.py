@@ -26,7 +26,7 @@ from rich.text import Text
 from . import hardware
 from .llama import Context, Entry, Model
 from .memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
-from .progress import Progress, no_progress
+from .core.progress import Progress, no_progress
 
 _PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
 

@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from ..errors import ModelError
-from .header import Header, read_gguf
+from .gguf.header import Header, read_gguf
 from .memory import Footprint, format_bytes
 from .template import render
 from .thinking import Tags, tags_of

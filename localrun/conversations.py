@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 from ..errors import ArtifactError
 from .engine import Engine
-from .generation import Message, Sampling
+from .core.generation import Message, Sampling
 from .thinking import Think
 
 DEFAULT_SAMPLING = Sampling(max_tokens=2048)

@@ -25,7 +25,7 @@ from rich.text import Text
 from ..errors import DeepDistillError
 from . import hardware
 from .hardware import Gpu
-from .header import read_gguf
+from .gguf.header import read_gguf
 from .memory import Footprint, available_bytes, format_bytes
 
 _PROC = Path("/proc")

@@ -21,9 +21,9 @@ from ..errors import ArtifactError, ModelError
 from . import template
 from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
-from .generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
+from .core.generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
 from .hardware import best_threads, default_threads
-from .header import UnknownTypeError
+from .gguf.header import UnknownTypeError
 from .llama import Context, Entry, Model, check_file, llama_version
 from .logprobs import stack_rows, top_with
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells

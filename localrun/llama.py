@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .hardware import bound_spinning
-from .lazy import import_part
+from .core.lazy import import_part
 from .memory import KV_TYPES, N_MICRO_BATCH
 
 if TYPE_CHECKING:

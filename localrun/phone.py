@@ -20,10 +20,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ..errors import ArtifactError, ModelError
 from .cards import ModelCard, about, modelfile, readme
-from .header import read_gguf
+from .gguf.header import read_gguf
 from .memory import format_bytes
-from .progress import Progress, no_progress
-from .split import is_shard, split_gguf
+from .core.progress import Progress, no_progress
+from .gguf.split import is_shard, split_gguf
 from .thinking import prompt_opens_thinking
 from .wllama import unpack_wllama
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Self
 
 from .conversations import DEFAULT_SAMPLING, Conversation
 from .engine import Engine, Step
-from .generation import FREE, Guidance, Message, Sampling
+from .core.generation import FREE, Guidance, Message, Sampling
 from .thinking import Think
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .ggml import _library
+from .gguf.ggml import _library
 
 _OBJECT_BYTES = 32  # GGML_OBJECT_SIZE: ggml_tensor_overhead() counts it too
 _F32, _F16, _I32 = 0, 1, 26  # ggml_type

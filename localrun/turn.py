@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from .generation import FinishReason, Guidance, Sampling
+from .core.generation import FinishReason, Guidance, Sampling
 from .llama import Context, Model
-from .loops import LoopDetector, VarietyGauge
+from .core.loops import LoopDetector, VarietyGauge
 from .reading import Reading
 from .sampler import Sampler
 from .thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking

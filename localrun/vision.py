@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import ArtifactError, ModelError, UsageError
-from .header import read_gguf
+from .gguf.header import read_gguf
 from .llama import Context, Entry, Model, _keep_log, _log, _reason, _start_library
 
 MARKER = "<__media__>"

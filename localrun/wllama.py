@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .hardware import cache_dir
-from .progress import Progress, no_progress
+from .core.progress import Progress, no_progress
 
 VERSION = "3.8.1"
 _REGISTRY = "https://registry.npmjs.org"

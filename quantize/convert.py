@@ -18,8 +18,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
 
 from ..errors import ArtifactError, ModelError, UsageError
-from ..localrun import ggml
-from ..localrun.progress import Progress
+from ..localrun.gguf import ggml
+from ..localrun.core.progress import Progress
 from .architectures import Architecture, Planned, read_architecture
 from .card import Provenance, read_provenance, write_provenance
 from .checkpoint import Checkpoint

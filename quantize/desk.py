@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..localrun.probe import LogitReader, Probe
-from ..localrun.progress import Progress
+from ..localrun.core.progress import Progress
 from .calibration import CalibrationSettings, Texts, read_texts
 from .convert import Conversion, Importance, Types, plan, write
 from .fidelity import Fidelity, Reference

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType
 
 from ..errors import UsageError
-from ..localrun import ggml
+from ..localrun.gguf import ggml
 
 FTYPES: dict[str, tuple[LlamaFileType, Type]] = {
     "F32": (LlamaFileType.ALL_F32, Type.F32),

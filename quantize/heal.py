@@ -30,7 +30,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, ModelError
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .calibration import Text
 from .convert import Importance, Types
 from .quantizer import Quantizer

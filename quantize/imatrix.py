@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from ..errors import ArtifactError, ModelError
-from ..localrun.header import read_gguf
+from ..localrun.gguf.header import read_gguf
 
 _CHUNK_TOKENS = 512
 _SUMS, _COUNTS = ".in_sum2", ".counts"

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..localrun.header import StoredTensor, read_gguf
+from ..localrun.gguf.header import StoredTensor, read_gguf
 from ..localrun.memory import Footprint
 
 _N_MEMORY_CTX = 2048  # tokens

@@ -20,9 +20,9 @@ import numpy as np
 
 from ..errors import DeepDistillError
 from ..localrun.engine import Engine
-from ..localrun.generation import Message
-from ..localrun.header import read_gguf
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.generation import Message
+from ..localrun.gguf.header import read_gguf
+from ..localrun.core.progress import Progress, no_progress
 from .ftypes import FTYPES, UNQUANTIZED
 
 STRESS = (

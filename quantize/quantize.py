@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..localrun.hardware import default_threads
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .convert import Conversion, Value, plan, write
 from .ftypes import check_ftype
 from .proofs import Proofs, prove

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from ..localrun import ggml
-from ..localrun.dequantize import dequantize_rows
+from ..localrun.gguf import ggml
+from ..localrun.gguf.dequantize import dequantize_rows
 from .convert import Importance, Types
 from .rows import Origin
 

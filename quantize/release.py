@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import GateError, ModelError, UsageError
 from ..localrun.hardware import default_threads
 from ..localrun.memory import Footprint
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from . import card_files
 from .adapter import is_adapter
 from .card import write_card

@@ -27,10 +27,10 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from ..localrun import ggml
-from ..localrun.dequantize import dequantize_rows
+from ..localrun.gguf import ggml
+from ..localrun.gguf.dequantize import dequantize_rows
 from ..localrun.probe import Probe
-from ..localrun.progress import Progress, no_progress
+from ..localrun.core.progress import Progress, no_progress
 from .budget import Choice, Item, efficient
 from .convert import Conversion, Importance, Typed
 from .fidelity import Reference

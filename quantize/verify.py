@@ -12,9 +12,9 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
-from ..localrun import ggml
-from ..localrun.header import StoredTensor
-from ..localrun.progress import Progress, no_progress
+from ..localrun.gguf import ggml
+from ..localrun.gguf.header import StoredTensor
+from ..localrun.core.progress import Progress, no_progress
 from .convert import Typed, plan
 from .imatrix import read_imatrix
 from .inspection import read_own, stored_tensors

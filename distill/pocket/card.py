@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 import torch
 
-from ...localrun.generation import Sampling
+from ...localrun.core.generation import Sampling
 from ..evaluate import Score, evaluate, format_score, messages_of
 from ..grade import Grader
 from ..problems import load_problems

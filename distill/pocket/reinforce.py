@@ -19,8 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...localrun.generation import Sampling
-from ...localrun.progress import Bars, Progress, no_progress
+from ...localrun.core.generation import Sampling
+from ...localrun.core.progress import Bars, Progress, no_progress
 from ..grade import Grader
 from ..pass_rate import measure_pass_rates, sometimes_solved
 from ..problems import Problem, load_problems

@@ -23,8 +23,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from ...errors import ModelError, UsageError
-from ...localrun.generation import Sampling
-from ...localrun.progress import Progress, no_progress
+from ...localrun.core.generation import Sampling
+from ...localrun.core.progress import Progress, no_progress
 from ...localrun.thinking import prompt_opens_thinking
 from ..clock import checkpoints, last_checkpoint
 from ..collect import GradesAnswers

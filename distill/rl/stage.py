@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ...localrun.progress import Progress
+from ...localrun.core.progress import Progress
 from ..grade import Grader
 from ..graders import NONE
 from ..pass_rate import sometimes_solved

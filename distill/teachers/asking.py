@@ -18,7 +18,7 @@ import httpx
 import tenacity
 
 from ...errors import TeacherError
-from ...localrun.generation import Completion, Message, Sampling
+from ...localrun.core.generation import Completion, Message, Sampling
 from .base import Request
 from .pace import Pace, RateLimit
 from .reply import Reply

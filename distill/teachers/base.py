@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from ...errors import TeacherError
-from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 
 Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "worked"]
 

@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ...localrun.generation import Sampling, TopLogprobs
+from ...localrun.core.generation import Sampling, TopLogprobs
 from .choose import choose, draw_uniforms, top_of
 from .growing_cache import GrowingLayer, stack_rows
 from .latent_attention import LatentAttention

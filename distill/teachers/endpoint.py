@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import tenacity
 
 from ...errors import TeacherError, UsageError
-from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from .asking import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
 from .base import Request, Teacher
 from .endpoint_run import EndpointRun

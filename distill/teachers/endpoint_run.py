@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import httpx
 
-from ...localrun.generation import Completion, Sampling
+from ...localrun.core.generation import Completion, Sampling
 from .asking import Asker, Endpoint
 from .base import Request
 from .servers import CONNECT_S, tls_context

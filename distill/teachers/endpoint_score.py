@@ -17,7 +17,7 @@ import numpy as np
 import tenacity
 
 from ...errors import ModelError, TeacherError
-from ...localrun.generation import Message, TopLogprobs
+from ...localrun.core.generation import Message, TopLogprobs
 from .servers import CONNECT_S, Retryable, Server, tls_context
 
 _ATTEMPTS = 5

@@ -9,7 +9,7 @@ from itertools import islice, tee
 from pathlib import Path
 
 from ...localrun.engine import Engine
-from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ..vocabulary import of_gguf
 from .base import Request, Teacher
 

@@ -23,7 +23,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 
-from ...localrun.generation import Sampling
+from ...localrun.core.generation import Sampling
 from .choose import choose
 from .decode import Row
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ...errors import TeacherError
-from ...localrun.generation import Completion, Sampling
+from ...localrun.core.generation import Completion, Sampling
 from .base import Capabilities, Request, Rung, Teacher
 
 USUAL_LOGPROBS = 64

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import httpx
 
-from ...localrun.generation import Completion, FinishReason
-from ...localrun.loops import LoopDetector
+from ...localrun.core.generation import Completion, FinishReason
+from ...localrun.core.loops import LoopDetector
 from ...localrun.thinking import CLOSE, OPEN, split_thinking
 from .reply_logprobs import read_logprobs
 

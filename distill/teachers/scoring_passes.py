@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...localrun.generation import TopLogprobs
+from ...localrun.core.generation import TopLogprobs
 from .choose import top_with
 
 _TOKENS = {"cuda": 16384, "cpu": 2048}  # of a pass, padding included: bounds the logits' memory

@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from transformers.cache_utils import DynamicCache
 
 from ...errors import ModelError, TeacherError, UsageError
-from ...localrun.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ..device import NO_MEMORY, choose_device
 from ..vocabulary import of_tokenizer

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from ...errors import TeacherError
-from ...localrun.generation import Completion, Sampling
+from ...localrun.core.generation import Completion, Sampling
 from ..graders.answer import final_answer, is_number
 from ..problems import Problem
 from .base import Request, Teacher

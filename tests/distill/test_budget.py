@@ -6,7 +6,7 @@ import pytest
 
 from deepdistill.distill.budget import Budget, Limits, Price
 from deepdistill.errors import UsageError
-from deepdistill.localrun.generation import Completion
+from deepdistill.localrun.core.generation import Completion
 
 
 def paid(n_prompt: int, n_completion: int, lost: tuple[int, int] = (0, 0)) -> Completion:

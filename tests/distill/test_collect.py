@@ -20,7 +20,7 @@ from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces import TraceStore
 from deepdistill.errors import TeacherError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 SAMPLING = Sampling(temperature=0.5, max_tokens=50)
 

@@ -33,7 +33,7 @@ from deepdistill.distill.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.errors import UsageError
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 VOCABULARY = [f"{a}{b}" for a in ("ba", "ko", "ri", "mu", "te") for b in ("lan", "pir", "son", "dek", "vum", "gra")]
 ANYTHING = CurateSettings(

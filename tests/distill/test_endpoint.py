@@ -25,7 +25,7 @@ from deepdistill.distill.teachers.endpoint import EndpointTeacher
 from deepdistill.distill.teachers.pace import Pace
 from deepdistill.distill.teachers.servers import api_key
 from deepdistill.errors import TeacherError, UsageError
-from deepdistill.localrun.generation import Completion, Message, Sampling
+from deepdistill.localrun.core.generation import Completion, Message, Sampling
 
 KEY = "sk-very-secret-123"
 

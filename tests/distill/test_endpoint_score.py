@@ -167,6 +167,6 @@ def test_the_probe_sees_the_highest_rung(server: Server, monkeypatch: pytest.Mon
 
 
 def _said() -> Any:
-    from deepdistill.localrun.generation import Completion
+    from deepdistill.localrun.core.generation import Completion
 
     return Completion("5", None, None, "stop", 3, 1, 0, 0.1)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdistill.distill.evaluate import is_loop, repeats, score, wilson_interval
-from deepdistill.localrun.generation import Completion
+from deepdistill.localrun.core.generation import Completion
 
 DONE = Completion("42", "6*7=42", True, "stop", 10, 5, 3, 0.1, (1, 2, 3, 4, 5))
 

@@ -20,7 +20,7 @@ from deepdistill.distill.split import bucket_of, question_hash
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.errors import TeacherError, UsageError
-from deepdistill.localrun.generation import Completion, FinishReason, Sampling
+from deepdistill.localrun.core.generation import Completion, FinishReason, Sampling
 
 
 class Scripted(Teacher):

@@ -16,7 +16,7 @@ from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Judgement, Trace, TraceStore
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 def make(index: int) -> Trace:

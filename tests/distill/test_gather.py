@@ -19,7 +19,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 class Writer(Teacher):

@@ -15,7 +15,7 @@ from deepdistill.distill.teachers.gguf import GGUFTeacher
 from deepdistill.distill.teachers.probe import probe
 from deepdistill.errors import DeepDistillError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 
 @pytest.fixture(scope="module")

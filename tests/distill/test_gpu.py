@@ -15,7 +15,7 @@ from deepdistill.distill.problems import load_problems
 from deepdistill.distill.rows import Row
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.train import TrainSettings, train
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 

@@ -18,7 +18,7 @@ from deepdistill.distill.show import print_report, print_run, print_trace
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Judgement, Trace, TraceStore, Usage
 from deepdistill.errors import ArtifactError, UsageError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 def make(index: int) -> Trace:

@@ -31,7 +31,7 @@ from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher, TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
-from deepdistill.localrun.generation import Completion, FinishReason, Message, Sampling
+from deepdistill.localrun.core.generation import Completion, FinishReason, Message, Sampling
 
 SCORE = JudgeSettings("toy-judge")
 COMPARE = JudgeSettings("toy-judge", compare=True)

@@ -18,7 +18,7 @@ from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 def traces_of(n: int, samples: int = 1) -> list[Trace]:

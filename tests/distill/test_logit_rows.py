@@ -26,7 +26,7 @@ from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.distill.vocabulary import is_same, of_tokenizer
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from deepdistill.distill.problems import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.generation import Completion, Sampling, TopLogprobs
+from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 
 
 def make(index: int) -> Trace:

@@ -9,7 +9,7 @@ import torch
 
 from deepdistill.distill.packing import pack, pad, rounded_up
 from deepdistill.distill.rows import Row
-from deepdistill.localrun.generation import TopLogprobs
+from deepdistill.localrun.core.generation import TopLogprobs
 
 ROWS = [Row([5, 6, 7, 8], 2), Row([5, 6, 9], 2), Row([4, 1, 2], 1), Row([5, 6, 7, 8], 3)]
 

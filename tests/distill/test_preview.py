@@ -16,7 +16,7 @@ from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import UsageError
-from deepdistill.localrun.generation import Completion
+from deepdistill.localrun.core.generation import Completion
 
 PROBLEMS = [Problem(f"p{i}", "x" * 400, "4", "mine", "math") for i in range(30)]
 PROBLEMS += [Problem(f"p{i}", "x" * 400, None, "mine", "none") for i in range(30, 40)]

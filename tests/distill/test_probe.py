@@ -11,7 +11,7 @@ from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.base import Capabilities, Rung
 from deepdistill.distill.teachers.probe import describe, probe
 from deepdistill.errors import TeacherError
-from deepdistill.localrun.generation import Completion, Message, Sampling, TopLogprobs
+from deepdistill.localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 
 
 def top(n_tokens: int, k: int) -> TopLogprobs:

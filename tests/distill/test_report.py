@@ -29,7 +29,7 @@ from deepdistill.distill.run import Run
 from deepdistill.distill.split import bucket_of
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"
 RECIPE = {"problems": "my.jsonl", "teacher": "https://api.example.org/v1", "student": "smollm2", "training": {"lr": 1}}

@@ -17,7 +17,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer
 from deepdistill.errors import UsageError
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 class Contains:

@@ -20,7 +20,7 @@ import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
 from deepdistill.distill.teachers.reply import Reply, read_reply
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 
 
 def sse(*events: dict[str, Any] | str) -> bytes:

@@ -27,7 +27,7 @@ from deepdistill.distill.teachers.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher, check_pocket_source, kv_values
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
-from deepdistill.localrun.generation import Message, Sampling
+from deepdistill.localrun.core.generation import Message, Sampling
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96}
 MODELS: dict[str, Callable[[int], Any]] = {

@@ -14,7 +14,7 @@ from deepdistill.distill.judgements import Judgement
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.distill.vote import Ballot, Election, VoteSettings, answer_key, vote, vote_on_traces
-from deepdistill.localrun.generation import FinishReason, Sampling
+from deepdistill.localrun.core.generation import FinishReason, Sampling
 
 
 def ballots(*answers: str | None) -> list[Ballot]:

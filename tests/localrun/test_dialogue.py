@@ -20,7 +20,7 @@ from rich.console import Console
 from deepdistill.localrun.conversations import Store, read_conversation
 from deepdistill.localrun.dialogue import Dialogue, converse
 from deepdistill.localrun.engine import Engine, Step
-from deepdistill.localrun.generation import Guidance, Sampling
+from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.session import Question, Session
 from deepdistill.localrun.terminal import history_path
 from deepdistill.localrun.vision import MARKER

@@ -13,7 +13,7 @@ from deepdistill.errors import ModelError
 from deepdistill.localrun import drafts
 from deepdistill.localrun.drafts import Latch, NgramDrafts
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Guidance, Sampling
+from deepdistill.localrun.core.generation import Guidance, Sampling
 
 BuildGGUF = Callable[..., Path]
 

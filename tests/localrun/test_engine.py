@@ -20,7 +20,7 @@ from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, Usag
 from deepdistill.localrun import engine as engine_module
 from deepdistill.localrun import memory
 from deepdistill.localrun.engine import Engine, Step
-from deepdistill.localrun.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Completion, Sampling
 from deepdistill.localrun.llama import _model_params
 from deepdistill.localrun.logprobs import top_of
 

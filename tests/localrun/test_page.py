@@ -29,7 +29,7 @@ import pytest
 from deepdistill.errors import ModelError
 from deepdistill.localrun import phone
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.phone import export_phone
 from deepdistill.localrun.thinking import THINK, ThinkingParser
 

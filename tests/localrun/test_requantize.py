@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError
-from deepdistill.localrun import ggml, requantize
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf import ggml
+from deepdistill.localrun import requantize
+from deepdistill.localrun.gguf.header import read_gguf
 
 # isort: split
 import llama_cpp

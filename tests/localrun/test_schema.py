@@ -16,7 +16,7 @@ import pytest
 
 from deepdistill.errors import UsageError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Guidance, Sampling
+from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.grammar import check_grammar
 from deepdistill.localrun.llama import Model
 from deepdistill.localrun.schema import grammar_of_schema

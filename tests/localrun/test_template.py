@@ -11,7 +11,7 @@ import pytest
 
 from deepdistill.errors import ModelError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Message
+from deepdistill.localrun.core.generation import Message
 from deepdistill.localrun.template import render
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from deepdistill.errors import UsageError
 from deepdistill.localrun.engine import Engine, Step
-from deepdistill.localrun.generation import FREE, Guidance, Sampling
-from deepdistill.localrun.loops import LEAST_TOKENS, LoopDetector, VarietyGauge
+from deepdistill.localrun.core.generation import FREE, Guidance, Sampling
+from deepdistill.localrun.core.loops import LEAST_TOKENS, LoopDetector, VarietyGauge
 from deepdistill.localrun.sampler import Sampler
 from deepdistill.localrun.turn import _StopStrings
 

@@ -16,7 +16,7 @@ from llama_cpp import mtmd_cpp
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.generation import Sampling
+from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.llama import Context, Entry, Model
 from deepdistill.localrun.vision import MARKER, Projector, find_mmproj, with_images
 

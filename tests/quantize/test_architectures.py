@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.header import read_gguf
-from deepdistill.localrun.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.architectures import ARCHITECTURES
 from deepdistill.quantize.convert import plan, write
 

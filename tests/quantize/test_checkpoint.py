@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
-from deepdistill.localrun.header import read_gguf
-from deepdistill.localrun.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.checkpoint import Checkpoint
 from deepdistill.quantize.convert import plan, write
 from deepdistill.quantize.weights import read_header

@@ -17,9 +17,9 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun import ggml
+from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize import convert
 from deepdistill.quantize.architectures import base as architecture_base
 from deepdistill.quantize.quantize import quantize

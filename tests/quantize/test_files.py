@@ -10,8 +10,8 @@ import pytest
 
 from deepdistill.errors import ArtifactError, UsageError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.header import read_gguf
-from deepdistill.localrun.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.convert import plan, write
 from deepdistill.quantize.files import parse_size, shards
 

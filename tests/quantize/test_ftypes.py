@@ -15,8 +15,8 @@ import pytest
 from deepdistill.errors import UsageError
 from deepdistill.localrun import llama
 from deepdistill.localrun import requantize as requantize_module
-from deepdistill.localrun.header import read_gguf
-from deepdistill.localrun.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.localrun.requantize import requantize
 from deepdistill.quantize import ftypes
 from deepdistill.quantize.convert import plan, write

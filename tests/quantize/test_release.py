@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from deepdistill.cli import main
 from deepdistill.distill.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
-from deepdistill.localrun import ggml
-from deepdistill.localrun.dequantize import dequantize_rows
+from deepdistill.localrun.gguf import ggml
+from deepdistill.localrun.gguf.dequantize import dequantize_rows
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.probe import LogitReader
 from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts
 from deepdistill.quantize.card_files import Row, keep_rows, update_report

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.proofs import STRESS
 from deepdistill.quantize.quantize import quantize
 

@@ -10,7 +10,7 @@ import pytest
 
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.engine import Engine
-from deepdistill.localrun.split import is_shard, split_gguf
+from deepdistill.localrun.gguf.split import is_shard, split_gguf
 
 MAX = 40_000  # the tiny model's largest tensors are larger
 

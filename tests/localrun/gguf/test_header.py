@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.header import read_gguf
+from deepdistill.localrun.gguf.header import read_gguf
 
 
 @pytest.mark.parametrize("model", ["random_gguf", "smollm2_gguf"])  # F32 alone; Q4_1 and Q6_K

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from ..errors import ArtifactError
+from ...errors import ArtifactError
 
 _T = TypeVar("_T")
 _NO_ROOM_HINT = "make room and run the same command again: it goes on after what is stored"

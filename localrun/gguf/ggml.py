@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ..errors import ModelError
+from ...errors import ModelError
 
 _HINT = (
     "pip install llama-cpp-python (needs a C++ compiler), or without one: pip install llama-cpp-python "

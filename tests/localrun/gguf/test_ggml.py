@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun import ggml
+from deepdistill.localrun.gguf import ggml
 
 USED = [
     Type.F16, Type.BF16, Type.Q8_0, Type.Q6_K, Type.Q5_K, Type.Q4_K, Type.Q3_K, Type.Q2_K,

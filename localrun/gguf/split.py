@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import ArtifactError
+from ...errors import ArtifactError
 from .header import Header, StoredTensor, read_gguf
 
 MAX_SHARD_BYTES = 64_000_000

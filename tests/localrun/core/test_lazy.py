@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from deepdistill.localrun.lazy import import_part
+from deepdistill.localrun.core.lazy import import_part
 
 
 @pytest.fixture
