@@ -117,7 +117,7 @@ def _tools(path: Path | None) -> tuple[dict[str, Any], ...]:
     """Return the tools that a file holds, in OpenAI's form."""
     if path is None:
         return ()
-    from ..localrun.tools import read_tools
+    from ..localrun.families.tool_calls import read_tools
 
     return read_tools(_read(path))
 

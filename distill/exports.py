@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ..errors import ArtifactError
 from ..localrun.core.generation import Message
-from ..localrun.thinking import CLOSE, OPEN
+from ..localrun.families.thinking import CLOSE, OPEN
 from .traces import Trace, TraceStore
 
 Reasoning = Literal["field", "think"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ArtifactError
 from ..localrun.core.generation import FinishReason, Message, Sampling
-from ..localrun.thinking import THINK, Tags, split_thinking
+from ..localrun.families.thinking import THINK, Tags, split_thinking
 from .graders.answer import final_answer
 from .problem_files import read_rows
 from .problems import Problem

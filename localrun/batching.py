@@ -21,7 +21,7 @@ from ..errors import ModelError
 from .core.generation import Completion, Guidance, Sampling
 from .llama import Context, Entry
 from .logprobs import stack_rows, top_of
-from .thinking import Tags
+from .families.thinking import Tags
 from .turn import Turn
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from ..errors import ModelError
 from .gguf.header import Header, read_gguf
 from .memory import Footprint, format_bytes
-from .template import render
-from .thinking import Tags, tags_of
+from .families.template import render
+from .families.thinking import Tags, tags_of
 
 MAX_CTX = 4096  # tokens: a phone's memory and patience
 

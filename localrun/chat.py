@@ -22,7 +22,7 @@ from .engine import Engine
 from .find import find_model
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
-from .thinking import Think
+from .families.thinking import Think
 
 __all__ = ["ChatSettings", "chat", "find_model"]
 

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ..errors import ArtifactError
 from .engine import Engine
 from .core.generation import Message, Sampling
-from .thinking import Think
+from .families.thinking import Think
 
 DEFAULT_SAMPLING = Sampling(max_tokens=2048)
 _MAX_STATE_BYTES = 1 << 30  # of all states together

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ..errors import ArtifactError, ModelError
-from . import template
+from .families import template
 from .batching import complete_all
 from .drafts import Latch, NgramDrafts, Propose
 from .core.generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
@@ -27,7 +27,7 @@ from .gguf.header import UnknownTypeError
 from .llama import Context, Entry, Model, check_file, llama_version
 from .logprobs import stack_rows, top_with
 from .memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
-from .thinking import Part, Think, steer_thinking, tags_of
+from .families.thinking import Part, Think, steer_thinking, tags_of
 from .turn import Turn
 
 if TYPE_CHECKING:

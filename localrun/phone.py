@@ -24,7 +24,7 @@ from .gguf.header import read_gguf
 from .memory import format_bytes
 from .core.progress import Progress, no_progress
 from .gguf.split import is_shard, split_gguf
-from .thinking import prompt_opens_thinking
+from .families.thinking import prompt_opens_thinking
 from .wllama import unpack_wllama
 
 DEFAULT_MEMORY_MB = 2000

@@ -12,7 +12,7 @@ from rich.text import Text
 from .engine import Step
 from .flow import Flow, is_drawable
 from .markdown import Markdown
-from .thinking import Part
+from .families.thinking import Part
 
 _BAR = "│ "  # before every row of thinking, for those who see no colour
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 from .conversations import DEFAULT_SAMPLING, Conversation
 from .engine import Engine, Step
 from .core.generation import FREE, Guidance, Message, Sampling
-from .thinking import Think
+from .families.thinking import Think
 
 
 class Question(NamedTuple):

@@ -15,7 +15,7 @@ from .attach import fenced, read_text
 from .conversations import read_conversation, write_new
 from .find import find_model
 from .session import Question
-from .thinking import Think
+from .families.thinking import Think
 
 if TYPE_CHECKING:
     from .dialogue import Dialogue

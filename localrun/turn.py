@@ -15,7 +15,7 @@ from .llama import Context, Model
 from .core.loops import LoopDetector, VarietyGauge
 from .reading import Reading
 from .sampler import Sampler
-from .thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
+from .families.thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
 
 _HINT = "\nI have to answer now.\n"
 _MOST_GRACE = 48  # tokens for the end of a line before the hint, and as many after it to finish a thought

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArtifactError, ModelError, UsageError
-from ..localrun import template
+from ..localrun.families import template
 from ..localrun.llama import Model
 
 Part = Literal["calibrate", "choose", "measure"]

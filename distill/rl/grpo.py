@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from ...errors import ModelError, UsageError
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Progress, no_progress
-from ...localrun.thinking import prompt_opens_thinking
+from ...localrun.families.thinking import prompt_opens_thinking
 from ..clock import checkpoints, last_checkpoint
 from ..collect import GradesAnswers
 from ..device import SMALL_MODEL, choose_device, has_fast_bf16

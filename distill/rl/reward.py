@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...localrun.thinking import split_thinking
+from ...localrun.families.thinking import split_thinking
 from ..collect import GradesAnswers
 from ..problems import Problem
 

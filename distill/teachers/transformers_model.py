@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 
 from ...errors import ModelError, TeacherError, UsageError
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
-from ...localrun.thinking import CLOSE, prompt_opens_thinking, split_thinking
+from ...localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ..device import NO_MEMORY, choose_device
 from ..vocabulary import of_tokenizer
 from .base import Backend, Request, Teacher

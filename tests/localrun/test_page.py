@@ -31,7 +31,7 @@ from deepdistill.localrun import phone
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.phone import export_phone
-from deepdistill.localrun.thinking import THINK, ThinkingParser
+from deepdistill.localrun.families.thinking import THINK, ThinkingParser
 
 PAGE = Path(phone.__file__).parent / "page"
 

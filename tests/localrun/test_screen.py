@@ -11,7 +11,7 @@ from rich.console import Console
 from deepdistill.localrun.engine import Step
 from deepdistill.localrun.flow import Flow
 from deepdistill.localrun.screen import Screen, Thought, printable
-from deepdistill.localrun.thinking import Part
+from deepdistill.localrun.families.thinking import Part
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 THINKING = "one two three four five"

@@ -12,7 +12,7 @@ import pytest
 from deepdistill.errors import ModelError
 from deepdistill.localrun.engine import Engine
 from deepdistill.localrun.core.generation import Message
-from deepdistill.localrun.template import render
+from deepdistill.localrun.families.template import render
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text(encoding="utf-8")

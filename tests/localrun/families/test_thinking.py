@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdistill.localrun.thinking import (
+from deepdistill.localrun.families.thinking import (
     CLOSE,
     OPEN,
     Part,

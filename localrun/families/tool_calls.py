@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NoReturn, TypedDict
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 _TOOLS_HINT = 'a list of {"type": "function", "function": {"name": …, "description": …, "parameters": JSON schema}}'
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdistill.localrun.tools import ToolCall, parse_tool_calls
+from deepdistill.localrun.families.tool_calls import ToolCall, parse_tool_calls
 
 relaxed = settings(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
