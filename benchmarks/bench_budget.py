@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepdistill.localrun.hardware import default_threads
+from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.quantize.calibration import CalibrationSettings
 from deepdistill.quantize.convert import write
 from deepdistill.quantize.desk import Desk

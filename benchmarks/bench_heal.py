@@ -23,7 +23,7 @@ from deepdistill.distill.evaluate import score_file
 from deepdistill.distill.losses import projected_kl
 from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings
-from deepdistill.localrun.hardware import default_threads
+from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.calibration import CalibrationSettings
 from deepdistill.quantize.desk import Desk

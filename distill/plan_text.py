@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..localrun.memory import format_bytes
+from ..localrun.machine.memory import format_bytes
 from .layouts import USED_SHARE, Layout
 from .model_size import BITS
 from .plan import Plan

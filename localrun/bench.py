@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import hardware
+from .machine import hardware
 from .llama import Context, Entry, Model
-from .memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
+from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
 from .core.progress import Progress, no_progress
 
 _PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none

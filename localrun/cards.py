@@ -13,7 +13,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from ..errors import ModelError
 from .gguf.header import Header, read_gguf
-from .memory import Footprint, format_bytes
+from .machine.memory import Footprint, format_bytes
 from .families.template import render
 from .families.thinking import Tags, tags_of
 

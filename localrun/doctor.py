@@ -23,10 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DeepDistillError
-from . import hardware
-from .hardware import Gpu
+from .machine import hardware
+from .machine.hardware import Gpu
 from .gguf.header import read_gguf
-from .memory import Footprint, available_bytes, format_bytes
+from .machine.memory import Footprint, available_bytes, format_bytes
 
 _PROC = Path("/proc")
 _NOT_INSTRUCTIONS = {

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ArtifactError, ModelError, UsageError
-from .hardware import bound_spinning
+from .machine.hardware import bound_spinning
 from .core.lazy import import_part
-from .memory import KV_TYPES, N_MICRO_BATCH
+from .machine.memory import KV_TYPES, N_MICRO_BATCH
 
 if TYPE_CHECKING:
     import numpy as np

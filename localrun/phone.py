@@ -21,7 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..errors import ArtifactError, ModelError
 from .cards import ModelCard, about, modelfile, readme
 from .gguf.header import read_gguf
-from .memory import format_bytes
+from .machine.memory import format_bytes
 from .core.progress import Progress, no_progress
 from .gguf.split import is_shard, split_gguf
 from .families.thinking import prompt_opens_thinking

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ModelError
-from .hardware import default_threads
+from .machine.hardware import default_threads
 from .llama import Context, Entry, Model
-from .memory import N_BATCH
+from .machine.memory import N_BATCH
 from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ArtifactError, ModelError, UsageError
-from .hardware import cache_dir
+from .machine.hardware import cache_dir
 from .core.progress import Progress, no_progress
 
 VERSION = "3.8.1"

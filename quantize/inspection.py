@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..localrun.gguf.header import StoredTensor, read_gguf
-from ..localrun.memory import Footprint
+from ..localrun.machine.memory import Footprint
 
 _N_MEMORY_CTX = 2048  # tokens
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..localrun.hardware import default_threads
+from ..localrun.machine.hardware import default_threads
 from ..localrun.core.progress import Progress, no_progress
 from .convert import Conversion, Value, plan, write
 from .ftypes import check_ftype

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError, ModelError, UsageError
-from ..localrun.hardware import default_threads
-from ..localrun.memory import Footprint
+from ..localrun.machine.hardware import default_threads
+from ..localrun.machine.memory import Footprint
 from ..localrun.core.progress import Progress, no_progress
 from . import card_files
 from .adapter import is_adapter

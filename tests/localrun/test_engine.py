@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun import engine as engine_module
-from deepdistill.localrun import memory
+from deepdistill.localrun.machine import memory
 from deepdistill.localrun.engine import Engine, Step
 from deepdistill.localrun.core.generation import Completion, Sampling
 from deepdistill.localrun.llama import _model_params

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepdistill.localrun import hardware
-from deepdistill.localrun.hardware import best_threads, cache_dir, cpu_name, default_threads, memory_bandwidth
+from deepdistill.localrun.machine import hardware
+from deepdistill.localrun.machine.hardware import best_threads, cache_dir, cpu_name, default_threads, memory_bandwidth
 
 BuildCPUs = Callable[..., None]
 

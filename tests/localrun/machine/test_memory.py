@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError, UsageError
-from deepdistill.localrun import memory
-from deepdistill.localrun.memory import (
+from deepdistill.localrun.machine import memory
+from deepdistill.localrun.machine.memory import (
     Footprint,
     available_bytes,
     fit_context,
