@@ -34,11 +34,11 @@ import httpx
 import llama_cpp
 
 from deepdistill.distill.problems import load_problems
-from deepdistill.localrun import engine
-from deepdistill.localrun.drafts import Latch
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine import engine
+from deepdistill.localrun.engine.speculation import Latch
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Guidance, Sampling
-from deepdistill.localrun.llama import Context, Entry, Model, has_amx
+from deepdistill.localrun.engine.llama import Context, Entry, Model, has_amx
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 ROUNDS = 3
@@ -349,7 +349,7 @@ def bar_start(model: Path) -> dict[str, Any]:
     bare = (
         "import sys, time, llama_cpp\n"
         "from pathlib import Path\n"
-        "from deepdistill.localrun.engine import Engine\n"
+        "from deepdistill.localrun.engine.engine import Engine\n"
         "from deepdistill.localrun.core.generation import Sampling\n"
         "started = time.monotonic()\n"
         "with Engine(sys.argv[1], n_threads=int(sys.argv[2])) as e:\n"

@@ -30,7 +30,7 @@ import numpy as np
 _QUANTIZE = """
 import sys, time
 from pathlib import Path
-from deepdistill.localrun.requantize import requantize
+from deepdistill.localrun.engine.requantize import requantize
 started = time.perf_counter()
 requantize(Path(sys.argv[1]), Path(sys.argv[2]), 15)
 print(time.perf_counter() - started)

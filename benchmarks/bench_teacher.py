@@ -37,7 +37,7 @@ from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.decode import BatchDecoder, Row
 from deepdistill.distill.teachers.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.transformers_model import TransformersTeacher
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"

@@ -19,7 +19,7 @@ from typing import Any
 from deepdistill.distill.evaluate import is_loop
 from deepdistill.distill.grade import Grader
 from deepdistill.distill.problems import load_problems
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import FREE, Completion, Guidance, Sampling
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"

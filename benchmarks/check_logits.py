@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepdistill.localrun import llama
+from deepdistill.localrun.engine import llama
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.convert import plan, write

@@ -110,7 +110,7 @@ def ran(node: Path, path: Path) -> str:
     found = by_node(node, _RUN, path)
     if isinstance(found, str):
         return found
-    from deepdistill.localrun.engine import Engine
+    from deepdistill.localrun.engine.engine import Engine
 
     with Engine(path, n_ctx=128, n_threads=1) as engine:
         ours = engine.model.tokenize("47 + 85 = ", whole=False)

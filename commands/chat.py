@@ -108,7 +108,7 @@ def _grammar(schema: Path | None, grammar: Path | None) -> str | None:
     text = _read(path)
     if not schema:
         return text
-    from ..localrun.schema import grammar_of_schema
+    from ..localrun.engine.json_schema import grammar_of_schema
 
     return grammar_of_schema(text)
 

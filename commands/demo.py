@@ -78,7 +78,7 @@ def _weight_bytes(folder: Path) -> int:
 def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
     """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
     from ..distill.problems import load_problems
-    from ..localrun.engine import Engine
+    from ..localrun.engine.engine import Engine
     from ..localrun.core.generation import Sampling
 
     question = load_problems(settings.problems, "test", 1, settings.seed)[0].question

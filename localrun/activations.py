@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from .machine.hardware import default_threads
-from .llama import Context, Entry, Model
+from .engine.llama import Context, Entry, Model
 from .machine.memory import N_BATCH
 from .tensors import Pointer, name_of, op_of, scheduler_callback, values_of
 

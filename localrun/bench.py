@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .machine import hardware
-from .llama import Context, Entry, Model
+from .engine.llama import Context, Entry, Model
 from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
 from .core.progress import Progress, no_progress
 

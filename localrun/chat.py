@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ..errors import ArtifactError, ModelError, UsageError
 from .conversations import Conversation, Store
-from .engine import Engine
+from .engine.engine import Engine
 from .find import find_model
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
@@ -188,7 +188,7 @@ def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:
     load = partial(Engine, path, n_ctx=settings.n_ctx, kv_type=settings.kv_type, draft_path=settings.draft_path)
     if settings.mmproj_path or not may_see or not any("mmproj" in file.name for file in path.parent.glob("*.gguf")):
         return load(mmproj_path=settings.mmproj_path)
-    from .vision import find_mmproj
+    from .engine.vision import find_mmproj
 
     try:
         return load(mmproj_path=find_mmproj(path))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ArtifactError
-from .engine import Engine
+from .engine.engine import Engine
 from .core.generation import Message, Sampling
 from .families.thinking import Think
 

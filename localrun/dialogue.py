@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..errors import DeepDistillError
 from .conversations import Conversation, Store
-from .engine import Engine, Step
+from .engine.engine import Engine, Step
 from .oneshot import why_cut
 from .screen import Screen, Thought, new_console, printable
 from .session import Question, Session

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..errors import ModelError
 from .machine.hardware import default_threads
-from .llama import Context, Entry, Model
+from .engine.llama import Context, Entry, Model
 from .machine.memory import N_BATCH
 from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from .engine import Step
+from .engine.engine import Step
 from .flow import Flow, is_drawable
 from .markdown import Markdown
 from .families.thinking import Part

@@ -171,7 +171,7 @@ def _file(talk: Dialogue, rest: str) -> None:
 def _image(talk: Dialogue, rest: str) -> None:
     engine, pending = talk.session.engine, talk.pending
     if not engine.sees_images:
-        from .vision import find_mmproj
+        from .engine.vision import find_mmproj
 
         beside = find_mmproj(engine.path)
         hint = (

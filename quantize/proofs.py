@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeepDistillError
-from ..localrun.engine import Engine
+from ..localrun.engine.engine import Engine
 from ..localrun.core.generation import Message
 from ..localrun.gguf.header import read_gguf
 from ..localrun.core.progress import Progress, no_progress

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
 from pathlib import Path
 
-from ...localrun.engine import Engine
+from ...localrun.engine.engine import Engine
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ..vocabulary import of_gguf
 from .base import Request, Teacher

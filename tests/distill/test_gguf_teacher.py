@@ -14,7 +14,7 @@ from deepdistill.distill.teachers.base import Capabilities
 from deepdistill.distill.teachers.gguf import GGUFTeacher
 from deepdistill.distill.teachers.probe import probe
 from deepdistill.errors import DeepDistillError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 
 

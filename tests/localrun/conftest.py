@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHATML = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()

@@ -21,7 +21,7 @@ from deepdistill.cli import main
 from deepdistill.errors import DeepDistillError
 from deepdistill.localrun.chat import ChatSettings, chat
 from deepdistill.localrun.conversations import Store
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.session import Question, Session
 

@@ -28,7 +28,7 @@ import pytest
 
 from deepdistill.errors import ModelError
 from deepdistill.localrun import phone
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.phone import export_phone
 from deepdistill.localrun.families.thinking import THINK, ThinkingParser

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from deepdistill.localrun.engine import Step
+from deepdistill.localrun.engine.engine import Step
 from deepdistill.localrun.flow import Flow
 from deepdistill.localrun.screen import Screen, Thought, printable
 from deepdistill.localrun.families.thinking import Part

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.gguf import ggml
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize import convert
 from deepdistill.quantize.architectures import base as architecture_base

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, UsageError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
 from deepdistill.quantize.convert import plan, write

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import UsageError
-from deepdistill.localrun import llama
-from deepdistill.localrun import requantize as requantize_module
+from deepdistill.localrun.engine import llama
+from deepdistill.localrun.engine import requantize as requantize_module
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.localrun.requantize import requantize
+from deepdistill.localrun.engine.requantize import requantize
 from deepdistill.quantize import ftypes
 from deepdistill.quantize.convert import plan, write
 from deepdistill.quantize.ftypes import FTYPES, NEED_IMATRIX, Shape, assign, check_ftype

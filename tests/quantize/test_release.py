@@ -20,7 +20,7 @@ from deepdistill.distill.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
 from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.dequantize import dequantize_rows
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.probe import LogitReader
 from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, trainers
 from transformers import AutoTokenizer
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.proofs import STRESS
 from deepdistill.quantize.quantize import quantize

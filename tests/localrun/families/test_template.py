@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Message
 from deepdistill.localrun.families.template import render
 

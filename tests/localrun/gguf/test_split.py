@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.split import is_shard, split_gguf
 
 MAX = 40_000  # the tiny model's largest tensors are larger

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable
 
-from .families.thinking import THINK, Part, Tags, ThinkingParser
+from ..families.thinking import THINK, Part, Tags, ThinkingParser
 
 
 class Reading:

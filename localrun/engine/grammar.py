@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import llama_cpp
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .llama import Model, _log, _reason, _start_library
 
 MOST_TIMES = 2000  # repetitions that llama.cpp counts: more are no bound at all to it

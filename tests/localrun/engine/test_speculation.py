@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun import drafts
-from deepdistill.localrun.drafts import Latch, NgramDrafts
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine import speculation as drafts
+from deepdistill.localrun.engine.speculation import Latch, NgramDrafts
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Guidance, Sampling
 
 BuildGGUF = Callable[..., Path]

@@ -15,10 +15,10 @@ import pytest
 from llama_cpp import mtmd_cpp
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.engine import Engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.llama import Context, Entry, Model
-from deepdistill.localrun.vision import MARKER, Projector, find_mmproj, with_images
+from deepdistill.localrun.engine.llama import Context, Entry, Model
+from deepdistill.localrun.engine.vision import MARKER, Projector, find_mmproj, with_images
 
 N_TEXT, N_VISION, N_FF, N_LAYER = 64, 32, 64, 2  # the first is that of conftest's model
 IMAGE, PATCH = 28, 7

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 
-from .core.generation import Guidance, Sampling
+from ..core.generation import Guidance, Sampling
 from .llama import Context, Model
 
 _DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 tokens cost nothing

@@ -22,8 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ArtifactError, ModelError, UsageError
-from .gguf.header import read_gguf
+from ...errors import ArtifactError, ModelError, UsageError
+from ..gguf.header import read_gguf
 from .llama import Context, Entry, Model, _keep_log, _log, _reason, _start_library
 
 MARKER = "<__media__>"

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..errors import ModelError
-from .core.generation import Completion, Guidance, Sampling
+from ...errors import ModelError
+from ..core.generation import Completion, Guidance, Sampling
 from .llama import Context, Entry
 from .logprobs import stack_rows, top_of
-from .families.thinking import Tags
+from ..families.thinking import Tags
 from .turn import Turn
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArtifactError, ModelError
+from ...errors import ArtifactError, ModelError
 from .llama import _log, _reason, _start_library, llama_version
 
 # isort: split

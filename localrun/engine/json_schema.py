@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from ..errors import UsageError
+from ...errors import UsageError
 from .grammar import MOST_TIMES, PRIMITIVES, decimal_numbers, literal, separated, times, whole_numbers
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")

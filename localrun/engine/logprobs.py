@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .core.generation import TopLogprobs
+from ..core.generation import TopLogprobs
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ import pytest
 
 from deepdistill.errors import ArtifactError, ModelError
 from deepdistill.localrun.gguf import ggml
-from deepdistill.localrun import requantize
+from deepdistill.localrun.engine import requantize
 from deepdistill.localrun.gguf.header import read_gguf
 
 # isort: split
