@@ -64,8 +64,8 @@ def chat(
     offline: Offline = False,
 ) -> None:
     """Talk to a GGUF, its thinking visible and apart; one-shot with -p, and in pipes."""
-    from ..localrun.chat import ChatSettings
-    from ..localrun.chat import chat as run_chat
+    from ..localrun.chat.chat import ChatSettings
+    from ..localrun.chat.chat import chat as run_chat
 
     settings = ChatSettings(
         system=system,

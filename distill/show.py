@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..localrun.screen import Screen, Thought, printable
+from ..localrun.chat.screen import Screen, Thought, printable
 from .inspection import TraceReport
 from .traces import Trace
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
-from deepdistill.localrun.chat import find_model
+from deepdistill.localrun.chat.chat import find_model
 
 Hub = Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]
 
@@ -79,7 +79,7 @@ def find_on(endpoint: str, home: Path, spec: str, offline: bool = False) -> str:
     """Find a model in a process of its own: the hub's library reads its settings once."""
     code = (
         "import sys\nfrom deepdistill.errors import DeepDistillError\n"
-        "from deepdistill.localrun.chat import find_model\n"
+        "from deepdistill.localrun.chat.chat import find_model\n"
         "try:\n    print(find_model(sys.argv[1], offline=sys.argv[2] == 'True'))\n"
         "except DeepDistillError as error:\n    print(type(error).__name__, error.message, error.hint, sep=' | ')"
     )

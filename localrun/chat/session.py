@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from .conversations import DEFAULT_SAMPLING, Conversation
-from .engine.engine import Engine, Step
-from .core.generation import FREE, Guidance, Message, Sampling
-from .families.thinking import Think
+from ..engine.engine import Engine, Step
+from ..core.generation import FREE, Guidance, Message, Sampling
+from ..families.thinking import Think
 
 
 class Question(NamedTuple):
@@ -136,7 +136,7 @@ def _as_shown(turn: Message) -> Message:
     """Return a kept message as the template takes it, with the marks of its images."""
     message = {key: text for key, text in turn.items() if key not in ("typed", "images")}
     if "images" in turn:
-        from .engine.vision import with_images
+        from ..engine.vision import with_images
 
         message["content"] = with_images(message["content"], len(turn["images"].splitlines()))
     return message

@@ -6,13 +6,13 @@ import json
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from ..errors import UsageError
-from .engine.engine import Step
+from ...errors import UsageError
+from ..engine.engine import Step
 from .session import Question, Session
 
 if TYPE_CHECKING:
     from .screen import Screen
-    from .families.tool_calls import ToolCall
+    from ..families.tool_calls import ToolCall
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -80,7 +80,7 @@ def _split_calls(session: Session, answer: str) -> tuple[str, list[ToolCall]]:
     """Return what an answer says, and the tools that it calls."""
     if not session.tools:
         return answer, []
-    from .families.tool_calls import parse_tool_calls
+    from ..families.tool_calls import parse_tool_calls
 
     return parse_tool_calls(answer, {tool["function"]["name"] for tool in session.tools})
 

@@ -16,13 +16,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError, ModelError, UsageError
+from ...errors import ArtifactError, ModelError, UsageError
 from .conversations import Conversation, Store
-from .engine.engine import Engine
-from .find import find_model
+from ..engine.engine import Engine
+from ..find import find_model
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
-from .families.thinking import Think
+from ..families.thinking import Think
 
 __all__ = ["ChatSettings", "chat", "find_model"]
 
@@ -128,7 +128,7 @@ def chat(
         settings.override(session)
         images = tuple(str(image.absolute()) for image in settings.images)
         if not once:
-            from .dialogue import Dialogue, converse  # not for a pipe: it loads what draws and reads keys
+            from .repl import Dialogue, converse  # not for a pipe: it loads what draws and reads keys
 
             talk = Dialogue(
                 session,
@@ -188,7 +188,7 @@ def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:
     load = partial(Engine, path, n_ctx=settings.n_ctx, kv_type=settings.kv_type, draft_path=settings.draft_path)
     if settings.mmproj_path or not may_see or not any("mmproj" in file.name for file in path.parent.glob("*.gguf")):
         return load(mmproj_path=settings.mmproj_path)
-    from .engine.vision import find_mmproj
+    from ..engine.vision import find_mmproj
 
     try:
         return load(mmproj_path=find_mmproj(path))

@@ -19,11 +19,11 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.errors import DeepDistillError
-from deepdistill.localrun.chat import ChatSettings, chat
-from deepdistill.localrun.conversations import Store
+from deepdistill.localrun.chat.chat import ChatSettings, chat
+from deepdistill.localrun.chat.conversations import Store
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.session import Question, Session
+from deepdistill.localrun.chat.session import Question, Session
 
 BuildGGUF = Callable[..., Path]
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
@@ -276,7 +276,7 @@ def test_nothing_to_continue_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_pipe_loads_nothing_that_draws(scripted_gguf: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom deepdistill.localrun.chat import ChatSettings, chat\n"
+        "import sys\nfrom pathlib import Path\nfrom deepdistill.localrun.chat.chat import ChatSettings, chat\n"
         "chat(sys.argv[1], ChatSettings(), prompt='hi')\n"
         "print(*({'rich', 'prompt_toolkit', 'pygments', 'huggingface_hub'} & set(sys.modules)))"
     )

@@ -15,10 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-from ..errors import ArtifactError
-from .engine.engine import Engine
-from .core.generation import Message, Sampling
-from .families.thinking import Think
+from ...errors import ArtifactError
+from ..engine.engine import Engine
+from ..core.generation import Message, Sampling
+from ..families.thinking import Think
 
 DEFAULT_SAMPLING = Sampling(max_tokens=2048)
 _MAX_STATE_BYTES = 1 << 30  # of all states together

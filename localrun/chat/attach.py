@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..errors import ArtifactError
+from ...errors import ArtifactError
 
 _BYTES_PER_TOKEN = 32  # a text with more than this for each token of context cannot fit: it is not even read
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..errors import DeepDistillError
+from ...errors import DeepDistillError
 from .conversations import Conversation, Store
-from .engine.engine import Engine, Step
+from ..engine.engine import Engine, Step
 from .oneshot import why_cut
 from .screen import Screen, Thought, new_console, printable
 from .session import Question, Session
-from .slash import COMMANDS, obey
-from .terminal import Keys, reader
+from .commands import COMMANDS, obey
+from .keyboard import Keys, reader
 
 _NEARLY_FULL = 0.85  # of the context
 

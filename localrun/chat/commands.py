@@ -10,15 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ..errors import ArtifactError, UsageError
+from ...errors import ArtifactError, UsageError
 from .attach import fenced, read_text
 from .conversations import read_conversation, write_new
-from .find import find_model
+from ..find import find_model
 from .session import Question
-from .families.thinking import Think
+from ..families.thinking import Think
 
 if TYPE_CHECKING:
-    from .dialogue import Dialogue
+    from .repl import Dialogue
 
 _MOST_LISTED = 20
 KEYS_HELP = """\
@@ -71,7 +71,7 @@ def _help(talk: Dialogue, _: str) -> None:
 
 
 def _model(talk: Dialogue, rest: str) -> None:
-    from .doctor import installed_models
+    from ..doctor import installed_models
 
     nearby = nearby_models(talk)
     others = (path for _, path in installed_models() if "mmproj" not in path.name)
@@ -171,7 +171,7 @@ def _file(talk: Dialogue, rest: str) -> None:
 def _image(talk: Dialogue, rest: str) -> None:
     engine, pending = talk.session.engine, talk.pending
     if not engine.sees_images:
-        from .engine.vision import find_mmproj
+        from ..engine.vision import find_mmproj
 
         beside = find_mmproj(engine.path)
         hint = (

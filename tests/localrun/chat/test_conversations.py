@@ -11,8 +11,8 @@ from unittest.mock import Mock
 import pytest
 
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun import conversations
-from deepdistill.localrun.conversations import DEFAULT_SAMPLING, Conversation, Store, read_conversation, write_new
+from deepdistill.localrun.chat import conversations
+from deepdistill.localrun.chat.conversations import DEFAULT_SAMPLING, Conversation, Store, read_conversation, write_new
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

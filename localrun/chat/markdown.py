@@ -20,7 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.syntax import Syntax
 
-    from .flow import Flow
+    from .wrap import Flow
 
 _MAX_HELD = 240  # characters that a span may wait for its end
 
