@@ -39,7 +39,7 @@ def export(
         _export_traces(path, to, out, reasoning, all_traces, json_output)
         return
     from ..localrun.find import find_model
-    from ..localrun.phone import export_phone
+    from ..localrun.phone.phone import export_phone
 
     folder = Path(path) if path and Path(path).is_dir() else None
     model = folder or find_model(path, offline=offline)

@@ -18,13 +18,13 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from ..errors import ArtifactError, ModelError
+from ...errors import ArtifactError, ModelError
 from .cards import ModelCard, about, modelfile, readme
-from .gguf.header import read_gguf
-from .machine.memory import format_bytes
-from .core.progress import Progress, no_progress
-from .gguf.split import is_shard, split_gguf
-from .families.thinking import prompt_opens_thinking
+from ..gguf.header import read_gguf
+from ..machine.memory import format_bytes
+from ..core.progress import Progress, no_progress
+from ..gguf.split import is_shard, split_gguf
+from ..families.thinking import prompt_opens_thinking
 from .wllama import unpack_wllama
 
 DEFAULT_MEMORY_MB = 2000

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError
-from deepdistill.localrun import phone
-from deepdistill.localrun.cards import ModelCard, modelfile
-from deepdistill.localrun.phone import choose_model, export_phone
+from deepdistill.localrun.phone import phone
+from deepdistill.localrun.phone.cards import ModelCard, modelfile
+from deepdistill.localrun.phone.phone import choose_model, export_phone
 
 PLENTY = 2_000_000_000
 

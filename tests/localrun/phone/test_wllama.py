@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError, UsageError
-from deepdistill.localrun import wllama
-from deepdistill.localrun.wllama import Package, registry, unpack_wllama
+from deepdistill.localrun.phone import wllama
+from deepdistill.localrun.phone.wllama import Package, registry, unpack_wllama
 
 
 def tarball(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
