@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..errors import UsageError
-from ..localrun.probe import LogitReader, Probe
+from ..localrun.weights.swap import LogitReader, Probe
 from ..localrun.core.progress import Progress
 from .calibration import CalibrationSettings, Texts, read_texts
 from .convert import Conversion, Importance, Types, plan, write

@@ -80,7 +80,7 @@ def collect_imatrix(
     Raises:
         ArtifactError, ModelError: see `activations.collect_squares`.
     """
-    from ..localrun.activations import collect_squares
+    from ..localrun.weights.activations import collect_squares
 
     squares = collect_squares(model_path, texts, n_threads=n_threads, on_text=on_text)
     sums = {name: one.sums.reshape(len(one.counts), -1).astype(np.float32) for name, one in squares.items()}

@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType as Type
 
 from ..localrun.gguf import ggml
 from ..localrun.gguf.dequantize import dequantize_rows
-from ..localrun.probe import Probe
+from ..localrun.weights.swap import Probe
 from ..localrun.core.progress import Progress, no_progress
 from .budget import Choice, Item, efficient
 from .convert import Conversion, Importance, Typed

@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, ModelError
-from deepdistill.localrun.activations import collect_squares
-from deepdistill.localrun.probe import Probe
+from deepdistill.localrun.weights.activations import collect_squares
+from deepdistill.localrun.weights.swap import Probe
 from deepdistill.quantize.imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
 from deepdistill.quantize.quantize import quantize
 

@@ -22,7 +22,7 @@ from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.dequantize import dequantize_rows
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.localrun.probe import LogitReader
+from deepdistill.localrun.weights.swap import LogitReader
 from deepdistill.quantize.calibration import CalibrationSettings, part_of, read_texts
 from deepdistill.quantize.card_files import Row, keep_rows, update_report
 from deepdistill.quantize.desk import Desk

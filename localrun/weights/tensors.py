@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError
-from .gguf.ggml import _library
+from ...errors import ModelError
+from ..gguf.ggml import _library
 
 _OBJECT_BYTES = 32  # GGML_OBJECT_SIZE: ggml_tensor_overhead() counts it too
 _F32, _F16, _I32 = 0, 1, 26  # ggml_type

@@ -14,10 +14,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ModelError
-from .machine.hardware import default_threads
-from .engine.llama import Context, Entry, Model
-from .machine.memory import N_BATCH
+from ...errors import ModelError
+from ..machine.hardware import default_threads
+from ..engine.llama import Context, Entry, Model
+from ..machine.memory import N_BATCH
 from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
 
 
