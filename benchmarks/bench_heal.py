@@ -25,12 +25,12 @@ from deepdistill.distill.problems import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.calibration import CalibrationSettings
-from deepdistill.quantize.desk import Desk
-from deepdistill.quantize.paired import compare
-from deepdistill.quantize.quantize import quantize
+from deepdistill.quantize.measure.texts import CalibrationSettings
+from deepdistill.quantize.choose.workbench import Desk
+from deepdistill.quantize.measure.paired import compare
+from deepdistill.quantize.report import quantize
 from deepdistill.quantize.release import release
-from deepdistill.quantize.settings import ReleaseSettings
+from deepdistill.quantize.recipe import ReleaseSettings
 
 _MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.0, "divergence": 2.5}  # about, on 2 cores
 

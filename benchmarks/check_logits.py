@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.convert import plan, write
-from deepdistill.quantize.ftypes import FTYPES
+from deepdistill.quantize.convert.writer import plan, write
+from deepdistill.quantize.convert.ftypes import FTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 _WIDE = {

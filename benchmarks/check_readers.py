@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.convert import plan, write
+from deepdistill.quantize.convert.writer import plan, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # transformers' loader takes these from its own defaults, whatever the file says.

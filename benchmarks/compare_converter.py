@@ -26,7 +26,7 @@ from typing import Any
 
 from deepdistill.localrun.gguf.header import Header, read_gguf
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.convert import plan, write
+from deepdistill.quantize.convert.writer import plan, write
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the two say differently on purpose.

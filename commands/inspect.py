@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """What an artifact holds: traces with their verdicts, lengths and cost, a run with its scores, a GGUF's origin."""
     if path.suffix == ".gguf":
-        from ..quantize.inspection import inspect_gguf, summary
+        from ..quantize.provenance.inspect import inspect_gguf, summary
 
         of_file = inspect_gguf(path)
         print(*summary(of_file), sep="\n")

@@ -18,7 +18,7 @@ from .shared import AsJson, Quiet, bars
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
     from ..localrun.core.progress import Bars
-    from ..quantize.paired import Answers
+    from ..quantize.measure.paired import Answers
 
 
 def quantize(
@@ -71,10 +71,10 @@ def quantize(
         return
     if student is None:
         raise UsageError("which student?", "give a run folder or a checkpoint folder")
-    from ..quantize.files import parse_size
-    from ..quantize.gate import Gate
+    from ..quantize.convert.files import parse_size
+    from ..quantize.measure.gate import Gate
     from ..quantize.release import release
-    from ..quantize.settings import ReleaseSettings
+    from ..quantize.recipe import ReleaseSettings
 
     folder, settings = run_of(student)
     checkpoint = folder / "student" if folder else student
@@ -153,7 +153,7 @@ def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
     from ..distill.evaluate import score_file
     from ..distill.problems import load_problems
-    from ..quantize.paired import Answers
+    from ..quantize.measure.paired import Answers
 
     held_out = load_problems(spec, "test", n, settings.seed if settings else 0)
     max_tokens = settings.eval_max_tokens if settings else 512

@@ -13,7 +13,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
     from ..localrun.core.progress import Bars
-    from ..quantize.quantize import QuantizeReport
+    from ..quantize.report import QuantizeReport
 
 
 def run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
@@ -37,7 +37,7 @@ def export_gguf(
     proofs: bool = True,
 ) -> QuantizeReport:
     """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
-    from ..quantize.quantize import quantize as run_quantize
+    from ..quantize.report import quantize as run_quantize
 
     report = run_quantize(checkpoint, target, type_, metadata=metadata_of(settings), on_progress=progress)
     return report.proved(questions_of(problems, settings), on_progress=progress) if proofs else report

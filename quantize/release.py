@@ -17,21 +17,21 @@ from ..errors import GateError, ModelError, UsageError
 from ..localrun.machine.hardware import default_threads
 from ..localrun.machine.memory import Footprint
 from ..localrun.core.progress import Progress, no_progress
-from . import card_files
-from .adapter import is_adapter
-from .card import write_card
-from .card_files import Row
-from .choosing import Chooser
-from .convert import Conversion, Value, write
-from .desk import Desk
-from .fidelity import Fidelity
-from .gate import Metrics
-from .heal import Divergence, HealSettings, heal
-from .paired import Answers, Paired, compare
-from .provenance import file_bytes, fill_in, source_key
-from .quantize import QuantizeReport, report_of
-from .settings import ReleaseSettings
-from .signing import as_metadata, sign
+from .provenance import comparison as card_files
+from .convert.lora_adapter import is_adapter
+from .convert.licence import write_card
+from .provenance.comparison import Row
+from .choose.types import Chooser
+from .convert.writer import Conversion, Value, write
+from .choose.workbench import Desk
+from .measure.fidelity import Fidelity
+from .measure.gate import Metrics
+from .heal.heal import Divergence, HealSettings, heal
+from .measure.paired import Answers, Paired, compare
+from .provenance.metadata import file_bytes, fill_in, source_key
+from .report import QuantizeReport, report_of
+from .recipe import ReleaseSettings
+from .sign import as_metadata, sign
 
 Evaluate = Callable[[Path], Answers]
 """Asks a GGUF the test problems; the same ones each time."""

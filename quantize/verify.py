@@ -15,11 +15,11 @@ from ..errors import ArtifactError, UsageError
 from ..localrun.gguf import ggml
 from ..localrun.gguf.header import StoredTensor
 from ..localrun.core.progress import Progress, no_progress
-from .convert import Typed, plan
-from .imatrix import read_imatrix
-from .inspection import read_own, stored_tensors
-from .provenance import source_of
-from .sensitivity import parts_of
+from .convert.writer import Typed, plan
+from .choose.imatrix import read_imatrix
+from .provenance.inspect import read_own, stored_tensors
+from .provenance.metadata import source_of
+from .choose.sensitivity import parts_of
 
 
 @dataclass(frozen=True)

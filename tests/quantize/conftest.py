@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from deepdistill.quantize.proofs import STRESS
+from deepdistill.quantize.measure.proofs import STRESS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()

@@ -1,0 +1,173 @@
+"""SentencePiece vocabularies, such as Gemma's: a BPE over characters with bytes to fall back on, and a score a token.
+
+llama.cpp joins the neighbours whose joint token scores highest; Hugging Face's tokenizers go by a list of merges. The
+scores stand in tokenizer.model, where there is one. Otherwise they are the merges' ranks, after a check that both ways
+come to the same: every way to split a token must be a merge, and a token's merges must follow each other. A BPE that
+was trained by merges alone does not pass.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+
+from ...errors import ArtifactError, ModelError
+
+_SPACE = "▁"
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # llama.cpp's converter's
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+_PLAIN_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Tokens with scores and types, and whether a space is put before every text."""
+
+    tokens: list[str]
+    scores: list[float]
+    types: list[int]
+    space_prefix: bool
+
+
+def is_sentencepiece(source: dict[str, Any]) -> bool:
+    """Say whether tokenizer.json holds a BPE over characters with bytes to fall back on."""
+    return bool(source["model"].get("type") == "BPE" and source["model"].get("byte_fallback"))
+
+
+def looks_special(token: str) -> bool:
+    """Say whether a token is a control token although its tokenizer may not say so.
+
+    Source: llama.cpp, conversion/base.py, does_token_look_special.
+    """
+    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
+        return True
+    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return any(token.startswith(first) and token.endswith(last) for first, last in ends)
+
+
+def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pieces:
+    """Return a vocabulary of n_vocab tokens from tokenizer.json and, for the scores, tokenizer.model if there is one.
+
+    Raises:
+        ArtifactError: tokenizer.model is broken.
+        ModelError: llama.cpp would cut text otherwise.
+    """
+    space_prefix = _space_prefix(source)
+    found = list(_of_model(model)) if model else list(_of_merges(source["model"]))
+    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
+    scores, types = [_UNUSED_SCORE] * n_vocab, [int(TokenType.UNUSED)] * n_vocab
+    for i, (token, score, kind) in enumerate(found[:n_vocab]):
+        if token is not None:
+            tokens[i], scores[i], types[i] = token, score, kind
+    for entry in source.get("added_tokens") or []:
+        i, text = entry["id"], entry["content"]
+        if i >= n_vocab:
+            raise ArtifactError(f"the tokenizer has token {i} and the model {n_vocab} embeddings")
+        special = entry.get("special") or looks_special(text)
+        types[i] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+        tokens[i], scores[i] = (text if special else text.replace(_SPACE, " ")), _ADDED_SCORE
+    return Pieces(tokens, scores, types, space_prefix)
+
+
+def _space_prefix(source: dict[str, Any]) -> bool:
+    """Check that spaces become ▁ and text is not cut otherwise; say whether one is put in front."""
+    normalizer = source.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if steps not in ([_REPLACE], [_PREPEND, _REPLACE]):
+        raise ModelError(f"a SentencePiece tokenizer with the normalizer {normalizer.get('type')} cannot be converted")
+    if source.get("pre_tokenizer") not in (None, _PLAIN_SPLIT):
+        raise ModelError("a SentencePiece tokenizer that cuts text into words cannot be converted")
+    return _PREPEND in steps
+
+
+def _of_merges(model: dict[str, Any]) -> Iterator[tuple[str | None, float, int]]:
+    """Yield each token with its merges' rank as score.
+
+    Raises:
+        ModelError: scores cannot say what these merges do.
+    """
+    vocab: dict[str, int] = model["vocab"]
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    made = [token for token, _ in itertools.groupby(left + right for left, right in merges)]
+    known = set(merges)
+    complete = all(
+        (token[:i], token[i:]) in known
+        for token in vocab
+        for i in range(1, len(token))
+        if token[:i] in vocab and token[i:] in vocab and not _is_byte(token)
+    )
+    if len(set(made)) != len(made) or not complete:
+        raise ModelError(
+            "this tokenizer's merges are none that scores can stand for, as llama.cpp's SentencePiece needs",
+            "put the tokenizer.model that it was made from beside tokenizer.json",
+        )
+    ranks = {token: -float(rank) for rank, token in enumerate(made)}
+    texts = {i: token for token, i in vocab.items()}
+    for i in range(max(texts) + 1):
+        token = texts.get(i)
+        if token is None:
+            yield None, 0.0, 0
+        elif _is_byte(token):
+            yield token, 0.0, int(TokenType.BYTE)
+        else:
+            kind = TokenType.UNKNOWN if token == model.get("unk_token") else TokenType.NORMAL
+            yield token, ranks.get(token, -float(len(made))), int(kind)
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _of_model(path: Path) -> Iterator[tuple[str | None, float, int]]:
+    """Yield the pieces of a tokenizer.model, a protocol buffer whose field 1 repeats (text, score, type).
+
+    Source: https://github.com/google/sentencepiece, src/sentencepiece_model.proto.
+    """
+    try:
+        for field, value in _fields(path.read_bytes()):
+            if field == 1:
+                piece = dict(_fields(value))
+                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+                kind = piece.get(3, int(TokenType.NORMAL))
+                # A piece that the user defined is an ordinary one to llama.cpp, unless tokenizer.json adds it.
+                kind = TokenType.NORMAL if kind == TokenType.USER_DEFINED else kind
+                yield piece[1].decode("utf-8"), score, int(kind)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise ArtifactError(f"{path} is no SentencePiece model: {error!r}", "copy it again") from error
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield (field number, value) of a protocol buffer's message: whole numbers, and bytes of everything else."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        size, at = _varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
+        if at + size > len(data):
+            raise ValueError("it is cut short")
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise ValueError("a number is garbage")

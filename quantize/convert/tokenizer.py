@@ -1,0 +1,274 @@
+"""Turn tokenizer.json, a byte-level BPE or a SentencePiece vocabulary (pieces.py), into a GGUF's tokenizer metadata.
+
+llama.cpp carries a fixed list of pre-tokenizers under names. Ours is found by what tokenizer.json says it does, not by
+a hash of sample tokens, so that an added token or another vocabulary changes nothing. A pre-tokenizer, normalizer or
+model that llama.cpp would run differently is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+
+from ...errors import ArtifactError, ModelError
+from .architectures import use_llama_cpp
+from .checkpoint import Checkpoint
+from .sentencepiece import is_sentencepiece, looks_special, read_pieces
+
+_GPT2 = ("byte-level", True)  # splits by GPT-2's pattern, then maps bytes to letters
+_BYTES = ("byte-level", False)
+_DIGITS = ("digits", True)
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = ("split", _WORDS % "{1,3}")
+_QWEN2 = ("split", _WORDS % "")
+_DEEPSEEK3 = (
+    ("split", r"\p{N}{1,3}"),
+    ("split", r"[一-龥぀-ゟ゠-ヿ]+"),
+    (
+        "split",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+)
+# (steps, ignore_merges) -> llama.cpp's name
+_PRE: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
+    ((_GPT2,), False): "gpt-2",
+    ((_DIGITS, _GPT2), False): "smollm",
+    ((_QWEN2, _BYTES), False): "qwen2",
+    ((_LLAMA3, _BYTES), True): "llama-bpe",
+    ((_LLAMA3, _BYTES), False): "smaug-bpe",  # the same pattern, merges never skipped
+    ((*_DEEPSEEK3, _BYTES), False): "deepseek-v3",
+}
+_SPECIAL = ("bos", "eos", "unk", "pad")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What the file will carry. `notes` says what llama.cpp does differently on rare text."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    scores: list[float]  # of a SentencePiece vocabulary, which has no merges
+    space_prefix: bool
+    special_ids: dict[str, int]  # bos, eos, eot, unk, pad
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
+    """Read a folder's tokenizer, padded with unused tokens to the rows of the embedding.
+
+    Raises:
+        ArtifactError: there is no tokenizer, or it is broken or too large for the model.
+        ModelError: llama.cpp, or this converter, has no tokenizer that does the same.
+    """
+    folder = checkpoint.folder
+    source = checkpoint.json("tokenizer.json")
+    if not source:
+        if checkpoint.find("tokenizer.model"):
+            raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", folder)
+        raise ArtifactError(f"{folder} has no tokenizer.json", "copy the tokenizer files from the base model")
+    try:
+        scores, space_prefix, merges = list[float](), False, list[str]()
+        if is_sentencepiece(source):
+            pieces = read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab)
+            pre, tokens, types = "default", pieces.tokens, pieces.types
+            scores, space_prefix = pieces.scores, pieces.space_prefix
+        else:
+            pre = _pre_tokenizer(source, folder)
+            tokens, types = _vocabulary(source, n_vocab)
+            merges = _merges(source["model"]["merges"])
+        special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(tokens)})
+        add_bos, add_eos = _added(source.get("post_processor"), checkpoint, tokens, special_ids)
+        return Tokenizer(
+            pre,
+            tokens,
+            types,
+            merges,
+            scores,
+            space_prefix,
+            special_ids,
+            add_bos,
+            add_eos,
+            chat_template(checkpoint),
+            _notes(source),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{folder}/tokenizer.json is broken: {error!r}") from error
+
+
+def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
+    """Add a tokenizer to a file's metadata."""
+    writer.add_tokenizer_model("llama" if tokenizer.scores else "gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre)
+    writer.add_token_list(tokenizer.tokens)
+    if tokenizer.scores:
+        writer.add_token_scores(tokenizer.scores)
+    writer.add_token_types(tokenizer.types)
+    writer.add_token_merges(tokenizer.merges)
+    for name, token_id in tokenizer.special_ids.items():
+        writer.add_uint32(_KEYS[name], token_id)
+    # Said even where it is false: llama.cpp puts a BOS before Llama 3's text unless told not to.
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    writer.add_add_space_prefix(tokenizer.space_prefix)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+_KEYS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "eot": "tokenizer.ggml.eot_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+}
+
+
+def _pre_tokenizer(source: dict[str, Any], folder: object) -> str:
+    """Return llama.cpp's name of what a byte-level BPE does to text first."""
+    model, normalizer = source["model"], source.get("normalizer")
+    if model.get("type") != "BPE":
+        raise use_llama_cpp(f"a {model.get('type')} tokenizer", folder)
+    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        raise use_llama_cpp("a BPE tokenizer with word affixes", folder)
+    if normalizer and normalizer.get("type") != "NFC":
+        raise use_llama_cpp(f"a tokenizer with the normalizer {normalizer.get('type')}", folder)
+    steps = tuple(_steps(source.get("pre_tokenizer")))
+    pre = _PRE.get((steps, bool(model.get("ignore_merges"))))
+    if pre is None:
+        raise use_llama_cpp(f"a tokenizer with the pre-tokenizer {_describe(steps)}", folder)
+    return pre
+
+
+def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """Return a pre-tokenizer as comparable steps; what is not known keeps its name, and so matches nothing."""
+    if pre_tokenizer is None:
+        return []
+    kind = pre_tokenizer.get("type")
+    if kind == "Sequence":
+        return [step for part in pre_tokenizer["pretokenizers"] for step in _steps(part)]
+    if kind == "ByteLevel" and not pre_tokenizer.get("add_prefix_space"):
+        return [("byte-level", bool(pre_tokenizer.get("use_regex", True)))]
+    if kind == "Digits":
+        return [("digits", bool(pre_tokenizer.get("individual_digits")))]
+    plain = pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
+    if kind == "Split" and plain and "Regex" in pre_tokenizer["pattern"]:
+        return [("split", pre_tokenizer["pattern"]["Regex"])]
+    return [(str(kind), json.dumps({name: value for name, value in pre_tokenizer.items() if name != "type"}))]
+
+
+def _describe(steps: tuple[tuple[str, Any], ...]) -> str:
+    return " + ".join(f"{kind}({value})" for kind, value in steps) or "none"
+
+
+def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[int]]:
+    """Return the text and type of each of n_vocab tokens; ids that the tokenizer leaves out are unused."""
+    tokens = [f"[PAD{i}]" for i in range(n_vocab)]
+    types = [int(TokenType.UNUSED)] * n_vocab
+    added = {entry["id"]: entry for entry in source.get("added_tokens") or []}
+    known = {i: token for token, i in source["model"]["vocab"].items()}
+    known |= {i: entry["content"] for i, entry in added.items()}
+    if known and max(known) >= n_vocab:
+        raise ArtifactError(
+            f"the tokenizer has token {max(known)} and the model {n_vocab} embeddings",
+            "the tokenizer belongs to another checkpoint, or resize_token_embeddings was not called",
+        )
+    for i, token in known.items():
+        tokens[i] = token
+        types[i] = int(_type_of(added.get(i)))
+    return tokens, types
+
+
+def _type_of(added: dict[str, Any] | None) -> TokenType:
+    if added is None:
+        return TokenType.NORMAL
+    # llama.cpp looks for turn ends among control tokens, and some models mark theirs as ordinary.
+    special = added.get("special") or looks_special(added["content"])
+    return TokenType.CONTROL if special else TokenType.USER_DEFINED
+
+
+def _merges(merges: list[Any]) -> list[str]:
+    """Return merges as `left right`; a space inside a part, which byte-level BPE writes as Ġ, would end it."""
+    return [merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
+
+
+def _special_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict[str, int]:
+    """Return the ids of bos, eos, unk and pad, and as eot another end that generation_config.json names."""
+    named = checkpoint.json("tokenizer_config.json")
+    generation = checkpoint.json("generation_config.json")
+    found: dict[str, int] = {}
+    for name in _SPECIAL:
+        text = named.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        fallback = generation.get(f"{name}_token_id", checkpoint.config.get(f"{name}_token_id"))
+        fallback = fallback[0] if isinstance(fallback, list) and fallback else fallback
+        if isinstance(text, str) and text in ids:
+            found[name] = ids[text]
+        elif not named and isinstance(fallback, int) and 0 <= fallback < len(ids):
+            found[name] = fallback
+    ends = generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    others = [i for i in (ends if isinstance(ends, list) else [ends]) if isinstance(i, int) and i != found.get("eos")]
+    if others and "eos" in found:
+        found["eot"] = others[0]
+    elif others:
+        found["eos"] = others[0]
+    return found
+
+
+def _added(
+    processor: dict[str, Any] | None, checkpoint: Checkpoint, tokens: list[str], special_ids: dict[str, int]
+) -> tuple[bool, bool]:
+    """Say whether text gets a BOS in front and an EOS behind. tokenizer_config.json, where it says so, wins."""
+    first = last = None
+    for part in (processor or {}).get("processors") or [processor or {}]:
+        if part.get("type") == "TemplateProcessing":
+            outer = [piece.get("SpecialToken", {}).get("id") for piece in part["single"]]
+            first, last = (outer[0], outer[-1]) if len(outer) > 1 else (None, None)
+        elif part and part.get("type") != "ByteLevel":
+            raise use_llama_cpp(f"a tokenizer with the post-processor {part.get('type')}", checkpoint.folder)
+    texts = {name: tokens[i] for name, i in special_ids.items()}
+    for text, name in ((first, "bos"), (last, "eos")):
+        if text is not None and text != texts.get(name):
+            raise ModelError(
+                f"the tokenizer puts {text} where a GGUF can only have its {name} token ({texts.get(name)})",
+                f"set {name}_token in {checkpoint.folder}/tokenizer_config.json",
+            )
+    named = checkpoint.json("tokenizer_config.json")
+    add_bos, add_eos = (
+        found if not isinstance(said, bool) else said
+        for said, found in (
+            (named.get("add_bos_token"), first is not None),
+            (named.get("add_eos_token"), last is not None),
+        )
+    )
+    return add_bos and "bos" in special_ids, add_eos and "eos" in special_ids
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """Return the folder's (default) chat template, from its own file or from tokenizer_config.json."""
+    if path := checkpoint.find("chat_template.jinja"):
+        return path.read_text(encoding="utf-8")
+    found = checkpoint.json("tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        found = {entry.get("name"): entry.get("template") for entry in found}.get("default")
+    return found if isinstance(found, str) else None
+
+
+def _notes(source: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if (source.get("normalizer") or {}).get("type") == "NFC":
+        notes.append("llama.cpp does not compose Unicode (NFC) as this tokenizer does: decomposed accents differ")
+    trimmed = [e["content"] for e in source.get("added_tokens") or [] if e.get("lstrip") or e.get("rstrip")]
+    if trimmed:
+        notes.append(f"llama.cpp keeps the spaces beside {', '.join(trimmed[:3])}, which this tokenizer drops")
+    return tuple(notes)

@@ -1,0 +1,119 @@
+"""What a GGUF says of itself, for people and as JSON: needs nothing but the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ...localrun.gguf.header import StoredTensor, read_gguf
+from ...localrun.machine.memory import Footprint
+
+_N_MEMORY_CTX = 2048  # tokens
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """Return a file's `deepdistill.*` metadata without the prefix, JSON parsed.
+
+    Raises:
+        ArtifactError: it is no GGUF, or broken.
+    """
+    found: dict[str, Any] = {}
+    for key, value in read_gguf(path).metadata.items():
+        if key.startswith("deepdistill."):
+            found[key.removeprefix("deepdistill.")] = _parsed(value)
+    return found
+
+
+def stored_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Return every tensor of a file, of all its parts where `path` is the first of a split one, and where it stands.
+
+    Raises:
+        ArtifactError: a part is missing or broken.
+    """
+    header = read_gguf(path)
+    n_parts = int(header.metadata.get("split.count") or 1)
+    first = f"-00001-of-{n_parts:05d}.gguf"
+    found = {name: (path, tensor) for name, tensor in header.tensors.items()}
+    if n_parts > 1 and path.name.endswith(first):
+        for i in range(2, n_parts + 1):
+            part = path.with_name(f"{path.name.removesuffix(first)}-{i:05d}-of-{n_parts:05d}.gguf")
+            found |= {name: (part, tensor) for name, tensor in read_gguf(part).tensors.items()}
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
+
+
+def inspect_gguf(path: Path) -> dict[str, Any]:
+    """Return what a file is, what its tensors are stored as, and what deepdistill wrote into it.
+
+    Raises:
+        ArtifactError: it is no GGUF, or broken.
+    """
+    header = read_gguf(path)
+    types: Counter[str] = Counter()
+    n_bytes = 0
+    stored = stored_tensors(path)
+    for _, tensor in stored.values():
+        types[tensor.type.name] += math.prod(tensor.shape)
+        n_bytes += tensor.n_bytes
+    n_weights = sum(types.values())
+    about = header.metadata
+    n_ctx = min(Footprint.of(path, header).n_ctx_train or _N_MEMORY_CTX, _N_MEMORY_CTX)
+    return {
+        "path": str(path),
+        "bytes": sum(part.stat().st_size for part in {part for part, _ in stored.values()}),
+        "name": about.get("general.name"),
+        "architecture": about.get("general.architecture"),
+        "licence": about.get("general.license"),
+        "weights": n_weights,
+        "bits_per_weight": 8 * n_bytes / max(n_weights, 1),
+        "types": dict(types.most_common()),
+        "memory_bytes": Footprint.of(path, header).total_bytes(n_ctx),
+        "deepdistill": read_own(path),
+    }
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """Return lines for people."""
+    share = {name: n / max(found["weights"], 1) for name, n in found["types"].items()}
+    lines = [
+        f"{found['name'] or found['path']}: {found['architecture']}, {found['weights'] / 1e6:.1f} M weights, "
+        f"{found['bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits a weight",
+        "types: " + ", ".join(f"{100 * part:.1f} % {name}" for name, part in share.items()),
+        f"licence: {found['licence'] or 'not stated'}",
+        f"memory: {found['memory_bytes'] / 1e6:.0f} MB with a context of {_N_MEMORY_CTX:,} tokens or less",
+    ]
+    own = dict(found["deepdistill"])
+    measured = own.pop("measured", None) or {}
+    if kl := measured.get("fidelity"):
+        lines.append(
+            f"measured: KL {kl['kl_mean']:.4f} nats, 99 % {kl['kl_p99']:.3f}, same top {100 * kl['same_top']:.2f} %, "
+            f"perplexity {kl['perplexity']:.4f}, on {kl['n_tokens']:,} held-out tokens"
+        )
+    if said := measured.get("answers"):
+        flips = measured.get("paired") or {}
+        lines.append(
+            f"answers: {100 * said['accuracy']:.1f} % right"
+            + (f" of {flips['n']}, {flips['lost']} lost and {flips['gained']} gained" if flips else "")
+        )
+    lines += [f"{name.replace('_', ' ')}: {_short(value)}" for name, value in own.items()]
+    return lines if found["deepdistill"] else [*lines, "nothing of deepdistill's own: another tool made it"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_short, value))
+    text = str(value)
+    return text if len(text) <= 72 else text[:69] + "…"

@@ -1,0 +1,140 @@
+"""The knapsack against every possible choice, and the other small decisions."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from deepdistill.errors import UsageError
+from deepdistill.quantize.choose.allocate import Choice, Item, efficient, promoted, solve, target_bytes
+from deepdistill.quantize.choose.sensitivity import Sensitivity, refine
+
+
+def choice(n_bytes: int, damage: float) -> Choice:
+    return Choice(Type.Q4_0, n_bytes, damage, damage)
+
+
+def random_items(seed: int, unit: int) -> list[Item]:
+    rng = random.Random(seed)
+    items = []
+    for i in range(6):
+        sizes = sorted(rng.sample(range(1, 30), 4))
+        damages = sorted((rng.random() ** 3 for _ in sizes), reverse=True)
+        items.append(Item(f"t{i}", tuple(choice(unit * s, d) for s, d in zip(sizes, damages, strict=True))))
+    return items
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("unit", [1, 6912])
+def test_no_other_choice_does_less_damage(seed: int, unit: int) -> None:
+    items = random_items(seed, unit)
+    least, most = (sum(item.choices[i].n_bytes for item in items) for i in (0, -1))
+    for budget in (least, (least + most) // 2, most - 1, most + 10 * unit):
+        found = solve(items, budget)
+        assert [one in item.choices for one, item in zip(found, items, strict=True)] == [True] * 6
+        assert sum(one.n_bytes for one in found) <= budget
+        fitting = (c for c in itertools.product(*(i.choices for i in items)) if sum(o.n_bytes for o in c) <= budget)
+        best = min(sum(one.damage for one in combination) for combination in fitting)
+        assert sum(one.damage for one in found) == pytest.approx(best)
+
+
+def test_a_budget_below_the_smallest_types_is_refused() -> None:
+    items = random_items(0, 1000)
+    least = sum(item.choices[0].n_bytes for item in items)
+    with pytest.raises(UsageError, match="the smallest types take"):
+        solve(items, least - 1)
+
+
+def test_sizes_without_a_common_divisor_still_fit() -> None:
+    rng = random.Random(3)
+    items = [
+        Item(f"t{i}", tuple(choice(10**7 * k + rng.randrange(10**6) * 2 + 1, 1 / k) for k in range(1, 5)))
+        for i in range(20)
+    ]
+    budget = int(2.5e7 * 20)
+    found = solve(items, budget)
+    assert 0.98 * budget < sum(one.n_bytes for one in found) <= budget
+
+
+def test_a_choice_is_ruled_out_by_three_that_beat_it() -> None:
+    best, *others = (choice(10 + i, 1 + i / 10) for i in range(4))
+    larger = choice(30, 0.4)
+    assert efficient([larger, *others, best]) == (best, *others[:2], larger)
+
+
+def item_of(name: str, *errors: float) -> Item:
+    sizes = {Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 6}
+    return Item(name, tuple(Choice(t, n, e) for (t, n), e in zip(sizes.items(), errors, strict=False)))
+
+
+def test_damage_is_error_at_the_tensors_cost_and_the_types_level(tmp_path: Path) -> None:
+    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0) for layer in range(3)] + [item_of("x.weight", 1.0)]
+    costs = {"blk.0.ffn_up.weight": 0.01, "blk.2.ffn_up.weight": 0.04}
+    known = Sensitivity(items, "key", tmp_path / "s.json", costs, {"Q4_1": 3.0})
+    damages = [[choice.damage for choice in item.choices] for item in known.weighed()]
+    assert damages[0] == pytest.approx([0.04, 0.03])
+    assert damages[1] == pytest.approx([0.08, 0.06]), "between two layers, on a logarithmic scale"
+    assert damages[2] == pytest.approx([0.16, 0.12])
+    assert damages[3] == pytest.approx([0.02]), "without a relative, the average"
+    known.save()
+    again = Sensitivity.open(tmp_path / "s.json", "key", list)
+    assert again.weighed() == known.weighed()
+    assert Sensitivity.open(tmp_path / "s.json", "another", list).items == []
+
+
+def test_errors_that_point_the_same_way_are_seen_only_together(tmp_path: Path) -> None:
+    """Q4_1 errs least on each tensor, and its errors add up as amplitudes do; Q4_0's are independent."""
+    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0, 0.01) for layer in range(20)]
+    asked = []
+
+    def damage(changes: Mapping[str, Type]) -> float:
+        asked.append(dict(changes))
+        kinds = list(changes.values())
+        one_by_one = {Type.Q4_0: 4e-4, Type.Q4_1: 1e-4, Type.Q8_0: 1e-6}
+        apart = sum(one_by_one[kind] for kind in kinds if kind != Type.Q4_1)
+        return apart + (kinds.count(Type.Q4_1) ** 2) * one_by_one[Type.Q4_1]
+
+    known = Sensitivity(items, "key", tmp_path / "s.json")
+    chosen = refine(known, damage, lambda items: solve(items, 60))
+    assert known.levels["Q4_1"] == pytest.approx(20)
+    assert Type.Q4_1 not in {choice.type for choice in chosen}
+    assert sum(choice.n_bytes for choice in chosen) <= 60
+    n = len(asked)
+    refine(known, damage, lambda items: solve(items, 70))
+    assert len(asked) == n, "another budget measures nothing twice"
+    fresh = Sensitivity(items, "key", tmp_path / "t.json")
+    raised = refine(fresh, damage, lambda items: promoted(items, [item.of(Type.Q4_0) for item in items], 20, 99))
+    assert Counter(choice.type for choice in raised) == {Type.Q4_0: 15, Type.Q8_0: 5}, "nor is anything raised to Q4_1"
+
+
+def test_the_worst_is_raised_first() -> None:
+    damages = {"calm": (0.10, 0.09), "hurt": (0.50, 0.10, 0.01)}
+    items = [replace(item_of(name), choices=weighed(item_of(name, *of))) for name, of in damages.items()]
+    lowest = [item.choices[0] for item in items]
+    assert [one.n_bytes for one in promoted(items, lowest, 1, 99)] == [2, 3]
+    assert [one.n_bytes for one in promoted(items, lowest, 0, 99)] == [2, 3], "one step at least"
+    assert [one.n_bytes for one in promoted(items, lowest, 0, 0)] == [2, 2], "within what there is"
+    assert [one.n_bytes for one in promoted(items, lowest, 100, 100)] == [3, 6]
+    stale = [replace(choice, damage=0.0) for choice in lowest]
+    assert [one.n_bytes for one in promoted(items, stale, 1, 99)] == [2, 3], "old damages do not count"
+    top = [item.choices[-1] for item in items]
+    assert promoted(items, top, 100, 100) == top
+
+
+def weighed(item: Item) -> tuple[Choice, ...]:
+    return tuple(replace(choice, damage=choice.error) for choice in item.choices)
+
+
+def test_a_target_is_bound_by_memory_speed_and_what_is_of_use() -> None:
+    assert target_bytes("phone", 135_000_000) == int(8.5 * 135_000_000 / 8)
+    assert target_bytes("phone", 7_000_000_000) == 750_000_000
+    assert target_bytes("laptop", 7_000_000_000) == pytest.approx(50e9 / 12, abs=1)
+    with pytest.raises(UsageError, match="no target"):
+        target_bytes("watch", 1)

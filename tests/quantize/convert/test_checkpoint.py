@@ -1,0 +1,155 @@
+"""What is read from safetensors against torch: every type, fp8 with scales of blocks, fused experts, and shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
+from deepdistill.localrun.gguf.header import read_gguf
+from deepdistill.localrun.core.progress import no_progress
+from deepdistill.quantize.convert.checkpoint import Checkpoint
+from deepdistill.quantize.convert.writer import plan, write
+from deepdistill.quantize.convert.safetensors import read_header
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])
+def test_every_type_is_read_as_torch_reads_it(tmp_path: Path, dtype: str) -> None:
+    values = torch.randn(11, 6, generator=torch.Generator().manual_seed(0)) * 3
+    if dtype == "float8_e4m3fn":  # all of its values, NaN included
+        values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).reshape(32, 8)
+    stored = values.to(getattr(torch, dtype))
+    save_file({"first": torch.zeros(3), "a": stored}, tmp_path / "a.safetensors")
+    tensor = read_header(tmp_path / "a.safetensors")["a"]
+    expected = stored.to(torch.float32).numpy()
+    np.testing.assert_array_equal(tensor.rows(), expected)
+    np.testing.assert_array_equal(tensor.rows(slice(3, 7)), expected[3:7])
+    assert tensor.rows(slice(5, 5)).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shape": [-2, 3]}, "no whole number"),
+        ({"shape": ["2", 3]}, "no whole number"),
+        ({"shape": 6}, "no whole safetensors"),
+        ({"data_offsets": [-4, 20]}, "no whole number"),
+        ({"data_offsets": [0]}, "a beginning and an end|not enough"),
+        ({"data_offsets": [24, 0]}, "wrong number of bytes"),
+        ({"data_offsets": [0, 240]}, "cut short"),
+        ({"shape": [1 << 60, 1 << 60]}, "wrong number of bytes"),
+        ({"dtype": "F4"}, "is F4"),
+    ],
+)
+def test_a_broken_header_is_told(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]} | change}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(DeepDistillError, match=says):
+        read_header(tmp_path / "a.safetensors")
+
+
+def to_fp8(folder: Path, block: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Turn a checkpoint's matrices into fp8 with scales; return what they stand for."""
+    path = folder / "model.safetensors"
+    tensors, meaning = {}, {}
+    for name, weight in load_file(path).items():
+        if weight.ndim < 2 or "layers" not in name:
+            tensors[name] = meaning[name] = weight
+            continue
+        rows, columns = -(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1])
+        scale = 0.01 + torch.rand(rows, columns, generator=torch.Generator().manual_seed(1))
+        wide = scale.repeat_interleave(block[0], 0)[: weight.shape[0]]
+        wide = wide.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+        tensors[name] = (weight.float() / wide).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scale
+        meaning[name] = tensors[name].float() * wide
+    save_file(tensors, path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(block)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return meaning
+
+
+def test_fp8_blocks_are_what_their_scales_make_them(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint("deepseek3")
+    meaning = to_fp8(folder, (24, 40))  # neither divides the matrices
+    checkpoint = Checkpoint(folder)
+    assert set(checkpoint.tensors) == set(meaning)
+    for name, weight in checkpoint.tensors.items():
+        parts = [weight.rows(slice(i, i + 17)) for i in range(0, weight.shape[0], 17)]
+        np.testing.assert_array_equal(np.concatenate(parts), meaning[name].float().numpy())
+    write(plan(folder, "F32"), tmp_path / "out.gguf", {}, no_progress, 1)
+    there = read_gguf(tmp_path / "out.gguf").tensors["blk.1.ffn_up_exps.weight"]
+    data = np.fromfile(tmp_path / "out.gguf", np.float32, there.n_bytes // 4, offset=there.offset)
+    expected = np.stack([meaning[f"model.layers.1.mlp.experts.{i}.up_proj.weight"].numpy() for i in range(4)])
+    np.testing.assert_array_equal(data.reshape(there.shape), expected)
+
+
+def test_other_quantizations_are_refused(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("qwen2")
+    to_fp8(folder, (32, 32))
+    config = json.loads((folder / "config.json").read_text())
+    for quantization, says in (
+        ({"quant_method": "fp8"}, "quantized already .fp8"),
+        ({"quant_method": "awq", "weight_block_size": [32, 32]}, "quantized already .awq"),
+        (None, "without scales"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        with pytest.raises(ModelError, match=says):
+            Checkpoint(folder)
+    wrong = {"quant_method": "fp8", "weight_block_size": [16, 32]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": wrong}))
+    with pytest.raises(ArtifactError, match="its blocks are"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "deepseek3"])
+def test_fused_experts_make_the_same_file(make_checkpoint: Callable[..., Path], tmp_path: Path, arch: str) -> None:
+    """transformers holds a layer's experts in two tensors; both ways of storing them become the same."""
+    folder = make_checkpoint(arch)
+    write(plan(folder, "Q8_0"), tmp_path / "single.gguf", {}, no_progress, 1)
+    tensors = load_file(folder / "model.safetensors")
+    layers = {name.split(".mlp.")[0] for name in tensors if ".experts." in name}
+    for layer in layers:
+        parts = {
+            part: torch.stack([tensors.pop(f"{layer}.mlp.experts.{i}.{part}_proj.weight") for i in range(4)])
+            for part in ("gate", "up", "down")
+        }
+        tensors[f"{layer}.mlp.experts.gate_up_proj"] = torch.cat([parts["gate"], parts["up"]], 1).contiguous()
+        tensors[f"{layer}.mlp.experts.down_proj"] = parts["down"]
+    save_file(tensors, folder / "model.safetensors")
+    write(plan(folder, "Q8_0"), tmp_path / "fused.gguf", {}, no_progress, 1)
+    assert (tmp_path / "fused.gguf").read_bytes() == (tmp_path / "single.gguf").read_bytes()
+    save_file(
+        tensors | {"model.layers.9.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}, folder / "model.safetensors"
+    )
+    if arch == "qwen3moe":
+        with pytest.raises(ModelError, match=r"a tensor model\.layers\.9"):
+            plan(folder, "Q8_0")
+    else:  # it would predict further ahead, and is left out
+        assert plan(folder, "Q8_0").tensors
+
+
+def test_a_stack_larger_than_a_part_is_weighted_by_expert(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepdistill.quantize.convert.architectures import base
+
+    folder = make_checkpoint("qwen3moe", hidden_size=256)
+    name = "blk.0.ffn_up_exps.weight"
+    weights = np.random.default_rng(0).random((4, 256), np.float32)
+    files = []
+    for part in (1 << 22, 1024):  # a whole expert, and four rows
+        monkeypatch.setattr(base, "_PART", part)
+        files.append(tmp_path / f"{part}.gguf")
+        write(plan(folder, "Q4_K_M", importance={name: weights}), files[-1], {}, no_progress, 2)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    write(plan(folder, "Q4_K_M", importance={name: weights[::-1].copy()}), files[0], {}, no_progress, 2)
+    assert files[0].read_bytes() != files[1].read_bytes()

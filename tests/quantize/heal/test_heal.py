@@ -1,0 +1,141 @@
+"""Healing: rows are found wherever an architecture puts them, the loss is the divergence, and the file gets nearer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from deepdistill.cli import main
+from deepdistill.distill.losses import projected_kl
+from deepdistill.quantize.measure.texts import CalibrationSettings, Text
+from deepdistill.quantize.convert.writer import plan
+from deepdistill.quantize.heal.heal import HealSettings, heal
+from deepdistill.quantize.provenance.inspect import read_own
+from deepdistill.quantize.release import release
+from deepdistill.quantize.convert.origins import origins
+from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.verify import verify
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3moe"])
+def test_every_row_is_found_where_it_came_from(make_checkpoint: Callable[..., Path], arch: str) -> None:
+    folder = make_checkpoint(arch)
+    weights = load_file(folder / "model.safetensors")
+    matrices = {one.tensor.name: one.tensor for one in plan(folder, "F32").tensors if len(one.tensor.shape) > 1}
+    found = origins(folder, set(matrices), {name: weight.shape for name, weight in weights.items()})
+    assert found.keys() == matrices.keys()
+    moved = 0
+    for name, sources in found.items():
+        rows = np.concatenate(list(matrices[name].read()))
+        n_of_one, n = matrices[name].shape[-2], 0
+        for source in sources:
+            flat = weights[source.weight].reshape(-1, rows.shape[1])
+            for row, matrix in zip(source.rows, source.matrix, strict=True):
+                at = np.flatnonzero((rows == flat[row]).all(axis=1))
+                assert matrix in at // n_of_one
+                moved += row not in at
+                n += 1
+        assert n == len(rows)
+    assert moved > 0, "q and k rows, or experts, change places"
+
+
+def test_rows_that_are_mixed_are_left_out(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint("deepseek3")
+    shapes = {name: weight.shape for name, weight in load_file(folder / "model.safetensors").items()}
+    found = origins(folder, {"blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight"}, shapes)
+    assert set(found) == {"blk.0.attn_v_b.weight"}
+
+
+def _write_traces(path: Path) -> Path:
+    lines = (
+        {"messages": [{"role": "user", "content": f"{i} + 1?"}], "content": str(i + 1), "verdict": "right"}
+        | {"reasoning_content": f"{i} + 1 = {i + 1}", "finish_reason": "stop"}
+        for i in range(80)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
+    traces = _write_traces(tmp_path / "traces.jsonl")
+    settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationSettings(1500, 40, 300)}
+    plain = release(student, tmp_path / "plain.gguf", ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
+    healed = release(
+        student,
+        tmp_path / "healed.gguf",
+        ReleaseSettings(heal=30, **settings),  # type: ignore[arg-type]
+        divergence=projected_kl,
+        n_threads=1,
+    )
+    assert plain.fidelity is not None
+    assert healed.fidelity is not None
+    assert healed.healed is not None
+    assert healed.fidelity.kl_mean < 0.7 * plain.fidelity.kl_mean
+    assert healed.healed["loss_after"] < healed.healed["loss_before"]
+    assert healed.healed["requantized_same"] > 0.95
+    assert healed.report.tensors == plain.report.tensors
+    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
+    assert verify(tmp_path / "healed.gguf").holds, "the healed checkpoint quantizes to the same blocks again"
+
+
+def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(student: Path, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(stage: str, done: float, total: float, note: str = "") -> None:
+        steps.append(done)
+        if stage == "healing" and done == 7:
+            raise Killed
+
+    rng = np.random.default_rng(0)
+    texts = [Text(tuple(rng.integers(5, 60, 10 + i % 7).tolist()), 4) for i in range(12)]
+    types = {one.tensor.name: one.got for one in plan(student, "Q8_0").tensors}
+    settings = HealSettings(steps=10, lr=1e-3, batch_tokens=64, refresh=2, save_every_s=0.0)
+    wanted = heal(student, tmp_path / "straight", types, {}, texts, projected_kl, settings)
+    steps: list[float] = []
+    with pytest.raises(Killed):
+        heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
+    assert not (tmp_path / "cut").exists()
+    shutil.copy(tmp_path / ".cut.partial.pt", tmp_path / ".other.partial.pt")
+    other = heal(student, tmp_path / "other", types, {}, texts, projected_kl, replace(settings, steps=2, lr=1e-4))
+    assert other["steps"] == 2, "what other settings left is no beginning for these"
+    steps.clear()
+    found = heal(
+        student,
+        tmp_path / "cut",
+        types,
+        {},
+        texts,
+        projected_kl,
+        settings,
+        on_progress=lambda _, n, *__: steps.append(n),
+    )
+    assert steps[-4:] == [7, 8, 9, 10], "six steps were kept"
+    assert found["loss_after"] == wanted["loss_after"]
+    assert other["loss_before"] == wanted["loss_before"]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut")]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    assert not list(tmp_path.glob(".*partial*"))
+    steps.clear()
+    again = heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
+    assert (again, steps) == (found, []), "what is done is not done again"
+    importance = {"blk.0.ffn_up.weight": np.ones(64, np.float32)}
+    heal(student, tmp_path / "cut", types, importance, texts, projected_kl, replace(settings, steps=1))
+    assert json.loads((tmp_path / "cut" / "healing.json").read_text())["report"]["steps"] == 1
+
+
+def test_the_command_heals(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    traces = _write_traces(tmp_path / "traces.jsonl")
+    command = ["quantize", str(student), "--type", "Q4_0", "--heal", "3", "--traces", str(traces), "--no-proofs"]
+    command += ["--imatrix", "none", "--out", str(tmp_path / "healed.gguf"), "--quiet", "--json"]
+    assert main(command) == 0
+    made = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert made["healed"]["steps"] == 3
+    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
