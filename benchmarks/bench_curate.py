@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from deepdistill.distill.curate import select
 from deepdistill.distill.filters import CurateSettings
-from deepdistill.distill.split import bucket_of, question_hash
+from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.localrun.core.generation import Sampling

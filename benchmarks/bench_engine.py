@@ -33,7 +33,7 @@ from typing import Any
 import httpx
 import llama_cpp
 
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.localrun.engine import engine
 from deepdistill.localrun.engine.speculation import Latch
 from deepdistill.localrun.engine.engine import Engine

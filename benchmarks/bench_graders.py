@@ -18,7 +18,7 @@ import statistics
 import time
 
 from deepdistill.distill.grade import Grader
-from deepdistill.distill.problems import Problem, load_problems
+from deepdistill.distill.problems.load import Problem, load_problems
 from deepdistill.distill.sandbox import confinement
 
 Item = tuple[Problem, str]

@@ -23,10 +23,10 @@ import reasoning_gym
 
 from deepdistill.distill.evaluate import evaluate
 from deepdistill.distill.grade import Grader
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.run import write_text
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher

@@ -21,7 +21,7 @@ from typing import Any
 
 from deepdistill.distill.evaluate import score_file
 from deepdistill.distill.losses import projected_kl
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.localrun.core.progress import no_progress

@@ -30,7 +30,7 @@ import numpy as np
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.judgements import Judgement, verdicts_path
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError

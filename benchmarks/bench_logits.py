@@ -28,7 +28,7 @@ from deepdistill.distill.lessons import lessons
 from deepdistill.distill.lora import load_base
 from deepdistill.distill.losses import LOSSES, projected_loss
 from deepdistill.distill.packing import pad
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rows import Row
 from deepdistill.distill.run import write_text

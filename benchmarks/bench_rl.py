@@ -29,7 +29,7 @@ from deepdistill.distill.pass_rate import measure_pass_rates, sometimes_solved
 from deepdistill.distill.pocket.recipe import Recipe
 from deepdistill.distill.pocket.recipe import train as train_pocket
 from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
-from deepdistill.distill.problems import Problem, load_problems
+from deepdistill.distill.problems.load import Problem, load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.grpo import GrpoSettings, grpo
 from deepdistill.distill.rows import Row

@@ -22,7 +22,7 @@ from typing import Any
 from deepdistill.distill.evaluate import evaluate
 from deepdistill.distill.grade import Grader
 from deepdistill.distill.lessons import lessons
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.run import write_text
 from deepdistill.distill.student import student_dir

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepdistill.distill.grade import Grade
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.localrun.core.generation import Completion, Sampling

@@ -31,7 +31,7 @@ import torch
 import transformers
 
 from deepdistill.distill.evaluate import messages_of
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.student import student_dir
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.decode import BatchDecoder, Row

@@ -77,7 +77,7 @@ def _weight_bytes(folder: Path) -> int:
 
 def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
     """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
-    from ..distill.problems import load_problems
+    from ..distill.problems.load import load_problems
     from ..localrun.engine.engine import Engine
     from ..localrun.core.generation import Sampling
 
@@ -92,7 +92,7 @@ def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
 def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
     from ..distill.evaluate import score_file
-    from ..distill.problems import load_problems
+    from ..distill.problems.load import load_problems
 
     held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
     return score_file(path, held_out, settings.eval_max_tokens, progress, folder / "answers" / "gguf.jsonl").to_json()

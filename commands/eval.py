@@ -49,7 +49,7 @@ def eval_(
     """Accuracy with its interval, closed thinking, loops and tokens an answer, on held-out problems."""
     from ..distill.evaluate import evaluate, format_score
     from ..distill.grade import Grader
-    from ..distill.problems import load_problems
+    from ..distill.problems.load import load_problems
     from ..distill.student import student_dir
     from ..distill.teachers import open_teacher
     from ..localrun.core.generation import Sampling

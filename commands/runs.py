@@ -53,7 +53,7 @@ def questions_of(problems: str | None, settings: TeachSettings | None) -> list[s
     """Return some test questions of a spec or of the run, or plain sums where there is neither or no way to it."""
     spec = problems or (settings.problems if settings else None)
     try:
-        from ..distill.problems import load_problems
+        from ..distill.problems.load import load_problems
 
         if spec is not None:
             return [p.question for p in load_problems(spec, "test", 20, settings.seed if settings else 0)]

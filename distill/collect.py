@@ -23,7 +23,7 @@ from ..localrun.core.append_file import whole_lines
 from .evaluate import messages_of
 from .grade import Grade
 from .graders import NONE
-from .problems import Problem
+from .problems.load import Problem
 from .teachers.base import Request, Teacher
 from .traces import Trace, TraceStore, sample_seed, trace_id
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
 from .filters import CurateSettings as CurateSettings
-from .similar import (
+from .problems.similarity import (
     N_HASHES,
     Words,
     contaminated,
@@ -31,7 +31,7 @@ from .similar import (
     sign_texts,
     word_hashes,
 )
-from .split import normalise_question
+from .problems.split import normalise_question
 from .traces import Trace
 
 

@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..localrun.core.generation import Completion, Sampling
 from ..localrun.core.progress import Progress
 from .grade import Grader
-from .problems import Problem
+from .problems.load import Problem
 from .teachers import open_teacher
 from .teachers.base import Request, Teacher
 

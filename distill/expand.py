@@ -23,10 +23,10 @@ from ..errors import UsageError
 from ..localrun.core.generation import Message, Sampling
 from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget
-from .problems import Problem
+from .problems.load import Problem
 from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies
-from .similar import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
-from .split import bucket_of, question_hash
+from .problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
+from .problems.split import bucket_of, question_hash
 from .teachers.base import Teacher
 
 DROPPED = {

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import UsageError
-from .similar import Words, ends_in_loop, repeated_share
-from .split import bucket_of
+from .problems.similarity import Words, ends_in_loop, repeated_share
+from .problems.split import bucket_of
 from .traces import Trace
 
 FILTERS = {

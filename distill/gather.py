@@ -12,7 +12,7 @@ from .collect import CollectSettings, collect, failures_usd
 from .expand import ExpandSettings, expand
 from .grade import Grader
 from .imports import import_traces
-from .problems import Problem
+from .problems.load import Problem
 from .recipe import TeachSettings, Work
 from .replies import stored_replies
 from .run import Run

@@ -24,7 +24,7 @@ from ..errors import ModelError, UsageError
 from .graders import NONE, Kind, kind_of
 from .graders.answer import final_answer as final_answer
 from .graders.answer import is_number
-from .problems import Problem
+from .problems.load import Problem
 
 Verdict = Literal["right", "wrong", "unknown"]
 VerdictBy = Literal["grader", "vote", "judge", "none"]

@@ -17,9 +17,9 @@ from ..errors import ArtifactError
 from ..localrun.core.generation import FinishReason, Message, Sampling
 from ..localrun.families.thinking import THINK, Tags, split_thinking
 from .graders.answer import final_answer
-from .problem_files import read_rows
-from .problems import Problem
-from .split import question_hash
+from .problems.files import read_rows
+from .problems.load import Problem
+from .problems.split import question_hash
 from .teachers.base import TeacherInfo
 from .traces import Trace, Usage
 

@@ -8,7 +8,7 @@ from ..localrun.core.generation import Sampling
 from ..localrun.core.progress import Progress, no_progress
 from .collect import GradesAnswers
 from .evaluate import messages_of
-from .problems import Problem
+from .problems.load import Problem
 from .teachers.base import Request, Teacher
 
 

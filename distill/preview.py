@@ -14,7 +14,7 @@ from pathlib import Path
 from .budget import Limits
 from .collect import CollectSettings, Ledger, has_answer
 from .expand import ExpandSettings, missing_expansions
-from .problems import Problem
+from .problems.load import Problem
 from .recipe import TeachSettings
 from .traces import Trace, TraceStore
 

@@ -19,7 +19,7 @@ from .gather import spent_before
 from .grade import Grader
 from .logprobs import logprobs_path
 from .mixture import MixtureSettings, pass_rates
-from .problems import Problem
+from .problems.load import Problem
 from .recipe import TeachSettings, Work
 from .round_files import Round, RoundSettings
 from .run import Run

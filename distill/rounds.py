@@ -26,7 +26,7 @@ from .grade import Grader
 from .graders import NONE
 from .logprobs import Logprobs, logprobs_path
 from .mixture import Mixture, MixtureSettings, mix, pass_rates
-from .problems import Problem
+from .problems.load import Problem
 from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .round_files import Round, RoundSettings, rounds_of

@@ -15,7 +15,7 @@ from .budget import Budget
 from .collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces
 from .judgements import Judgement
-from .problems import Problem
+from .problems.load import Problem
 from .recipe import TeachSettings
 from .teachers.base import Teacher
 from .traces import Trace, TraceStore

@@ -18,11 +18,11 @@ from .evaluate import Score, evaluate
 from .grade import Grader
 from .graders import NONE
 from .pass_rate import measure_pass_rates
-from .problems import Problem, load_problems
+from .problems.load import Problem, load_problems
 from .processes import everywhere
 from .recipe import TeachSettings, Work
 from .run import Run
-from .similar import contaminated, word_hashes
+from .problems.similarity import contaminated, word_hashes
 from .student import teach_template
 from .traces import Trace
 

@@ -17,7 +17,7 @@ from .curate import select
 from .filters import LONG_SHARE_SMALL, CurateSettings
 from .gather import gather, is_traces_file, take_in
 from .graders import NONE
-from .problems import Problem, load_problems
+from .problems.load import Problem, load_problems
 from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run

@@ -27,7 +27,7 @@ from ..localrun.core.append_file import AppendFile, WriterLock, id_key, parse_li
 from .grade import Grade, Verdict, VerdictBy
 from .judgements import Judgement, read_judgements, verdicts_path
 from .logprobs import LogprobsWriter, encode, logprobs_path
-from .problems import Problem
+from .problems.load import Problem
 from .teachers.base import TeacherInfo
 
 _VERDICTS = get_args(Verdict)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepdistill.cli import main
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 
 QUESTIONS = [q for i in range(200) if bucket_of(q := f"What is {i} plus {3 * i}, as a number?") == "train"][:12]
 

@@ -16,7 +16,7 @@ import torch
 from ...localrun.core.generation import Sampling
 from ..evaluate import Score, evaluate, format_score, messages_of
 from ..grade import Grader
-from ..problems import load_problems
+from ..problems.load import load_problems
 from ..run import write_text
 from ..teachers.base import Request
 from ..teachers.transformers_model import TransformersTeacher

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from ..run import write_text
-from ..split import bucket_of
+from ..problems.split import bucket_of
 from .chains import FAMILIES, final_answer
 
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]

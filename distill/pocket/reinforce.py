@@ -23,7 +23,7 @@ from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Bars, Progress, no_progress
 from ..grade import Grader
 from ..pass_rate import measure_pass_rates, sometimes_solved
-from ..problems import Problem, load_problems
+from ..problems.load import Problem, load_problems
 from ..rl.grpo import GrpoReport, GrpoSettings, grpo
 from ..run import write_text
 from ..teachers import open_teacher

@@ -32,7 +32,7 @@ from ..device import SMALL_MODEL, choose_device, has_fast_bf16
 from ..evaluate import messages_of
 from ..lora import load_base
 from ..merge import save_checkpoint
-from ..problems import Problem
+from ..problems.load import Problem
 from ..quiet import quiet_transformers
 from ..run import CLOCK_FILE
 from ..teachers.decode import BatchDecoder, make_row

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...localrun.families.thinking import split_thinking
 from ..collect import GradesAnswers
-from ..problems import Problem
+from ..problems.load import Problem
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ...localrun.core.progress import Progress
 from ..grade import Grader
 from ..graders import NONE
 from ..pass_rate import sometimes_solved
-from ..problems import Problem
+from ..problems.load import Problem
 from ..recipe import TeachSettings, Work
 from ..run import Run
 from ..stages import own_pass_rates

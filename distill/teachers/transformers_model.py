@@ -244,7 +244,7 @@ def check_pocket_source(problem_source: str) -> None:
         UsageError: reasoning-gym knows no such data set or parameter.
     """
     from ..pocket.chains import FAMILIES
-    from ..problems import with_params
+    from ..problems.load import with_params
 
     families = "; ".join(
         f"gym:{name} with " + ", ".join(f"{key} {low} to {high}" for key, (low, high) in ranges.items())

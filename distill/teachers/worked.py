@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ...errors import TeacherError
 from ...localrun.core.generation import Completion, Sampling
 from ..graders.answer import final_answer, is_number
-from ..problems import Problem
+from ..problems.load import Problem
 from .base import Request, Teacher
 
 WORKED = "worked"

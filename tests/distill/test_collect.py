@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from deepdistill.distill.budget import Budget, Limits, Price
 from deepdistill.distill.collect import Collected, CollectSettings, collect
 from deepdistill.distill.grade import Grade
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces import TraceStore
 from deepdistill.errors import TeacherError

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from deepdistill.distill.curate import curate, select
 from deepdistill.distill.evaluate import repeats
 from deepdistill.distill.filters import FILTERS, CurateSettings
-from deepdistill.distill.problems import load_problems
-from deepdistill.distill.similar import (
+from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.problems.similarity import (
     contaminated,
     ends_in_loop,
     minhash,
@@ -29,7 +29,7 @@ from deepdistill.distill.similar import (
     sign_texts,
     word_hashes,
 )
-from deepdistill.distill.split import bucket_of, question_hash
+from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.errors import UsageError

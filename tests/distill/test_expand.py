@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from deepdistill.distill.budget import Budget, Limits, Price
 from deepdistill.distill.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.replies import Reply
-from deepdistill.distill.split import bucket_of, question_hash
+from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.errors import TeacherError, UsageError

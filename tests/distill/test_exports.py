@@ -12,7 +12,7 @@ import pytest
 from deepdistill.distill.exports import export_traces
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.imports import import_traces
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Judgement, Trace, TraceStore
 from deepdistill.errors import ArtifactError

@@ -14,7 +14,7 @@ import pytest
 
 from deepdistill.distill.budget import Limits, Price
 from deepdistill.distill.recipe import TeachSettings, Work
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces import Trace, TraceStore

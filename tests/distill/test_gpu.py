@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepdistill.distill.curves import read_curve
 from deepdistill.distill.evaluate import messages_of
 from deepdistill.distill.losses import LOSSES, Segment, Targets, projected_loss
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.rows import Row
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.train import TrainSettings, train

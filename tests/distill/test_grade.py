@@ -15,7 +15,7 @@ import pytest
 
 from deepdistill.distill.grade import Grader
 from deepdistill.distill.graders.answer import final_answer, is_number
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepdistill.distill.grade import Grade, Grader
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.errors import UsageError
 
 # What no problem's answer is: empty, cut off, hedged, hostile.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from deepdistill.distill.grade import Grade, Grader
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.sandbox import FILE_LAYERS, NETWORK_LAYERS, confinement
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="code is confined on Linux alone")

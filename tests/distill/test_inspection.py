@@ -13,7 +13,7 @@ from rich.console import Console
 
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.inspection import TraceReport, find_trace, inspect_run, inspect_traces
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.show import print_report, print_run, print_trace
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Judgement, Trace, TraceStore, Usage

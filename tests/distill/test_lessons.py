@@ -9,7 +9,7 @@ import pytest
 
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.lessons import by_level, hold_out, lessons
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rows import Row
 from deepdistill.distill.student import teach_template

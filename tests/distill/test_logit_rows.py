@@ -19,7 +19,7 @@ from deepdistill.distill.logit_rows import add_logits, mixture, why_no_logits
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.losses import LOSSES, projected_loss
 from deepdistill.distill.packing import pad
-from deepdistill.distill.problems import load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.rows import Row, make_row
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer

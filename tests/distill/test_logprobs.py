@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.logprobs import Logprobs, encode, logprobs_path
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError

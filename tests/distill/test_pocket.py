@@ -11,7 +11,7 @@ from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from deepdistill.distill.pocket import card, recipe
 from deepdistill.distill.pocket.chains import FAMILIES
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 
 

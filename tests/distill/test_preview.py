@@ -11,7 +11,7 @@ import pytest
 from deepdistill.distill.budget import Limits, Price
 from deepdistill.distill.grade import Grade
 from deepdistill.distill.preview import Preview, describe_preview, preview
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore

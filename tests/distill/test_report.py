@@ -26,7 +26,7 @@ from deepdistill.distill.curate import curate
 from deepdistill.distill.overview import Overview
 from deepdistill.distill.report import funnel, print_curation, write_report
 from deepdistill.distill.run import Run
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage
 from deepdistill.localrun.core.generation import Sampling

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepdistill.distill.grade import Grade
-from deepdistill.distill.problems import Problem, load_problems
+from deepdistill.distill.problems.load import Problem, load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.reward import reward_of
 from deepdistill.distill.teach import teach

@@ -16,7 +16,7 @@ from deepdistill.distill import round_teacher
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.mixture import MixtureSettings, mix, pass_rates
 from deepdistill.distill.recipe import TeachSettings, Work
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.loading import load_tokenizer

@@ -19,9 +19,9 @@ import pytest
 from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
 from deepdistill.distill.curate import CurateSettings, curate
-from deepdistill.distill.problems import Problem
+from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import Work
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.stages import apart_from
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, UsageError
+from ...errors import ArtifactError, UsageError
 
 Row = Mapping[str, Any]
 

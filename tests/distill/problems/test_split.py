@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdistill.distill.split import bucket_of, normalise_question
+from deepdistill.distill.problems.split import bucket_of, normalise_question
 
 
 def test_the_split_never_changes() -> None:

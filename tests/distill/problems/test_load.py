@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from deepdistill.distill.problem_files import choose_files
-from deepdistill.distill.problems import load_problems
-from deepdistill.distill.split import bucket_of
+from deepdistill.distill.problems.files import choose_files
+from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
 
 
@@ -190,7 +190,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path, hub: Callable[..., AbstractContex
     }
     code = """if True:
         import json, sys
-        from deepdistill.distill.problems import load_problems
+        from deepdistill.distill.problems.load import load_problems
         from deepdistill.errors import DeepDistillError
         try:
             found = load_problems(sys.argv[1], offline=len(sys.argv) > 2)

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..localrun.core.loops import LEAST_TIMES, LEAST_TOKENS, LONGEST_PERIOD
+from ...localrun.core.loops import LEAST_TIMES, LEAST_TOKENS, LONGEST_PERIOD
 from .split import normalise_question
 
 Words: TypeAlias = npt.NDArray[np.uint32]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from ..errors import ArtifactError, UsageError
-from .graders import NONE, is_trusted, kind_of
-from .problem_files import read_hub, read_rows
+from ...errors import ArtifactError, UsageError
+from ..graders import NONE, is_trusted, kind_of
+from .files import read_hub, read_rows
 from .split import Bucket, bucket_of, question_hash
 
 _QUESTION_COLUMNS = ("question", "problem", "prompt", "instruction", "input")
