@@ -17,9 +17,9 @@ import platform
 import statistics
 import time
 
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import Problem, load_problems
-from deepdistill.distill.sandbox import confinement
+from deepdistill.distill.graders.code.sandbox import confinement
 
 Item = tuple[Problem, str]
 

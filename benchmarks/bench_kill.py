@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.judgements import Judgement, verdicts_path
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.problems.load import Problem

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 from deepdistill.distill.evaluate import evaluate
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.lessons import lessons
 from deepdistill.distill.lora import load_base
 from deepdistill.distill.losses import LOSSES, projected_loss

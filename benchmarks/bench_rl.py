@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.distill.evaluate import evaluate
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.lessons import lessons
 from deepdistill.distill.pass_rate import measure_pass_rates, sometimes_solved
 from deepdistill.distill.pocket.recipe import Recipe

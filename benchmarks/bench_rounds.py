@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.distill.evaluate import evaluate
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.lessons import lessons
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work

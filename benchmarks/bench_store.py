@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces import Trace, TraceStore

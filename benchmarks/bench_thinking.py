@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.distill.evaluate import is_loop
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import FREE, Completion, Guidance, Sampling

@@ -24,7 +24,7 @@ def doctor(json_output: AsJson = False) -> None:
 def _confinement() -> list[str] | None:
     """Return what holds code that a grader runs; None where the graders are not installed or cannot be."""
     try:
-        from ..distill.sandbox import confinement
+        from ..distill.graders.code.sandbox import confinement
     except ImportError:
         return None
     return list(confinement())

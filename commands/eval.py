@@ -48,7 +48,7 @@ def eval_(
 ) -> None:
     """Accuracy with its interval, closed thinking, loops and tokens an answer, on held-out problems."""
     from ..distill.evaluate import evaluate, format_score
-    from ..distill.grade import Grader
+    from ..distill.graders.pool import Grader
     from ..distill.problems.load import load_problems
     from ..distill.student import student_dir
     from ..distill.teachers import open_teacher

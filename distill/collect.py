@@ -21,8 +21,8 @@ from ..localrun.core.progress import Progress, no_progress
 from .budget import Budget, Limits
 from ..localrun.core.append_file import whole_lines
 from .evaluate import messages_of
-from .grade import Grade
-from .graders import NONE
+from .graders.pool import Grade
+from .graders.base import NONE
 from .problems.load import Problem
 from .teachers.base import Request, Teacher
 from .traces import Trace, TraceStore, sample_seed, trace_id

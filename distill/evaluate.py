@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import ModelError
 from ..localrun.core.generation import Completion, Sampling
 from ..localrun.core.progress import Progress
-from .grade import Grader
+from .graders.pool import Grader
 from .problems.load import Problem
 from .teachers import open_teacher
 from .teachers.base import Request, Teacher

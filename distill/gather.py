@@ -10,7 +10,7 @@ from ..localrun.core.progress import Progress
 from .budget import Budget
 from .collect import CollectSettings, collect, failures_usd
 from .expand import ExpandSettings, expand
-from .grade import Grader
+from .graders.pool import Grader
 from .imports import import_traces
 from .problems.load import Problem
 from .recipe import TeachSettings, Work

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..localrun.core.append_file import id_key, parse_line, whole_lines
-from .grade import VerdictBy
+from .graders.pool import VerdictBy
 
 
 def verdicts_path(traces_path: Path) -> Path:

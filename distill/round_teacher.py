@@ -16,7 +16,7 @@ from ..localrun.core.progress import Progress
 from .budget import Budget
 from .collect import CollectSettings, collect
 from .gather import spent_before
-from .grade import Grader
+from .graders.pool import Grader
 from .logprobs import logprobs_path
 from .mixture import MixtureSettings, pass_rates
 from .problems.load import Problem

@@ -22,8 +22,8 @@ from ..localrun.core.generation import Sampling
 from ..localrun.core.progress import Progress
 from .collect import CollectSettings, collect
 from .curriculum import arrange, counts
-from .grade import Grader
-from .graders import NONE
+from .graders.pool import Grader
+from .graders.base import NONE
 from .logprobs import Logprobs, logprobs_path
 from .mixture import Mixture, MixtureSettings, mix, pass_rates
 from .problems.load import Problem

@@ -15,8 +15,8 @@ from ..localrun.core.generation import Sampling
 from ..localrun.core.progress import Progress
 from .curate import CurateSettings
 from .evaluate import Score, evaluate
-from .grade import Grader
-from .graders import NONE
+from .graders.pool import Grader
+from .graders.base import NONE
 from .pass_rate import measure_pass_rates
 from .problems.load import Problem, load_problems
 from .processes import everywhere

@@ -16,7 +16,7 @@ from ..localrun.core.progress import Progress, no_progress
 from .curate import select
 from .filters import LONG_SHARE_SMALL, CurateSettings
 from .gather import gather, is_traces_file, take_in
-from .graders import NONE
+from .graders.base import NONE
 from .problems.load import Problem, load_problems
 from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report

@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from . import CannotTell, Submission
+from .base import CannotTell, Submission
 from .answer import clean, marked_answer
 
 _LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:)]?", re.DOTALL)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from . import Submission
+from .base import Submission
 
 
 def load(name: str) -> None:

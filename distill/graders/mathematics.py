@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from . import CannotTell, Submission
+from .base import CannotTell, Submission
 
 _MAX_LENGTH = 2000  # characters; math-verify takes minutes for more
 _PLAIN = re.compile(r"[-+]?\d{1,300}(?:\.\d{1,300})?")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from . import CannotTell, Submission, options
+from .base import CannotTell, Submission, options
 from .answer import clean, marked_answer
 from .units import Dimension, unit
 

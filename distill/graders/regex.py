@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from . import CannotTell, Submission
+from .base import CannotTell, Submission
 
 
 def load(argument: str) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from ...localrun.core.generation import Sampling
 from ..evaluate import Score, evaluate, format_score, messages_of
-from ..grade import Grader
+from ..graders.pool import Grader
 from ..problems.load import load_problems
 from ..run import write_text
 from ..teachers.base import Request

@@ -21,7 +21,7 @@ from typing import Any
 
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Bars, Progress, no_progress
-from ..grade import Grader
+from ..graders.pool import Grader
 from ..pass_rate import measure_pass_rates, sometimes_solved
 from ..problems.load import Problem, load_problems
 from ..rl.grpo import GrpoReport, GrpoSettings, grpo

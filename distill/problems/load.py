@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ...errors import ArtifactError, UsageError
-from ..graders import NONE, is_trusted, kind_of
+from ..graders.base import NONE, is_trusted, kind_of
 from .files import read_hub, read_rows
 from .split import Bucket, bucket_of, question_hash
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ...errors import UsageError
 from ...localrun.core.progress import Progress
-from ..grade import Grader
-from ..graders import NONE
+from ..graders.pool import Grader
+from ..graders.base import NONE
 from ..pass_rate import sometimes_solved
 from ..problems.load import Problem
 from ..recipe import TeachSettings, Work

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deepdistill.distill.budget import Budget, Limits, Price
 from deepdistill.distill.collect import Collected, CollectSettings, collect
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces import TraceStore

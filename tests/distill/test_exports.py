@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from deepdistill.distill.exports import export_traces
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.imports import import_traces
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo

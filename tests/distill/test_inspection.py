@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.inspection import TraceReport, find_trace, inspect_run, inspect_traces
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.show import print_report, print_run, print_trace

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdistill.distill.budget import Budget, Limits, Price
-from deepdistill.distill.grade import Verdict
+from deepdistill.distill.graders.pool import Verdict
 from deepdistill.distill.judge import (
     DEFAULT_RUBRIC,
     Judged,

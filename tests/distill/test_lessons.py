@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.lessons import by_level, hold_out, lessons
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings, Work

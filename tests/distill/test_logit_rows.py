@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from deepdistill.distill.evaluate import messages_of
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.logit_rows import add_logits, mixture, why_no_logits
 from deepdistill.distill.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.losses import LOSSES, projected_loss

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.logprobs import Logprobs, encode, logprobs_path
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deepdistill.distill.budget import Limits, Price
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.preview import Preview, describe_preview, preview
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings

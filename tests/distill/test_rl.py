@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem, load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.reward import reward_of

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.grade import Grade
+from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Judgement, Trace, TraceStore, trace_id

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.grade import Verdict
+from deepdistill.distill.graders.pool import Verdict
 from deepdistill.distill.judgements import Judgement
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces import Trace, Usage

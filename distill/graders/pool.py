@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from ..errors import ModelError, UsageError
-from .graders import NONE, Kind, kind_of
-from .graders.answer import final_answer as final_answer
-from .graders.answer import is_number
-from .problems.load import Problem
+from ...errors import ModelError, UsageError
+from .base import NONE, Kind, kind_of
+from .answer import final_answer as final_answer
+from .answer import is_number
+from ..problems.load import Problem
 
 Verdict = Literal["right", "wrong", "unknown"]
 VerdictBy = Literal["grader", "vote", "judge", "none"]
@@ -165,7 +165,7 @@ class _Worker:
         kind, _ = kind_of(grader)
         reply = self._exchange({"load": grader}, _LOADING_S)
         if reply is None:
-            raise ModelError(f"the grader {grader} does not start", "run python -m deepdistill.distill.grade_worker")
+            raise ModelError(f"the grader {grader} does not start", "run python -m deepdistill.distill.graders.worker")
         if reply["error"] and reply["usage"]:
             raise UsageError(
                 f"cannot grade with {grader}: {reply['error']}", "docs/verification.md describes each grader"

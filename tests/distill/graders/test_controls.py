@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.grade import Grade, Grader
+from deepdistill.distill.graders.pool import Grade, Grader
 from deepdistill.distill.problems.load import Problem
 from deepdistill.errors import UsageError
 

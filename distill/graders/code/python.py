@@ -25,8 +25,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import CannotTell, Submission
-from .python_child import NOT_CONFINED, OUT_OF_MEMORY
+from ..base import CannotTell, Submission
+from .child import NOT_CONFINED, OUT_OF_MEMORY
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _MAX_OUTPUT = 1 << 20
@@ -43,7 +43,7 @@ _START = (
 
 def load(argument: str) -> None:
     """Check the argument, and that this system can confine code."""
-    from ..sandbox import confinement
+    from .sandbox import confinement
 
     if argument not in ("", "unconfined"):
         raise CannotTell(f"python has no option {argument!r}; it takes unconfined")
@@ -231,7 +231,7 @@ def _start(
 
 @cache
 def _fixed_settings() -> dict[str, Any]:
-    from ..sandbox import python_paths
+    from .sandbox import python_paths
 
     standard = [path for path in sys.path if path.startswith(sysconfig.get_path("stdlib")) and "-packages" not in path]
     packages = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))

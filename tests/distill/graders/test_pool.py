@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.grade import Grader
+from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.graders.answer import final_answer, is_number
 from deepdistill.distill.problems.load import Problem
 

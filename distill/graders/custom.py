@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from . import CannotTell, Submission
+from .base import CannotTell, Submission
 
 
 def load(name: str) -> None:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .graders import CannotTell, Submission, kind_of, load
+from .base import CannotTell, Submission, kind_of, load
 
 _MEMORY = 8 << 30  # bytes of address space, of which sympy and reasoning-gym reserve more than they touch
 
@@ -25,7 +25,7 @@ def main() -> None:
     os.dup2(2, 1)
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     with contextlib.suppress(ImportError):  # Windows
-        from .sandbox import limit_worker
+        from .code.sandbox import limit_worker
 
         limit_worker(_MEMORY)
     loaded: dict[str, Callable[[Submission], float | None]] = {}
@@ -59,7 +59,7 @@ def _answer(request: dict[str, Any], loaded: dict[str, Callable[[Submission], fl
 
 def _limit_cpu(seconds: float) -> None:
     with contextlib.suppress(ImportError):
-        from .sandbox import limit_next
+        from .code.sandbox import limit_next
 
         limit_next(seconds)
 

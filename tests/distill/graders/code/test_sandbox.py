@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.sandbox import FILE_LAYERS, NETWORK_LAYERS, confinement
+from deepdistill.distill.graders.code.sandbox import FILE_LAYERS, NETWORK_LAYERS, confinement
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers are Linux's")
 

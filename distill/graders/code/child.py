@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .. import sandbox
-from .wire import Caller, Gone, Remote, Server, Undecided
+from . import sandbox
+from .rpc import Caller, Gone, Remote, Server, Undecided
 
 NOT_CONFINED = 97  # exit status: the system grants too little
 OUT_OF_MEMORY = 98
