@@ -24,7 +24,7 @@ from contextlib import suppress
 from typing import Any
 
 from deepdistill.distill.teachers import Request
-from deepdistill.distill.teachers.endpoint import EndpointTeacher
+from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
 from deepdistill.localrun.core.generation import Sampling
 
 CAPACITY, ANSWER_S, N_PIECES = 32, 0.5, 10

@@ -28,7 +28,7 @@ from deepdistill.distill.run import write_text
 from deepdistill.distill.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
-from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.distill.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling

@@ -34,9 +34,9 @@ from deepdistill.distill.evaluate import messages_of
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.student import student_dir
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
-from deepdistill.distill.teachers.decode import BatchDecoder, Row
-from deepdistill.distill.teachers.paged import PagedDecoder, can_page
-from deepdistill.distill.teachers.transformers_model import TransformersTeacher
+from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, Row
+from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
+from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
 

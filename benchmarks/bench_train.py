@@ -178,7 +178,7 @@ def make_rows(options: Any) -> Path:
         return path
     from deepdistill.distill.rows import make_row
     from deepdistill.distill.student import teach_template
-    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.traces import TraceStore
 
     traces = options.traces or make_traces(options.out.parent / "bench_train_traces", n_rows)
@@ -232,7 +232,7 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     from deepdistill.distill.curves import read_curve
     from deepdistill.distill.rows import Row
     from deepdistill.distill.student import teach_template
-    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.train import TrainSettings
 
     base = base_of(options)
@@ -285,7 +285,7 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 
     setting = dict(TRL[options.cell])
     base = base_of(options)
@@ -349,7 +349,7 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
 def base_of(options: Any) -> Path:
     """Return the student's folder; one of `SHAPES` is made once, with random weights in bf16."""
     from deepdistill.distill.student import cache_dir, student_dir
-    from deepdistill.distill.teachers.loading import load_tokenizer
+    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 
     if not options.student.startswith("random:"):
         return student_dir(options.student)

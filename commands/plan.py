@@ -32,7 +32,7 @@ def plan(
     json_output: AsJson = False,
 ) -> None:
     """What a full-size teacher takes: memory, GPUs, hours and money, each formula shown."""
-    from ..distill.budget import Price
+    from ..distill.teachers.budget import Price
     from ..distill.plan import PlanSettings
     from ..distill.plan import plan as make_plan
     from ..distill.plan_text import plan_json, print_plan

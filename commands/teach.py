@@ -26,7 +26,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..distill.budget import Limits
+    from ..distill.teachers.budget import Limits
     from ..distill.recipe import TeachSettings
 
 
@@ -179,7 +179,7 @@ def teach(
     if not is_first():
         follow()
         return
-    from ..distill.budget import Limits, Price
+    from ..distill.teachers.budget import Limits, Price
     from ..distill.judge import DEFAULT_RUBRIC, read_rubric
     from ..distill.recipe import TeachSettings, Work
     from ..distill.report import print_curation, print_hops

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from ..localrun.core.generation import Completion, Sampling
 from ..localrun.core.progress import Progress, no_progress
-from .budget import Budget, Limits
+from .teachers.budget import Budget, Limits
 from ..localrun.core.append_file import whole_lines
 from .evaluate import messages_of
 from .graders.pool import Grade

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..localrun.core.progress import Progress
-from .budget import Budget
+from .teachers.budget import Budget
 from .collect import CollectSettings, collect, failures_usd
-from .expand import ExpandSettings, expand
+from .teachers.expand import ExpandSettings, expand
 from .graders.pool import Grader
 from .imports import import_traces
 from .problems.load import Problem
 from .recipe import TeachSettings, Work
-from .replies import stored_replies
+from .teachers.ask_once import stored_replies
 from .run import Run
 from .settle import settle
 from .teachers import Teacher
-from .teachers.probe import USUAL_LOGPROBS, describe, probe
+from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
 from .teachers.worked import WORKED, WorkedTeacher
 from .traces import Trace, TraceStore
 

@@ -21,9 +21,9 @@ from typing import Any, Literal
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.generation import Message, Sampling
 from ..localrun.core.progress import Progress, no_progress
-from .budget import Budget
+from .teachers.budget import Budget
 from .judgements import Judgement
-from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies
+from .teachers.ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from .teachers.base import Teacher
 from .traces import Trace
 

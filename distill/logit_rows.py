@@ -19,7 +19,7 @@ from ..errors import ArtifactError
 from .logprobs import Logprobs
 from .rows import Row
 from .traces import Trace
-from .vocabulary import is_same
+from .teachers.vocabulary import is_same
 
 _LEAST_ALIGNED = 0.5  # of a row's targets
 _HINT = "train with --loss cross-entropy, or take a student with the teacher's tokenizer"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..errors import UsageError
-from .budget import Price
+from .teachers.budget import Price
 from .layouts import Layout, Load, layouts
 from .model_size import BITS, Architecture, Dtype, Parameters, count_parameters, load_architecture
 from .models_known import GPUS, Gpu

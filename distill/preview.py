@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .budget import Limits
+from .teachers.budget import Limits
 from .collect import CollectSettings, Ledger, has_answer
-from .expand import ExpandSettings, missing_expansions
+from .teachers.expand import ExpandSettings, missing_expansions
 from .problems.load import Problem
 from .recipe import TeachSettings
 from .traces import Trace, TraceStore

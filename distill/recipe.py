@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.generation import Sampling
-from .budget import Limits
+from .teachers.budget import Limits
 from .curate import CurateSettings
 from .judge import DEFAULT_RUBRIC, JudgeSettings
 from .teachers import Teacher, open_teacher

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import TeacherError
 from ..localrun.core.progress import Progress
-from .budget import Budget
+from .teachers.budget import Budget
 from .collect import CollectSettings, collect
 from .gather import spent_before
 from .graders.pool import Grader

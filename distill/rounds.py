@@ -35,7 +35,7 @@ from .rows import Row
 from .run import Run
 from .scoring import score_samples
 from .teachers import Teacher
-from .teachers.loading import weights_hash
+from .teachers.huggingface.loading import weights_hash
 from .traces import Trace, TraceStore
 from .train import TrainSettings, train
 

@@ -15,7 +15,7 @@ from ..localrun.core.append_file import id_key
 from .logprobs import Logprobs, LogprobsWriter, encode
 from .teachers.base import Teacher
 from .traces import Trace
-from .vocabulary import STRESS_TEXT, is_same, tokenizes_alike
+from .teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
 
 
 def why_not_scored(teacher: Teacher, tokenizer: Any) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..localrun.core.progress import Progress, no_progress
-from .budget import Budget
+from .teachers.budget import Budget
 from .collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces
 from .judgements import Judgement

@@ -161,7 +161,7 @@ def train_first(
 
 
 def _tokenizer(base: Path) -> Any:
-    from .teachers.loading import load_tokenizer
+    from .teachers.huggingface.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)

@@ -74,7 +74,7 @@ def teach_template(tokenizer: Any) -> None:
 
 
 def _check(path: Path) -> None:
-    from .teachers.loading import check_folder
+    from .teachers.huggingface.loading import check_folder
 
     check_folder(path)
 
@@ -151,7 +151,7 @@ def _write_pocket(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from .teachers import pocket_dir
-    from .teachers.loading import load_tokenizer
+    from .teachers.huggingface.loading import load_tokenizer
 
     tokenizer = load_tokenizer(pocket_dir())
     torch.manual_seed(0)

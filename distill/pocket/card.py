@@ -19,7 +19,7 @@ from ..graders.pool import Grader
 from ..problems.load import load_problems
 from ..run import write_text
 from ..teachers.base import Request
-from ..teachers.transformers_model import TransformersTeacher
+from ..teachers.huggingface.teacher import TransformersTeacher
 from .chains import FAMILIES
 from .recipe import TRAINING_PARAMS, ExpertBalance
 

@@ -27,7 +27,7 @@ from ..problems.load import Problem, load_problems
 from ..rl.grpo import GrpoReport, GrpoSettings, grpo
 from ..run import write_text
 from ..teachers import open_teacher
-from ..teachers.loading import load_tokenizer
+from ..teachers.huggingface.loading import load_tokenizer
 from .card import expert_load, held_out_texts, score_families, spec_of
 from .chains import FAMILIES
 
@@ -83,7 +83,7 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
 
     `accuracy` is that of greedy answers, `sampled` the mean of answers at temperature 1, as GRPO trains.
     """
-    from ..teachers.transformers_model import TransformersTeacher
+    from ..teachers.huggingface.teacher import TransformersTeacher
 
     teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
     scores = score_families(teacher, n)

@@ -35,7 +35,7 @@ from ..merge import save_checkpoint
 from ..problems.load import Problem
 from ..quiet import quiet_transformers
 from ..run import CLOCK_FILE
-from ..teachers.decode import BatchDecoder, make_row
+from ..teachers.huggingface.batching import BatchDecoder, make_row
 from ..trainer import on_one_gpu
 from .reward import Reward, reward_of
 

@@ -39,7 +39,7 @@ def reinforce(
     if run.student_dir.exists():
         return
     from ..processes import processes
-    from ..teachers.loading import load_tokenizer
+    from ..teachers.huggingface.loading import load_tokenizer
     from .grpo import GrpoSettings, grpo
 
     graded = [problem for problem in problems if problem.grader != NONE]

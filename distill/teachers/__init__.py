@@ -62,7 +62,7 @@ def open_teacher(
     if not spec or (spec != "pocket" and not spec.startswith("hf:") and not path.is_dir()):
         raise UsageError(f"no model {spec!r}", _FORMS)
     try:
-        from .transformers_model import TransformersTeacher
+        from .huggingface.teacher import TransformersTeacher
     except ImportError as error:
         raise ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'") from error
     if spec == "pocket":
@@ -75,7 +75,7 @@ def open_teacher(
 
 def _open_endpoint(spec: str, offline: bool, **settings: Any) -> Teacher:
     try:
-        from .endpoint import EndpointTeacher, split_addresses
+        from .endpoint.teacher import EndpointTeacher, split_addresses
     except ImportError as error:
         raise ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'") from error
     for host in (urlsplit(address).hostname for address in split_addresses(spec)):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...localrun.engine.engine import Engine
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
-from ..vocabulary import of_gguf
+from .vocabulary import of_gguf
 from .base import Request, Teacher
 
 _PARALLEL = 16

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.collect import Collected, CollectSettings, collect
 from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.budget import Limits, Price
+from deepdistill.distill.teachers.budget import Limits, Price
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach

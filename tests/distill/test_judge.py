@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdistill.distill.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.graders.pool import Verdict
 from deepdistill.distill.judge import (
     DEFAULT_RUBRIC,
@@ -26,7 +26,7 @@ from deepdistill.distill.judge import (
     verdict_of,
 )
 from deepdistill.distill.judgements import Judgement
-from deepdistill.distill.replies import Reply, stored_replies
+from deepdistill.distill.teachers.ask_once import Reply, stored_replies
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher, TeacherInfo
 from deepdistill.distill.traces import Trace, Usage

@@ -22,9 +22,9 @@ from deepdistill.distill.packing import pad
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.rows import Row, make_row
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
-from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
-from deepdistill.distill.vocabulary import is_same, of_tokenizer
+from deepdistill.distill.teachers.vocabulary import is_same, of_tokenizer
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Sampling
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deepdistill.distill.budget import Price
+from deepdistill.distill.teachers.budget import Price
 from deepdistill.distill.layouts import USED_SHARE, Load, layouts
 from deepdistill.distill.model_size import (
     BITS,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.budget import Limits, Price
+from deepdistill.distill.teachers.budget import Limits, Price
 from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.preview import Preview, describe_preview, preview
 from deepdistill.distill.problems.load import Problem

@@ -15,7 +15,7 @@ from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.rl.reward import reward_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
-from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

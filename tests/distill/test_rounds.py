@@ -19,7 +19,7 @@ from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
-from deepdistill.distill.teachers.loading import load_tokenizer
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces import Trace, TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from ..localrun.core.generation import FinishReason, Message, Sampling
-from ..localrun.core.progress import Progress, no_progress
+from ...localrun.core.generation import FinishReason, Message, Sampling
+from ...localrun.core.progress import Progress, no_progress
 from .budget import Budget, Limits
-from ..localrun.core.append_file import AppendFile, parse_line, whole_lines
-from .teachers.base import Request, Teacher
+from ...localrun.core.append_file import AppendFile, parse_line, whole_lines
+from .base import Request, Teacher
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...localrun.core.generation import TopLogprobs
+from ....localrun.core.generation import TopLogprobs
 
 _PREFIX = "token_id:"
 

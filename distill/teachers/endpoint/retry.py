@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import tenacity
 
-from ...errors import TeacherError
-from ...localrun.core.generation import Completion, Message, Sampling
-from .base import Request
-from .pace import Pace, RateLimit
-from .reply import Reply
-from .servers import Refused, Retryable, Server, least_busy
+from ....errors import TeacherError
+from ....localrun.core.generation import Completion, Message, Sampling
+from ..base import Request
+from .concurrency import Pace, RateLimit
+from .stream import Reply
+from .server import Refused, Retryable, Server, least_busy
 
 # Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
 ATTEMPTS = 16

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ...localrun.core.generation import Sampling
+from ....localrun.core.generation import Sampling
 
 _BLOCK = 256  # probabilities that are summed before one of them is looked for
 _NUCLEUS = 1024  # tokens looked at for top-p; where they hold less than p, the whole vocabulary is sorted

@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import tenacity
 
-from ...errors import TeacherError, UsageError
-from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
-from .asking import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
-from .base import Request, Teacher
-from .endpoint_run import EndpointRun
-from .endpoint_score import Scorer
-from .pace import Pace, RateLimit
-from .servers import Retryable, Server
+from ....errors import TeacherError, UsageError
+from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from .retry import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
+from ..base import Request, Teacher
+from .run import EndpointRun
+from .scoring import Scorer
+from .concurrency import Pace, RateLimit
+from .server import Retryable, Server
 
 _SCORED_AT_ONCE = 16  # requests, unless the user fixes how many
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from deepdistill.distill.teachers import open_teacher, pocket_dir
-from deepdistill.distill.teachers.probe import probe
-from deepdistill.distill.teachers.transformers_model import TransformersTeacher
+from deepdistill.distill.teachers.capabilities import probe
+from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
 from deepdistill.errors import ModelError, TeacherError
 
 QUESTION = [{"role": "user", "content": "State the final answer to the following arithmetic problem: 14 + 21 ="}]

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deepdistill.distill.teachers.pace import Pace, RateLimit
+from deepdistill.distill.teachers.endpoint.concurrency import Pace, RateLimit
 
 
 class Clock:

@@ -20,10 +20,10 @@ import httpx
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
-from deepdistill.distill.teachers.asking import ATTEMPTS
-from deepdistill.distill.teachers.endpoint import EndpointTeacher
-from deepdistill.distill.teachers.pace import Pace
-from deepdistill.distill.teachers.servers import api_key
+from deepdistill.distill.teachers.endpoint.retry import ATTEMPTS
+from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
+from deepdistill.distill.teachers.endpoint.concurrency import Pace
+from deepdistill.distill.teachers.endpoint.server import api_key
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Message, Sampling
 
@@ -646,7 +646,7 @@ def test_addresses_have_to_serve_one_model_and_offline_means_all(server: FakeSer
 
 
 def test_concurrency_finds_its_level(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepdistill.distill.teachers.endpoint_run._LOOK_S", 0.02)
+    monkeypatch.setattr("deepdistill.distill.teachers.endpoint.run._LOOK_S", 0.02)
     running, most, lock = 0, 0, threading.Lock()
 
     def answers_16_at_once(handler: Handler, question: str) -> None:

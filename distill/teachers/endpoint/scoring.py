@@ -16,9 +16,9 @@ import httpx
 import numpy as np
 import tenacity
 
-from ...errors import ModelError, TeacherError
-from ...localrun.core.generation import Message, TopLogprobs
-from .servers import CONNECT_S, Retryable, Server, tls_context
+from ....errors import ModelError, TeacherError
+from ....localrun.core.generation import Message, TopLogprobs
+from .server import CONNECT_S, Retryable, Server, tls_context
 
 _ATTEMPTS = 5
 # Until a server has told tokens once: it may know no such question, and say so by silence.

@@ -9,7 +9,7 @@ import pytest
 
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.base import Capabilities, Rung
-from deepdistill.distill.teachers.probe import describe, probe
+from deepdistill.distill.teachers.capabilities import describe, probe
 from deepdistill.errors import TeacherError
 from deepdistill.localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdistill.distill.budget import Budget, Limits, Price
-from deepdistill.distill.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
+from deepdistill.distill.teachers.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
 from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.replies import Reply
+from deepdistill.distill.teachers.ask_once import Reply
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher

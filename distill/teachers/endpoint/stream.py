@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import httpx
 
-from ...localrun.core.generation import Completion, FinishReason
-from ...localrun.core.loops import LoopDetector
-from ...localrun.families.thinking import CLOSE, OPEN, split_thinking
+from ....localrun.core.generation import Completion, FinishReason
+from ....localrun.core.loops import LoopDetector
+from ....localrun.families.thinking import CLOSE, OPEN, split_thinking
 from .reply_logprobs import read_logprobs
 
 _SLACK = 16  # tokens over the limit before a stream is cut: a server that keeps it is left to send its usage

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
-from deepdistill.distill.teachers.reply import Reply, read_reply
+from deepdistill.distill.teachers.endpoint.stream import Reply, read_reply
 from deepdistill.localrun.core.generation import Completion, Sampling
 
 

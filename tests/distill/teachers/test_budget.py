@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepdistill.distill.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion
 

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UsageError
-from ..localrun.core.generation import Message, Sampling
-from ..localrun.core.progress import Progress, no_progress
+from ...errors import UsageError
+from ...localrun.core.generation import Message, Sampling
+from ...localrun.core.progress import Progress, no_progress
 from .budget import Budget
-from .problems.load import Problem
-from .replies import Ask, Replies, Reply, ask_id, ask_once, stored_replies
-from .problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
-from .problems.split import bucket_of, question_hash
-from .teachers.base import Teacher
+from ..problems.load import Problem
+from .ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
+from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
+from ..problems.split import bucket_of, question_hash
+from .base import Teacher
 
 DROPPED = {
     "malformed": "no problem could be read: too short, too long, torn or a placeholder",

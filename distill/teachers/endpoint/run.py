@@ -14,10 +14,10 @@ from contextlib import suppress
 
 import httpx
 
-from ...localrun.core.generation import Completion, Sampling
-from .asking import Asker, Endpoint
-from .base import Request
-from .servers import CONNECT_S, tls_context
+from ....localrun.core.generation import Completion, Sampling
+from .retry import Asker, Endpoint
+from ..base import Request
+from .server import CONNECT_S, tls_context
 
 _LOOK_S = 0.25
 

@@ -15,9 +15,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from ...errors import ModelError
-from ..device import inference_dtype
-from ..quiet import quiet_transformers
+from ....errors import ModelError
+from ...device import inference_dtype
+from ...quiet import quiet_transformers
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory: the rest is for the KV cache

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..localrun.gguf.header import read_gguf
+from ...localrun.gguf.header import read_gguf
 
 _UNUSED = 5  # llama.cpp's type of a token that only fills the embedding up
 STRESS_TEXT = (

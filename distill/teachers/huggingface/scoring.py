@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...localrun.core.generation import TopLogprobs
-from .choose import top_with
+from ....localrun.core.generation import TopLogprobs
+from .sampling import top_with
 
 _TOKENS = {"cuda": 16384, "cpu": 2048}  # of a pass, padding included: bounds the logits' memory
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
-from ..errors import UsageError
-from ..localrun.core.generation import Completion
+from ...errors import UsageError
+from ...localrun.core.generation import Completion
 
 _JUDGED_FROM = 20  # samples; fewer say little about the rest
 

@@ -18,17 +18,17 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers.cache_utils import DynamicCache
 
-from ...errors import ModelError, TeacherError, UsageError
-from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
-from ...localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
-from ..device import NO_MEMORY, choose_device
+from ....errors import ModelError, TeacherError, UsageError
+from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from ....localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
+from ...device import NO_MEMORY, choose_device
 from ..vocabulary import of_tokenizer
-from .base import Backend, Request, Teacher
-from .choose import top_with
-from .decode import BatchDecoder, Row, make_row
+from ..base import Backend, Request, Teacher
+from .sampling import top_with
+from .batching import BatchDecoder, Row, make_row
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
-from .scoring_passes import score_rows
+from .scoring import score_rows
 
 __all__ = ["TransformersTeacher", "check_pocket_source"]
 
@@ -243,8 +243,8 @@ def check_pocket_source(problem_source: str) -> None:
         TeacherError: it has not; the hint lists its families with their settings.
         UsageError: reasoning-gym knows no such data set or parameter.
     """
-    from ..pocket.chains import FAMILIES
-    from ..problems.load import with_params
+    from ...pocket.chains import FAMILIES
+    from ...problems.load import with_params
 
     families = "; ".join(
         f"gym:{name} with " + ", ".join(f"{key} {low} to {high}" for key, (low, high) in ranges.items())

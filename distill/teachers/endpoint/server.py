@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from ...errors import TeacherError, UsageError
-from .reply import BrokenReply, RefusedReply, Reply, read_reply
+from ....errors import TeacherError, UsageError
+from .stream import BrokenReply, RefusedReply, Reply, read_reply
 
 CONNECT_S = 5.0
 _STRIKES = 8  # failures in a row until an address counts as down
