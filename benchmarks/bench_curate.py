@@ -21,7 +21,7 @@ from deepdistill.distill.curate import select
 from deepdistill.distill.filters import CurateSettings
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, Usage
+from deepdistill.distill.traces.store import Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "ld", "ck", "m", "ve", "th")]

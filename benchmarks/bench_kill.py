@@ -29,10 +29,10 @@ import numpy as np
 
 from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.judgements import Judgement, verdicts_path
-from deepdistill.distill.logprobs import Logprobs, logprobs_path
+from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 

@@ -36,7 +36,7 @@ from deepdistill.distill.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.distill.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.progress import Bars

@@ -24,7 +24,7 @@ from pathlib import Path
 from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.localrun.core.generation import Completion, Sampling
 
 INFO = TeacherInfo("teacher", "endpoint")

@@ -179,7 +179,7 @@ def make_rows(options: Any) -> Path:
     from deepdistill.distill.rows import make_row
     from deepdistill.distill.student import teach_template
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-    from deepdistill.distill.traces import TraceStore
+    from deepdistill.distill.traces.store import TraceStore
 
     traces = options.traces or make_traces(options.out.parent / "bench_train_traces", n_rows)
     tokenizer = load_tokenizer(base_of(options))

@@ -74,7 +74,7 @@ def _export_traces(
     json_output: bool,
 ) -> None:
     """Write traces, a run's or a file's, as rows for another trainer."""
-    from ..distill.exports import export_traces
+    from ..distill.traces.exporting import export_traces
 
     if path is None:
         raise UsageError("which traces?", "give a traces.jsonl or a run folder")

@@ -32,7 +32,7 @@ from .problems.similarity import (
     word_hashes,
 )
 from .problems.split import normalise_question
-from .traces import Trace
+from .traces.store import Trace
 
 
 @dataclass(frozen=True)

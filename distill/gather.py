@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..localrun.core.progress import Progress
 from .teachers.budget import Budget
-from .collect import CollectSettings, collect, failures_usd
+from .traces.collect import CollectSettings, collect, failures_usd
 from .teachers.expand import ExpandSettings, expand
 from .graders.pool import Grader
-from .imports import import_traces
+from .traces.importing import import_traces
 from .problems.load import Problem
 from .recipe import TeachSettings, Work
 from .teachers.ask_once import stored_replies
@@ -20,7 +20,7 @@ from .settle import settle
 from .teachers import Teacher
 from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
 from .teachers.worked import WORKED, WorkedTeacher
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 
 _EXPANDED, _JUDGED = "expand.jsonl", "judge.jsonl"
 

@@ -25,7 +25,7 @@ from .teachers.budget import Budget
 from .judgements import Judgement
 from .teachers.ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from .teachers.base import Teacher
-from .traces import Trace
+from .traces.store import Trace
 
 DEFAULT_RUBRIC = """\
 5: correct and complete; every step follows, nothing is made up, and the question as it was asked is answered.

@@ -15,10 +15,10 @@ from typing import Any, Literal
 from ..errors import ArtifactError
 from .curriculum import arrange, estimated
 from .logit_rows import add_logits, refuse, why_no_logits
-from .logprobs import Logprobs, logprobs_path
+from .traces.logprobs import Logprobs, logprobs_path
 from .recipe import Loss, Work
 from .rows import Row, make_row, shortened
-from .traces import Trace
+from .traces.store import Trace
 
 
 def lessons(

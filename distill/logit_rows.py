@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArtifactError
-from .logprobs import Logprobs
+from .traces.logprobs import Logprobs
 from .rows import Row
-from .traces import Trace
+from .traces.store import Trace
 from .teachers.vocabulary import is_same
 
 _LEAST_ALIGNED = 0.5  # of a row's targets

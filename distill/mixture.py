@@ -17,11 +17,11 @@ import numpy as np
 
 from ..localrun.core.generation import TopLogprobs
 from .logit_rows import mixture
-from .logprobs import Logprobs
+from .traces.logprobs import Logprobs
 from .loops import find_loop, negative_row
 from .recipe import OnPolicy
 from .rows import Row, make_row, shortened
-from .traces import Trace
+from .traces.store import Trace
 
 Lesson = tuple[Row, float | None]
 """A row, and the pass rate of its problem (see curriculum)."""

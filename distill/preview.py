@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .teachers.budget import Limits
-from .collect import CollectSettings, Ledger, has_answer
+from .traces.collect import CollectSettings, Ledger, has_answer
 from .teachers.expand import ExpandSettings, missing_expansions
 from .problems.load import Problem
 from .recipe import TeachSettings
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly, with today's tokenizers
 _JUDGED_FROM = 20  # traces; fewer say little about the rest

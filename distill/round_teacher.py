@@ -14,10 +14,10 @@ from typing import Any
 from ..errors import TeacherError
 from ..localrun.core.progress import Progress
 from .teachers.budget import Budget
-from .collect import CollectSettings, collect
+from .traces.collect import CollectSettings, collect
 from .gather import spent_before
 from .graders.pool import Grader
-from .logprobs import logprobs_path
+from .traces.logprobs import logprobs_path
 from .mixture import MixtureSettings, pass_rates
 from .problems.load import Problem
 from .recipe import TeachSettings, Work
@@ -26,7 +26,7 @@ from .run import Run
 from .scoring import score_samples, why_not_scored
 from .teachers import Teacher, TeacherInfo
 from .teachers.worked import WORKED, WorkedTeacher
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 
 
 def ask_teacher(

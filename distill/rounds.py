@@ -20,11 +20,11 @@ from typing import Any, Literal
 from ..errors import ArtifactError
 from ..localrun.core.generation import Sampling
 from ..localrun.core.progress import Progress
-from .collect import CollectSettings, collect
+from .traces.collect import CollectSettings, collect
 from .curriculum import arrange, counts
 from .graders.pool import Grader
 from .graders.base import NONE
-from .logprobs import Logprobs, logprobs_path
+from .traces.logprobs import Logprobs, logprobs_path
 from .mixture import Mixture, MixtureSettings, mix, pass_rates
 from .problems.load import Problem
 from .processes import everywhere
@@ -36,7 +36,7 @@ from .run import Run
 from .scoring import score_samples
 from .teachers import Teacher
 from .teachers.huggingface.loading import weights_hash
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 from .train import TrainSettings, train
 
 __all__ = ["Round", "RoundSettings", "go_round", "problems_of", "rounds_of"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ModelError
 from ..localrun.core.generation import Message, TopLogprobs
-from .logprobs import StoredTop
+from .traces.logprobs import StoredTop
 
 CROSS_ENTROPY = (("cross_entropy", 1.0),)
 

@@ -12,9 +12,9 @@ from typing import Any
 from ..errors import TeacherError
 from ..localrun.core.progress import Progress, no_progress
 from ..localrun.core.append_file import id_key
-from .logprobs import Logprobs, LogprobsWriter, encode
+from .traces.logprobs import Logprobs, LogprobsWriter, encode
 from .teachers.base import Teacher
-from .traces import Trace
+from .traces.store import Trace
 from .teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
 
 

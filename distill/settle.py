@@ -12,13 +12,13 @@ from pathlib import Path
 from ..errors import UsageError
 from ..localrun.core.progress import Progress, no_progress
 from .teachers.budget import Budget
-from .collect import GradesAnswers, has_answer
+from .traces.collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces
 from .judgements import Judgement
 from .problems.load import Problem
 from .recipe import TeachSettings
 from .teachers.base import Teacher
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 from .vote import VoteSettings, vote_on_traces
 
 

@@ -24,7 +24,7 @@ from .recipe import TeachSettings, Work
 from .run import Run
 from .problems.similarity import contaminated, word_hashes
 from .student import teach_template
-from .traces import Trace
+from .traces.store import Trace
 
 if TYPE_CHECKING:
     from .rows import Row

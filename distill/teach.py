@@ -24,7 +24,7 @@ from .run import Run
 from .settle import check_judged
 from .stages import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
 from .student import student_dir
-from .traces import Trace, TraceStore
+from .traces.store import Trace, TraceStore
 
 
 @dataclass(frozen=True)

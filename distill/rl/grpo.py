@@ -27,7 +27,7 @@ from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Progress, no_progress
 from ...localrun.families.thinking import prompt_opens_thinking
 from ..clock import checkpoints, last_checkpoint
-from ..collect import GradesAnswers
+from ..traces.collect import GradesAnswers
 from ..device import SMALL_MODEL, choose_device, has_fast_bf16
 from ..evaluate import messages_of
 from ..lora import load_base

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...localrun.families.thinking import split_thinking
-from ..collect import GradesAnswers
+from ..traces.collect import GradesAnswers
 from ..problems.load import Problem
 
 

@@ -31,7 +31,7 @@ from deepdistill.distill.problems.similarity import (
 )
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, Usage
+from deepdistill.distill.traces.store import Trace, Usage
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Sampling
 

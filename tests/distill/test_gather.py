@@ -17,7 +17,7 @@ from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.base import Request, Teacher
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

@@ -29,7 +29,7 @@ from deepdistill.distill.judgements import Judgement
 from deepdistill.distill.teachers.ask_once import Reply, stored_replies
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher, TeacherInfo
-from deepdistill.distill.traces import Trace, Usage
+from deepdistill.distill.traces.store import Trace, Usage
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, FinishReason, Message, Sampling
 

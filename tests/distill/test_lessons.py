@@ -16,7 +16,7 @@ from deepdistill.distill.student import teach_template
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces import Trace
+from deepdistill.distill.traces.store import Trace
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

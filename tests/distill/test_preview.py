@@ -14,7 +14,7 @@ from deepdistill.distill.preview import Preview, describe_preview, preview
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion
 

@@ -23,12 +23,12 @@ from rich.console import Console
 
 from deepdistill.distill.charts import curve, histogram, over_time
 from deepdistill.distill.curate import curate
-from deepdistill.distill.overview import Overview
+from deepdistill.distill.traces.overview import Overview
 from deepdistill.distill.report import funnel, print_curation, write_report
 from deepdistill.distill.run import Run
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, Usage
+from deepdistill.distill.traces.store import Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"

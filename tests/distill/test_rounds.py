@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from deepdistill.distill import round_teacher
-from deepdistill.distill.logprobs import Logprobs, logprobs_path
+from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.mixture import MixtureSettings, mix, pass_rates
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 1, "lr": 1e-3}

@@ -25,7 +25,7 @@ from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.stages import apart_from
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir
-from deepdistill.distill.traces import TraceStore
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError, ModelError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 2, "lr": 1e-3, "save_every_s": 0.0}

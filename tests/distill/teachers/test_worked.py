@@ -12,7 +12,7 @@ from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.worked import WorkedTeacher, worked_solution
-from deepdistill.distill.traces import TraceStore
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 
 

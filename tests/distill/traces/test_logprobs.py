@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.logprobs import Logprobs, encode, logprobs_path
+from deepdistill.distill.traces.logprobs import Logprobs, encode, logprobs_path
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Trace, TraceStore
+from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 

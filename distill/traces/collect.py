@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ..localrun.core.generation import Completion, Sampling
-from ..localrun.core.progress import Progress, no_progress
-from .teachers.budget import Budget, Limits
-from ..localrun.core.append_file import whole_lines
-from .evaluate import messages_of
-from .graders.pool import Grade
-from .graders.base import NONE
-from .problems.load import Problem
-from .teachers.base import Request, Teacher
-from .traces import Trace, TraceStore, sample_seed, trace_id
+from ...localrun.core.generation import Completion, Sampling
+from ...localrun.core.progress import Progress, no_progress
+from ..teachers.budget import Budget, Limits
+from ...localrun.core.append_file import whole_lines
+from ..evaluate import messages_of
+from ..graders.pool import Grade
+from ..graders.base import NONE
+from ..problems.load import Problem
+from ..teachers.base import Request, Teacher
+from .store import Trace, TraceStore, sample_seed, trace_id
 
 _TELL_EVERY_S = 0.25
 

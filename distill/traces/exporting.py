@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArtifactError
-from ..localrun.core.generation import Message
-from ..localrun.families.thinking import CLOSE, OPEN
-from .traces import Trace, TraceStore
+from ...errors import ArtifactError
+from ...localrun.core.generation import Message
+from ...localrun.families.thinking import CLOSE, OPEN
+from .store import Trace, TraceStore
 
 Reasoning = Literal["field", "think"]
 _ROWS_A_GROUP = 1000

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError, UsageError
-from ..localrun.core.append_file import parse_line, whole_lines
-from .judgements import verdicts_path
+from ...errors import ArtifactError, UsageError
+from ...localrun.core.append_file import parse_line, whole_lines
+from ..judgements import verdicts_path
 from .logprobs import logprobs_path
-from .run import find_run
-from .traces import Trace, TraceStore
+from ..run import find_run
+from .store import Trace, TraceStore
 
 _N_EXAMPLES = 3
 _MAX_SOURCES = 50  # the rest is counted together, so that memory stays bounded

@@ -13,8 +13,8 @@ from typing import Self
 
 import numpy as np
 
-from .charts import Chart, histogram, over_time
-from .traces import Trace
+from ..charts import Chart, histogram, over_time
+from .store import Trace
 
 GROUPS = ("right", "wrong", "unknown")
 COLUMNS = ("right", "wrong", "vote", "judge", "unknown")

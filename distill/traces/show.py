@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..localrun.chat.screen import Screen, Thought, printable
-from .inspection import TraceReport
-from .traces import Trace
+from ...localrun.chat.screen import Screen, Thought, printable
+from .summary import TraceReport
+from .store import Trace
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 _BAR_WIDTH = 40

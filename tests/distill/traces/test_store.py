@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces import Judgement, Trace, TraceStore, trace_id
+from deepdistill.distill.traces.store import Judgement, Trace, TraceStore, trace_id
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
 
@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
 WRITER = """
 import sys
 from pathlib import Path
-from deepdistill.distill.traces import TraceStore
+from deepdistill.distill.traces.store import TraceStore
 sys.path.insert(0, {tests!r})
 from test_traces import make
 with TraceStore(Path({path!r})) as store:

@@ -21,14 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, get_args
 
-from ..errors import ArtifactError
-from ..localrun.core.generation import Completion, FinishReason, Message, Sampling
-from ..localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
-from .graders.pool import Grade, Verdict, VerdictBy
-from .judgements import Judgement, read_judgements, verdicts_path
+from ...errors import ArtifactError
+from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
+from ...localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
+from ..graders.pool import Grade, Verdict, VerdictBy
+from ..judgements import Judgement, read_judgements, verdicts_path
 from .logprobs import LogprobsWriter, encode, logprobs_path
-from .problems.load import Problem
-from .teachers.base import TeacherInfo
+from ..problems.load import Problem
+from ..teachers.base import TeacherInfo
 
 _VERDICTS = get_args(Verdict)
 

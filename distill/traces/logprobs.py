@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-from ..errors import ArtifactError
-from ..localrun.core.generation import TopLogprobs
-from ..localrun.core.append_file import AppendFile, id_key
+from ...errors import ArtifactError
+from ...localrun.core.generation import TopLogprobs
+from ...localrun.core.append_file import AppendFile, id_key
 
 if TYPE_CHECKING:
     import numpy as np
