@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.judgements import Judgement, verdicts_path
+from deepdistill.distill.judging.judgements import Judgement, verdicts_path
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.teachers import TeacherInfo

@@ -180,7 +180,7 @@ def teach(
         follow()
         return
     from ..distill.teachers.budget import Limits, Price
-    from ..distill.judge import DEFAULT_RUBRIC, read_rubric
+    from ..distill.judging.judge import DEFAULT_RUBRIC, read_rubric
     from ..distill.recipe import TeachSettings, Work
     from ..distill.report import print_curation, print_hops
     from ..distill.run import run_name

@@ -16,7 +16,7 @@ from .problems.load import Problem
 from .recipe import TeachSettings, Work
 from .teachers.ask_once import stored_replies
 from .run import Run
-from .settle import settle
+from .judging.judge_traces import settle
 from .teachers import Teacher
 from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
 from .teachers.worked import WORKED, WorkedTeacher

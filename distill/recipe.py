@@ -13,9 +13,9 @@ from ..errors import ArtifactError, UsageError
 from ..localrun.core.generation import Sampling
 from .teachers.budget import Limits
 from .curate import CurateSettings
-from .judge import DEFAULT_RUBRIC, JudgeSettings
+from .judging.judge import DEFAULT_RUBRIC, JudgeSettings
 from .teachers import Teacher, open_teacher
-from .vote import VoteSettings
+from .judging.vote import VoteSettings
 
 MAY_CHANGE = frozenset(
     {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}

@@ -21,7 +21,7 @@ from .problems.load import Problem, load_problems
 from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
-from .settle import check_judged
+from .judging.judge_traces import check_judged
 from .stages import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
 from .student import student_dir
 from .traces.store import Trace, TraceStore

@@ -25,7 +25,7 @@ from ...errors import ArtifactError
 from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
 from ...localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
 from ..graders.pool import Grade, Verdict, VerdictBy
-from ..judgements import Judgement, read_judgements, verdicts_path
+from ..judging.judgements import Judgement, read_judgements, verdicts_path
 from .logprobs import LogprobsWriter, encode, logprobs_path
 from ..problems.load import Problem
 from ..teachers.base import TeacherInfo

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.append_file import parse_line, whole_lines
-from ..judgements import verdicts_path
+from ..judging.judgements import verdicts_path
 from .logprobs import logprobs_path
 from ..run import find_run
 from .store import Trace, TraceStore

@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from ..errors import UsageError
-from ..localrun.core.progress import Progress, no_progress
-from .teachers.budget import Budget
-from .traces.collect import GradesAnswers, has_answer
+from ...errors import UsageError
+from ...localrun.core.progress import Progress, no_progress
+from ..teachers.budget import Budget
+from ..traces.collect import GradesAnswers, has_answer
 from .judge import Judged, JudgeSettings, judge_traces
 from .judgements import Judgement
-from .problems.load import Problem
-from .recipe import TeachSettings
-from .teachers.base import Teacher
-from .traces.store import Trace, TraceStore
+from ..problems.load import Problem
+from ..recipe import TeachSettings
+from ..teachers.base import Teacher
+from ..traces.store import Trace, TraceStore
 from .vote import VoteSettings, vote_on_traces
 
 

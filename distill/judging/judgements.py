@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..localrun.core.append_file import id_key, parse_line, whole_lines
-from .graders.pool import VerdictBy
+from ...localrun.core.append_file import id_key, parse_line, whole_lines
+from ..graders.pool import VerdictBy
 
 
 def verdicts_path(traces_path: Path) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from .judgements import Judgement
-from .traces.store import Trace
+from ..traces.store import Trace
 
 Same = Callable[[str, str], bool]
 """Says whether two answers mean the same, beyond being written alike: a grader, asked without a problem."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.graders.pool import Verdict
-from deepdistill.distill.judge import (
+from deepdistill.distill.judging.judge import (
     DEFAULT_RUBRIC,
     Judged,
     JudgeSettings,
@@ -25,7 +25,7 @@ from deepdistill.distill.judge import (
     score_ask,
     verdict_of,
 )
-from deepdistill.distill.judgements import Judgement
+from deepdistill.distill.judging.judgements import Judgement
 from deepdistill.distill.teachers.ask_once import Reply, stored_replies
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.base import Request, Teacher, TeacherInfo
