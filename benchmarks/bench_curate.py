@@ -17,8 +17,8 @@ import resource
 import time
 from collections.abc import Iterator
 
-from deepdistill.distill.curate import select
-from deepdistill.distill.filters import CurateSettings
+from deepdistill.distill.curation.curate import select
+from deepdistill.distill.curation.filters import CurateSettings
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.teachers.base import TeacherInfo
 from deepdistill.distill.traces.store import Trace, Usage

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.generation import Sampling
 from .teachers.budget import Limits
-from .curate import CurateSettings
+from .curation.curate import CurateSettings
 from .judging.judge import DEFAULT_RUBRIC, JudgeSettings
 from .teachers import Teacher, open_teacher
 from .judging.vote import VoteSettings

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from .charts import curve
 from .curves import CURVE_FILE, read_curve
-from .filters import question_of, shorten
+from .curation.filters import question_of, shorten
 from .traces.overview import COLUMNS, Overview, judged
 from .run import Run, write_text
 from .traces.store import Trace, TraceStore

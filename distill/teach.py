@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.progress import Progress, no_progress
-from .curate import select
-from .filters import LONG_SHARE_SMALL, CurateSettings
+from .curation.curate import select
+from .curation.filters import LONG_SHARE_SMALL, CurateSettings
 from .gather import gather, is_traces_file, take_in
 from .graders.base import NONE
 from .problems.load import Problem, load_problems

@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from deepdistill.distill.charts import curve, histogram, over_time
-from deepdistill.distill.curate import curate
+from deepdistill.distill.curation.curate import curate
 from deepdistill.distill.traces.overview import Overview
 from deepdistill.distill.report import funnel, print_curation, write_report
 from deepdistill.distill.run import Run

@@ -18,7 +18,7 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
-from deepdistill.distill.curate import CurateSettings, curate
+from deepdistill.distill.curation.curate import CurateSettings, curate
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import Work
 from deepdistill.distill.problems.split import bucket_of

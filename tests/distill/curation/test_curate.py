@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.curate import curate, select
+from deepdistill.distill.curation.curate import curate, select
 from deepdistill.distill.evaluate import repeats
-from deepdistill.distill.filters import FILTERS, CurateSettings
+from deepdistill.distill.curation.filters import FILTERS, CurateSettings
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.similarity import (
     contaminated,

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
 from .filters import CurateSettings as CurateSettings
-from .problems.similarity import (
+from ..problems.similarity import (
     N_HASHES,
     Words,
     contaminated,
@@ -31,8 +31,8 @@ from .problems.similarity import (
     sign_texts,
     word_hashes,
 )
-from .problems.split import normalise_question
-from .traces.store import Trace
+from ..problems.split import normalise_question
+from ..traces.store import Trace
 
 
 @dataclass(frozen=True)
