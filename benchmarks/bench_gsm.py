@@ -27,7 +27,7 @@ from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.run import write_text
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.student import student_dir
+from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.localrun.core.generation import Sampling

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.distill.evaluate import score_file
-from deepdistill.distill.losses import projected_kl
+from deepdistill.distill.training.losses import projected_kl
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.localrun.machine.hardware import default_threads

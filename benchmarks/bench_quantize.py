@@ -185,7 +185,7 @@ def main() -> None:
         return
     checkpoint = given.checkpoint
     if checkpoint is None:
-        from deepdistill.distill.student import student_dir
+        from deepdistill.distill.training.student import student_dir
 
         checkpoint = student_dir("smollm2")
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}

@@ -32,7 +32,7 @@ import transformers
 
 from deepdistill.distill.evaluate import messages_of
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.student import student_dir
+from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, Row
 from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page

@@ -32,7 +32,7 @@ def demo(
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
     from ..distill.recipe import TeachSettings, Work
     from ..distill.report import print_hops
-    from ..distill.student import student_dir
+    from ..distill.training.student import student_dir
     from ..distill.teach import teach
 
     pupil = student or ("pocket" if quick else "smollm2")

@@ -50,7 +50,7 @@ def eval_(
     from ..distill.evaluate import evaluate, format_score
     from ..distill.graders.pool import Grader
     from ..distill.problems.load import load_problems
-    from ..distill.student import student_dir
+    from ..distill.training.student import student_dir
     from ..distill.teachers import open_teacher
     from ..localrun.core.generation import Sampling
 

@@ -180,7 +180,7 @@ def _traces_of(folder: Path | None, settings: TeachSettings | None) -> Path | No
 def _divergence() -> Callable[..., Any]:
     """Return the loss of healing."""
     try:
-        from ..distill.losses import projected_kl
+        from ..distill.training.losses import projected_kl
     except ImportError as error:
         raise UsageError("--heal needs torch", "pip install 'deepdistill[teach]'") from error
     return projected_kl

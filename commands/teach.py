@@ -174,7 +174,7 @@ def teach(
     quiet: Quiet = False,
 ) -> None:
     """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again goes on."""
-    from ..distill.processes import follow, is_first, leading
+    from ..distill.training.distributed import follow, is_first, leading
 
     if not is_first():
         follow()

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .charts import curve
-from .curves import CURVE_FILE, read_curve
+from .training.curves import CURVE_FILE, read_curve
 from .curation.filters import question_of, shorten
 from .traces.overview import COLUMNS, Overview, judged
 from .run import Run, write_text

@@ -22,8 +22,8 @@ from .recipe import MAY_CHANGE, TeachSettings, Work
 from .report import write_report
 from .run import Run
 from .judging.judge_traces import check_judged
-from .stages import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
-from .student import student_dir
+from .training.stage import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
+from .training.student import student_dir
 from .traces.store import Trace, TraceStore
 
 
@@ -65,7 +65,7 @@ def teach(
         if settings.method == "grpo":
             if base is None or settings.rounds:
                 raise UsageError("--method grpo has no teacher, so no traces and no rounds", "leave those flags out")
-            from .rl.stage import reinforce
+            from .training.rl.stage import reinforce
 
             apart = apart_from(problems, held_out, filters, work.say)
             reinforce(run, base, apart, settings, work, on_progress)

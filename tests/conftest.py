@@ -50,7 +50,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def pocket_student() -> Path:
     """The folder of the tiny dense student, untrained."""
-    from deepdistill.distill.student import student_dir
+    from deepdistill.distill.training.student import student_dir
 
     return student_dir("pocket")
 

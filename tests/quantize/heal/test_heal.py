@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepdistill.cli import main
-from deepdistill.distill.losses import projected_kl
+from deepdistill.distill.training.losses import projected_kl
 from deepdistill.quantize.measure.texts import CalibrationSettings, Text
 from deepdistill.quantize.convert.writer import plan
 from deepdistill.quantize.heal.heal import HealSettings, heal

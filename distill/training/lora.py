@@ -1,0 +1,148 @@
+"""The student as it is trained: its weights on the device, an adapter on its linear maps, or all of them learning."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from ...errors import ModelError, UsageError
+from ..quiet import quiet_transformers
+from .rows import Row
+from .report import TrainSettings
+
+ADAPTER = "default"
+
+
+def load_student(base_dir: Path, settings: TrainSettings, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a student to train: a frozen base in dtype with an adapter in fp32, or everything in fp32.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or not quantized here.
+        UsageError: there is nothing that the adapter could stand on.
+    """
+    quiet_transformers()
+    model = load_base(
+        base_dir, torch.float32 if settings.full else dtype, four_bits(device) if settings.qlora else None
+    )
+    model = model if settings.qlora else model.to(device)
+    model.config.use_cache = False
+    if settings.full:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(settings.seed)
+    lora = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        target_modules=_targets(model, settings),
+        use_dora=settings.dora,
+        use_rslora=settings.rslora,
+        task_type="CAUSAL_LM",
+    )
+    if settings.qlora:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, lora)
+
+
+def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> Any:
+    """Load a checkpoint.
+
+    Raises:
+        ModelError: it is none, or does not fit.
+    """
+    options = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, attn_implementation="sdpa", **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot load the student in {base_dir}: {first}") from error
+
+
+def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:
+    """See that the model has a state for every token of the rows; n_tokens is what the tokenizer knows.
+
+    Raises:
+        ModelError: it has not.
+    """
+    n_embeddings = model.get_input_embeddings().num_embeddings
+    highest = max(max(row.input_ids) for row in rows)
+    if highest >= n_embeddings:
+        raise ModelError(
+            f"the rows use token {highest}, and the student embeds {n_embeddings}; its tokenizer knows {n_tokens}",
+            "its tokenizer is not the one of its weights, or tokens were added without resizing the embedding",
+        )
+
+
+def parameter_groups(model: Any, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Return the optimizer's groups: LoRA's B by itself where its learning rate is another, no decay on vectors."""
+    groups: dict[tuple[bool, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_b = "lora_B" in name and settings.lora_plus != 1.0
+            groups.setdefault((is_b, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.peak_lr * (settings.lora_plus if is_b else 1.0),
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+        }
+        for (is_b, is_matrix), parameters in groups.items()
+    ]
+
+
+def _targets(model: Any, settings: TrainSettings) -> list[str]:
+    """Return the full names of the linear maps that get an adapter."""
+    wanted = {name.strip() for name in settings.lora_targets.split(",") if name.strip()}
+    linears = list(_linears(model))
+    there = {name.rpartition(".")[2] for _, name in linears}
+    if unknown := wanted - there:
+        raise UsageError(
+            f"the student has no linear map {', '.join(sorted(unknown))}", f"there are {', '.join(sorted(there))}"
+        )
+    found = [
+        name
+        for layer, name in linears
+        if layer >= settings.lora_first_layer and (not wanted or name.rpartition(".")[2] in wanted)
+    ]
+    if not found:
+        raise UsageError(f"the student has no layer {settings.lora_first_layer}", "give a smaller --lora-first-layer")
+    return found
+
+
+def _linears(model: Any) -> Iterator[tuple[int, str]]:
+    """Yield (layer, name) of every linear map in the decoder's layers."""
+    for name, module in model.get_decoder().layers.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            yield int(name.split(".")[0]), f"layers.{name}"
+
+
+def four_bits(device: torch.device) -> Any:
+    """Return how QLoRA quantizes the base.
+
+    Raises:
+        ModelError: bitsandbytes is not there, or does not work here.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if device.type != "cuda":
+        raise ModelError("--qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down", "leave --qlora out")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("bitsandbytes")
+    except (ImportError, RuntimeError, OSError) as error:
+        raise ModelError(f"--qlora needs bitsandbytes: {error}", "pip install bitsandbytes") from error
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -1,0 +1,173 @@
+"""What a round teaches: the student's own answers and what the teacher made of them, as rows.
+
+A right answer of its own is worth imitating, the shortest of a problem's first. Where it rarely succeeds the teacher's
+own answer is shown. Where the teacher scored the student's tokens, every sample is taught, wrong ones too, by what the
+teacher would have said in the student's place. What goes in circles becomes a negative.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from ....localrun.core.generation import TopLogprobs
+from ..logit_rows import mixture
+from ...traces.logprobs import Logprobs
+from .loops import find_loop, negative_row
+from ...recipe import OnPolicy
+from ..rows import Row, make_row, shortened
+from ...traces.store import Trace
+
+Lesson = tuple[Row, float | None]
+"""A row, and the pass rate of its problem (see curriculum)."""
+
+_MOST_ADVANTAGE = 5.0  # nats: a token that the teacher all but rules out says no more than that
+_REPLAYED = 1.0  # earlier rows count as easy: half of them come in each pass
+
+
+@dataclass(frozen=True)
+class MixtureSettings:
+    """What goes in. `imitation_share` is cross-entropy's share in a right sample that the teacher scored.
+
+    The teacher answers problems that the student solves less often than `correct_below`; `replay` earlier rows come for
+    each new one.
+    """
+
+    on_policy: OnPolicy = "reverse-kl"
+    imitation_share: float = 0.2
+    correct_below: float = 0.5
+    replay: float = 0.5
+    max_length: int = 1024
+    too_long: Literal["drop", "shorten"] = "drop"
+    reasoning_weight: float = 1.0
+    answer_weight: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class Mixture:
+    """The rows of a round with their problems' pass rates, and how many there are of each kind."""
+
+    lessons: list[Lesson] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, row: Row, rate: float | None, max_length: int) -> None:
+        """Take a row in unless it is too long, which is counted."""
+        if len(row.input_ids) > max_length:
+            self.counts["too_long"] += 1
+            return
+        self.lessons.append((row, rate))
+        self.counts[kind] += 1
+
+
+def pass_rates(samples: Sequence[Trace]) -> dict[str, float]:
+    """Return the share of right samples of each problem."""
+    verdicts: dict[str, list[bool]] = defaultdict(list)
+    for trace in samples:
+        verdicts[trace.problem_id].append(trace.verdict == "right")
+    return {problem: sum(right) / len(right) for problem, right in verdicts.items()}
+
+
+def mix(
+    tokenizer: Any,
+    samples: Sequence[Trace],
+    own: Logprobs,
+    scores: Logprobs | None,
+    corrections: Sequence[Trace],
+    earlier: Sequence[Row],
+    settings: MixtureSettings,
+    student_scores: Logprobs | None = None,
+) -> Mixture:
+    """Return the rows of a round. `own` holds the samples' tokens, `scores` what the teacher gives them (None: none).
+
+    `student_scores` holds the student's own log-probabilities of its tokens, which the policy gradient needs.
+    """
+    made, rates = Mixture(), pass_rates(samples)
+    prompts: dict[str, list[int]] = {}
+    shortest = _shortest_right(samples)
+    for trace in samples:
+        stored = own.get(trace.id)
+        if stored is None:
+            continue
+        ids, rate = stored[0].tolist(), rates[trace.problem_id]
+        if trace.problem_id not in prompts:
+            prompts[trace.problem_id] = _prompt_ids(tokenizer, trace)
+        prompt, loop = prompts[trace.problem_id], find_loop(ids)
+        if loop is not None:
+            made.add("loops", negative_row(prompt, ids, loop), None, settings.max_length)
+        if scores is not None and trace.id in scores and ids:
+            n = len(ids) if loop is None else loop.first_repeat
+            mine = student_scores.get(trace.id) if student_scores is not None else None
+            row = _scored_row(prompt, ids, scores, mine[1] if mine else None, n, trace, settings)
+            made.add("scored", row, rate, settings.max_length)
+        elif trace.id in shortest:
+            made.add("own_right", Row([*prompt, *ids], len(prompt)), rate, settings.max_length)
+    for trace in corrections:
+        if trace.verdict == "right" and trace.finish_reason == "stop":
+            row = _corrected(tokenizer, trace, settings)
+            made.add("corrected", row, rates.get(trace.problem_id), settings.max_length)
+    n_replayed = min(len(earlier), round(settings.replay * len(made.lessons)))
+    for row in random.Random(settings.seed).sample(list(earlier), n_replayed):
+        made.add("replayed", row, _REPLAYED, settings.max_length)
+    return made
+
+
+def _corrected(tokenizer: Any, trace: Trace, settings: MixtureSettings) -> Row:
+    """Return the teacher's own answer as the first training would have had it."""
+    said = (trace.messages, trace.reasoning_content or "", trace.content)
+    row = make_row(tokenizer, *said, reasoning_weight=settings.reasoning_weight, answer_weight=settings.answer_weight)
+    if settings.too_long == "drop":
+        return row
+    weights = {"reasoning_weight": settings.reasoning_weight, "answer_weight": settings.answer_weight}
+    return shortened(tokenizer, row, *said, settings.max_length, weights)
+
+
+def _shortest_right(samples: Sequence[Trace]) -> set[str]:
+    """Return the ids of the shortest right answer to each problem, of those that ended and closed their thinking."""
+    best: dict[str, tuple[int, str]] = {}
+    for trace in samples:
+        if trace.verdict == "right" and trace.finish_reason == "stop" and trace.reasoning_content:
+            candidate = (trace.usage.completion, trace.id)
+            best[trace.problem_id] = min(best.get(trace.problem_id, candidate), candidate)
+    return {trace_id for _, trace_id in best.values()}
+
+
+def _prompt_ids(tokenizer: Any, trace: Trace) -> list[int]:
+    prompt = tokenizer.apply_chat_template(trace.messages, add_generation_prompt=True, tokenize=False)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
+    return ids
+
+
+def _scored_row(
+    prompt: list[int],
+    ids: list[int],
+    scores: Logprobs,
+    student: TopLogprobs | None,
+    n: int,
+    trace: Trace,
+    settings: MixtureSettings,
+) -> Row:
+    """Return a sample's first n tokens with the teacher's judgement of each; a right one is imitated too."""
+    name = settings.on_policy.replace("-", "_") if settings.on_policy != "auto" else "reverse_kl"
+    share = 1 - settings.imitation_share if trace.verdict == "right" else 1.0
+    row_ids, losses = [*prompt, *ids[:n]], mixture(name, share)
+    if name != "policy_gradient":
+        return Row(row_ids, len(prompt), losses=losses, top=scores.stored(trace.id, range(n)))
+    teacher = scores.get(trace.id)
+    assert student is not None, "the policy gradient compares with the student's own log-probabilities"
+    assert teacher is not None
+    before, wanted = given_logprobs(student, ids)[:n], given_logprobs(teacher[1], ids)[:n]
+    advantages = np.clip(wanted - before, -_MOST_ADVANTAGE, _MOST_ADVANTAGE)
+    return Row(row_ids, len(prompt), losses=losses, advantages=advantages.tolist(), old_logprobs=before.tolist())
+
+
+def given_logprobs(top: TopLogprobs, ids: Sequence[int]) -> Any:
+    """Return the log-probability of each given token `[T]`, which a scored text always holds (see `Teacher.score`)."""
+    is_given = top.ids == np.asarray(ids)[:, None]
+    assert is_given.any(1).all(), "a scored text holds its own tokens"
+    return top.values[np.arange(len(ids)), is_given.argmax(1)]

@@ -1,0 +1,145 @@
+"""The teacher's part of a round: it scores what the student said, and answers what the student could not solve.
+
+It is opened once, only if something is wanted of it, and has to be the teacher that the run had before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import cache
+from typing import Any
+
+from ....errors import TeacherError
+from ....localrun.core.progress import Progress
+from ...teachers.budget import Budget
+from ...traces.collect import CollectSettings, collect
+from ...gather import spent_before
+from ...graders.pool import Grader
+from ...traces.logprobs import logprobs_path
+from .dataset import MixtureSettings, pass_rates
+from ...problems.load import Problem
+from ...recipe import TeachSettings, Work
+from .round import Round, RoundSettings
+from ...run import Run
+from .scoring import score_samples, why_not_scored
+from ...teachers import Teacher, TeacherInfo
+from ...teachers.worked import WORKED, WorkedTeacher
+from ...traces.store import Trace, TraceStore
+
+
+def ask_teacher(
+    run: Run,
+    round_: Round,
+    problems: Sequence[Problem],
+    samples: Sequence[Trace],
+    tokenizer: Any,
+    settings: TeachSettings,
+    options: RoundSettings,
+    work: Work,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Have the teacher score the samples and answer what the student could not solve; return round.json's record.
+
+    Raises:
+        TeacherError: the teacher is not the one of the run, or cannot do what was asked for.
+    """
+    record: dict[str, Any] = run.load(f"rounds/{round_.number}/round.json") or {}
+    record["settings"] = dataclasses.asdict(options)
+    with ExitStack() as opened:
+
+        @cache
+        def teacher() -> Teacher:
+            one = WorkedTeacher(problems) if settings.teacher == WORKED else _open(work, settings)
+            opened.callback(one.close)
+            _must_be_the_same(run, one.info, settings)
+            return one
+
+        if options.on_policy == "off":
+            record |= {"scored": False, "why_not": "--on-policy-loss off"}
+        elif "scored" not in record:
+            why = why_not_scored(teacher(), tokenizer)
+            if why and options.on_policy != "auto":
+                raise TeacherError(
+                    f"--on-policy-loss {options.on_policy}: {why}", "leave it out, or take another teacher"
+                )
+            if why:
+                work.say(f"{why}: a round is the student's own right answers and the teacher's corrections")
+            record |= {"scored": not why, "why_not": why}
+        record["teacher"] = run.load("teacher.json")
+        run.save(f"rounds/{round_.number}/round.json", record)
+        if record["scored"]:
+            score_samples(
+                samples,
+                logprobs_path(round_.samples_path),
+                teacher,
+                round_.scores_path,
+                options.top_logprobs,
+                on_progress,
+            )
+        _correct(run, round_, problems, samples, teacher, settings, work, on_progress)
+    record["teacher_done"] = True
+    run.save(f"rounds/{round_.number}/round.json", record)
+    return record
+
+
+def _open(work: Work, settings: TeachSettings) -> Teacher:
+    return work.open_teacher(settings.teacher, settings.teacher_model)
+
+
+def _correct(
+    run: Run,
+    round_: Round,
+    problems: Sequence[Problem],
+    samples: Sequence[Trace],
+    teacher: Callable[[], Teacher],
+    settings: TeachSettings,
+    work: Work,
+    on_progress: Progress,
+) -> None:
+    """Ask for answers to the problems that the student solves too rarely, but for those that have one in the run."""
+    rates = pass_rates(samples)
+    failed = [problem for problem in problems if rates.get(problem.id, 1.0) < MixtureSettings.correct_below]
+    with TraceStore(round_.corrections_path) as store, Grader() as grader:
+        known = {trace.problem_id for trace in store}
+        wanted = {problem.id for problem in failed} - known
+        if wanted and run.traces_path.exists():
+            for trace in TraceStore.read(run.traces_path):
+                if trace.problem_id in wanted and trace.verdict == "right":
+                    store.append(dataclasses.replace(trace, cost_usd=None))  # paid for already
+                    wanted.discard(trace.problem_id)
+        collect(
+            [problem for problem in failed if problem.id in wanted or problem.id in known],
+            store,
+            CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep),
+            open_teacher=teacher,
+            open_grader=lambda: grader,
+            failures_path=round_.folder / "failures.jsonl",
+            budget=Budget(work.limits, spent_before(run) if work.limits.price else 0.0),
+            on_progress=lambda _, done, total, note: on_progress(
+                f"round {round_.number}, corrected", done, total, note
+            ),
+        )
+
+
+def _must_be_the_same(run: Run, info: TeacherInfo, settings: TeachSettings) -> None:
+    """Remember who teaches this run, and refuse another.
+
+    Raises:
+        TeacherError: another model answered or scored before.
+    """
+    now = dataclasses.asdict(info)
+    before = run.load("teacher.json")
+    if before is None and settings.traces is None and run.traces_path.exists():
+        with suppress(StopIteration):
+            before = dataclasses.asdict(next(TraceStore.read(run.traces_path)).teacher)
+    # What a teacher does not tell about itself, or an older run did not keep, cannot differ.
+    odd = [key for key, value in (before or {}).items() if value is not None and now[key] not in (value, None)]
+    if before and odd:
+        raise TeacherError(
+            f"{info.name} is not the teacher of this run: its {odd[0]} was {before[odd[0]]}, is {now[odd[0]]}",
+            "give the same teacher, or another folder with --out",
+        )
+    if run.load("teacher.json") is None:
+        run.save("teacher.json", now)

@@ -1,0 +1,304 @@
+"""Group relative policy optimization (GRPO) with TRL's trainer: our sampler answers, our graders judge.
+
+The student answers each problem several times; an answer is worth its reward less the group's mean, so no second model
+estimates what to expect. TRL carries the loss and the loop. Its own sampling with `generate` is left out: ours keeps
+rows moving through one batch and computes what prompts share once.
+
+Source: DeepSeekMath, arXiv 2402.03300; clipping and the loss's scale as in DAPO, arXiv 2503.14476 (TRL's default).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from ....errors import ModelError, UsageError
+from ....localrun.core.generation import Sampling
+from ....localrun.core.progress import Progress, no_progress
+from ....localrun.families.thinking import prompt_opens_thinking
+from ..callback import checkpoints, last_checkpoint
+from ...traces.collect import GradesAnswers
+from ...device import SMALL_MODEL, choose_device, has_fast_bf16
+from ...evaluate import messages_of
+from ..lora import load_base
+from ..merge import save_checkpoint
+from ...problems.load import Problem
+from ...quiet import quiet_transformers
+from ...run import CLOCK_FILE
+from ...teachers.huggingface.batching import BatchDecoder, make_row
+from ..trainer import on_one_gpu
+from .reward import Reward, reward_of
+
+_ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one pass, of models under 20 M parameters and above
+
+
+@dataclass(frozen=True)
+class GrpoSettings:
+    """How to train by reward. A step draws `problems_per_step` problems and answers each `group_size` times.
+
+    `lr` is the peak, from which the learning rate falls to 0; None is 1e-4 for models under 20 M parameters and 2e-6
+    for larger ones. `minutes` boxes the time, sampling included; None goes on for `steps`. `rows_per_pass` answers are
+    learned from at once; None fits the model's size.
+    """
+
+    steps: int = 200
+    minutes: float | None = None
+    group_size: int = 8
+    problems_per_step: int = 16
+    max_tokens: int = 256
+    temperature: float = 1.0
+    lr: float | None = None
+    warmup_steps: int = 5
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    kl_weight: float = 0.0
+    format_weight: float = 0.1
+    rows_per_pass: int | None = None
+    max_grad_norm: float = 1.0
+    save_every_s: float = 60.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GrpoReport:
+    """What a run did.
+
+    `curve` has a record every step: minutes, the share of right answers, that of groups whose answers earned different
+    rewards (no other teaches), mean tokens, sampled tokens so far.
+    """
+
+    steps: int
+    minutes: float
+    sampled_tokens: int
+    curve: list[dict[str, float]]
+
+
+def grpo(
+    base_dir: Path,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    grader: GradesAnswers,
+    settings: GrpoSettings,
+    checkpoints_dir: Path,
+    out: Path,
+    *,
+    device: str = "auto",
+    on_progress: Progress = no_progress,
+) -> GrpoReport:
+    """Train all weights of the checkpoint in base_dir by reward and save it to out; go on from the last checkpoint.
+
+    Raises:
+        ModelError: TRL is not installed, or the weights cannot be loaded.
+        UsageError: a group holds one answer.
+    """
+    try:
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise ModelError("reinforcement learning needs TRL", "pip install 'deepdistill[rl]'") from error
+    if settings.group_size < 2:
+        raise UsageError("a group of one answer has nothing to compare", "give a group size of at least 2")
+    where = choose_device(device)
+    quiet_transformers()
+    model: Any = load_base(base_dir, torch.float32).to(where)
+    sampler = _Sampler(tokenizer, problems, grader, settings)
+    watch = _Watch(settings, sampler, on_progress)
+    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, where)
+    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
+    save_checkpoint(trainer.model, base_dir, tokenizer, out)
+    return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
+
+
+class _Sampler:
+    """Answers TRL's prompts with our decoder and rewards the answers with our graders."""
+
+    def __init__(
+        self, tokenizer: Any, problems: Sequence[Problem], grader: GradesAnswers, settings: GrpoSettings
+    ) -> None:
+        self.tokenizer, self.grader, self.settings = tokenizer, grader, settings
+        self._problems = {problem.question: problem for problem in problems}
+        self.n_tokens = 0
+        self.rewards: list[Reward] = []
+        self.lengths: list[int] = []
+
+    def roll_out(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """Return one sampled answer a prompt: TRL has repeated each prompt `group_size` times already."""
+        model, settings = trainer.model, self.settings
+        sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
+        texts = [
+            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
+        ]
+        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        # The seed of a sample follows from the run's and its place in it: a resumed run draws what this one would.
+        turn = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
+        first = settings.seed * 1_000_003 + turn * len(prompts)
+        rows = [make_row(i, row, settings.max_tokens, sampling, first + i) for i, row in enumerate(ids)]
+        decoder = BatchDecoder(
+            model, batch_size=len(rows), eos_ids=frozenset([self.tokenizer.eos_token_id]), pad_id=_pad(self.tokenizer)
+        )
+        was_training = model.training
+        model.eval()
+        with torch.inference_mode(), trainer.accelerator.autocast():
+            done = {row.index: row.tokens for row in decoder.run(iter(rows), sampling)}
+        model.train(was_training)
+        completions = [done[i] for i in range(len(rows))]
+        self.lengths = [len(tokens) for tokens in completions]
+        self.n_tokens += sum(self.lengths)
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+
+    def reward(self, prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        """Return what each answer earned."""
+        opened: dict[str, bool] = {}
+        self.rewards = []
+        for prompt, ids in zip(prompts, completion_ids, strict=True):
+            question = prompt[-1]["content"]
+            if question not in opened:
+                text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+                opened[question] = prompt_opens_thinking(text)
+            kept = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+            text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            problem = self._problems[question]
+            self.rewards.append(reward_of(problem, text, opened[question], self.grader, self.settings.format_weight))
+        return [reward.total for reward in self.rewards]
+
+
+class _Watch(TrainerCallback):
+    """Keeps the time, the curve and the checkpoints."""
+
+    def __init__(self, settings: GrpoSettings, sampler: _Sampler, on_progress: Progress) -> None:
+        self._settings, self._sampler, self._on_progress = settings, sampler, on_progress
+        self._before = 0.0
+        self._started = self._saved = time.monotonic()
+        self.curve: list[dict[str, float]] = []
+
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._started
+
+    def progress(self, step: int) -> float:
+        """Return how much of the run is done after so many steps, 0 to 1."""
+        done = step / self._settings.steps
+        if self._settings.minutes is not None:
+            box = 60 * self._settings.minutes  # nothing is left of it where choosing problems took it all
+            done = max(done, self.seconds() / box if box > 0 else 1.0)
+        return min(1.0, done)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / CLOCK_FILE
+        if saved.exists():
+            kept = json.loads(saved.read_text(encoding="utf-8"))
+            self._before, self.curve, self._sampler.n_tokens = kept["seconds"], kept["curve"], kept["sampled_tokens"]
+        self._started = self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        rewards, lengths = self._sampler.rewards, self._sampler.lengths
+        right = sum(reward.is_right for reward in rewards) / len(rewards)
+        totals, size = [reward.total for reward in rewards], self._settings.group_size
+        groups = [totals[i : i + size] for i in range(0, len(totals), size)]
+        self.curve.append(
+            {
+                "step": state.global_step,
+                "minutes": round(self.seconds() / 60, 3),
+                "right": round(right, 4),
+                "groups": round(sum(len(set(group)) > 1 for group in groups) / len(groups), 4),
+                "tokens": round(sum(lengths) / len(lengths), 1),
+                "sampled_tokens": self._sampler.n_tokens,
+            }
+        )
+        done = self.progress(state.global_step)
+        control.should_training_stop |= done >= 1
+        if time.monotonic() - self._saved >= self._settings.save_every_s or done >= 1:
+            control.should_save, self._saved = True, time.monotonic()
+        self._on_progress(
+            "reinforcing",
+            done,
+            1.0,
+            f"{100 * right:.0f} % right, {self.curve[-1]['tokens']:.0f} tokens an answer",
+        )
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        kept = {"seconds": self.seconds(), "curve": self.curve, "sampled_tokens": self._sampler.n_tokens}
+        (folder / CLOCK_FILE).write_text(json.dumps(kept), encoding="utf-8")
+        for older in checkpoints(Path(args.output_dir))[:-1]:
+            shutil.rmtree(older, ignore_errors=True)
+
+
+def _make_trainer(
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    sampler: _Sampler,
+    watch: _Watch,
+    settings: GrpoSettings,
+    checkpoints_dir: Path,
+    device: torch.device,
+) -> Any:
+    from datasets import Dataset
+    from trl.trainer.grpo_config import GRPOConfig
+
+    from .trainer import RewardTrainer
+
+    n_rows = settings.group_size * settings.problems_per_step
+    wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
+    rows_per_pass = max(n for n in range(1, min(wanted, n_rows) + 1) if n_rows % n == 0)
+    arguments = GRPOConfig(
+        output_dir=str(checkpoints_dir),
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=n_rows // rows_per_pass,
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_tokens,
+        temperature=settings.temperature,
+        beta=settings.kl_weight,
+        scale_rewards="none",  # else a group of wrong answers, one of them not even closed, teaches as much as any
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        max_steps=settings.steps,
+        learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta2=0.99,
+        bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",  # the watch says when
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=settings.seed,
+    )
+
+    def rate(step: int) -> float:
+        return min((step + 1) / max(1, settings.warmup_steps), 1 - watch.progress(step))
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*rollout_func.*", category=UserWarning)
+        trainer = RewardTrainer(
+            rate,
+            model=model,
+            reward_funcs=sampler.reward,
+            args=on_one_gpu(arguments),
+            train_dataset=Dataset.from_list([{"prompt": messages_of(problem)} for problem in problems]),
+            processing_class=tokenizer,
+            callbacks=[watch],
+            rollout_func=sampler.roll_out,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _default_lr(model: Any) -> float:
+    return 1e-4 if model.num_parameters() < SMALL_MODEL else 2e-6
+
+
+def _pad(tokenizer: Any) -> int:
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)

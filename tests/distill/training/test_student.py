@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deepdistill.distill.training.student import student_dir, teach_template
+from deepdistill.errors import DeepDistillError, ModelError, UsageError
+
+
+def test_the_pocket_student_is_made_once_and_loads_in_plain_transformers(pocket_student: Path) -> None:
+    made = (pocket_student / "model.safetensors").stat().st_mtime_ns
+    assert student_dir("pocket") == pocket_student
+    assert (pocket_student / "model.safetensors").stat().st_mtime_ns == made
+    model = AutoModelForCausalLM.from_pretrained(pocket_student)
+    assert model.config.model_type == "llama"
+    assert model.get_input_embeddings().weight.shape[0] == len(AutoTokenizer.from_pretrained(pocket_student))
+
+
+@pytest.mark.slow
+def test_smollm2_is_the_wheels_gguf(chain_sum: str) -> None:
+    folder = student_dir("smollm2")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 134.5
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "system" in tokenizer.chat_template  # its own, until it is taught
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert "apache-2.0" in (folder / "README.md").read_text()
+
+
+def test_a_template_that_renders_reasoning_is_kept(pocket_student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    own = tokenizer.chat_template + "{# mine #}"
+    tokenizer.chat_template = own
+    teach_template(tokenizer)
+    assert tokenizer.chat_template == own
+
+
+def test_a_chatml_template_is_replaced(pocket_student: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    teach_template(tokenizer)
+    assert "reasoning_content" in tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    ("missing", "kind", "says"),
+    [
+        ("config.json", ModelError, "has no config.json"),
+        ("tokenizer.json", ModelError, "has no tokenizer"),
+        ("model.safetensors", ModelError, "has no weights"),
+    ],
+)
+def test_incomplete_folders(
+    missing: str, kind: type[DeepDistillError], says: str, pocket_student: Path, tmp_path: Path
+) -> None:
+    for file in pocket_student.iterdir():
+        if file.name != missing:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(kind, match=says):
+        student_dir(str(tmp_path))
+
+
+def test_an_unknown_student() -> None:
+    with pytest.raises(UsageError, match="no student 'smollm3'"):
+        student_dir("smollm3")
+
+
+def test_a_hub_student_without_the_network_says_so() -> None:
+    with pytest.raises(ModelError, match="cannot get nobody/nothing") as caught:
+        student_dir("hf:nobody/nothing", offline=True)
+    assert "--offline" in caught.value.hint
+
+
+def test_a_hub_student_is_downloaded_once(
+    pocket_student: Path, tmp_path: Path, hub: Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]
+) -> None:
+    files = {file.name: file.read_bytes() for file in pocket_student.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+    code = (
+        "import sys; from deepdistill.distill.training.student import student_dir as s; print(s(sys.argv[1], len(sys.argv) > 2))"
+    )
+
+    def ask(*arguments: str) -> Path:  # in a process of its own: the hub's library reads its settings once
+        env = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return Path(done.stdout.strip())
+
+    with hub({"org/student": files}) as endpoint:
+        folder = ask("hf:org/student")
+    assert ask("hf:org/student", "offline") == folder
+    assert {f.name for f in folder.iterdir()} == set(files) - {"pytorch_model.bin"}, "no pickle is ever fetched"
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+    AutoModelForCausalLM.from_pretrained(folder)
