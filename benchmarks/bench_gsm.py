@@ -21,7 +21,7 @@ from typing import Any
 
 import reasoning_gym
 
-from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings

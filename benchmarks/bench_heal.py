@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepdistill.distill.evaluate import score_file
+from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.training.losses import projected_kl
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.lora import load_base

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.pass_rate import measure_pass_rates, sometimes_solved

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepdistill.distill.evaluate import evaluate
+from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.problems.load import load_problems

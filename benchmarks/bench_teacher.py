@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import transformers
 
-from deepdistill.distill.evaluate import messages_of
+from deepdistill.distill.evaluation.evaluate import messages_of
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teachers import Request, Teacher, open_teacher

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepdistill.distill.evaluate import is_loop
+from deepdistill.distill.evaluation.evaluate import is_loop
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.localrun.engine.engine import Engine

@@ -31,7 +31,7 @@ def demo(
 ) -> None:
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
     from ..distill.recipe import TeachSettings, Work
-    from ..distill.report import print_hops
+    from ..distill.evaluation.report import print_hops
     from ..distill.training.student import student_dir
     from ..distill.teach import teach
 
@@ -91,7 +91,7 @@ def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
 
 def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
-    from ..distill.evaluate import score_file
+    from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
 
     held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)

@@ -47,7 +47,7 @@ def eval_(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy with its interval, closed thinking, loops and tokens an answer, on held-out problems."""
-    from ..distill.evaluate import evaluate, format_score
+    from ..distill.evaluation.evaluate import evaluate, format_score
     from ..distill.graders.pool import Grader
     from ..distill.problems.load import load_problems
     from ..distill.training.student import student_dir

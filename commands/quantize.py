@@ -151,7 +151,7 @@ def _verify(
 
 def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
-    from ..distill.evaluate import score_file
+    from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
     from ..quantize.measure.paired import Answers
 

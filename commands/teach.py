@@ -182,7 +182,7 @@ def teach(
     from ..distill.teachers.budget import Limits, Price
     from ..distill.judging.judge import DEFAULT_RUBRIC, read_rubric
     from ..distill.recipe import TeachSettings, Work
-    from ..distill.report import print_curation, print_hops
+    from ..distill.evaluation.report import print_curation, print_hops
     from ..distill.run import run_name
     from ..distill.teach import teach as run_teach
 

@@ -19,7 +19,7 @@ from .gather import gather, is_traces_file, take_in
 from .graders.base import NONE
 from .problems.load import Problem, load_problems
 from .recipe import MAY_CHANGE, TeachSettings, Work
-from .report import write_report
+from .evaluation.report import write_report
 from .run import Run
 from .judging.judge_traces import check_judged
 from .training.stage import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import torch
 
 from ...localrun.core.generation import Sampling
-from ..evaluate import Score, evaluate, format_score, messages_of
+from ..evaluation.evaluate import Score, evaluate, format_score, messages_of
 from ..graders.pool import Grader
 from ..problems.load import load_problems
 from ..run import write_text

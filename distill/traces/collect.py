@@ -20,7 +20,7 @@ from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.progress import Progress, no_progress
 from ..teachers.budget import Budget, Limits
 from ...localrun.core.append_file import whole_lines
-from ..evaluate import messages_of
+from ..evaluation.evaluate import messages_of
 from ..graders.pool import Grade
 from ..graders.base import NONE
 from ..problems.load import Problem

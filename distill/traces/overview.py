@@ -13,7 +13,7 @@ from typing import Self
 
 import numpy as np
 
-from ..charts import Chart, histogram, over_time
+from ..evaluation.charts import Chart, histogram, over_time
 from .store import Trace
 
 GROUPS = ("right", "wrong", "unknown")

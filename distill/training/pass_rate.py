@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Progress, no_progress
 from ..traces.collect import GradesAnswers
-from ..evaluate import messages_of
+from ..evaluation.evaluate import messages_of
 from ..problems.load import Problem
 from ..teachers.base import Request, Teacher
 

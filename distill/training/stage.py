@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Progress
 from ..curation.curate import CurateSettings
-from ..evaluate import Score, evaluate
+from ..evaluation.evaluate import Score, evaluate
 from ..graders.pool import Grader
 from ..graders.base import NONE
 from .pass_rate import measure_pass_rates

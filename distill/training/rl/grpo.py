@@ -29,7 +29,7 @@ from ....localrun.families.thinking import prompt_opens_thinking
 from ..callback import checkpoints, last_checkpoint
 from ...traces.collect import GradesAnswers
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16
-from ...evaluate import messages_of
+from ...evaluation.evaluate import messages_of
 from ..lora import load_base
 from ..merge import save_checkpoint
 from ...problems.load import Problem

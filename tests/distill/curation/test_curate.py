@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.curation.curate import curate, select
-from deepdistill.distill.evaluate import repeats
+from deepdistill.distill.evaluation.evaluate import repeats
 from deepdistill.distill.curation.filters import FILTERS, CurateSettings
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.similarity import (

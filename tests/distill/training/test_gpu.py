@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill.training.curves import read_curve
-from deepdistill.distill.evaluate import messages_of
+from deepdistill.distill.evaluation.evaluate import messages_of
 from deepdistill.distill.training.losses import LOSSES, Segment, Targets, projected_loss
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.training.rows import Row

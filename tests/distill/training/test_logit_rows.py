@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from deepdistill.distill.evaluate import messages_of
+from deepdistill.distill.evaluation.evaluate import messages_of
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.training.logit_rows import add_logits, mixture, why_no_logits
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path

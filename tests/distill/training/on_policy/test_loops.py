@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deepdistill.distill.evaluate import repeats
+from deepdistill.distill.evaluation.evaluate import repeats
 from deepdistill.distill.training.on_policy.loops import find_loop, negative_row
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.charts import curve, histogram, over_time
+from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.curation.curate import curate
 from deepdistill.distill.traces.overview import Overview
-from deepdistill.distill.report import funnel, print_curation, write_report
+from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.run import Run
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers.base import TeacherInfo

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdistill.distill.evaluate import is_loop, repeats, score, wilson_interval
+from deepdistill.distill.evaluation.evaluate import is_loop, repeats, score, wilson_interval
 from deepdistill.localrun.core.generation import Completion
 
 DONE = Completion("42", "6*7=42", True, "stop", 10, 5, 3, 0.1, (1, 2, 3, 4, 5))

@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError
-from ..localrun.core.generation import Completion, Sampling
-from ..localrun.core.progress import Progress
-from .graders.pool import Grader
-from .problems.load import Problem
-from .teachers import open_teacher
-from .teachers.base import Request, Teacher
+from ...errors import ModelError
+from ...localrun.core.generation import Completion, Sampling
+from ...localrun.core.progress import Progress
+from ..graders.pool import Grader
+from ..problems.load import Problem
+from ..teachers import open_teacher
+from ..teachers.base import Request, Teacher
 
 _LOOP_TOKENS = 64
 
