@@ -33,9 +33,9 @@ def plan(
 ) -> None:
     """What a full-size teacher takes: memory, GPUs, hours and money, each formula shown."""
     from ..distill.teachers.budget import Price
-    from ..distill.plan import PlanSettings
-    from ..distill.plan import plan as make_plan
-    from ..distill.plan_text import plan_json, print_plan
+    from ..distill.planning.plan import PlanSettings
+    from ..distill.planning.plan import plan as make_plan
+    from ..distill.planning.text import plan_json, print_plan
 
     made = make_plan(
         PlanSettings(

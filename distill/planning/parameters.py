@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import ArtifactError, UsageError
-from .models_known import MODELS
+from ...errors import ArtifactError, UsageError
+from .catalogue import MODELS
 
 Dtype = Literal["bf16", "fp8", "int8", "int4", "nvfp4", "mxfp4"]
 

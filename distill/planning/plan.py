@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..errors import UsageError
-from .teachers.budget import Price
+from ...errors import UsageError
+from ..teachers.budget import Price
 from .layouts import Layout, Load, layouts
-from .model_size import BITS, Architecture, Dtype, Parameters, count_parameters, load_architecture
-from .models_known import GPUS, Gpu
+from .parameters import BITS, Architecture, Dtype, Parameters, count_parameters, load_architecture
+from .catalogue import GPUS, Gpu
 
 CacheDtype = Literal["bf16", "fp8"]
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..localrun.machine.memory import format_bytes
+from ...localrun.machine.memory import format_bytes
 from .layouts import USED_SHARE, Layout
-from .model_size import BITS
+from .parameters import BITS
 from .plan import Plan
 
 if TYPE_CHECKING:
