@@ -1,1 +1,1 @@
-"""TODO."""
+"""Which traces train."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Scores of every hop, and the report."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""One grader a file, and the pool of processes that runs them."""

@@ -193,7 +193,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._stop()
-        command = [sys.executable, "-m", f"{__package__}.grade_worker"]
+        command = [sys.executable, "-m", f"{__package__}.worker"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
         )

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Verdicts on what no grader can tell: votes and a judge."""

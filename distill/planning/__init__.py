@@ -1,1 +1,1 @@
-"""TODO."""
+"""What serving a teacher takes, computed before anything is rented."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Traces: stored, collected, imported, exported, summed up."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Traces -> a trained student."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Talking to a model in a terminal."""

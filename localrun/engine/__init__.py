@@ -1,1 +1,1 @@
-"""TODO."""
+"""llama.cpp behind one engine: loading, sampling, batching, grammars, images."""

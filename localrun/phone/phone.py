@@ -1,6 +1,6 @@
 """A GGUF as a folder for phones and browsers: the file, a card, an Ollama Modelfile, and a page that runs it offline.
 
-The page (`page/`) is static. It runs llama.cpp in WebAssembly (wllama), keeps all its files on the device at the first
+The page (`../web/`) is static. It runs llama.cpp in WebAssembly (wllama), keeps all its files on the device at the first
 visit, and from then on needs no network. Nothing in the folder names a server, and the page's content security policy
 forbids all others than the one that it came from.
 """
@@ -32,7 +32,7 @@ MAX_TOKENS = 2048  # of one answer, as in the terminal
 
 _TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")  # to make, the most exact first
 _MAX_WASM_BYTES = 4_000_000_000  # a page's memory, the model and its context together
-_PAGE = Path(__file__).parent / "page"
+_PAGE = Path(__file__).parents[1] / "web"
 _GIVEN = ("./", "files.js")  # what a visit asks for beside the files that files.js lists
 
 

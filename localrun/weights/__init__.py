@@ -1,1 +1,1 @@
-"""TODO."""
+"""A loaded model's weights and activations, read and swapped while it runs."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A Hugging Face checkpoint, streamed into a GGUF tensor by tensor."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Training for a few steps under the types of the file."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What a file kept of its checkpoint: divergence, answers, proofs."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Where a file comes from: licence chain, metadata, model card."""

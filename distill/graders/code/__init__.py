@@ -1,1 +1,1 @@
-"""TODO."""
+"""Code of a model, run in a sandbox against tests."""

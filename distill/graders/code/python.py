@@ -30,14 +30,14 @@ from .child import NOT_CONFINED, OUT_OF_MEMORY
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 _MAX_OUTPUT = 1 << 20
-_PACKAGE, _ROOT = __package__.split(".")[0], Path(__file__).parents[2]
+_PACKAGE, _ROOT = __package__.split(".")[0], Path(__file__).parents[3]
 # The package's folder may have any name, and an editable install is found by a hook that -S leaves out.
 _START = (
     "import sys, json, importlib.util as i; s = json.loads(sys.argv[1]); "
     f"p = i.spec_from_file_location({_PACKAGE!r}, {str(_ROOT / '__init__.py')!r}, "
     f"submodule_search_locations=[{str(_ROOT)!r}]); "
     f"m = sys.modules[{_PACKAGE!r}] = i.module_from_spec(p); p.loader.exec_module(m); "
-    f"from {__package__}.python_child import main; main(s)"
+    f"from {__package__}.child import main; main(s)"
 )
 
 

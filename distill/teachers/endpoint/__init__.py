@@ -1,1 +1,1 @@
-"""TODO."""
+"""A teacher behind an OpenAI-compatible server."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A teacher that transformers runs in this process."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Rounds in which the student answers and the teacher corrects it."""
