@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.localrun.machine.hardware import default_threads
-from deepdistill.quantize.measure.texts import CalibrationSettings
-from deepdistill.quantize.convert.writer import write
 from deepdistill.quantize.choose.workbench import Desk
-from deepdistill.quantize.release import release
+from deepdistill.quantize.convert.writer import write
+from deepdistill.quantize.measure.texts import CalibrationSettings
 from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.release import release
 
 
 def main() -> None:

@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from deepdistill.distill.curation.curate import select
 from deepdistill.distill.curation.filters import CurateSettings
 from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, Usage
+from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "ld", "ck", "m", "ve", "th")]

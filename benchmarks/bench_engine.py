@@ -34,11 +34,11 @@ import httpx
 import llama_cpp
 
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.localrun.engine import engine
-from deepdistill.localrun.engine.speculation import Latch
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Guidance, Sampling
+from deepdistill.localrun.engine import engine
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.engine.llama import Context, Entry, Model, has_amx
+from deepdistill.localrun.engine.speculation import Latch
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 ROUNDS = 3

@@ -17,9 +17,10 @@ import platform
 import statistics
 import time
 
-from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.problems.load import Problem, load_problems
 from deepdistill.distill.graders.code.sandbox import confinement
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.records import Problem
 
 Item = tuple[Problem, str]
 

@@ -24,12 +24,12 @@ import reasoning_gym
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.run import write_text
-from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.training.student import student_dir
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.progress import Bars
 

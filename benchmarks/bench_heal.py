@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import score_file
-from deepdistill.distill.training.losses import projected_kl
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
-from deepdistill.localrun.machine.hardware import default_threads
+from deepdistill.distill.training.losses import projected_kl
 from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.measure.texts import CalibrationSettings
+from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.quantize.choose.workbench import Desk
 from deepdistill.quantize.measure.paired import compare
-from deepdistill.quantize.report import quantize
-from deepdistill.quantize.release import release
+from deepdistill.quantize.measure.texts import CalibrationSettings
 from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.release import release
+from deepdistill.quantize.report import quantize
 
 _MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.0, "divergence": 2.5}  # about, on 2 cores
 

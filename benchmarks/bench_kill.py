@@ -27,12 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.judging.judgements import Judgement, verdicts_path
-from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
-from deepdistill.distill.problems.load import Problem
+from deepdistill.distill.records import Grade, Judgement, Problem, Trace
 from deepdistill.distill.teachers import TeacherInfo
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
+from deepdistill.distill.traces.store import TraceStore, verdicts_path
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 

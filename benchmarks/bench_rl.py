@@ -24,21 +24,23 @@ from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.training.dataset import lessons
-from deepdistill.distill.training.pass_rate import measure_pass_rates, sometimes_solved
 from deepdistill.distill.pocket.recipe import Recipe
 from deepdistill.distill.pocket.recipe import train as train_pocket
 from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
-from deepdistill.distill.problems.load import Problem, load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
-from deepdistill.distill.training.rl.grpo import GrpoSettings, grpo
-from deepdistill.distill.training.rows import Row
+from deepdistill.distill.records import Problem
 from deepdistill.distill.run import write_text
-from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
+from deepdistill.distill.training.dataset import lessons
+from deepdistill.distill.training.pass_rate import measure_pass_rates
+from deepdistill.distill.training.rl.grpo import GrpoSettings, grpo
+from deepdistill.distill.training.rl.stage import sometimes_solved
+from deepdistill.distill.training.rows import Row
+from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.progress import Bars

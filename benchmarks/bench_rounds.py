@@ -21,15 +21,16 @@ from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.records import Trace
 from deepdistill.distill.run import write_text
-from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.store import TraceStore
+from deepdistill.distill.training.dataset import lessons
+from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.progress import Bars

@@ -21,10 +21,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.problems.load import Problem
+from deepdistill.distill.records import Grade, Problem, Trace
 from deepdistill.distill.teachers import TeacherInfo
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.localrun.core.generation import Completion, Sampling
 
 INFO = TeacherInfo("teacher", "endpoint")

@@ -30,15 +30,15 @@ from typing import Any
 import torch
 import transformers
 
-from deepdistill.distill.evaluation.evaluate import messages_of
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.training.student import student_dir
+from deepdistill.distill.records import messages_of
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, Row
 from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
-from deepdistill.localrun.engine.engine import Engine
+from deepdistill.distill.training.student import student_dir
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.engine.engine import Engine
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 PEER = "generate"

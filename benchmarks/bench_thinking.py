@@ -19,8 +19,8 @@ from typing import Any
 from deepdistill.distill.evaluation.evaluate import is_loop
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import FREE, Completion, Guidance, Sampling
+from deepdistill.localrun.engine.engine import Engine
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 SEED = 30_000_000

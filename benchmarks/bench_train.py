@@ -176,10 +176,10 @@ def make_rows(options: Any) -> Path:
         rows = [([rng.randrange(1000, 40000) for _ in range(options.length)], 64) for _ in range(n_rows)]
         path.write_text(json.dumps(rows))
         return path
-    from deepdistill.distill.training.rows import make_row
-    from deepdistill.distill.training.student import teach_template
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.traces.store import TraceStore
+    from deepdistill.distill.training.rows import make_row
+    from deepdistill.distill.training.student import teach_template
 
     traces = options.traces or make_traces(options.out.parent / "bench_train_traces", n_rows)
     tokenizer = load_tokenizer(base_of(options))
@@ -228,11 +228,11 @@ def run_cell(options: Any) -> dict[str, Any]:
 
 def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     """Train with `deepdistill`'s loop."""
+    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.training import train as training
     from deepdistill.distill.training.curves import read_curve
     from deepdistill.distill.training.rows import Row
     from deepdistill.distill.training.student import teach_template
-    from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.training.train import TrainSettings
 
     base = base_of(options)
@@ -348,8 +348,8 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
 
 def base_of(options: Any) -> Path:
     """Return the student's folder; one of `SHAPES` is made once, with random weights in bf16."""
-    from deepdistill.distill.training.student import cache_dir, student_dir
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+    from deepdistill.distill.training.student import cache_dir, student_dir
 
     if not options.student.startswith("random:"):
         return student_dir(options.student)

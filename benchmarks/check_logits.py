@@ -29,11 +29,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.convert.ftypes import FTYPES
+from deepdistill.quantize.convert.writer import plan, write
 
 ROOT = Path(__file__).resolve().parent.parent
 _WIDE = {

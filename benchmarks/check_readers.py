@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.writer import plan, write
 
 ROOT = Path(__file__).resolve().parent.parent

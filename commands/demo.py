@@ -30,10 +30,10 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
-    from ..distill.recipe import TeachSettings, Work
     from ..distill.evaluation.report import print_hops
-    from ..distill.training.student import student_dir
+    from ..distill.recipe import TeachSettings, Work
     from ..distill.teach import teach
+    from ..distill.training.student import student_dir
 
     pupil = student or ("pocket" if quick else "smollm2")
     full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
@@ -78,8 +78,8 @@ def _weight_bytes(folder: Path) -> int:
 def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
     """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
     from ..distill.problems.load import load_problems
-    from ..localrun.engine.engine import Engine
     from ..localrun.core.generation import Sampling
+    from ..localrun.engine.engine import Engine
 
     question = load_problems(settings.problems, "test", 1, settings.seed)[0].question
     with Engine(gguf, n_ctx=1024) as engine:

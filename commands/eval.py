@@ -50,8 +50,8 @@ def eval_(
     from ..distill.evaluation.evaluate import evaluate, format_score
     from ..distill.graders.pool import Grader
     from ..distill.problems.load import load_problems
-    from ..distill.training.student import student_dir
     from ..distill.teachers import open_teacher
+    from ..distill.training.student import student_dir
     from ..localrun.core.generation import Sampling
 
     held_out = load_problems(problems, "test", n, seed, offline=offline)

@@ -32,10 +32,10 @@ def plan(
     json_output: AsJson = False,
 ) -> None:
     """What a full-size teacher takes: memory, GPUs, hours and money, each formula shown."""
-    from ..distill.teachers.budget import Price
     from ..distill.planning.plan import PlanSettings
     from ..distill.planning.plan import plan as make_plan
     from ..distill.planning.text import plan_json, print_plan
+    from ..distill.teachers.budget import Price
 
     made = make_plan(
         PlanSettings(

@@ -73,8 +73,8 @@ def quantize(
         raise UsageError("which student?", "give a run folder or a checkpoint folder")
     from ..quantize.convert.files import parse_size
     from ..quantize.measure.gate import Gate
-    from ..quantize.release import release
     from ..quantize.recipe import ReleaseSettings
+    from ..quantize.release import release
 
     folder, settings = run_of(student)
     checkpoint = folder / "student" if folder else student

@@ -26,8 +26,8 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..distill.teachers.budget import Limits
     from ..distill.recipe import TeachSettings
+    from ..distill.teachers.budget import Limits
 
 
 Stage = Literal["traces", "samples", "teacher", "training"]
@@ -179,12 +179,12 @@ def teach(
     if not is_first():
         follow()
         return
-    from ..distill.teachers.budget import Limits, Price
+    from ..distill.evaluation.report import print_curation, print_hops
     from ..distill.judging.judge import DEFAULT_RUBRIC, read_rubric
     from ..distill.recipe import TeachSettings, Work
-    from ..distill.evaluation.report import print_curation, print_hops
     from ..distill.run import run_name
     from ..distill.teach import teach as run_teach
+    from ..distill.teachers.budget import Limits, Price
 
     settings = TeachSettings(
         problems=problems,

@@ -7,20 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..localrun.core.progress import Progress
-from .teachers.budget import Budget
-from .traces.collect import CollectSettings, collect, failures_usd
-from .teachers.expand import ExpandSettings, expand
 from .graders.pool import Grader
-from .traces.importing import import_traces
-from .problems.load import Problem
-from .recipe import TeachSettings, Work
-from .teachers.ask_once import stored_replies
-from .run import Run
 from .judging.judge_traces import settle
+from .recipe import TeachSettings, Work
+from .records import Problem, Trace
+from .run import Run
 from .teachers import Teacher
+from .teachers.ask_once import stored_replies
+from .teachers.budget import Budget
 from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
+from .teachers.expand import ExpandSettings, expand
 from .teachers.worked import WORKED, WorkedTeacher
-from .traces.store import Trace, TraceStore
+from .traces.collect import CollectSettings, collect, failures_usd
+from .traces.importing import import_traces
+from .traces.store import TraceStore
 
 _EXPANDED, _JUDGED = "expand.jsonl", "judge.jsonl"
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .teachers.budget import Limits
-from .traces.collect import CollectSettings, Ledger, has_answer
-from .teachers.expand import ExpandSettings, missing_expansions
-from .problems.load import Problem
 from .recipe import TeachSettings
-from .traces.store import Trace, TraceStore
+from .records import Problem, Trace, has_answer
+from .teachers.budget import Limits
+from .teachers.expand import ExpandSettings, missing_expansions
+from .traces.collect import CollectSettings, Ledger
+from .traces.store import TraceStore
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly, with today's tokenizers
 _JUDGED_FROM = 20  # traces; fewer say little about the rest

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.generation import Sampling
-from .teachers.budget import Limits
 from .curation.curate import CurateSettings
 from .judging.judge import DEFAULT_RUBRIC, JudgeSettings
-from .teachers import Teacher, open_teacher
 from .judging.vote import VoteSettings
+from .teachers import Teacher, open_teacher
+from .teachers.budget import Limits
 
 MAY_CHANGE = frozenset(
     {"n_traces", "samples", "keep", "expand", "logprobs", "curation", "pass_samples"}
@@ -190,3 +190,6 @@ class Work:
     def open_student(self, folder: Path) -> Teacher:
         """Open a student's checkpoint, to answer or to be scored."""
         return open_teacher(str(folder), device=self.device, batch_size=self.batch_size)
+
+
+Stage = Literal["traces", "samples", "teacher", "training"]

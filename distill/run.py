@@ -58,6 +58,10 @@ class Run:
         """Whether a training has come to a checkpoint: from then on it has the rows and settings that it has."""
         return self.student_dir.exists() or any(self.checkpoints_dir.glob(f"checkpoint-*/{CLOCK_FILE}"))
 
+    def first_student_dir(self, n_rounds: int) -> Path:
+        """Return where the student of the first training stands: apart if on-policy rounds follow."""
+        return self.folder / "rounds" / "0" / "student" if n_rounds else self.student_dir
+
     def _holds_work(self) -> bool:
         """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
         others = (p for p in self.folder.iterdir() if p.name not in ("recipe.json", "failures.jsonl"))

@@ -13,18 +13,20 @@ from typing import Any
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.progress import Progress, no_progress
-from .curation.curate import select
+from .curation.curate import apart_from, select
 from .curation.filters import LONG_SHARE_SMALL, CurateSettings
-from .gather import gather, is_traces_file, take_in
-from .graders.base import NONE
-from .problems.load import Problem, load_problems
-from .recipe import MAY_CHANGE, TeachSettings, Work
+from .evaluation.hops import score_hops
 from .evaluation.report import write_report
-from .run import Run
+from .gather import gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
-from .training.stage import Stage, apart_from, check_training, go_rounds, own_pass_rates, score_hops, train_first
+from .problems.load import load_problems
+from .recipe import MAY_CHANGE, Stage, TeachSettings, Work
+from .records import NONE, Problem, Trace
+from .run import Run
+from .traces.store import TraceStore
+from .training.pass_rate import own_pass_rates
+from .training.stage import check_training, train_first
 from .training.student import student_dir
-from .traces.store import Trace, TraceStore
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ def _distill(
         return selected, False  # read again where they are wanted: there may be a million
     kept = list(selected)
     rows = train_first(run, base, kept, traces_path, rates or {}, settings, work, on_progress)
+    if not settings.rounds:
+        return kept, True
+    from .training.on_policy.rounds import go_rounds  # loads torch
+
     return kept, go_rounds(run, base, rows, held_out, filters, settings, work, stop_after, on_progress)
 
 

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .machine import hardware
-from .engine.llama import Context, Entry, Model
-from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
 from .core.progress import Progress, no_progress
+from .engine.llama import Context, Entry, Model
+from .machine import hardware
+from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
 
 _PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
 

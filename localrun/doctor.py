@@ -23,9 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DeepDistillError
+from .gguf.header import read_gguf
 from .machine import hardware
 from .machine.hardware import Gpu
-from .gguf.header import read_gguf
 from .machine.memory import Footprint, available_bytes, format_bytes
 
 _PROC = Path("/proc")

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .measure.texts import CalibrationSettings
 from .convert.ftypes import check_ftype
 from .measure.gate import Gate
+from .measure.texts import CalibrationSettings
 
 _PLAIN = frozenset({"F32", "F16", "BF16", "Q8_0"})  # an importance matrix changes nothing in them
 

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError, ModelError, UsageError
+from ..localrun.core.progress import Progress, no_progress
 from ..localrun.machine.hardware import default_threads
 from ..localrun.machine.memory import Footprint
-from ..localrun.core.progress import Progress, no_progress
-from .provenance import comparison as card_files
-from .convert.lora_adapter import is_adapter
-from .convert.licence import write_card
-from .provenance.comparison import Row
 from .choose.types import Chooser
-from .convert.writer import Conversion, Value, write
 from .choose.workbench import Desk
+from .convert.licence import write_card
+from .convert.lora_adapter import is_adapter
+from .convert.writer import Conversion, Value, write
+from .heal.heal import Divergence, HealSettings, heal
 from .measure.fidelity import Fidelity
 from .measure.gate import Metrics
-from .heal.heal import Divergence, HealSettings, heal
 from .measure.paired import Answers, Paired, compare
+from .provenance import comparison as card_files
+from .provenance.comparison import Row
 from .provenance.metadata import file_bytes, fill_in, source_key
-from .report import QuantizeReport, report_of
 from .recipe import ReleaseSettings
+from .report import QuantizeReport, report_of
 from .sign import as_metadata, sign
 
 Evaluate = Callable[[Path], Answers]

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..localrun.machine.hardware import default_threads
 from ..localrun.core.progress import Progress, no_progress
-from .convert.writer import Conversion, Value, plan, write
+from ..localrun.machine.hardware import default_threads
 from .convert.ftypes import check_ftype
+from .convert.writer import Conversion, Value, plan, write
 from .measure.proofs import Proofs, prove
 
 _NO_METADATA: Mapping[str, Value] = MappingProxyType({})

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .measure.texts import Text
-from .convert.writer import Conversion, Value
 from .choose.workbench import Desk
+from .convert.writer import Conversion, Value
+from .measure.texts import Text
 from .provenance.metadata import MEASURED, licence_chain, placeholder, sampler_of, source_of, tools
 from .recipe import ReleaseSettings
 

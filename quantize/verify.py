@@ -12,14 +12,14 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
+from ..localrun.core.progress import Progress, no_progress
 from ..localrun.gguf import ggml
 from ..localrun.gguf.header import StoredTensor
-from ..localrun.core.progress import Progress, no_progress
-from .convert.writer import Typed, plan
 from .choose.imatrix import read_imatrix
+from .choose.sensitivity import parts_of
+from .convert.writer import Typed, plan
 from .provenance.inspect import read_own, stored_tensors
 from .provenance.metadata import source_of
-from .choose.sensitivity import parts_of
 
 
 @dataclass(frozen=True)

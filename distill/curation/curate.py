@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
-from .filters import CurateSettings as CurateSettings
 from ..problems.similarity import (
     N_HASHES,
     Words,
@@ -32,7 +30,9 @@ from ..problems.similarity import (
     word_hashes,
 )
 from ..problems.split import normalise_question
-from ..traces.store import Trace
+from ..records import Problem, Trace
+from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
+from .filters import CurateSettings as CurateSettings
 
 
 @dataclass(frozen=True)
@@ -327,3 +327,17 @@ def _at(traces: Iterable[Trace], positions: Sequence[int] | npt.NDArray[np.int64
             position = next(wanted, None)
             if position is None:
                 return
+
+
+def apart_from(
+    problems: list[Problem], held_out: list[Problem], filters: CurateSettings, say: Callable[[str], None]
+) -> list[Problem]:
+    """Return the problems in which no held-out question stands, as the filter `contaminated` takes such traces out."""
+    n = filters.contamination_ngram
+    if n is None or not held_out or not problems:
+        return problems
+    asked, evaluation = ([word_hashes(problem.question) for problem in part] for part in (problems, held_out))
+    apart = [problem for problem, found in zip(problems, contaminated(asked, evaluation, n), strict=True) if found < 0]
+    if len(apart) < len(problems):
+        say(f"{len(problems) - len(apart)} problems ask what held-out ones ask: left out")
+    return apart

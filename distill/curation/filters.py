@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UsageError
 from ..problems.similarity import Words, ends_in_loop, repeated_share
 from ..problems.split import bucket_of
-from ..traces.store import Trace
+from ..records import Trace
 
 FILTERS = {
     "held_out": "the question is not in the training bucket of the split",

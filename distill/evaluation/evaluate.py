@@ -18,9 +18,9 @@ from ...errors import ModelError
 from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.progress import Progress
 from ..graders.pool import Grader
-from ..problems.load import Problem
+from ..records import Problem, Request, messages_of
 from ..teachers import open_teacher
-from ..teachers.base import Request, Teacher
+from ..teachers.base import Teacher
 
 _LOOP_TOKENS = 64
 
@@ -112,11 +112,6 @@ def score(completions: Sequence[Completion], right: int, seconds: float, n_faile
         tokens_per_s=tokens / seconds if seconds else 0.0,
         n_failed=n_failed,
     )
-
-
-def messages_of(problem: Problem) -> list[dict[str, str]]:
-    """Return the conversation that asks a problem: the question alone, to teacher, student and base model alike."""
-    return [{"role": "user", "content": problem.question}]
 
 
 def wilson_interval(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .charts import curve
-from ..training.curves import CURVE_FILE, read_curve
 from ..curation.filters import question_of, shorten
-from ..traces.overview import COLUMNS, Overview, judged
+from ..records import Trace
 from ..run import Run, write_text
-from ..traces.store import Trace, TraceStore
+from ..traces.overview import COLUMNS, Overview, judged
+from ..traces.store import TraceStore
+from ..training.curves import CURVE_FILE, read_curve
+from .charts import curve
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # of each text in the page, at most

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from ...errors import UsageError
+from ..records import NONE
 
 
 class CannotTell(Exception):
@@ -72,7 +73,6 @@ KINDS = {
     "gym": Kind("gym", needs_reference=False),
 }
 _OWN = Kind("own", reads_answer=False, needs_reference=False)
-NONE = "none"  # problems without an answer: nothing to grade by
 
 
 def kind_of(grader: str) -> tuple[Kind, str]:

@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-from .base import CannotTell, Submission
 from .answer import clean, marked_answer
+from .base import CannotTell, Submission
 
 _LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:)]?", re.DOTALL)
 _LED = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+)", re.IGNORECASE)

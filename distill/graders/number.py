@@ -11,8 +11,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from .base import CannotTell, Submission, options
 from .answer import clean, marked_answer
+from .base import CannotTell, Submission, options
 from .units import Dimension, unit
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,300})(?:\.\d{1,300})?|\.\d{1,300}"

@@ -16,34 +16,17 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from ...errors import ModelError, UsageError
-from .base import NONE, Kind, kind_of
+from ..records import NONE, Grade, Problem
 from .answer import final_answer as final_answer
 from .answer import is_number
-from ..problems.load import Problem
-
-Verdict = Literal["right", "wrong", "unknown"]
-VerdictBy = Literal["grader", "vote", "judge", "none"]
+from .base import Kind, kind_of
 
 _LOADING_S = 120.0  # importing sympy or reasoning-gym on a cold, busy machine
-
-
-@dataclass(frozen=True)
-class Grade:
-    """A verdict on one answer, and the reason where it is `unknown`.
-
-    `score` is the grader's own, in [0, 1]; `right` takes exactly 1.0.
-    """
-
-    answer: str | None
-    verdict: Verdict
-    verdict_by: VerdictBy
-    score: float | None
-    reason: str = ""
 
 
 class Grader:

@@ -21,11 +21,10 @@ from typing import Any, Literal
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Message, Sampling
 from ...localrun.core.progress import Progress, no_progress
-from ..teachers.budget import Budget
-from .judgements import Judgement
+from ..records import Judgement, Trace
 from ..teachers.ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from ..teachers.base import Teacher
-from ..traces.store import Trace
+from ..teachers.budget import Budget
 
 DEFAULT_RUBRIC = """\
 5: correct and complete; every step follows, nothing is made up, and the question as it was asked is answered.

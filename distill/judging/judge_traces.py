@@ -11,14 +11,12 @@ from pathlib import Path
 
 from ...errors import UsageError
 from ...localrun.core.progress import Progress, no_progress
-from ..teachers.budget import Budget
-from ..traces.collect import GradesAnswers, has_answer
-from .judge import Judged, JudgeSettings, judge_traces
-from .judgements import Judgement
-from ..problems.load import Problem
 from ..recipe import TeachSettings
+from ..records import GradesAnswers, Judgement, Problem, Trace, has_answer
 from ..teachers.base import Teacher
-from ..traces.store import Trace, TraceStore
+from ..teachers.budget import Budget
+from ..traces.store import TraceStore
+from .judge import Judged, JudgeSettings, judge_traces
 from .vote import VoteSettings, vote_on_traces
 
 

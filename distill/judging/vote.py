@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .judgements import Judgement
-from ..traces.store import Trace
+from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]
 """Says whether two answers mean the same, beyond being written alike: a grader, asked without a problem."""

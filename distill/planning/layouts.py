@@ -16,8 +16,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .parameters import Architecture, Dtype, Parameters
 from .catalogue import Gpu
+from .parameters import Architecture, Dtype, Parameters
 
 USED_SHARE = 0.9  # of the memory, as vLLM's default: the rest is for activations, CUDA graphs, communication
 NODE = 8  # GPUs

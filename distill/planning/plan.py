@@ -10,9 +10,9 @@ from typing import Literal, get_args
 
 from ...errors import UsageError
 from ..teachers.budget import Price
+from .catalogue import GPUS, Gpu
 from .layouts import Layout, Load, layouts
 from .parameters import BITS, Architecture, Dtype, Parameters, count_parameters, load_architecture
-from .catalogue import GPUS, Gpu
 
 CacheDtype = Literal["bf16", "fp8"]
 

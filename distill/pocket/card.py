@@ -14,11 +14,11 @@ from urllib.parse import urlencode
 import torch
 
 from ...localrun.core.generation import Sampling
-from ..evaluation.evaluate import Score, evaluate, format_score, messages_of
+from ..evaluation.evaluate import Score, evaluate, format_score
 from ..graders.pool import Grader
 from ..problems.load import load_problems
+from ..records import Request, messages_of
 from ..run import write_text
-from ..teachers.base import Request
 from ..teachers.huggingface.teacher import TransformersTeacher
 from .chains import FAMILIES
 from .recipe import TRAINING_PARAMS, ExpertBalance

@@ -22,12 +22,14 @@ from typing import Any
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Bars, Progress, no_progress
 from ..graders.pool import Grader
-from ..training.pass_rate import measure_pass_rates, sometimes_solved
-from ..problems.load import Problem, load_problems
-from ..training.rl.grpo import GrpoReport, GrpoSettings, grpo
+from ..problems.load import load_problems
+from ..records import Problem
 from ..run import write_text
 from ..teachers import open_teacher
 from ..teachers.huggingface.loading import load_tokenizer
+from ..training.pass_rate import measure_pass_rates
+from ..training.rl.grpo import GrpoReport, GrpoSettings, grpo
+from ..training.rl.stage import sometimes_solved
 from .card import expert_load, held_out_texts, score_families, spec_of
 from .chains import FAMILIES
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ...errors import ArtifactError, UsageError
-from ..graders.base import NONE, is_trusted, kind_of
+from ..graders.base import is_trusted, kind_of
+from ..records import NONE, Problem
 from .files import read_hub, read_rows
 from .split import Bucket, bucket_of, question_hash
 
@@ -32,18 +32,6 @@ _METADATA_COLUMNS = {
 }
 _WORKED_COLUMNS = ("worked", "answer_cot", "solution", "worked_solution", "rationale", "explanation")
 _DEFAULT_N = 1000
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One question. `grader` is KIND or KIND:ARGUMENT (see graders/); `id` depends on the question alone."""
-
-    id: str
-    question: str
-    answer: str | None
-    source: str
-    grader: str
-    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def load_problems(

@@ -7,7 +7,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import ModelError, UsageError
-from .base import Backend, Request, Teacher, TeacherInfo
+from ..records import Backend, Request, TeacherInfo
+from .base import Teacher
 
 __all__ = ["Backend", "Request", "Teacher", "TeacherInfo", "open_teacher", "pocket_dir"]
 

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from ...localrun.core.append_file import AppendFile, parse_line, whole_lines
 from ...localrun.core.generation import FinishReason, Message, Sampling
 from ...localrun.core.progress import Progress, no_progress
+from ..records import Request
+from .base import Teacher
 from .budget import Budget, Limits
-from ...localrun.core.append_file import AppendFile, parse_line, whole_lines
-from .base import Request, Teacher
 
 
 @dataclass(frozen=True)

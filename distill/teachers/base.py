@@ -13,30 +13,7 @@ from typing import Literal, Self
 
 from ...errors import TeacherError
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
-
-Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "worked"]
-
-
-@dataclass(frozen=True)
-class TeacherInfo:
-    """Who answered: what a trace keeps of its teacher.
-
-    `revision` is a commit or a hash of the weights, `vocabulary` the fingerprint of its tokens, where they are known.
-    """
-
-    name: str
-    backend: Backend
-    revision: str | None = None
-    vocabulary: str | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A conversation to answer, and the seed of its sampling."""
-
-    messages: Sequence[Message]
-    seed: int = 0
-
+from ..records import Backend, Request, TeacherInfo
 
 Rung = Literal["text", "generated", "given"]
 """What a teacher gives of its probabilities: none, those of what it generates, those of any given text too."""

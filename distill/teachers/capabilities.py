@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from ...errors import TeacherError
 from ...localrun.core.generation import Completion, Sampling
-from .base import Capabilities, Request, Rung, Teacher
+from ..records import Request
+from .base import Capabilities, Rung, Teacher
 
 USUAL_LOGPROBS = 64
 _MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]

@@ -22,12 +22,12 @@ import numpy.typing as npt
 from ...errors import UsageError
 from ...localrun.core.generation import Message, Sampling
 from ...localrun.core.progress import Progress, no_progress
-from .budget import Budget
-from ..problems.load import Problem
-from .ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_hash
+from ..records import Problem
+from .ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from .base import Teacher
+from .budget import Budget
 
 DROPPED = {
     "malformed": "no problem could be read: too short, too long, torn or a placeholder",

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, tee
 from pathlib import Path
 
-from ...localrun.engine.engine import Engine
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.engine.engine import Engine
+from ..records import Request
+from .base import Teacher
 from .vocabulary import of_gguf
-from .base import Request, Teacher
 
 _PARALLEL = 16
 _MOST_CTX = 16384  # tokens for all sequences together, unless one alone needs more: the KV cache is memory

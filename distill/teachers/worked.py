@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from ...errors import TeacherError
 from ...localrun.core.generation import Completion, Sampling
 from ..graders.answer import final_answer, is_number
-from ..problems.load import Problem
-from .base import Request, Teacher
+from ..records import Problem, Request
+from .base import Teacher
 
 WORKED = "worked"
 """The string that names this teacher."""

@@ -14,28 +14,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from ...localrun.core.append_file import whole_lines
 from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.progress import Progress, no_progress
+from ..records import (
+    GradesAnswers,
+    Problem,
+    Request,
+    Trace,
+    has_answer,
+    messages_of,
+    sample_seed,
+    trace_id,
+)
+from ..teachers.base import Teacher
 from ..teachers.budget import Budget, Limits
-from ...localrun.core.append_file import whole_lines
-from ..evaluation.evaluate import messages_of
-from ..graders.pool import Grade
-from ..graders.base import NONE
-from ..problems.load import Problem
-from ..teachers.base import Request, Teacher
-from .store import Trace, TraceStore, sample_seed, trace_id
+from .store import TraceStore
 
 _TELL_EVERY_S = 0.25
-
-
-class GradesAnswers(Protocol):
-    """What is needed of a `Grader`."""
-
-    def grade(self, problem: Problem, content: str) -> Grade:
-        """Return the verdict on a content."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -130,11 +127,6 @@ class Ledger:
     def _may_have_enough(self, problem: Problem) -> bool:
         in_flight = self._drawn[problem.id] - self._ended[problem.id]
         return has_answer(problem) and self._right[problem.id] + in_flight >= self.settings.keep
-
-
-def has_answer(problem: Problem) -> bool:
-    """Say whether a grader can tell right from wrong answers to this problem."""
-    return problem.grader != NONE
 
 
 def collect(

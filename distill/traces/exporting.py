@@ -16,7 +16,8 @@ from typing import Any, Literal
 from ...errors import ArtifactError
 from ...localrun.core.generation import Message
 from ...localrun.families.thinking import CLOSE, OPEN
-from .store import Trace, TraceStore
+from ..records import Trace
+from .store import TraceStore
 
 Reasoning = Literal["field", "think"]
 _ROWS_A_GROUP = 1000

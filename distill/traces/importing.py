@@ -18,10 +18,8 @@ from ...localrun.core.generation import FinishReason, Message, Sampling
 from ...localrun.families.thinking import THINK, Tags, split_thinking
 from ..graders.answer import final_answer
 from ..problems.files import read_rows
-from ..problems.load import Problem
 from ..problems.split import question_hash
-from ..teachers.base import TeacherInfo
-from .store import Trace, Usage
+from ..records import Problem, TeacherInfo, Trace, Usage
 
 _TABLES = (".jsonl", ".ndjson", ".parquet", ".csv")
 _THOUGHT = Tags("<|begin_of_thought|>", "<|end_of_thought|>")  # Sky-T1, Bespoke-Stratos, OpenThoughts-114k

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from ...errors import ArtifactError
-from ...localrun.core.generation import TopLogprobs
 from ...localrun.core.append_file import AppendFile, id_key
+from ...localrun.core.generation import TopLogprobs
 
 if TYPE_CHECKING:
     import numpy as np

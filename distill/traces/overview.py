@@ -14,7 +14,7 @@ from typing import Self
 import numpy as np
 
 from ..evaluation.charts import Chart, histogram, over_time
-from .store import Trace
+from ..records import Trace
 
 GROUPS = ("right", "wrong", "unknown")
 COLUMNS = ("right", "wrong", "vote", "judge", "unknown")

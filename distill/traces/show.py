@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ...localrun.chat.screen import Screen, Thought, printable
+from ..records import Trace
 from .summary import TraceReport
-from .store import Trace
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 _BAR_WIDTH = 40

@@ -9,149 +9,22 @@ is written), and traces.logprobs.bin with token ids and log-probabilities. docs/
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import threading
 from binascii import unhexlify
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, get_args
+from typing import Self
 
 from ...errors import ArtifactError
-from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
 from ...localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
-from ..graders.pool import Grade, Verdict, VerdictBy
-from ..judging.judgements import Judgement, read_judgements, verdicts_path
+from ...localrun.core.generation import Completion
+from ..records import Judgement, Trace, VerdictBy
 from .logprobs import LogprobsWriter, encode, logprobs_path
-from ..problems.load import Problem
-from ..teachers.base import TeacherInfo
-
-_VERDICTS = get_args(Verdict)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Counts in tokens; `reasoning` is a part of `completion`."""
-
-    prompt: int
-    completion: int
-    reasoning: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a teacher said to one problem, and whether it was right. Reasoning and content stand apart, without tags."""
-
-    id: str
-    problem_id: str
-    messages: list[Message]
-    reasoning_content: str | None
-    content: str
-    answer: str | None
-    verdict: Verdict
-    verdict_by: VerdictBy
-    finish_reason: FinishReason
-    usage: Usage
-    teacher: TeacherInfo
-    sampling: Sampling
-    seconds: float
-    cost_usd: float | None = None
-    source: str = ""
-    """The problem's source."""
-    sample: int = 0
-    """Which sample of its problem, from 0."""
-    n_logprobs: int = 0
-    """The k of its log-probabilities in the sidecar; 0: there are none."""
-    agreement: float | None = None
-    """The share of the samples that gave this answer, or the judge's."""
-    created: float | None = None
-    """When it ended, in seconds since 1970 (UTC)."""
-
-    def to_json(self) -> str:
-        """Return the trace as one line without its newline."""
-        return json.dumps(self._record(), ensure_ascii=False)
-
-    def _record(self) -> dict[str, Any]:
-        nested = {"usage": vars(self.usage), "teacher": vars(self.teacher), "sampling": vars(self.sampling)}
-        return vars(self) | nested  # asdict copies all of it first
-
-    @classmethod
-    def make(
-        cls,
-        problem: Problem,
-        completion: Completion,
-        grade: Grade,
-        info: TeacherInfo,
-        teacher: str,
-        sampling: Sampling,
-        sample_index: int = 0,
-        *,
-        messages: Sequence[Message] | None = None,
-        cost_usd: float | None = None,
-        created: float | None = None,
-    ) -> Trace:
-        """Put together what was asked (by default the question alone), what came back and the verdict."""
-        return cls(
-            id=trace_id(problem.id, teacher, sampling, sample_index),
-            problem_id=problem.id,
-            messages=list(messages) if messages else [{"role": "user", "content": problem.question}],
-            reasoning_content=completion.reasoning_content,
-            content=completion.content,
-            answer=grade.answer,
-            verdict=grade.verdict,
-            verdict_by=grade.verdict_by,
-            finish_reason=completion.finish_reason,
-            usage=Usage(completion.prompt_tokens, completion.completion_tokens, completion.reasoning_tokens),
-            teacher=info,
-            sampling=sampling,
-            seconds=completion.seconds,
-            cost_usd=cost_usd,
-            source=problem.source,
-            sample=sample_index,
-            created=created,
-        )
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Trace:
-        """Return the trace of a line; fields that a newer version may have added are left out.
-
-        Raises:
-            ValueError: the line is no JSON, or no trace.
-        """
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-        known = cls.__dataclass_fields__
-        record = {name: value for name, value in record.items() if name in known}
-        try:
-            for name, kind in (("usage", Usage), ("teacher", TeacherInfo), ("sampling", Sampling)):
-                record[name] = kind(**record[name])
-            trace = cls(**record)
-        except KeyError as error:
-            raise ValueError(f"not a trace: it has no {error.args[0]}") from error
-        except TypeError as error:
-            raise ValueError(f"not a trace: {error}") from error
-        if trace.verdict not in _VERDICTS or not isinstance(trace.content, str):
-            raise ValueError(f"not a trace: verdict {trace.verdict!r}, content {type(trace.content).__name__}")
-        return trace
-
-
-def trace_id(problem_id: str, teacher: str, sampling: Sampling, sample_index: int) -> str:
-    """Return the hash that names one sample of one problem: the same request has the same id in every run.
-
-    `teacher` is the string that the user gave, so that a resumed run knows what it has before it opens the teacher.
-    """
-    key = [problem_id, teacher, asdict(sampling), sample_index]
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def sample_seed(trace_id: str) -> int:
-    """Return the seed of a sample: a resumed run samples what the interrupted one would have."""
-    return int(trace_id[:7], 16)
 
 
 class TraceStore:
@@ -342,3 +215,23 @@ def _with_judgement(trace: Trace, verdict_by: VerdictBy, agreement: float | None
     """Merge a judgement in: no vote unsays what a grader said."""
     by = trace.verdict_by if trace.verdict_by == "grader" else verdict_by
     return replace(trace, verdict_by=by, agreement=agreement)
+
+
+def verdicts_path(traces_path: Path) -> Path:
+    """Return where the later judgements of a traces file stand."""
+    return traces_path.with_name(f"{traces_path.stem}.verdicts.jsonl")
+
+
+def read_judgements(path: Path) -> dict[bytes, tuple[VerdictBy, float | None]]:
+    """Return (verdict_by, agreement) by the key of the trace, each from its last line; no file: none.
+
+    Raises:
+        ArtifactError: a line other than a torn last one is broken.
+    """
+    judged: dict[bytes, tuple[VerdictBy, float | None]] = {}
+    shared: dict[tuple[VerdictBy, float | None], tuple[VerdictBy, float | None]] = {}  # a million take few values
+    for number, line in whole_lines(path) if path.exists() else ():
+        judgement = parse_line(Judgement.from_json, path, number, line)
+        said = (judgement.verdict_by, judgement.agreement)
+        judged[id_key(judgement.id)] = shared.setdefault(said, said)
+    return judged

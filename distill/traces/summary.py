@@ -13,10 +13,10 @@ from typing import Any
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.append_file import parse_line, whole_lines
-from ..judging.judgements import verdicts_path
-from .logprobs import logprobs_path
+from ..records import Trace
 from ..run import find_run
-from .store import Trace, TraceStore
+from .logprobs import logprobs_path
+from .store import TraceStore, verdicts_path
 
 _N_EXAMPLES = 3
 _MAX_SOURCES = 50  # the rest is counted together, so that memory stays bounded

@@ -16,12 +16,12 @@ from transformers import TrainerCallback
 
 from ...errors import ModelError
 from ...localrun.core.progress import Progress
-from .curves import CURVE_FILE, cut_curve
-from .packing import Batch
-from .distributed import agreed
-from .rows import Row
 from ..run import CLOCK_FILE
+from .curves import CURVE_FILE, cut_curve
+from .distributed import agreed
+from .packing import Batch
 from .report import TrainSettings
+from .rows import Row
 
 _WINDOW = 20  # steps whose mean loss is looked at
 _DIVERGED = 2.0  # times the lowest mean so far, and half a nat more

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError
+from ..recipe import Loss, Work
+from ..records import Trace
+from ..traces.logprobs import Logprobs, logprobs_path
 from .curriculum import arrange, estimated
 from .logit_rows import add_logits, refuse, why_no_logits
-from ..traces.logprobs import Logprobs, logprobs_path
-from ..recipe import Loss, Work
 from .rows import Row, make_row, shortened
-from ..traces.store import Trace
 
 
 def lessons(

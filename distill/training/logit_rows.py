@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArtifactError
+from ..records import Trace
+from ..teachers.vocabulary import is_same
 from ..traces.logprobs import Logprobs
 from .rows import Row
-from ..traces.store import Trace
-from ..teachers.vocabulary import is_same
 
 _LEAST_ALIGNED = 0.5  # of a row's targets
 _HINT = "train with --loss cross-entropy, or take a student with the teacher's tokenizer"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, UsageError
 from ..quiet import quiet_transformers
-from .rows import Row
 from .report import TrainSettings
+from .rows import Row
 
 ADAPTER = "default"
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Sequence
+from pathlib import Path
 
 from ...localrun.core.generation import Sampling
 from ...localrun.core.progress import Progress, no_progress
-from ..traces.collect import GradesAnswers
-from ..evaluation.evaluate import messages_of
-from ..problems.load import Problem
-from ..teachers.base import Request, Teacher
+from ..graders.pool import Grader
+from ..recipe import TeachSettings, Work
+from ..records import NONE, GradesAnswers, Problem, Request, messages_of
+from ..run import Run
+from ..teachers.base import Teacher
+
+_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problems that stand for the rest
+_CURRICULUM_PROBLEMS = 256
 
 
 def measure_pass_rates(
@@ -31,11 +37,31 @@ def measure_pass_rates(
     return {problem_id: n / n_tries for problem_id, n in right.items()}
 
 
-def sometimes_solved(problems: Sequence[Problem], rates: Mapping[str, float]) -> list[Problem]:
-    """Return the problems that teach by reward: solved now and then; all of them if there is no such problem.
+def own_pass_rates(
+    run: Run,
+    base: Path,
+    problems: list[Problem],
+    settings: TeachSettings,
+    work: Work,
+    on_progress: Progress,
+) -> dict[str, float] | None:
+    """Return how often the untrained student solves each problem that it tries; None if it need not try any.
 
-    Where all answers of a group earn the same, none has an advantage, and sampling them was for nothing.
-
-    Source: DAPO, arXiv 2503.14476, section 3.2, draws until a batch holds no such group; here it is done once, before.
+    It tries each `pass_samples` times; a curriculum alone has it try some, which stand for the rest.
     """
-    return [problem for problem in problems if 0 < rates[problem.id] < 1] or list(problems)
+    graded = [problem for problem in problems if problem.grader != NONE]
+    n_samples = settings.pass_samples
+    if not n_samples and settings.curriculum:
+        n_samples = _CURRICULUM_SAMPLES
+        graded = random.Random(settings.seed).sample(graded, min(len(graded), _CURRICULUM_PROBLEMS))
+    if not n_samples:
+        return None
+    known = run.load("pass_rate.json")
+    if known and known["samples"] == n_samples and known["rates"].keys() == {problem.id for problem in graded}:
+        return dict(known["rates"])
+    temperature = 0.7 if n_samples > 1 else 0.0
+    sampling = Sampling(temperature, max_tokens=settings.eval_max_tokens, seed=settings.seed)
+    with work.open_student(base) as student, Grader() as grader:
+        rates = measure_pass_rates(student, graded, grader, sampling, n_samples, on_progress)
+    run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
+    return rates

@@ -25,17 +25,17 @@ from safetensors import SafetensorError
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.core.progress import Progress, no_progress
-from .callback import Clock, Validation, last_checkpoint, validation_of
 from ..device import NO_MEMORY, SMALL_MODEL, choose_device
+from ..precision import fastest
+from ..run import write_text
+from .callback import Clock, Validation, last_checkpoint, validation_of
+from .distributed import is_first, processes
 from .lora import check_vocabulary, load_base, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
 from .packing import Batch
-from ..precision import fastest
-from .distributed import is_first, processes
-from .rows import Row, order_rows
-from ..run import write_text
 from .report import TrainReport, TrainSettings
+from .rows import Row, order_rows
 from .trainer import StudentTrainer, arguments
 
 __all__ = ["TrainReport", "TrainSettings", "train"]

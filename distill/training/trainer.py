@@ -18,9 +18,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from ...errors import UsageError
 from .callback import Clock
+from .distributed import processes
 from .lora import parameter_groups
 from .objective import Objective
-from .distributed import processes
 from .report import TrainSettings
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
-from .conversations import Conversation, Store
 from ..engine.engine import Engine
+from ..families.thinking import Think
 from ..find import find_model
+from .conversations import Conversation, Store
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
-from ..families.thinking import Think
 
 __all__ = ["ChatSettings", "chat", "find_model"]
 

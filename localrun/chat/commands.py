@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ...errors import ArtifactError, UsageError
+from ..families.thinking import Think
+from ..find import find_model
 from .attach import fenced, read_text
 from .conversations import read_conversation, write_new
-from ..find import find_model
 from .session import Question
-from ..families.thinking import Think
 
 if TYPE_CHECKING:
     from .repl import Dialogue

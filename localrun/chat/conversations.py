@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import ArtifactError
-from ..engine.engine import Engine
 from ..core.generation import Message, Sampling
+from ..engine.engine import Engine
 from ..families.thinking import Think
 
 DEFAULT_SAMPLING = Sampling(max_tokens=2048)

@@ -11,8 +11,8 @@ from ..engine.engine import Step
 from .session import Question, Session
 
 if TYPE_CHECKING:
-    from .screen import Screen
     from ..families.tool_calls import ToolCall
+    from .screen import Screen
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -9,13 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import DeepDistillError
-from .conversations import Conversation, Store
 from ..engine.engine import Engine, Step
+from .commands import COMMANDS, obey
+from .conversations import Conversation, Store
+from .keyboard import Keys, reader
 from .oneshot import why_cut
 from .screen import Screen, Thought, new_console, printable
 from .session import Question, Session
-from .commands import COMMANDS, obey
-from .keyboard import Keys, reader
 
 _NEARLY_FULL = 0.85  # of the context
 

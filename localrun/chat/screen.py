@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from ..engine.engine import Step
-from .wrap import Flow, is_drawable
-from .markdown import Markdown
 from ..families.thinking import Part
+from .markdown import Markdown
+from .wrap import Flow, is_drawable
 
 _BAR = "│ "  # before every row of thinking, for those who see no colour
 

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from .conversations import DEFAULT_SAMPLING, Conversation
-from ..engine.engine import Engine, Step
 from ..core.generation import FREE, Guidance, Message, Sampling
+from ..engine.engine import Engine, Step
 from ..families.thinking import Think
+from .conversations import DEFAULT_SAMPLING, Conversation
 
 
 class Question(NamedTuple):

@@ -1,1 +1,1 @@
-"""What every other room builds on: records of a generation, progress, text that is safe to print, files written safely."""
+"""What every other room builds on: records of a generation, progress, safe printing, safe writing."""

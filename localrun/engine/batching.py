@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from ...errors import ModelError
 from ..core.generation import Completion, Guidance, Sampling
+from ..families.thinking import Tags
 from .llama import Context, Entry
 from .logprobs import stack_rows, top_of
-from ..families.thinking import Tags
 from .turn import Turn
 
 if TYPE_CHECKING:

@@ -18,16 +18,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ...errors import ArtifactError, ModelError
-from ..families import template
-from .batching import complete_all
-from .speculation import Latch, NgramDrafts, Propose
 from ..core.generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
-from ..machine.hardware import best_threads, default_threads
+from ..families import template
+from ..families.thinking import Part, Think, steer_thinking, tags_of
 from ..gguf.header import UnknownTypeError
+from ..machine.hardware import best_threads, default_threads
+from ..machine.memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
+from .batching import complete_all
 from .llama import Context, Entry, Model, check_file, llama_version
 from .logprobs import stack_rows, top_with
-from ..machine.memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
-from ..families.thinking import Part, Think, steer_thinking, tags_of
+from .speculation import Latch, NgramDrafts, Propose
 from .turn import Turn
 
 if TYPE_CHECKING:

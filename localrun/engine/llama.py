@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ..machine.hardware import bound_spinning
 from ..core.lazy import import_part
+from ..machine.hardware import bound_spinning
 from ..machine.memory import KV_TYPES, N_MICRO_BATCH
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from ..core.generation import FinishReason, Guidance, Sampling
-from .llama import Context, Model
 from ..core.loops import LoopDetector, VarietyGauge
+from ..families.thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
+from .llama import Context, Model
 from .reading import Reading
 from .sampler import Sampler
-from ..families.thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
 
 _HINT = "\nI have to answer now.\n"
 _MOST_GRACE = 48  # tokens for the end of a line before the hint, and as many after it to finish a thought

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
-from .hardware import gpus
 from ..core.lazy import import_part
+from .hardware import gpus
 
 import_part("gguf", "constants")  # before anything imports the rest of it
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402

@@ -12,10 +12,10 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from ...errors import ModelError
-from ..gguf.header import Header, read_gguf
-from ..machine.memory import Footprint, format_bytes
 from ..families.template import render
 from ..families.thinking import Tags, tags_of
+from ..gguf.header import Header, read_gguf
+from ..machine.memory import Footprint, format_bytes
 
 MAX_CTX = 4096  # tokens: a phone's memory and patience
 

@@ -1,8 +1,8 @@
 """A GGUF as a folder for phones and browsers: the file, a card, an Ollama Modelfile, and a page that runs it offline.
 
-The page (`../web/`) is static. It runs llama.cpp in WebAssembly (wllama), keeps all its files on the device at the first
-visit, and from then on needs no network. Nothing in the folder names a server, and the page's content security policy
-forbids all others than the one that it came from.
+The page (`../web/`) is static. It runs llama.cpp in WebAssembly (wllama), keeps all its files on the device at the
+first visit, and from then on needs no network. Nothing in the folder names a server, and the page's content security
+policy forbids all others than the one that it came from.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ...errors import ArtifactError, ModelError
-from .cards import ModelCard, about, modelfile, readme
-from ..gguf.header import read_gguf
-from ..machine.memory import format_bytes
 from ..core.progress import Progress, no_progress
-from ..gguf.split import is_shard, split_gguf
 from ..families.thinking import prompt_opens_thinking
+from ..gguf.header import read_gguf
+from ..gguf.split import is_shard, split_gguf
+from ..machine.memory import format_bytes
+from .cards import ModelCard, about, modelfile, readme
 from .wllama import unpack_wllama
 
 DEFAULT_MEMORY_MB = 2000

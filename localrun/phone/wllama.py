@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ..machine.hardware import cache_dir
 from ..core.progress import Progress, no_progress
+from ..machine.hardware import cache_dir
 
 VERSION = "3.8.1"
 _REGISTRY = "https://registry.npmjs.org"

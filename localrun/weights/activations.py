@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
-from ..machine.hardware import default_threads
 from ..engine.llama import Context, Entry, Model
+from ..machine.hardware import default_threads
 from ..machine.memory import N_BATCH
 from .tensors import Pointer, name_of, op_of, scheduler_callback, values_of
 

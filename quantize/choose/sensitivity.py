@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
+from ...localrun.core.progress import Progress, no_progress
 from ...localrun.gguf import ggml
 from ...localrun.gguf.dequantize import dequantize_rows
 from ...localrun.weights.swap import Probe
-from ...localrun.core.progress import Progress, no_progress
-from .allocate import Choice, Item, efficient
 from ..convert.writer import Conversion, Importance, Typed
 from ..measure.fidelity import Reference
+from .allocate import Choice, Item, efficient
 
 TYPES = (
     *(Type.IQ2_S, Type.Q2_K, Type.IQ3_XXS, Type.IQ3_S, Type.Q3_K, Type.IQ4_XS, Type.IQ4_NL, Type.Q4_0, Type.Q4_K),

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from .allocate import Choice, Item, promoted, solve, target_bytes
-from ..convert.writer import Conversion, Importance, Types, plan
-from .workbench import Desk
 from ..convert.ftypes import FTYPES, UNQUANTIZED
-from .sensitivity import describe, refine
+from ..convert.writer import Conversion, Importance, Types, plan
 from ..recipe import ReleaseSettings
+from .allocate import Choice, Item, promoted, solve, target_bytes
+from .sensitivity import describe, refine
+from .workbench import Desk
 
 _ALIGNMENT = 32  # bytes; a tensor may be padded by less
 _STEP = 0.03  # of a file's bytes, added by each promotion

@@ -12,13 +12,13 @@ from functools import cached_property
 from pathlib import Path
 
 from ...errors import UsageError
-from ...localrun.weights.swap import LogitReader, Probe
 from ...localrun.core.progress import Progress
-from ..measure.texts import CalibrationSettings, Texts, read_texts
+from ...localrun.weights.swap import LogitReader, Probe
 from ..convert.writer import Conversion, Importance, Types, plan, write
 from ..measure.fidelity import Fidelity, Reference
-from .imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
+from ..measure.texts import CalibrationSettings, Texts, read_texts
 from ..provenance.metadata import source_key, source_of
+from .imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
 from .sensitivity import Bench, Sensitivity, items_of
 
 

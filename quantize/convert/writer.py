@@ -18,13 +18,13 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ...localrun.gguf import ggml
 from ...localrun.core.progress import Progress
+from ...localrun.gguf import ggml
 from .architectures import Architecture, Planned, read_architecture
-from .licence import Provenance, read_provenance, write_provenance
 from .checkpoint import Checkpoint
 from .files import beside, shard_paths, shards
 from .ftypes import FTYPES, assign
+from .licence import Provenance, read_provenance, write_provenance
 from .tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 
 Types = Mapping[str, GGMLQuantizationType]

@@ -12,8 +12,8 @@ from gguf import GGMLQuantizationType as Type
 
 from ...localrun.gguf import ggml
 from ...localrun.gguf.dequantize import dequantize_rows
-from ..convert.writer import Importance, Types
 from ..convert.origins import Origin
+from ..convert.writer import Importance, Types
 
 if TYPE_CHECKING:
     import torch

@@ -31,10 +31,10 @@ from gguf import GGMLQuantizationType as Type
 
 from ...errors import ArtifactError, ModelError
 from ...localrun.core.progress import Progress, no_progress
-from ..measure.texts import Text
-from ..convert.writer import Importance, Types
-from .fake_quantize import Quantizer
 from ..convert.origins import origins
+from ..convert.writer import Importance, Types
+from ..measure.texts import Text
+from .fake_quantize import Quantizer
 
 if TYPE_CHECKING:
     import torch

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import DeepDistillError
-from ...localrun.engine.engine import Engine
 from ...localrun.core.generation import Message
-from ...localrun.gguf.header import read_gguf
 from ...localrun.core.progress import Progress, no_progress
+from ...localrun.engine.engine import Engine
+from ...localrun.gguf.header import read_gguf
 from ..convert.ftypes import FTYPES, UNQUANTIZED
 
 STRESS = (

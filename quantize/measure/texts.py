@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ...localrun.families import template
 from ...localrun.engine.llama import Model
+from ...localrun.families import template
 
 Part = Literal["calibrate", "choose", "measure"]
 _SHARES: tuple[tuple[int, Part], ...] = ((60, "calibrate"), (75, "choose"), (100, "measure"))  # upper bounds, per cent

@@ -19,10 +19,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 from ...errors import ArtifactError
-from ..convert.lora_adapter import find_base, is_adapter
-from ..measure.texts import sha256_of
 from ..convert.licence import Provenance
+from ..convert.lora_adapter import find_base, is_adapter
 from ..convert.writer import Conversion, Value, _write_metadata
+from ..measure.texts import sha256_of
 
 MEASURED = "deepdistill.measured"
 _ROOM = 3072  # bytes of JSON

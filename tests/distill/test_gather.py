@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.teachers.budget import Limits, Price
-from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.records import Request, Trace
 from deepdistill.distill.teach import teach
-from deepdistill.distill.teachers.base import Request, Teacher
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.teachers.base import Teacher
+from deepdistill.distill.teachers.budget import Limits, Price
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

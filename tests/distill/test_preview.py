@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.teachers.budget import Limits, Price
-from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.preview import Preview, describe_preview, preview
-from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
+from deepdistill.distill.teachers.budget import Limits, Price
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion
 

@@ -18,11 +18,10 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
-from deepdistill.distill.curation.curate import CurateSettings, curate
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.recipe import Work
+from deepdistill.distill.curation.curate import CurateSettings, apart_from, curate
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.training.stage import apart_from
+from deepdistill.distill.recipe import Work
+from deepdistill.distill.records import Problem
 from deepdistill.distill.teach import TeachSettings, teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces.store import TraceStore

@@ -14,10 +14,9 @@ from rich.console import Console
 
 from deepdistill.errors import ModelError
 from deepdistill.localrun import bench as bench_module
-from deepdistill.localrun.machine import hardware
-from deepdistill.localrun.machine import memory
 from deepdistill.localrun.bench import QUICK, BenchReport, BenchSettings, Point, bench, print_bench
 from deepdistill.localrun.engine.llama import Context, Entry, Model
+from deepdistill.localrun.machine import hardware, memory
 from deepdistill.localrun.machine.memory import Footprint
 
 SMALL = BenchSettings(depths=(0, 64), batch_sizes=(1, 4), kv_types=("f16",), n_prompt=96, n_tokens=8, n_trials=3)

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from deepdistill.errors import ModelError
 from deepdistill.localrun import doctor as doctor_module
-from deepdistill.localrun.machine import hardware
 from deepdistill.localrun.doctor import DoctorReport, InstalledModel, LlamaCpp, doctor, installed_models, print_doctor
+from deepdistill.localrun.machine import hardware
 from deepdistill.localrun.machine.hardware import Gpu
 from deepdistill.localrun.machine.memory import Footprint, fit_context
 

@@ -18,21 +18,21 @@ from transformers import AutoModelForCausalLM
 from deepdistill.cli import main
 from deepdistill.distill.training.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.dequantize import dequantize_rows
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.weights.swap import LogitReader
-from deepdistill.quantize.measure.texts import CalibrationSettings, part_of, read_texts
-from deepdistill.quantize.provenance.comparison import Row, keep_rows, update_report
 from deepdistill.quantize.choose.workbench import Desk
 from deepdistill.quantize.measure.fidelity import Reference
 from deepdistill.quantize.measure.gate import Gate
-from deepdistill.quantize.provenance.inspect import inspect_gguf, read_own, summary
 from deepdistill.quantize.measure.paired import Answers
-from deepdistill.quantize.report import quantize
-from deepdistill.quantize.release import Release, release
+from deepdistill.quantize.measure.texts import CalibrationSettings, part_of, read_texts
+from deepdistill.quantize.provenance.comparison import Row, keep_rows, update_report
+from deepdistill.quantize.provenance.inspect import inspect_gguf, read_own, summary
 from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.release import Release, release
+from deepdistill.quantize.report import quantize
 from deepdistill.quantize.verify import verify
 
 SMALL = CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)

@@ -19,10 +19,10 @@ import tenacity
 
 from ....errors import TeacherError
 from ....localrun.core.generation import Completion, Message, Sampling
-from ..base import Request
+from ...records import Request
 from .concurrency import Pace, RateLimit
-from .stream import Reply
 from .server import Refused, Retryable, Server, least_busy
+from .stream import Reply
 
 # Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
 ATTEMPTS = 16

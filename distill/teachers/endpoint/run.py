@@ -15,8 +15,8 @@ from contextlib import suppress
 import httpx
 
 from ....localrun.core.generation import Completion, Sampling
+from ...records import Request
 from .retry import Asker, Endpoint
-from ..base import Request
 from .server import CONNECT_S, tls_context
 
 _LOOK_S = 0.25

@@ -19,11 +19,12 @@ import tenacity
 
 from ....errors import TeacherError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from ...records import Request
+from ..base import Teacher
+from .concurrency import Pace, RateLimit
 from .retry import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
-from ..base import Request, Teacher
 from .run import EndpointRun
 from .scoring import Scorer
-from .concurrency import Pace, RateLimit
 from .server import Retryable, Server
 
 _SCORED_AT_ONCE = 16  # requests, unless the user fixes how many

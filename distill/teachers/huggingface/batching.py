@@ -23,9 +23,9 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ....localrun.core.generation import Sampling, TopLogprobs
-from .sampling import choose, draw_uniforms, top_of
 from .kv_cache import GrowingLayer, stack_rows
 from .latent_attention import LatentAttention
+from .sampling import choose, draw_uniforms, top_of
 
 _PREFILL_TOKENS = 16384  # a prefill pass with its padding; bounds the memory that long prompts take
 _WINDOW = 2  # batches drawn at once and sorted by length

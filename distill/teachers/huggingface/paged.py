@@ -24,8 +24,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ....localrun.core.generation import Sampling
-from .sampling import choose
 from .batching import Row
+from .sampling import choose
 
 _AHEAD = 2  # batches handed over, so that a place is filled in the step in which it comes free
 _POLL_S = 1.0

@@ -22,12 +22,13 @@ from ....errors import ModelError, TeacherError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ....localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ...device import NO_MEMORY, choose_device
+from ...records import Backend, Request
+from ..base import Teacher
 from ..vocabulary import of_tokenizer
-from ..base import Backend, Request, Teacher
-from .sampling import top_with
 from .batching import BatchDecoder, Row, make_row
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
+from .sampling import top_with
 from .scoring import score_rows
 
 __all__ = ["TransformersTeacher", "check_pocket_source"]

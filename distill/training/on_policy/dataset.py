@@ -16,12 +16,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ....localrun.core.generation import TopLogprobs
-from ..logit_rows import mixture
-from ...traces.logprobs import Logprobs
-from .loops import find_loop, negative_row
 from ...recipe import OnPolicy
+from ...records import Trace
+from ...traces.logprobs import Logprobs
+from ..logit_rows import mixture
 from ..rows import Row, make_row, shortened
-from ...traces.store import Trace
+from .loops import find_loop, negative_row
 
 Lesson = tuple[Row, float | None]
 """A row, and the pass rate of its problem (see curriculum)."""

@@ -15,29 +15,33 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from ....errors import ArtifactError
 from ....localrun.core.generation import Sampling
 from ....localrun.core.progress import Progress
-from ...traces.collect import CollectSettings, collect
-from ..curriculum import arrange, counts
+from ...curation.curate import apart_from
+from ...curation.filters import CurateSettings
 from ...graders.pool import Grader
-from ...graders.base import NONE
-from ...traces.logprobs import Logprobs, logprobs_path
-from .dataset import Mixture, MixtureSettings, mix, pass_rates
-from ...problems.load import Problem
-from ..distributed import everywhere
-from ...recipe import TeachSettings, Work
-from .round import Round, RoundSettings, rounds_of
-from .teacher import ask_teacher
-from ..rows import Row
+from ...problems.load import load_problems
+from ...recipe import Stage, TeachSettings, Work
+from ...records import NONE, Problem, Trace
 from ...run import Run
-from .scoring import score_samples
 from ...teachers import Teacher
 from ...teachers.huggingface.loading import weights_hash
-from ...traces.store import Trace, TraceStore
+from ...traces.collect import CollectSettings, collect
+from ...traces.logprobs import Logprobs, logprobs_path
+from ...traces.store import TraceStore
+from ..curriculum import arrange, counts
+from ..distributed import everywhere
+from ..rows import Row
+from ..stage import tokenizer_of
 from ..train import TrainSettings, train
+from .dataset import Mixture, MixtureSettings, mix, pass_rates
+from .round import Round, RoundSettings, rounds_of
+from .scoring import score_samples
+from .teacher import ask_teacher
 
 __all__ = ["Round", "RoundSettings", "go_round", "problems_of", "rounds_of"]
 
@@ -200,3 +204,39 @@ def go_round(
 
 def _listed(rows: dict[str, int]) -> str:
     return ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in rows.items())
+
+
+def go_rounds(
+    run: Run,
+    base: Path,
+    earlier: list[Row],
+    held_out: list[Problem],
+    filters: CurateSettings,
+    settings: TeachSettings,
+    work: Work,
+    stop_after: Stage | None,
+    on_progress: Progress,
+) -> bool:
+    """Go through the rounds that are not done; say whether all are, or `stop_after` ended it before."""
+    if run.student_dir.exists() or not settings.rounds:
+        return True
+    options = RoundSettings(settings.round_problems, settings.round_samples, settings.on_policy_loss)
+    n_problems = settings.n_traces + settings.rounds * options.n_problems
+    problems = load_problems(settings.problems, "train", n_problems, settings.seed, offline=work.offline)
+    problems = apart_from(problems, held_out, filters, work.say)
+    for round_ in rounds_of(run, settings.rounds):
+        if round_.out.exists():
+            continue
+        first = TrainSettings(**settings.stage_training(), seed=settings.seed + round_.number)
+        training = dataclasses.replace(
+            first,
+            lr=first.peak_lr * options.lr_scale,
+            epochs=first.epochs if first.minutes is not None else options.epochs,
+        )
+        asked = problems_of(round_, problems, options.n_problems, settings.n_traces)
+        until = stop_after if stop_after in ("samples", "teacher") else None
+        if not go_round(
+            run, round_, asked, tokenizer_of(base), earlier, settings, options, training, work, until, on_progress
+        ):
+            return False
+    return True

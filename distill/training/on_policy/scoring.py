@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.progress import Progress, no_progress
 from ....localrun.core.append_file import id_key
-from ...traces.logprobs import Logprobs, LogprobsWriter, encode
+from ....localrun.core.progress import Progress, no_progress
+from ...records import Trace
 from ...teachers.base import Teacher
-from ...traces.store import Trace
 from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
+from ...traces.logprobs import Logprobs, LogprobsWriter, encode
 
 
 def why_not_scored(teacher: Teacher, tokenizer: Any) -> str | None:

@@ -13,20 +13,20 @@ from typing import Any
 
 from ....errors import TeacherError
 from ....localrun.core.progress import Progress
-from ...teachers.budget import Budget
-from ...traces.collect import CollectSettings, collect
 from ...gather import spent_before
 from ...graders.pool import Grader
-from ...traces.logprobs import logprobs_path
-from .dataset import MixtureSettings, pass_rates
-from ...problems.load import Problem
 from ...recipe import TeachSettings, Work
-from .round import Round, RoundSettings
+from ...records import Problem, Trace
 from ...run import Run
-from .scoring import score_samples, why_not_scored
 from ...teachers import Teacher, TeacherInfo
+from ...teachers.budget import Budget
 from ...teachers.worked import WORKED, WorkedTeacher
-from ...traces.store import Trace, TraceStore
+from ...traces.collect import CollectSettings, collect
+from ...traces.logprobs import logprobs_path
+from ...traces.store import TraceStore
+from .dataset import MixtureSettings, pass_rates
+from .round import Round, RoundSettings
+from .scoring import score_samples, why_not_scored
 
 
 def ask_teacher(

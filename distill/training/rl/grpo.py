@@ -26,16 +26,14 @@ from ....errors import ModelError, UsageError
 from ....localrun.core.generation import Sampling
 from ....localrun.core.progress import Progress, no_progress
 from ....localrun.families.thinking import prompt_opens_thinking
-from ..callback import checkpoints, last_checkpoint
-from ...traces.collect import GradesAnswers
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16
-from ...evaluation.evaluate import messages_of
-from ..lora import load_base
-from ..merge import save_checkpoint
-from ...problems.load import Problem
 from ...quiet import quiet_transformers
+from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, make_row
+from ..callback import checkpoints, last_checkpoint
+from ..lora import load_base
+from ..merge import save_checkpoint
 from ..trainer import on_one_gpu
 from .reward import Reward, reward_of
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....localrun.families.thinking import split_thinking
-from ...traces.collect import GradesAnswers
-from ...problems.load import Problem
+from ...records import GradesAnswers, Problem
 
 
 @dataclass(frozen=True)

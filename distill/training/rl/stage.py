@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ....errors import UsageError
 from ....localrun.core.progress import Progress
 from ...graders.pool import Grader
-from ...graders.base import NONE
-from ..pass_rate import sometimes_solved
-from ...problems.load import Problem
 from ...recipe import TeachSettings, Work
+from ...records import NONE, Problem
 from ...run import Run
-from ..stage import own_pass_rates
-from ..student import teach_template
+from ..pass_rate import own_pass_rates
 from ..report import TrainSettings
+from ..student import teach_template
 
 _GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
 _FEW = 256  # problems; docs/experiments.md has what a model learned from 36
@@ -38,8 +36,8 @@ def reinforce(
         raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", "leave them out: all weights train")
     if run.student_dir.exists():
         return
-    from ..distributed import processes
     from ...teachers.huggingface.loading import load_tokenizer
+    from ..distributed import processes
     from .grpo import GrpoSettings, grpo
 
     graded = [problem for problem in problems if problem.grader != NONE]
@@ -110,3 +108,13 @@ def _unused(settings: TeachSettings) -> list[str]:
 def _steps(training: dict[str, Any], n_problems: int, per_step: int) -> int:
     """Return how many steps the passes over the problems take; with `minutes` the clock says when it is enough."""
     return 10**6 if training.get("minutes") else max(1, training.get("epochs", 1) * n_problems // per_step)
+
+
+def sometimes_solved(problems: Sequence[Problem], rates: Mapping[str, float]) -> list[Problem]:
+    """Return the problems that teach by reward: solved now and then; all of them if there is no such problem.
+
+    Where all answers of a group earn the same, none has an advantage, and sampling them was for nothing.
+
+    Source: DAPO, arXiv 2503.14476, section 3.2, draws until a batch holds no such group; here it is done once, before.
+    """
+    return [problem for problem in problems if 0 < rates[problem.id] < 1] or list(problems)

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.curation.curate import curate, select
-from deepdistill.distill.evaluation.evaluate import repeats
 from deepdistill.distill.curation.filters import FILTERS, CurateSettings
+from deepdistill.distill.evaluation.evaluate import repeats
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.similarity import (
     contaminated,
@@ -30,8 +30,7 @@ from deepdistill.distill.problems.similarity import (
     word_hashes,
 )
 from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, Usage
+from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Sampling
 

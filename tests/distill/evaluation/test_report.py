@@ -21,14 +21,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.curation.curate import curate
-from deepdistill.distill.traces.overview import Overview
+from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
-from deepdistill.distill.run import Run
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, Usage
+from deepdistill.distill.records import TeacherInfo, Trace, Usage
+from deepdistill.distill.run import Run
+from deepdistill.distill.traces.overview import Overview
 from deepdistill.localrun.core.generation import Sampling
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.graders.pool import Grade, Grader
-from deepdistill.distill.problems.load import Problem
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.records import Grade, Problem
 from deepdistill.errors import UsageError
 
 # What no problem's answer is: empty, cut off, hedged, hostile.

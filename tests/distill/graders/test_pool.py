@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.graders.answer import final_answer, is_number
-from deepdistill.distill.problems.load import Problem
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.records import Problem
 
 
 @pytest.fixture(scope="module")

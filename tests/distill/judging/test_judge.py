@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepdistill.distill.teachers.budget import Budget, Limits, Price
-from deepdistill.distill.graders.pool import Verdict
 from deepdistill.distill.judging.judge import (
     DEFAULT_RUBRIC,
     Judged,
@@ -25,11 +23,11 @@ from deepdistill.distill.judging.judge import (
     score_ask,
     verdict_of,
 )
-from deepdistill.distill.judging.judgements import Judgement
-from deepdistill.distill.teachers.ask_once import Reply, stored_replies
+from deepdistill.distill.records import Judgement, Request, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.base import Request, Teacher, TeacherInfo
-from deepdistill.distill.traces.store import Trace, Usage
+from deepdistill.distill.teachers.ask_once import Reply, stored_replies
+from deepdistill.distill.teachers.base import Teacher
+from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, FinishReason, Message, Sampling
 

@@ -9,11 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.graders.pool import Verdict
-from deepdistill.distill.judging.judgements import Judgement
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, Usage
 from deepdistill.distill.judging.vote import Ballot, Election, VoteSettings, answer_key, vote, vote_on_traces
+from deepdistill.distill.records import Judgement, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.localrun.core.generation import FinishReason, Sampling
 
 

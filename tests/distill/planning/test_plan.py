@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deepdistill.distill.teachers.budget import Price
+from deepdistill.distill.planning.catalogue import GPUS, MODELS, KnownModel
 from deepdistill.distill.planning.layouts import USED_SHARE, Load, layouts
 from deepdistill.distill.planning.parameters import (
     BITS,
@@ -24,9 +24,9 @@ from deepdistill.distill.planning.parameters import (
     load_architecture,
     read_architecture,
 )
-from deepdistill.distill.planning.catalogue import GPUS, MODELS, KnownModel
 from deepdistill.distill.planning.plan import Plan, PlanSettings, find_gpu, plan
 from deepdistill.distill.planning.text import formulas, plan_json, print_plan
+from deepdistill.distill.teachers.budget import Price
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
 
 TINY: dict[str, Any] = {

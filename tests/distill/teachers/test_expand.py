@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepdistill.distill.problems.split import bucket_of, question_hash
+from deepdistill.distill.records import Problem, Request
+from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers.ask_once import Reply
+from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.teachers.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.teachers.ask_once import Reply
-from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, FinishReason, Sampling
 

@@ -11,11 +11,11 @@ import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.base import Capabilities
-from deepdistill.distill.teachers.gguf import GGUFTeacher
 from deepdistill.distill.teachers.capabilities import probe
+from deepdistill.distill.teachers.gguf import GGUFTeacher
 from deepdistill.errors import DeepDistillError
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.engine.engine import Engine
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.problems.load import Problem, load_problems
-from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of
+from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.records import Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.worked import WorkedTeacher, worked_solution
 from deepdistill.distill.traces.store import TraceStore

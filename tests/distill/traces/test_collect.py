@@ -13,11 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepdistill.distill.records import Grade, Problem, Request
+from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.traces.collect import Collected, CollectSettings, collect
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.teachers.base import Request, Teacher
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import TeacherError
 from deepdistill.localrun.core.generation import Completion, Sampling

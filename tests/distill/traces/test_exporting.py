@@ -9,12 +9,10 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
 from deepdistill.distill.traces.exporting import export_traces
-from deepdistill.distill.graders.pool import Grade
 from deepdistill.distill.traces.importing import import_traces
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Judgement, Trace, TraceStore
+from deepdistill.distill.traces.store import Judgement, TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

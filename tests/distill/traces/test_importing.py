@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from deepdistill.distill.records import Trace
 from deepdistill.distill.traces.importing import import_traces
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError
 
 Q, THOUGHT, SAID = "What is 2+2?", "Two and two.", "It is \\boxed{4}."

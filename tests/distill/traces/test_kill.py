@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[2] / "benchmarks" / "bench_kill.py"
+BENCH = Path(__file__).parents[3] / "benchmarks" / "bench_kill.py"
 
 
 @pytest.mark.slow

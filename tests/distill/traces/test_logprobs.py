@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.graders.pool import Grade
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
 from deepdistill.distill.traces.logprobs import Logprobs, encode, logprobs_path
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 

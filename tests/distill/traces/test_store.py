@@ -18,10 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.problems.load import Problem
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Judgement, Trace, TraceStore, trace_id
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, trace_id
+from deepdistill.distill.traces.store import Judgement, TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.traces.summary import TraceReport, find_trace, inspect_run, inspect_traces
-from deepdistill.distill.problems.load import Problem
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Usage
 from deepdistill.distill.traces.show import print_report, print_run, print_trace
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.traces.store import Judgement, Trace, TraceStore, Usage
+from deepdistill.distill.traces.store import Judgement, TraceStore
+from deepdistill.distill.traces.summary import TraceReport, find_trace, inspect_run, inspect_traces
 from deepdistill.errors import ArtifactError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

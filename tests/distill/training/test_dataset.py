@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.training.dataset import by_level, hold_out, lessons
-from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
+from deepdistill.distill.teachers import pocket_dir
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+from deepdistill.distill.training.dataset import by_level, hold_out, lessons
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.student import teach_template
-from deepdistill.distill.teachers import pocket_dir
-from deepdistill.distill.teachers.base import TeacherInfo
-from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces.store import Trace
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepdistill.distill.training.curves import read_curve
-from deepdistill.distill.evaluation.evaluate import messages_of
-from deepdistill.distill.training.losses import LOSSES, Segment, Targets, projected_loss
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.training.rows import Row
+from deepdistill.distill.records import messages_of
 from deepdistill.distill.teachers import Request, open_teacher
+from deepdistill.distill.training.curves import read_curve
+from deepdistill.distill.training.losses import LOSSES, Segment, Targets, projected_loss
+from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
 

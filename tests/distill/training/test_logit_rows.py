@@ -13,18 +13,18 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from deepdistill.distill.evaluation.evaluate import messages_of
 from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.training.logit_rows import add_logits, mixture, why_no_logits
-from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
-from deepdistill.distill.training.losses import LOSSES, projected_loss
-from deepdistill.distill.training.packing import pad
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.training.rows import Row, make_row
+from deepdistill.distill.records import Trace, messages_of
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces.store import Trace, TraceStore
 from deepdistill.distill.teachers.vocabulary import is_same, of_tokenizer
+from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
+from deepdistill.distill.traces.store import TraceStore
+from deepdistill.distill.training.logit_rows import add_logits, mixture, why_no_logits
+from deepdistill.distill.training.losses import LOSSES, projected_loss
+from deepdistill.distill.training.packing import pad
+from deepdistill.distill.training.rows import Row, make_row
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Sampling
 

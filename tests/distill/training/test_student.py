@@ -84,7 +84,8 @@ def test_a_hub_student_is_downloaded_once(
 ) -> None:
     files = {file.name: file.read_bytes() for file in pocket_student.iterdir()} | {"pytorch_model.bin": b"a pickle"}
     code = (
-        "import sys; from deepdistill.distill.training.student import student_dir as s; print(s(sys.argv[1], len(sys.argv) > 2))"
+        "import sys; from deepdistill.distill.training.student import student_dir\n"
+        "print(student_dir(sys.argv[1], len(sys.argv) > 2))"
     )
 
     def ask(*arguments: str) -> Path:  # in a process of its own: the hub's library reads its settings once

@@ -392,9 +392,9 @@ def _naive(model: Any, row: Row) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["deepseek", "dora", "full"])
 def test_the_packed_pass_has_the_loss_and_gradients_of_separate_rows(kind: str, pocket_student: Path) -> None:
+    from deepdistill.distill.teachers import pocket_dir
     from deepdistill.distill.training.lora import load_student
     from deepdistill.distill.training.objective import Objective
-    from deepdistill.distill.teachers import pocket_dir
 
     base = pocket_dir() if kind == "deepseek" else pocket_student
     settings = TrainSettings(full=kind != "dora", dora=kind == "dora")

@@ -21,9 +21,9 @@ from deepdistill.cli import main
 from deepdistill.errors import DeepDistillError
 from deepdistill.localrun.chat.chat import ChatSettings, chat
 from deepdistill.localrun.chat.conversations import Store
-from deepdistill.localrun.engine.engine import Engine
-from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.chat.session import Question, Session
+from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.engine.engine import Engine
 
 BuildGGUF = Callable[..., Path]
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from deepdistill.localrun.chat.wrap import Flow
 from deepdistill.localrun.chat.markdown import Markdown
+from deepdistill.localrun.chat.wrap import Flow
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")
 TEXT = r"""# Title with *em*

@@ -18,11 +18,11 @@ from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
 from deepdistill.localrun.chat.conversations import Store, read_conversation
-from deepdistill.localrun.chat.repl import Dialogue, converse
-from deepdistill.localrun.engine.engine import Engine, Step
-from deepdistill.localrun.core.generation import Guidance, Sampling
-from deepdistill.localrun.chat.session import Question, Session
 from deepdistill.localrun.chat.keyboard import history_path
+from deepdistill.localrun.chat.repl import Dialogue, converse
+from deepdistill.localrun.chat.session import Question, Session
+from deepdistill.localrun.core.generation import Guidance, Sampling
+from deepdistill.localrun.engine.engine import Engine, Step
 from deepdistill.localrun.engine.vision import MARKER
 
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."

@@ -8,9 +8,9 @@ import re
 import pytest
 from rich.console import Console
 
-from deepdistill.localrun.engine.engine import Step
-from deepdistill.localrun.chat.wrap import Flow
 from deepdistill.localrun.chat.screen import Screen, Thought, printable
+from deepdistill.localrun.chat.wrap import Flow
+from deepdistill.localrun.engine.engine import Step
 from deepdistill.localrun.families.thinking import Part
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")

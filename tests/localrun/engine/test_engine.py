@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.engine import engine as engine_module
-from deepdistill.localrun.machine import memory
-from deepdistill.localrun.engine.engine import Engine, Step
 from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.engine import engine as engine_module
+from deepdistill.localrun.engine.engine import Engine, Step
 from deepdistill.localrun.engine.llama import _model_params
 from deepdistill.localrun.engine.logprobs import top_of
+from deepdistill.localrun.machine import memory
 
 GREEDY, LONG = Sampling(max_tokens=40), Sampling(max_tokens=120)
 QUESTIONS = [f"what is {i} + {i * i}? {'so ' * (7 * i)}" for i in range(11)]

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import UsageError
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Guidance, Sampling
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.engine.grammar import check_grammar
-from deepdistill.localrun.engine.llama import Model
 from deepdistill.localrun.engine.json_schema import grammar_of_schema
+from deepdistill.localrun.engine.llama import Model
 
 TREE = {
     "$ref": "#/$defs/node",

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, ModelError
-from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.engine import requantize
+from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.header import read_gguf
 
 # isort: split

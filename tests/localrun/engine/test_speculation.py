@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.engine import speculation as drafts
-from deepdistill.localrun.engine.speculation import Latch, NgramDrafts
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Guidance, Sampling
+from deepdistill.localrun.engine import speculation as drafts
+from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.engine.speculation import Latch, NgramDrafts
 
 BuildGGUF = Callable[..., Path]
 

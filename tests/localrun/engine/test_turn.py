@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import UsageError
-from deepdistill.localrun.engine.engine import Engine, Step
 from deepdistill.localrun.core.generation import FREE, Guidance, Sampling
 from deepdistill.localrun.core.loops import LEAST_TOKENS, LoopDetector, VarietyGauge
+from deepdistill.localrun.engine.engine import Engine, Step
 from deepdistill.localrun.engine.sampler import Sampler
 from deepdistill.localrun.engine.turn import _StopStrings
 

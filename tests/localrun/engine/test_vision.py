@@ -15,8 +15,8 @@ import pytest
 from llama_cpp import mtmd_cpp
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.engine.llama import Context, Entry, Model
 from deepdistill.localrun.engine.vision import MARKER, Projector, find_mmproj, with_images
 

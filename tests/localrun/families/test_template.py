@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Message
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.families.template import render
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OURS = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text(encoding="utf-8")
 
 # What published templates use beyond ChatML: helpers, filters, loop controls, the assistant's span, undefined names.

@@ -27,11 +27,11 @@ from typing import Any, Self
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.phone import phone
-from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.phone.phone import export_phone
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.families.thinking import THINK, ThinkingParser
+from deepdistill.localrun.phone import phone
+from deepdistill.localrun.phone.phone import export_phone
 
 PAGE = Path(phone.__file__).parent / "page"
 

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
-from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.checkpoint import Checkpoint
-from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.convert.safetensors import read_header
+from deepdistill.quantize.convert.writer import plan, write
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn"])

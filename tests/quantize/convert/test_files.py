@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, UsageError
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.localrun.core.progress import no_progress
-from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.convert.files import parse_size, shards
+from deepdistill.quantize.convert.writer import plan, write
 
 
 def test_llama_cpp_loads_the_parts_as_the_whole(student: Path, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import UsageError
+from deepdistill.localrun.core.progress import no_progress
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.engine import requantize as requantize_module
-from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.localrun.core.progress import no_progress
 from deepdistill.localrun.engine.requantize import requantize
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert import ftypes
-from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.convert.ftypes import FTYPES, NEED_IMATRIX, Shape, assign, check_ftype
+from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.report import quantize
 
 # isort: split

@@ -11,7 +11,7 @@ import pytest
 
 from deepdistill.quantize.convert.ftypes import FTYPES
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "deepseek2", "deepseek3", "pocket"]
 
 

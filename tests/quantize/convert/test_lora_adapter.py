@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.checkpoint import Checkpoint
 from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.provenance.metadata import source_key, source_of
-from deepdistill.quantize.release import release
 from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.release import release
 from deepdistill.quantize.verify import verify
 
 pytestmark = [  # peft, on tied weights and missing configs, and with the names of older releases

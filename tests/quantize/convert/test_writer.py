@@ -17,8 +17,8 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert import writer as convert
 from deepdistill.quantize.convert.architectures import base as architecture_base

@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 
 from deepdistill.cli import main
 from deepdistill.distill.training.losses import projected_kl
-from deepdistill.quantize.measure.texts import CalibrationSettings, Text
+from deepdistill.quantize.convert.origins import origins
 from deepdistill.quantize.convert.writer import plan
 from deepdistill.quantize.heal.heal import HealSettings, heal
+from deepdistill.quantize.measure.texts import CalibrationSettings, Text
 from deepdistill.quantize.provenance.inspect import read_own
-from deepdistill.quantize.release import release
-from deepdistill.quantize.convert.origins import origins
 from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.release import release
 from deepdistill.quantize.verify import verify
 
 

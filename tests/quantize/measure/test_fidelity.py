@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from deepdistill.quantize.measure.texts import Text
 from deepdistill.quantize.measure.fidelity import Reference
+from deepdistill.quantize.measure.texts import Text
 
 N_VOCAB = 300
 TEXTS = (Text(tuple(range(12)), 5), Text(tuple(range(50, 58)), 1))

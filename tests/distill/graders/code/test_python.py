@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.graders.pool import Grade, Grader
-from deepdistill.distill.problems.load import Problem
 from deepdistill.distill.graders.code.sandbox import FILE_LAYERS, NETWORK_LAYERS, confinement
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.records import Grade, Problem
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="code is confined on Linux alone")
 

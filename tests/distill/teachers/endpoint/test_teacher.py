@@ -20,10 +20,10 @@ import httpx
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher
-from deepdistill.distill.teachers.endpoint.retry import ATTEMPTS
-from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
 from deepdistill.distill.teachers.endpoint.concurrency import Pace
+from deepdistill.distill.teachers.endpoint.retry import ATTEMPTS
 from deepdistill.distill.teachers.endpoint.server import api_key
+from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Message, Sampling
 

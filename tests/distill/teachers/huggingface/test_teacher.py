@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicCache
 
 from deepdistill.distill.pocket.recipe import make_tokenizer
+from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.huggingface import loading
 from deepdistill.distill.teachers.huggingface import scoring as scoring_passes
 from deepdistill.distill.teachers.huggingface import teacher as transformers_model
-from deepdistill.distill.teachers import Request, open_teacher
-from deepdistill.distill.teachers.huggingface.sampling import choose, draw_uniforms
 from deepdistill.distill.teachers.huggingface.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
+from deepdistill.distill.teachers.huggingface.sampling import choose, draw_uniforms
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher, check_pocket_source, kv_values
 from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Message, Sampling

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepdistill.distill.training.fast import attention
-from deepdistill.distill.training.fast import blocks
-from deepdistill.distill.training.fast import fused
+from deepdistill.distill.training.fast import attention, blocks, fused
 from deepdistill.distill.training.fast.blocks import rms_norm, rms_norm_backward
 from deepdistill.distill.training.fast.linears import Linears, adapter_of, refresh
 from deepdistill.distill.training.fast.model import fast_decoder

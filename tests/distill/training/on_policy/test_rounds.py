@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepdistill.distill.training.on_policy import teacher as round_teacher
-from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
-from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix, pass_rates
-from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.problems.split import bucket_of
+from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.records import Trace
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
-from deepdistill.distill.traces.store import Trace, TraceStore
+from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
+from deepdistill.distill.traces.store import TraceStore
+from deepdistill.distill.training.on_policy import teacher as round_teacher
+from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix, pass_rates
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 
 TRAINING = {"full": True, "epochs": 1, "lr": 1e-3}

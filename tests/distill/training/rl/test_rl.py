@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from deepdistill.distill.graders.pool import Grade
-from deepdistill.distill.problems.load import Problem, load_problems
+from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
-from deepdistill.distill.training.rl.reward import reward_of
+from deepdistill.distill.records import Grade, Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+from deepdistill.distill.training.rl.reward import reward_of
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 
@@ -248,7 +248,8 @@ def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) ->
 
 
 def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
-    from deepdistill.distill.training.pass_rate import measure_pass_rates, sometimes_solved
+    from deepdistill.distill.training.pass_rate import measure_pass_rates
+    from deepdistill.distill.training.rl.stage import sometimes_solved
 
     problems = [Problem(f"p{i}", f"{i}?", "yes", "s", "number") for i in range(4)]
 

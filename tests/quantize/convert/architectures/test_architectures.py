@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.architectures import ARCHITECTURES
 from deepdistill.quantize.convert.writer import plan, write
 
 EXPECTED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("expected_tensors.json").read_text())
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.parametrize("arch", list(EXPECTED))
