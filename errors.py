@@ -12,14 +12,18 @@ from __future__ import annotations
 
 
 class DeepDistillError(Exception):
-    """Something to show to the user: what happened, and in `hint` what to do about it."""
+    """Something to show to the user: what happened, and in `hint` what to do about it.
+
+    `code` is a short slug such as "run-locked": tests and programs rely on it, never on the wording.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *, code: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.code = code
 
 
 class ArtifactError(DeepDistillError):

@@ -31,7 +31,7 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.training.student import student_dir
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.progress import Bars
+from deepdistill.localrun.core.reporter import Bars
 
 HELD_OUT_SHARE = 0.2
 

@@ -23,7 +23,7 @@ from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.training.losses import projected_kl
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.machine.hardware import default_threads
 from deepdistill.quantize.choose.workbench import Desk
 from deepdistill.quantize.measure.paired import compare

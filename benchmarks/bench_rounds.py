@@ -33,7 +33,7 @@ from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.progress import Bars
+from deepdistill.localrun.core.reporter import Bars
 
 PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=3&min_digits=1&max_digits=2"
 ARMS = ("imitation", "reverse-kl", "forward-kl", "policy-gradient", "off")

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.ftypes import FTYPES

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import Header, read_gguf
 from deepdistill.quantize.convert.writer import plan, write
 

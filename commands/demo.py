@@ -14,7 +14,7 @@ from .shared import DEMO_PROBLEMS, AsJson, Offline, Out, Quiet, Seed, bars, cons
 
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
-    from ..localrun.core.progress import Bars
+    from ..localrun.core.reporter import Bars
 
 
 def demo(

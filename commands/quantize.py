@@ -17,7 +17,7 @@ from .shared import AsJson, Quiet, bars
 
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
-    from ..localrun.core.progress import Bars
+    from ..localrun.core.reporter import Bars
     from ..quantize.measure.paired import Answers
 
 

@@ -12,7 +12,7 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..distill.recipe import TeachSettings
-    from ..localrun.core.progress import Bars
+    from ..localrun.core.reporter import Bars
     from ..quantize.report import QuantizeReport
 
 

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..localrun.core.progress import Bars
+    from ..localrun.core.reporter import Bars
 
 DEMO_PROBLEMS = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 
@@ -39,7 +39,7 @@ ServerModel = Annotated[str | None, typer.Option("--model", help="The model's na
 
 def bars(quiet: bool) -> Bars:
     """Return the progress bars of a command."""
-    from ..localrun.core.progress import Bars
+    from ..localrun.core.reporter import Bars
 
     return Bars(quiet)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..localrun.core.progress import Progress
+from ..localrun.core.reporter import Progress
 from .graders.pool import Grader
 from .judging.judge_traces import settle
 from .recipe import TeachSettings, Work

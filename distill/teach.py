@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.core.progress import Progress, no_progress
+from ..localrun.core.reporter import Progress, no_progress
 from .curation.curate import apart_from, select
 from .curation.filters import LONG_SHARE_SMALL, CurateSettings
 from .evaluation.hops import score_hops

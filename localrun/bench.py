@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .core.progress import Progress, no_progress
+from .core.reporter import Progress, no_progress
 from .engine.llama import Context, Entry, Model
 from .machine import hardware
 from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes

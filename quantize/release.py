@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GateError, ModelError, UsageError
-from ..localrun.core.progress import Progress, no_progress
+from ..localrun.core.reporter import Progress, no_progress
 from ..localrun.machine.hardware import default_threads
 from ..localrun.machine.memory import Footprint
 from .choose.types import Chooser

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..localrun.core.progress import Progress, no_progress
+from ..localrun.core.reporter import Progress, no_progress
 from ..localrun.machine.hardware import default_threads
 from .convert.ftypes import check_ftype
 from .convert.writer import Conversion, Value, plan, write

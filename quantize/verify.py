@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.core.progress import Progress, no_progress
+from ..localrun.core.reporter import Progress, no_progress
 from ..localrun.gguf import ggml
 from ..localrun.gguf.header import StoredTensor
 from .choose.imatrix import read_imatrix

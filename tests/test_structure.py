@@ -22,8 +22,9 @@ COMMANDS_NOW = {"demo", "teach", "quantize", "chat", "eval"}
 COMMANDS_EVER = COMMANDS_NOW | {"bench", "inspect", "export", "plan", "doctor"}
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
-POSIX_MODULES = {"distill.sandbox", "localrun.terminal"}  # one a stage at most
-KERNEL_MODULES = {"distill.sandbox", "distill.seccomp"}  # system calls that Python has no function for
+POSIX_MODULES = {"distill.graders.code.sandbox", "localrun.chat.keyboard"}  # one a stage at most
+# System calls that Python has no function for:
+KERNEL_MODULES = {"distill.graders.code.sandbox", "distill.graders.code.seccomp"}
 SHARED_FLAGS = {"problems", "teacher", "student", "out", "seed", "json", "offline", "quiet"}
 
 

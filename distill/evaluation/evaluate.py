@@ -16,7 +16,7 @@ from typing import Any
 
 from ...errors import ModelError
 from ...localrun.core.generation import Completion, Sampling
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ..graders.pool import Grader
 from ..records import Problem, Request, messages_of
 from ..teachers import open_teacher

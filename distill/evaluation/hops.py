@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ..graders.pool import Grader
 from ..recipe import TeachSettings, Work
 from ..records import NONE, Problem

@@ -69,10 +69,10 @@ KINDS = {
     "choice": Kind("choice", reads_answer=False),
     "regex": Kind("regex", needs_reference=False),
     "json_schema": Kind("json_schema", reads_answer=False, needs_reference=False),
-    "python": Kind("python", reads_answer=False, needs_reference=False),
+    "python": Kind("code.python", reads_answer=False, needs_reference=False),
     "gym": Kind("gym", needs_reference=False),
 }
-_OWN = Kind("own", reads_answer=False, needs_reference=False)
+_OWN = Kind("custom", reads_answer=False, needs_reference=False)
 
 
 def kind_of(grader: str) -> tuple[Kind, str]:
@@ -92,7 +92,7 @@ def kind_of(grader: str) -> tuple[Kind, str]:
 def is_trusted(grader: str) -> bool:
     """Say whether a grader runs code with the user's own rights, so that only the user may name it, never a file."""
     kind, argument = kind_of(grader)
-    return kind is _OWN or (kind.module == "python" and argument != "")
+    return kind is _OWN or (kind.module == "code.python" and argument != "")
 
 
 def load(grader: str) -> Callable[[Submission], float | None]:
@@ -103,7 +103,7 @@ def load(grader: str) -> Callable[[Submission], float | None]:
         ImportError: a library is not installed.
     """
     kind, argument = kind_of(grader)
-    module = import_module(f".{kind.module}", __name__)
+    module = import_module(f".{kind.module}", __package__)
     if hasattr(module, "load"):
         module.load(argument)
     function: Callable[[Submission], float | None] = module.grade

@@ -111,7 +111,7 @@ def _answer(problem: Problem, content: str) -> str | None:
 
 def _shown(kind: Kind, problem: Problem, content: str) -> str | None:
     """Return the answer as the trace shows it: the final one, and all of the content where that is what is graded."""
-    return content.strip() if kind.module in ("python", "json_schema") else _answer(problem, content)
+    return content.strip() if kind.module in ("code.python", "json_schema") else _answer(problem, content)
 
 
 class _Worker:
@@ -153,7 +153,7 @@ class _Worker:
             raise UsageError(
                 f"cannot grade with {grader}: {reply['error']}", "docs/verification.md describes each grader"
             )
-        if reply["error"] and kind.module == "own":
+        if reply["error"] and kind.module == "custom":
             raise UsageError(f"cannot import the grader {grader}: {reply['error']}", "run where its module lies")
         if reply["error"]:
             raise ModelError(f"cannot grade: {reply['error']}", "pip install 'deepdistill[teach]'")

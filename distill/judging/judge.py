@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Message, Sampling
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..records import Judgement, Trace
 from ..teachers.ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
 from ..teachers.base import Teacher

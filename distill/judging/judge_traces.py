@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UsageError
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..recipe import TeachSettings
 from ..records import GradesAnswers, Judgement, Problem, Trace, has_answer
 from ..teachers.base import Teacher

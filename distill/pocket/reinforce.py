@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.progress import Bars, Progress, no_progress
+from ...localrun.core.reporter import Bars, Progress, no_progress
 from ..graders.pool import Grader
 from ..problems.load import load_problems
 from ..records import Problem

@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from ...localrun.core.append_file import AppendFile, parse_line, whole_lines
 from ...localrun.core.generation import FinishReason, Message, Sampling
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..records import Request
 from .base import Teacher
 from .budget import Budget, Limits

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ...errors import UsageError
 from ...localrun.core.generation import Message, Sampling
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_hash
 from ..records import Problem

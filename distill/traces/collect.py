@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ...localrun.core.append_file import whole_lines
 from ...localrun.core.generation import Completion, Sampling
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..records import (
     GradesAnswers,
     Problem,

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from ...errors import ModelError
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ..run import CLOCK_FILE
 from .curves import CURVE_FILE, cut_curve
 from .distributed import agreed

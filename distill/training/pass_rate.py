@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..graders.pool import Grader
 from ..recipe import TeachSettings, Work
 from ..records import NONE, GradesAnswers, Problem, Request, messages_of

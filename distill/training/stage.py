@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ..recipe import TeachSettings, Work
 from ..records import Trace
 from ..run import Run

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..device import NO_MEMORY, SMALL_MODEL, choose_device
 from ..precision import fastest
 from ..run import write_text

@@ -6,9 +6,9 @@ import ctypes
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGMLQuantizationType
 
 from ...errors import ModelError
+from . import GGMLQuantizationType
 from .ggml import _library, block_size, row_size, type_name
 
 _PLAIN = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.F64: "<f8"}

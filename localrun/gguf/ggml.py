@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ...errors import ModelError
+from . import GGML_QUANT_SIZES, GGMLQuantizationType
 
 _HINT = (
     "pip install llama-cpp-python (needs a C++ compiler), or without one: pip install llama-cpp-python "

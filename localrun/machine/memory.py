@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
-from ..core.lazy import import_part
+from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from ..gguf.header import Header, read_gguf
 from .hardware import gpus
-
-import_part("gguf", "constants")  # before anything imports the rest of it
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: E402
-
-from ..gguf.header import Header, read_gguf  # noqa: E402
 
 KV_TYPES = {
     "f16": GGMLQuantizationType.F16,

@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-
 from ...errors import ModelError
 from ..families.template import render
 from ..families.thinking import Tags, tags_of
+from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from ..gguf.header import Header, read_gguf
 from ..machine.memory import Footprint, format_bytes
 

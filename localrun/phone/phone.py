@@ -16,11 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from ...errors import ArtifactError, ModelError
-from ..core.progress import Progress, no_progress
+from ..core.reporter import Progress, no_progress
 from ..families.thinking import prompt_opens_thinking
+from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..gguf.header import read_gguf
 from ..gguf.split import is_shard, split_gguf
 from ..machine.memory import format_bytes

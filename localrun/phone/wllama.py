@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ..core.progress import Progress, no_progress
+from ..core.reporter import Progress, no_progress
 from ..machine.hardware import cache_dir
 
 VERSION = "3.8.1"

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ...localrun.gguf import ggml
 from ...localrun.gguf.dequantize import dequantize_rows
 from ...localrun.weights.swap import Probe

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ...errors import UsageError
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ...localrun.weights.swap import LogitReader, Probe
 from ..convert.writer import Conversion, Importance, Types, plan, write
 from ..measure.fidelity import Fidelity, Reference

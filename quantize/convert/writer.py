@@ -18,7 +18,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, Keys
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ...localrun.core.progress import Progress
+from ...localrun.core.reporter import Progress
 from ...localrun.gguf import ggml
 from .architectures import Architecture, Planned, read_architecture
 from .checkpoint import Checkpoint

@@ -30,7 +30,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from ...errors import ArtifactError, ModelError
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ..convert.origins import origins
 from ..convert.writer import Importance, Types
 from ..measure.texts import Text

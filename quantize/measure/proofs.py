@@ -20,7 +20,7 @@ import numpy as np
 
 from ...errors import DeepDistillError
 from ...localrun.core.generation import Message
-from ...localrun.core.progress import Progress, no_progress
+from ...localrun.core.reporter import Progress, no_progress
 from ...localrun.engine.engine import Engine
 from ...localrun.gguf.header import read_gguf
 from ..convert.ftypes import FTYPES, UNQUANTIZED

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ....errors import ArtifactError
 from ....localrun.core.generation import Sampling
-from ....localrun.core.progress import Progress
+from ....localrun.core.reporter import Progress
 from ...curation.curate import apart_from
 from ...curation.filters import CurateSettings
 from ...graders.pool import Grader

@@ -11,7 +11,7 @@ from typing import Any
 
 from ....errors import TeacherError
 from ....localrun.core.append_file import id_key
-from ....localrun.core.progress import Progress, no_progress
+from ....localrun.core.reporter import Progress, no_progress
 from ...records import Trace
 from ...teachers.base import Teacher
 from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike

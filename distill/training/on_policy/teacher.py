@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.progress import Progress
+from ....localrun.core.reporter import Progress
 from ...gather import spent_before
 from ...graders.pool import Grader
 from ...recipe import TeachSettings, Work

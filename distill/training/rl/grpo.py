@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ....errors import ModelError, UsageError
 from ....localrun.core.generation import Sampling
-from ....localrun.core.progress import Progress, no_progress
+from ....localrun.core.reporter import Progress, no_progress
 from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16
 from ...quiet import quiet_transformers

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import UsageError
-from ....localrun.core.progress import Progress
+from ....localrun.core.reporter import Progress
 from ...graders.pool import Grader
 from ...recipe import TeachSettings, Work
 from ...records import NONE, Problem

@@ -152,7 +152,7 @@ def bad_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grad
         textwrap.dedent(
             """
             import os, time
-            from deepdistill.distill import grade_worker
+            from deepdistill.distill.graders import worker
 
             def score(submission):
                 answer = submission.answer
@@ -166,8 +166,8 @@ def bad_grader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Grad
                 print("a scorer that talks")
                 return 1.0
 
-            grade_worker.load = lambda grader: score
-            grade_worker.main()
+            worker.load = lambda grader: score
+            worker.main()
             """
         ),
         encoding="utf-8",

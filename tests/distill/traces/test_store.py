@@ -277,7 +277,7 @@ import sys
 from pathlib import Path
 from deepdistill.distill.traces.store import TraceStore
 sys.path.insert(0, {tests!r})
-from test_traces import make
+from test_store import make
 with TraceStore(Path({path!r})) as store:
     start = len(store)
     print("open", start, flush=True)

@@ -27,7 +27,7 @@ import os, sys
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from deepdistill.cli import main
-from deepdistill.distill import clock, trainer
+from deepdistill.distill.training import callback, trainer
 
 begin, step = AcceleratorState.__init__, trainer.StudentTrainer.training_step
 is_fsdp = "ACCELERATE_USE_FSDP" in os.environ
@@ -48,7 +48,7 @@ def step_or_die(self, model, *given, **options):
     return step(self, model, *given, **options)
 
 AcceleratorState.__init__, trainer.StudentTrainer.training_step = begin_sharded, step_or_die
-clock.agreed = lambda _: 1e9
+callback.agreed = lambda _: 1e9
 sys.exit(main(sys.argv[sys.argv.index("deepdistill") + 1:]))
 """
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}

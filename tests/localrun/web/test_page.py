@@ -33,7 +33,7 @@ from deepdistill.localrun.families.thinking import THINK, ThinkingParser
 from deepdistill.localrun.phone import phone
 from deepdistill.localrun.phone.phone import export_phone
 
-PAGE = Path(phone.__file__).parent / "page"
+PAGE = Path(phone.__file__).parents[1] / "web"
 
 # Chromium reads commands from descriptor 3 and writes to 4, each message ended by a null byte.
 _LAUNCH = """import os, sys

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.checkpoint import Checkpoint
 from deepdistill.quantize.convert.safetensors import read_header

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import ArtifactError, UsageError
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.files import parse_size, shards

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import UsageError
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.engine import requantize as requantize_module
 from deepdistill.localrun.engine.requantize import requantize

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.checkpoint import Checkpoint
 from deepdistill.quantize.convert.writer import plan, write

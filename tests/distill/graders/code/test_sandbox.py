@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers are 
 SCRIPT = """
 import ctypes, json, os, socket, sys
 from pathlib import Path
-from deepdistill.distill import sandbox
+from deepdistill.distill.graders.code import sandbox
 
 without, scratch, secret, port = sys.argv[1].split(","), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 if "namespaces" in without:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from deepdistill.errors import ModelError
-from deepdistill.localrun.core.progress import no_progress
+from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.architectures import ARCHITECTURES
 from deepdistill.quantize.convert.writer import plan, write

@@ -1,4 +1,4 @@
-"""How a stage tells how far it is: one function, which the command line draws as bars and a test ignores."""
+"""How the work tells a person how far it is and what to know: the command line draws it, a program may ignore it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,20 @@ def no_progress(stage: str, done: float, total: float, note: str = "") -> None:
     """Say nothing."""
 
 
-class Bars:
+class Reporter:
+    """Is told how far the work is and what a person should know of it. This one says nothing; subclasses show it."""
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Take how much of a stage is done, of how much, with a note (rates, counts)."""
+
+    def say(self, text: str) -> None:
+        """Take one line that a person should know and no number shows."""
+
+
+SILENT = Reporter()
+
+
+class Bars(Reporter):
     """Draw each stage as a bar with time left on standard error; without a terminal, a plain line now and then."""
 
     def __init__(self, quiet: bool) -> None:
@@ -47,8 +60,16 @@ class Bars:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
+    def say(self, text: str) -> None:
+        """Print a note above the bars, on standard error."""
+        print(f"note: {text}", file=sys.stderr)
+
     def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
         """Draw how far a stage is: it is a `Progress`."""
+        self.progress(stage, done, total, note)
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Draw how far a stage is."""
         if self._quiet:
             return
         if self._plain:
