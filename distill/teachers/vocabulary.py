@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ...localrun.gguf.header import read_gguf
+from ..tokenizer import Tokenizer
 
 _UNUSED = 5  # llama.cpp's type of a token that only fills the embedding up
 STRESS_TEXT = (
@@ -28,7 +28,7 @@ def fingerprint(tokens: Iterable[tuple[int, str]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def of_tokenizer(tokenizer: Any) -> str:
+def of_tokenizer(tokenizer: Tokenizer) -> str:
     """Return the fingerprint of a Hugging Face tokenizer's vocabulary, added tokens included."""
     return fingerprint((number, token) for token, number in tokenizer.get_vocab().items())
 
@@ -43,11 +43,11 @@ def of_gguf(path: Path) -> str | None:
     return fingerprint((i, token) for i, token in enumerate(tokens) if types[i] != _UNUSED)
 
 
-def is_same(known: str | None, tokenizer: Any) -> bool | None:
+def is_same(known: str | None, tokenizer: Tokenizer) -> bool | None:
     """Say whether a recorded fingerprint is this tokenizer's; None if none was recorded."""
     return None if known is None else known == of_tokenizer(tokenizer)
 
 
-def tokenizes_alike(ids: list[int] | None, tokenizer: Any) -> bool | None:
+def tokenizes_alike(ids: list[int] | None, tokenizer: Tokenizer) -> bool | None:
     """Say whether a teacher's ids of STRESS_TEXT are this tokenizer's; None if the teacher does not tell them."""
     return None if ids is None else ids == tokenizer(STRESS_TEXT, add_special_tokens=False).input_ids

@@ -10,11 +10,12 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...errors import ArtifactError
 from ..recipe import Loss, Work
 from ..records import Trace
+from ..tokenizer import Tokenizer
 from ..traces.logprobs import Logprobs, logprobs_path
 from .curriculum import arrange, estimated
 from .logit_rows import add_logits, refuse, why_no_logits
@@ -24,7 +25,7 @@ from .rows import Row, make_row, shortened
 def lessons(
     traces: Sequence[Trace],
     traces_path: Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     max_length: int,
     loss: Loss,
@@ -55,7 +56,9 @@ def lessons(
     return _with_logits(rows, kept, traces_path, tokenizer, loss, logit_share, work), kept
 
 
-def _shortened(tokenizer: Any, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float] | None) -> Row:
+def _shortened(
+    tokenizer: Tokenizer, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float] | None
+) -> Row:
     return shortened(tokenizer, row, trace.messages, trace.reasoning_content or "", trace.content, max_length, weights)
 
 
@@ -63,7 +66,7 @@ def _with_logits(
     rows: list[Row],
     traces: Sequence[Trace],
     traces_path: Path,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     loss: Loss,
     share: float,
     work: Work,

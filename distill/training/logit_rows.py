@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from ...errors import ArtifactError
 from ..records import Trace
 from ..teachers.vocabulary import is_same
+from ..tokenizer import Tokenizer
 from ..traces.logprobs import Logprobs
 from .rows import Row
 
@@ -40,7 +40,7 @@ class LogitCounts:
         return f"{self.with_logits} rows carry the teacher's log-probabilities{left}{odd}"
 
 
-def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer: Any) -> str | None:
+def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer: Tokenizer) -> str | None:
     """Return why these traces cannot teach by their log-probabilities; None if they can."""
     if logprobs is None:
         return "the traces have no log-probabilities beside them (--logprobs 64 keeps them)"
@@ -58,7 +58,7 @@ def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer:
 
 
 def add_logits(
-    rows: Sequence[Row], traces: Sequence[Trace], logprobs: Logprobs, share: float, tokenizer: Any
+    rows: Sequence[Row], traces: Sequence[Trace], logprobs: Logprobs, share: float, tokenizer: Tokenizer
 ) -> tuple[list[Row], LogitCounts]:
     """Return the rows of these traces, forward KL as `share` of the loss where the sidecar holds the distribution.
 
@@ -104,7 +104,7 @@ def _places(targets: list[int], said: list[int]) -> list[int] | None:
     return place if sum(at >= 0 for at in place) >= _LEAST_ALIGNED * n else None
 
 
-def _reads_as(tokenizer: Any, ids: npt.NDArray[np.int32], trace: Trace) -> bool:
+def _reads_as(tokenizer: Tokenizer, ids: npt.NDArray[np.int32], trace: Trace) -> bool:
     if len(tokenizer) <= int(ids.max(initial=0)):
         return False
     text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)

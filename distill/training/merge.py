@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ArtifactError, ModelError
+from ..tokenizer import Tokenizer
 from .lora import load_base
 from .rows import Row
 
@@ -26,7 +27,7 @@ MERGE_TOLERANCE = 1e-3  # of the largest logit
 _BASE_FILE = "deepdistill_base.json"
 
 
-def save_checkpoint(model: Any, base_dir: Path, tokenizer: Any, out: Path) -> None:
+def save_checkpoint(model: Any, base_dir: Path, tokenizer: Tokenizer, out: Path) -> None:
     """Write a plain checkpoint in the base's number format, beside its place, then rename."""
     temporary = out.with_name(f".{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -63,7 +64,9 @@ def save_adapter(model: Any, base_dir: Path, folder: Path, weights: dict[str, An
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def merge_adapter(adapter_dir: Path, base_dir: Path, tokenizer: Any, out: Path, rows: Sequence[Row] = ()) -> float:
+def merge_adapter(
+    adapter_dir: Path, base_dir: Path, tokenizer: Tokenizer, out: Path, rows: Sequence[Row] = ()
+) -> float:
     """Merge an adapter into its base in fp32 and write the result to out, in the base's own number format.
 
     Returns the largest difference of the merged model's logits from base and adapter's on the rows, by the largest

@@ -11,10 +11,10 @@ import random
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from ...errors import ModelError
 from ...localrun.core.generation import Message, TopLogprobs
+from ..tokenizer import Tokenizer
 from ..traces.logprobs import StoredTop
 
 CROSS_ENTROPY = (("cross_entropy", 1.0),)
@@ -65,7 +65,7 @@ class Row:
 
 
 def make_row(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     messages: Sequence[Message],
     reasoning: str,
     content: str,
@@ -109,7 +109,7 @@ def make_row(
 
 
 def shortened(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     row: Row,
     messages: Sequence[Message],
     reasoning: str,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...localrun.core.reporter import Progress
 from ..recipe import TeachSettings, Work
 from ..records import Trace
 from ..run import Run
+from ..tokenizer import Tokenizer
 from .distributed import everywhere
 from .student import teach_template
 
@@ -99,7 +100,7 @@ def train_first(
     return rows
 
 
-def tokenizer_of(base: Path) -> Any:
+def tokenizer_of(base: Path) -> Tokenizer:
     """Return the student's tokenizer, its template taught to think."""
     from ..teachers.huggingface.loading import load_tokenizer
 

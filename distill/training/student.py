@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
+from ..tokenizer import Tokenizer
 
-TEMPLATE_PATH = Path(__file__).parent / "pocket" / "chat_template.jinja"
+TEMPLATE_PATH = Path(__file__).parents[1] / "pocket" / "chat_template.jinja"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_CARD = """---
 license: apache-2.0
@@ -51,7 +52,7 @@ def student_dir(spec: str, offline: bool = False) -> Path:
     return path
 
 
-def teach_template(tokenizer: Any) -> None:
+def teach_template(tokenizer: Tokenizer) -> None:
     """Give a tokenizer the chat template that the student is taught and asked with, and the turn's end as EOS.
 
     A template that renders `reasoning_content` already is kept. A ChatML one is replaced by ours, which opens the

@@ -28,6 +28,7 @@ from ...localrun.core.reporter import Progress, no_progress
 from ..device import NO_MEMORY, SMALL_MODEL, choose_device
 from ..precision import fastest
 from ..run import write_text
+from ..tokenizer import Tokenizer
 from .callback import Clock, Validation, last_checkpoint, validation_of
 from .distributed import is_first, processes
 from .lora import check_vocabulary, load_base, load_student
@@ -59,7 +60,7 @@ class Plan:
 def train(
     base_dir: Path,
     rows: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: TrainSettings,
     checkpoints_dir: Path,
     out: Path,
@@ -112,7 +113,7 @@ def _make_room(device: torch.device) -> None:
 def _run(
     base_dir: Path,
     ordered: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: TrainSettings,
     plan: Plan,
     device: torch.device,

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from ....errors import ModelError
 from ...device import inference_dtype
 from ...quiet import quiet_transformers
+from ...tokenizer import Tokenizer
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory: the rest is for the KV cache
@@ -56,7 +57,7 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(source: str | Path, offline: bool = True) -> Any:
+def load_tokenizer(source: str | Path, offline: bool = True) -> Tokenizer:
     """Return the tokenizer of a checkpoint folder, or of a hub id.
 
     Raises:
@@ -64,9 +65,10 @@ def load_tokenizer(source: str | Path, offline: bool = True) -> Any:
     """
     quiet_transformers()
     try:
-        return transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
+        found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
         raise _model_error(source, "tokenizer", error, offline) from error
+    return cast(Tokenizer, found)
 
 
 def load_model(source: str | Path, device: torch.device, offline: bool = True) -> Any:

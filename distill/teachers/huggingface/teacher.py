@@ -23,6 +23,7 @@ from ....localrun.core.generation import Completion, Message, Sampling, TopLogpr
 from ....localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ...device import NO_MEMORY, choose_device
 from ...records import Backend, Request
+from ...tokenizer import Tokenizer
 from ..base import Teacher
 from ..vocabulary import of_tokenizer
 from .batching import BatchDecoder, Row, make_row
@@ -219,8 +220,7 @@ class TransformersTeacher(Teacher):
 
     def _decode(self, ids: Sequence[int]) -> str:
         # `<think>` may be a special token, so special tokens stay in the text.
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return text
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _count_through_close(self, ids: Sequence[int]) -> int:
         """Return how many tokens it takes until the text holds the closing tag, by bisection."""
@@ -277,7 +277,7 @@ def kv_values(config: Any) -> int:
     return int(n_layers * 2 * (getattr(config, "num_key_value_heads", None) or n_heads) * size)
 
 
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -18,6 +18,7 @@ import numpy as np
 from ....localrun.core.generation import TopLogprobs
 from ...recipe import OnPolicy
 from ...records import Trace
+from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs
 from ..logit_rows import mixture
 from ..rows import Row, make_row, shortened
@@ -74,7 +75,7 @@ def pass_rates(samples: Sequence[Trace]) -> dict[str, float]:
 
 
 def mix(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     samples: Sequence[Trace],
     own: Logprobs,
     scores: Logprobs | None,
@@ -117,7 +118,7 @@ def mix(
     return made
 
 
-def _corrected(tokenizer: Any, trace: Trace, settings: MixtureSettings) -> Row:
+def _corrected(tokenizer: Tokenizer, trace: Trace, settings: MixtureSettings) -> Row:
     """Return the teacher's own answer as the first training would have had it."""
     said = (trace.messages, trace.reasoning_content or "", trace.content)
     row = make_row(tokenizer, *said, reasoning_weight=settings.reasoning_weight, answer_weight=settings.answer_weight)
@@ -137,7 +138,7 @@ def _shortest_right(samples: Sequence[Trace]) -> set[str]:
     return {trace_id for _, trace_id in best.values()}
 
 
-def _prompt_ids(tokenizer: Any, trace: Trace) -> list[int]:
+def _prompt_ids(tokenizer: Tokenizer, trace: Trace) -> list[int]:
     prompt = tokenizer.apply_chat_template(trace.messages, add_generation_prompt=True, tokenize=False)
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
     return ids

@@ -30,6 +30,7 @@ from ...records import NONE, Problem, Trace
 from ...run import Run
 from ...teachers import Teacher
 from ...teachers.huggingface.loading import weights_hash
+from ...tokenizer import Tokenizer
 from ...traces.collect import CollectSettings, collect
 from ...traces.logprobs import Logprobs, logprobs_path
 from ...traces.store import TraceStore
@@ -94,7 +95,7 @@ def lessons_of(
     round_: Round,
     samples: Sequence[Trace],
     earlier: Sequence[Row],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     options: RoundSettings,
     record: dict[str, Any],
     training: TrainSettings,
@@ -156,7 +157,7 @@ def go_round(
     run: Run,
     round_: Round,
     problems: Sequence[Problem],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     earlier: Sequence[Row],
     settings: TeachSettings,
     options: RoundSettings,

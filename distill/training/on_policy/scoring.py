@@ -15,10 +15,11 @@ from ....localrun.core.reporter import Progress, no_progress
 from ...records import Trace
 from ...teachers.base import Teacher
 from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
+from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs, LogprobsWriter, encode
 
 
-def why_not_scored(teacher: Teacher, tokenizer: Any) -> str | None:
+def why_not_scored(teacher: Teacher, tokenizer: Tokenizer) -> str | None:
     """Return why a teacher cannot score the student's tokens; None if it can.
 
     It needs the student's vocabulary, and to give the log-probabilities of a text that it did not write.

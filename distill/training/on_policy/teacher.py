@@ -21,6 +21,7 @@ from ...run import Run
 from ...teachers import Teacher, TeacherInfo
 from ...teachers.budget import Budget
 from ...teachers.worked import WORKED, WorkedTeacher
+from ...tokenizer import Tokenizer
 from ...traces.collect import CollectSettings, collect
 from ...traces.logprobs import logprobs_path
 from ...traces.store import TraceStore
@@ -34,7 +35,7 @@ def ask_teacher(
     round_: Round,
     problems: Sequence[Problem],
     samples: Sequence[Trace],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     settings: TeachSettings,
     options: RoundSettings,
     work: Work,

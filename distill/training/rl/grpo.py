@@ -31,6 +31,7 @@ from ...quiet import quiet_transformers
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, make_row
+from ...tokenizer import Tokenizer
 from ..callback import checkpoints, last_checkpoint
 from ..lora import load_base
 from ..merge import save_checkpoint
@@ -84,7 +85,7 @@ class GrpoReport:
 def grpo(
     base_dir: Path,
     problems: Sequence[Problem],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     grader: GradesAnswers,
     settings: GrpoSettings,
     checkpoints_dir: Path,
@@ -120,7 +121,7 @@ class _Sampler:
     """Answers TRL's prompts with our decoder and rewards the answers with our graders."""
 
     def __init__(
-        self, tokenizer: Any, problems: Sequence[Problem], grader: GradesAnswers, settings: GrpoSettings
+        self, tokenizer: Tokenizer, problems: Sequence[Problem], grader: GradesAnswers, settings: GrpoSettings
     ) -> None:
         self.tokenizer, self.grader, self.settings = tokenizer, grader, settings
         self._problems = {problem.question: problem for problem in problems}
@@ -232,7 +233,7 @@ class _Watch(TrainerCallback):
 
 def _make_trainer(
     model: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     problems: Sequence[Problem],
     sampler: _Sampler,
     watch: _Watch,
@@ -298,5 +299,5 @@ def _default_lr(model: Any) -> float:
     return 1e-4 if model.num_parameters() < SMALL_MODEL else 2e-6
 
 
-def _pad(tokenizer: Any) -> int:
+def _pad(tokenizer: Tokenizer) -> int:
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
