@@ -24,9 +24,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .core.reporter import Progress, no_progress
+from .core.text import format_bytes
 from .engine.llama import Context, Entry, Model
 from .machine import hardware
-from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention, format_bytes
+from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention
 
 _PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
 

@@ -23,10 +23,11 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DeepDistillError
+from .core.text import format_bytes
 from .gguf.header import read_gguf
 from .machine import hardware
 from .machine.hardware import Gpu
-from .machine.memory import Footprint, available_bytes, format_bytes
+from .machine.memory import Footprint, available_bytes
 
 _PROC = Path("/proc")
 _NOT_INSTRUCTIONS = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ModelError, UsageError
+from .core.text import first_line
 
 _PREFERRED = ("Q4_K_M", "Q8_0")
 _HUB_SPEC = re.compile(r"hf:(?P<repo>[^/:\s]+/[^/:\s]+)(?::(?P<file>.+))?")
@@ -115,5 +116,6 @@ def _hub_error(spec: str, error: Any, offline: bool) -> ModelError:
             f"the hub does not give {spec} (HTTP {status})",
             "check the name; for a private or gated repository log in with: hf auth login",
         )
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return ModelError(f"cannot download {spec}: {reason[0]}", "check the network; with --offline the cache is used")
+    return ModelError(
+        f"cannot download {spec}: {first_line(error)}", "check the network; with --offline the cache is used"
+    )

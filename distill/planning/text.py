@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...localrun.machine.memory import format_bytes
+from ...localrun.core.text import format_bytes
 from .layouts import USED_SHARE, Layout
 from .parameters import BITS
 from .plan import Plan

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...localrun.chat.screen import Screen, Thought, printable
+from ...localrun.chat.screen import Screen, Thought
+from ...localrun.core.printable import printable
 from ..records import Trace
 from .summary import TraceReport
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from ...errors import ArtifactError, UsageError
+from ..core.text import format_bytes
 from ..families.thinking import Think
 from ..find import find_model
 from .attach import fenced, read_text
@@ -271,7 +272,7 @@ def _stats(talk: Dialogue, _: str) -> None:
     engine, sampling = session.engine, session.sampling
     used = session.n_used()
     facts = {
-        "model": f"{engine.path.name}, {engine.size_bytes / 1e6:,.0f} MB, threads {engine.n_threads}",
+        "model": f"{engine.path.name}, {format_bytes(engine.size_bytes)}, threads {engine.n_threads}",
         "context": f"{used:,} of {engine.n_ctx:,} tokens, {math.ceil(100 * used / engine.n_ctx)} %",
         "turns": f"{len(session.turns) // 2}",
         "sampling": f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}, "

@@ -86,7 +86,8 @@ def _split_calls(session: Session, answer: str) -> tuple[str, list[ToolCall]]:
 
 
 def _screen(on_screen: bool, folded: bool) -> Screen:
-    from .screen import Screen, new_console  # a pipe, where nothing is drawn, does without rich
+    from ..core.printable import new_console
+    from .screen import Screen  # a pipe, where nothing is drawn, does without rich
 
     return Screen(new_console(stderr=not on_screen), folded=folded, show_answer=on_screen)
 

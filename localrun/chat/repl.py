@@ -9,12 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import DeepDistillError
+from ..core.printable import new_console, printable
 from ..engine.engine import Engine, Step
 from .commands import COMMANDS, obey
 from .conversations import Conversation, Store
 from .keyboard import Keys, reader
 from .oneshot import why_cut
-from .screen import Screen, Thought, new_console, printable
+from .screen import Screen, Thought
 from .session import Question, Session
 
 _NEARLY_FULL = 0.85  # of the context

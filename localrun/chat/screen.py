@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
 
+from ..core.printable import printable
 from ..engine.engine import Step
 from ..families.thinking import Part
 from .markdown import Markdown
 from .wrap import Flow, is_drawable
 
 _BAR = "│ "  # before every row of thinking, for those who see no colour
-
-# A model's output is foreign text: without control characters it cannot steer the terminal, without bidirectional
-# overrides it cannot show other text than it holds.
-_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
-_CONTROL |= dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-
-
-def printable(text: str) -> str:
-    """Return foreign text without what could steer a terminal; newlines stay, tabs become spaces."""
-    return text.translate(_CONTROL).expandtabs(4)
-
-
-def new_console(*, stderr: bool = False) -> Console:
-    """Return the console of this terminal. A dumb one's width rich does not ask for."""
-    console = Console(stderr=stderr)
-    return Console(stderr=stderr, width=shutil.get_terminal_size().columns) if console.is_dumb_terminal else console
 
 
 @dataclass(frozen=True)

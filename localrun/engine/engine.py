@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ...errors import ArtifactError, ModelError
+from ..core.closes import Closes
 from ..core.generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
 from ..families import template
 from ..families.thinking import Part, Think, steer_thinking, tags_of
@@ -63,7 +63,7 @@ class Step:
     n_drafted_right: int = 0  # tokens so far that were guessed and only checked
 
 
-class Engine:
+class Engine(Closes):
     """A GGUF ready to answer. Close it, or use it as a context manager. It does one thing at a time."""
 
     def __init__(
@@ -442,14 +442,6 @@ class Engine:
                 part.close()
         self._context.close()
         self.model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _n_same(a: Sequence[int], b: Sequence[int]) -> int:

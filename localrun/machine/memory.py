@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
+from ..core.text import format_bytes
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..gguf.header import Header, read_gguf
 from .hardware import gpus
@@ -249,11 +250,6 @@ def _cgroup_rooms() -> Iterator[int]:
                 stat = dict(line.split()[:2] for line in _text(group / "memory.stat").splitlines())
                 cache = sum(_number(stat.get(f"{prefix}{kind}_file")) for kind in ("active", "inactive"))
                 yield max(0, int(top) - _number(_text(group / used)) + cache)
-
-
-def format_bytes(n: int) -> str:
-    """Return bytes as people write them: 145 MB, 4.1 GB (decimal, as file managers and download pages do)."""
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _text(path: Path) -> str:

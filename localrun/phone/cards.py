@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError
+from ..core.text import format_bytes
 from ..families.template import render
 from ..families.thinking import Tags, tags_of
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from ..gguf.header import Header, read_gguf
-from ..machine.memory import Footprint, format_bytes
+from ..machine.memory import Footprint
 
 MAX_CTX = 4096  # tokens: a phone's memory and patience
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from ...errors import ArtifactError, ModelError
 from ..core.reporter import Progress, no_progress
+from ..core.text import format_bytes
 from ..families.thinking import prompt_opens_thinking
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..gguf.header import read_gguf
 from ..gguf.split import is_shard, split_gguf
-from ..machine.memory import format_bytes
 from .cards import ModelCard, about, modelfile, readme
 from .wllama import unpack_wllama
 

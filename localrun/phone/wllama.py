@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ..core.reporter import Progress, no_progress
+from ..core.text import format_bytes
 from ..machine.hardware import cache_dir
 
 VERSION = "3.8.1"
@@ -123,7 +124,7 @@ def _fetch(package: Package, target: Path, on_progress: Progress) -> str:
     with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
         file.write(data)
     Path(file.name).replace(target)
-    return f"fetched {package.name} {VERSION} ({len(data) / 1e6:.1f} MB) from {url}, kept in {target}"
+    return f"fetched {package.name} {VERSION} ({format_bytes(len(data))}) from {url}, kept in {target}"
 
 
 def _is_pinned(package: Package, data: bytes) -> bool:

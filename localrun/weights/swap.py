@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
+from ..core.closes import Closes
 from ..engine.llama import Context, Entry, Model
 from ..machine.hardware import default_threads
 from ..machine.memory import N_BATCH
 from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
 
 
-class LogitReader:
+class LogitReader(Closes):
     """A GGUF that is read for its logits, as it computes when it is run. Close it, or use it as a context manager."""
 
     def __init__(self, path: Path, *, n_threads: int | None = None, writable: bool = False) -> None:
@@ -58,14 +57,6 @@ class LogitReader:
         """Free the cache and the weights. More than one call does no harm."""
         self._context.close()
         self.model.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Probe(LogitReader):

@@ -18,14 +18,7 @@ import pytest
 
 from deepdistill.errors import ArtifactError, ModelError, UsageError
 from deepdistill.localrun.machine import memory
-from deepdistill.localrun.machine.memory import (
-    Footprint,
-    available_bytes,
-    fit_context,
-    flash_attention,
-    format_bytes,
-    n_cells,
-)
+from deepdistill.localrun.machine.memory import Footprint, available_bytes, fit_context, flash_attention, n_cells
 
 N_CTX = 16384
 EMBD, HEADS, LAYERS, VOCAB = 64, 2, 4, 96
@@ -314,15 +307,6 @@ def test_many_sequences_need_room_each() -> None:
     with pytest.raises(ModelError) as refused:
         fit_context(MODEL, "q4_0", n_seq=640, wanted=4096, available=int(room))
     assert refused.value.hint == "what would fit: fewer sequences at once"
-
-
-def test_bytes_as_people_write_them() -> None:
-    assert [format_bytes(n) for n in (0, 144_812_128, 999_400_000, 4_130_000_000)] == [
-        "0 MB",
-        "145 MB",
-        "999 MB",
-        "4.1 GB",
-    ]
 
 
 def test_the_systems_own_number_is_psutils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

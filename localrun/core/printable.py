@@ -1,0 +1,33 @@
+"""Text that is not ours, made safe for a terminal, and the console it is written to.
+
+A model, a server or a file may send what a terminal obeys. Without control characters it cannot steer the terminal;
+without bidirectional overrides it cannot show other text than it holds.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_BIDIRECTIONAL = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+_REMOVED = _CONTROL | _BIDIRECTIONAL
+
+
+def printable(text: str) -> str:
+    """Return foreign text without what could steer a terminal; newlines stay, tabs become spaces."""
+    return text.translate(_REMOVED).expandtabs(4)
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Return this terminal's console. On a dumb terminal rich assumes 80 columns, so it is told the width."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_dumb_terminal:
+        return console
+    size = shutil.get_terminal_size()
+    return Console(stderr=stderr, width=size.columns, height=size.lines)  # rich ignores a width without a height

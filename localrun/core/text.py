@@ -1,0 +1,44 @@
+"""Sizes, durations, lists and errors, each in one line for people: the one place where they get their wording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def format_bytes(n: float) -> str:
+    """Return a size as download pages write it: 512 B, 3.2 kB, 145 MB, 4.1 GB (decimal)."""
+    if n < 1e3:
+        return f"{n:.0f} B"
+    if n >= 1e9:
+        return f"{n / 1e9:,.1f} GB"
+    size, unit = (n / 1e6, "MB") if n >= 1e6 else (n / 1e3, "kB")
+    return f"{size:.0f} {unit}" if size >= 10 else f"{size:.1f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as people say it: 45 s, 12 min, 3.5 h, 120 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours:,.0f} h"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, or the error's class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip()
+
+
+def shorten(text: str, n: int) -> str:
+    """Return the text on one line, cut to n characters; a character that a terminal would obey becomes �."""
+    line = "".join(c if c.isprintable() else "�" for c in " ".join(text[: 4 * n].split()))
+    return line if len(line) <= n else line[: n - 1] + "…"
+
+
+def listed(items: Iterable[object], *, most: int | None = None) -> str:
+    """Return items as a sentence lists them: "a, b and c"; beyond the first `most`, "a, b and 3 more"."""
+    texts = [str(item) for item in items]
+    if most is not None and len(texts) > most:
+        texts[most:] = [f"{len(texts) - most:,} more"]
+    return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
