@@ -22,6 +22,7 @@ from deepdistill.distill.curation.filters import CurateSettings
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.record_log import to_json
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("n", "r", "st", "ld", "ck", "m", "ve", "th")]
 
@@ -72,7 +73,7 @@ def main() -> None:
     evaluation = [trace.messages[0]["content"] for trace in make_traces(200, 1, seed=1)]
     select(lambda: make_traces(2000, arguments.samples), evaluation=evaluation)  # warm
     started = time.monotonic()
-    n_bytes = sum(len(trace.to_json()) for trace in make_traces(2000, arguments.samples))
+    n_bytes = sum(len(to_json(trace)) for trace in make_traces(2000, arguments.samples))
     for _ in make_traces(arguments.n, arguments.samples):
         pass
     making, before = time.monotonic() - started, peak_mb()

@@ -25,6 +25,7 @@ from deepdistill.distill.records import Grade, Problem, Trace
 from deepdistill.distill.teachers import TeacherInfo
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.core.record_log import to_json
 
 INFO = TeacherInfo("teacher", "endpoint")
 THOUGHT = "Let me see. 47 + 85: 7 + 5 = 12, write 2, carry 1; 4 + 8 + 1 = 13. So 132. Check: 132 - 85 = 47. " * 14
@@ -40,7 +41,7 @@ def make(index: int) -> Trace:
 def write(path: Path, n: int) -> None:
     """Write n distinct traces without going through the store."""
     template = make(0)
-    head, middle, tail = template.to_json().partition(template.problem_id)
+    head, middle, tail = to_json(template).partition(template.problem_id)
     with path.open("w", encoding="utf-8", buffering=1 << 20) as lines:
         for index in range(n):
             digest = hashlib.sha256(str(index).encode()).hexdigest()[:32]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ..localrun.core.record_log import from_json
 from ..localrun.core.reporter import Progress
 from .graders.pool import Grader
 from .judging.judge_traces import settle
@@ -142,7 +143,7 @@ def is_traces_file(path: Path) -> bool:
         return False
     with path.open("rb") as lines:
         try:
-            Trace.from_json(lines.readline())
+            from_json(Trace, lines.readline())
         except ValueError:
             return False
     return True

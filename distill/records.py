@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 from ..localrun.core.generation import Completion, FinishReason, Message, Sampling
 
@@ -77,9 +77,6 @@ class Grade:
     reason: str = ""
 
 
-_VERDICTS = get_args(Verdict)
-
-
 @dataclass(frozen=True)
 class Usage:
     """Counts in tokens; `reasoning` is a part of `completion`."""
@@ -118,14 +115,6 @@ class Trace:
     created: float | None = None
     """When it ended, in seconds since 1970 (UTC)."""
 
-    def to_json(self) -> str:
-        """Return the trace as one line without its newline."""
-        return json.dumps(self._record(), ensure_ascii=False)
-
-    def _record(self) -> dict[str, Any]:
-        nested = {"usage": vars(self.usage), "teacher": vars(self.teacher), "sampling": vars(self.sampling)}
-        return vars(self) | nested  # asdict copies all of it first
-
     @classmethod
     def make(
         cls,
@@ -162,30 +151,6 @@ class Trace:
             created=created,
         )
 
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Trace:
-        """Return the trace of a line; fields that a newer version may have added are left out.
-
-        Raises:
-            ValueError: the line is no JSON, or no trace.
-        """
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
-        known = cls.__dataclass_fields__
-        record = {name: value for name, value in record.items() if name in known}
-        try:
-            for name, kind in (("usage", Usage), ("teacher", TeacherInfo), ("sampling", Sampling)):
-                record[name] = kind(**record[name])
-            trace = cls(**record)
-        except KeyError as error:
-            raise ValueError(f"not a trace: it has no {error.args[0]}") from error
-        except TypeError as error:
-            raise ValueError(f"not a trace: {error}") from error
-        if trace.verdict not in _VERDICTS or not isinstance(trace.content, str):
-            raise ValueError(f"not a trace: verdict {trace.verdict!r}, content {type(trace.content).__name__}")
-        return trace
-
 
 def trace_id(problem_id: str, teacher: str, sampling: Sampling, sample_index: int) -> str:
     """Return the hash that names one sample of one problem: the same request has the same id in every run.
@@ -208,22 +173,6 @@ class Judgement:
     id: str
     verdict_by: Literal["vote", "judge", "none"]
     agreement: float | None = None
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Judgement:
-        """Return the judgement of a line.
-
-        Raises:
-            ValueError: the line is no JSON, or no judgement.
-        """
-        try:
-            record = json.loads(line)
-            judgement = cls(record["id"], record["verdict_by"], record["agreement"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a judgement: {error}") from error
-        if judgement.verdict_by not in ("vote", "judge", "none"):
-            raise ValueError(f"not a judgement: verdict_by {judgement.verdict_by!r}")
-        return judgement
 
 
 class GradesAnswers(Protocol):

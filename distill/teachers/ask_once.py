@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ...localrun.core.append_file import AppendFile, parse_line, whole_lines
 from ...localrun.core.generation import FinishReason, Message, Sampling
+from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import Progress, no_progress
 from ..records import Request
 from .base import Teacher
@@ -41,21 +41,6 @@ class Reply:
     completion_tokens: int
     cost_usd: float | None = None
 
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Reply:
-        """Return the reply of a line.
-
-        Raises:
-            ValueError: the line is no JSON, or no reply.
-        """
-        try:
-            reply = cls(**json.loads(line))
-        except TypeError as error:
-            raise ValueError(f"not a reply: {error}") from error
-        if not isinstance(reply.content, str) or reply.finish_reason not in get_args(FinishReason):
-            raise ValueError(f"not a reply: finish_reason {reply.finish_reason!r}")
-        return reply
-
 
 @dataclass(frozen=True)
 class Replies:
@@ -78,9 +63,7 @@ def stored_replies(path: Path) -> dict[str, Reply]:
     Raises:
         ArtifactError: a line other than a torn last one is broken.
     """
-    lines = whole_lines(path) if path.exists() else ()
-    replies = (parse_line(Reply.from_json, path, number, line) for number, line in lines)
-    return {reply.id: reply for reply in replies}
+    return {reply.id: reply for reply in read_records(path, Reply, missing_ok=True)}
 
 
 def ask_once(
@@ -116,30 +99,25 @@ def ask_once(
 
     if wanted and not stopped:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = AppendFile(path)
-        file.cut_torn_line()
-        try:
-            with open_teacher() as teacher:
-                while n_drawn < len(wanted) and not stopped:
-                    first = n_drawn
-                    for index, completion in teacher.generate(requests(), sampling):
-                        n_asked += 1
-                        cost = budget.record(completion)
-                        if completion.finish_reason == "error":
-                            n_failed += 1
-                        else:
-                            reply = Reply(
-                                wanted[first + index].id,
-                                completion.content,
-                                completion.finish_reason,
-                                completion.prompt_tokens,
-                                completion.completion_tokens,
-                                cost,
-                            )
-                            file.append((json.dumps(asdict(reply)) + "\n").encode())
-                            stored[reply.id] = reply
-                        on_progress(stage, n_asked, len(wanted), f"{n_failed} failed" if n_failed else "")
-                    stopped = budget.why_stop(0) if n_drawn < len(wanted) else None
-        finally:
-            file.close()
+        with RecordLog(path, Reply) as file, open_teacher() as teacher:
+            while n_drawn < len(wanted) and not stopped:
+                first = n_drawn
+                for index, completion in teacher.generate(requests(), sampling):
+                    n_asked += 1
+                    cost = budget.record(completion)
+                    if completion.finish_reason == "error":
+                        n_failed += 1
+                    else:
+                        reply = Reply(
+                            wanted[first + index].id,
+                            completion.content,
+                            completion.finish_reason,
+                            completion.prompt_tokens,
+                            completion.completion_tokens,
+                            cost,
+                        )
+                        file.append(reply)
+                        stored[reply.id] = reply
+                    on_progress(stage, n_asked, len(wanted), f"{n_failed} failed" if n_failed else "")
+                stopped = budget.why_stop(0) if n_drawn < len(wanted) else None
     return Replies({ask.id: stored[ask.id] for ask in asks if ask.id in stored}, n_asked, n_failed, stopped)

@@ -15,8 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...localrun.core.append_file import whole_lines
 from ...localrun.core.generation import Completion, Sampling
+from ...localrun.core.record_log import whole_lines
 from ...localrun.core.reporter import Progress, no_progress
 from ..records import (
     GradesAnswers,

@@ -9,20 +9,18 @@ is written), and traces.logprobs.bin with token ids and log-probabilities. docs/
 
 from __future__ import annotations
 
-import itertools
-import json
 import threading
 from binascii import unhexlify
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from ...errors import ArtifactError
-from ...localrun.core.append_file import AppendFile, WriterLock, id_key, parse_line, whole_lines
+from ...localrun.core.append_file import WriterLock, id_key
 from ...localrun.core.generation import Completion
+from ...localrun.core.record_log import R, RecordLog, parse_line, read_records, whole_lines
 from ..records import Judgement, Trace, VerdictBy
 from .logprobs import LogprobsWriter, encode, logprobs_path
 
@@ -49,8 +47,9 @@ class TraceStore:
             lock = WriterLock(path)
             opened.callback(lock.release)
             self._ids = _scan_ids(path) if path.exists() else set[bytes]()
-            self._file, self.cut_bytes = self._open_lines(path, opened)
-            self._verdicts = self._open_lines(verdicts_path(path), opened)[0] if verdicts_path(path).exists() else None
+            self._file = self._open_log(path, Trace, opened)
+            has_verdicts = verdicts_path(path).exists()
+            self._verdicts = self._open_log(verdicts_path(path), Judgement, opened) if has_verdicts else None
             self._logprobs = self._open_logprobs(opened) if logprobs_path(path).exists() else None
             self._opened = opened.pop_all()
 
@@ -84,10 +83,8 @@ class TraceStore:
         """
         with self._guard:
             if self._verdicts is None:
-                self._verdicts, _ = self._open_lines(verdicts_path(self.path), self._opened)
-            lines = (json.dumps(asdict(judgement)) + "\n" for judgement in judgements)
-            while batch := "".join(itertools.islice(lines, 1000)):
-                self._verdicts.append(batch.encode())
+                self._verdicts = self._open_log(verdicts_path(self.path), Judgement, self._opened)
+            self._verdicts.extend(judgements)
             self._sync_soon()
 
     def has(self, trace_id: str) -> bool:
@@ -112,8 +109,7 @@ class TraceStore:
         """
         judged = read_judgements(verdicts_path(path))
         seen: set[bytes] = set()
-        for number, line in whole_lines(path):
-            trace = parse_line(Trace.from_json, path, number, line)
+        for trace in read_records(path, Trace):
             key = id_key(trace.id)
             if key not in seen:
                 seen.add(key)
@@ -129,19 +125,14 @@ class TraceStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_lines(self, path: Path, opened: ExitStack) -> tuple[AppendFile, int]:
-        """Open a JSONL file; return it and the length of the torn last line that was cut off."""
-        file = AppendFile(path)
-        opened.callback(file.close)
-        n_cut = file.cut_torn_line()
-        if n_cut:
-            self.repairs.append(f"{path.name}: cut off a torn last line of {n_cut} bytes")
-        return file, n_cut
+    def _open_log(self, path: Path, cls: type[R], opened: ExitStack) -> RecordLog[R]:
+        log = opened.enter_context(RecordLog(path, cls))
+        if log.n_cut_bytes:
+            self.repairs.append(f"{path.name}: cut off a torn last line of {log.n_cut_bytes} bytes")
+        return log
 
     def _open_logprobs(self, opened: ExitStack) -> LogprobsWriter:
         writer = LogprobsWriter(logprobs_path(self.path), self._ids)
@@ -153,7 +144,7 @@ class TraceStore:
     def _append(self, trace: Trace, completion: Completion | None) -> None:
         """Write the log-probabilities, if there are any, then the line; neither is there if either fails."""
         if completion is None or completion.logprobs is None or completion.token_ids is None:
-            self._file.append(_line(replace(trace, n_logprobs=0) if trace.n_logprobs else trace))
+            self._file.append(replace(trace, n_logprobs=0) if trace.n_logprobs else trace)
             return
         if self._logprobs is None:
             self._logprobs = self._open_logprobs(self._opened)
@@ -161,7 +152,7 @@ class TraceStore:
         try:
             writer.append(encode(trace.id, completion.token_ids, completion.logprobs))
             writer.sync()
-            self._file.append(_line(replace(trace, n_logprobs=completion.logprobs.ids.shape[1])))
+            self._file.append(replace(trace, n_logprobs=completion.logprobs.ids.shape[1]))
         except BaseException:
             if writer.size > before:
                 writer.truncate(before)
@@ -186,13 +177,6 @@ class TraceStore:
                 file.sync()
 
 
-def _line(trace: Trace) -> bytes:
-    try:
-        return (trace.to_json() + "\n").encode()
-    except UnicodeEncodeError:  # half a surrogate pair, as a server may send it: only an escape can say that
-        return (json.dumps(trace._record()) + "\n").encode()
-
-
 def _scan_ids(path: Path) -> set[bytes]:
     """Return the keys of the traces in a file, parsing only the lines that do not begin and end as ours do."""
     ids: set[bytes] = set()
@@ -205,9 +189,9 @@ def _scan_ids(path: Path) -> set[bytes]:
                 continue
             except ValueError:
                 pass
-        ids.add(id_key(parse_line(Trace.from_json, path, number, line).id))
+        ids.add(id_key(parse_line(Trace, path, number, line).id))
     if number > 1:
-        parse_line(Trace.from_json, path, number, last)
+        parse_line(Trace, path, number, last)
     return ids
 
 
@@ -230,8 +214,7 @@ def read_judgements(path: Path) -> dict[bytes, tuple[VerdictBy, float | None]]:
     """
     judged: dict[bytes, tuple[VerdictBy, float | None]] = {}
     shared: dict[tuple[VerdictBy, float | None], tuple[VerdictBy, float | None]] = {}  # a million take few values
-    for number, line in whole_lines(path) if path.exists() else ():
-        judgement = parse_line(Judgement.from_json, path, number, line)
+    for judgement in read_records(path, Judgement, missing_ok=True):
         said = (judgement.verdict_by, judgement.agreement)
         judged[id_key(judgement.id)] = shared.setdefault(said, said)
     return judged

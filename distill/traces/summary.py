@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ArtifactError, UsageError
-from ...localrun.core.append_file import parse_line, whole_lines
+from ...localrun.core.record_log import parse_line, whole_lines
 from ..records import Trace
 from ..run import find_run
 from .logprobs import logprobs_path
@@ -185,7 +185,7 @@ def find_trace(path: Path, which: str) -> Trace:
     if len(which) >= 4:
         # Our lines begin with the id: the others need no parsing.
         lines = ((number, line) for number, line in whole_lines(path) if which.encode() in line[:200])
-        ids = {t.id for t in (parse_line(Trace.from_json, path, *one) for one in lines) if t.id.startswith(which)}
+        ids = {t.id for t in (parse_line(Trace, path, *one) for one in lines) if t.id.startswith(which)}
         if len(ids) > 1:
             raise UsageError(
                 f"{len(ids)} traces begin with {which}: {', '.join(sorted(ids)[:3])}", "give more of the id"

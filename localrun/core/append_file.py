@@ -1,4 +1,4 @@
-"""Files that only grow, by one writer at a time: what was appended is whole after `kill -9` at any byte.
+"""Files that only grow, with one writer at a time: what was appended is whole after `kill -9` at any byte.
 
 `append` returns when the operating system has the bytes, so that the death of this process loses none of them. A loss
 of power may take what was not yet on the disk; `sync` returns when it is there.
@@ -12,27 +12,24 @@ import json
 import os
 import socket
 from binascii import unhexlify
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from ...errors import ArtifactError
 
-_T = TypeVar("_T")
-_NO_ROOM_HINT = "make room and run the same command again: it goes on after what is stored"
+_NO_ROOM_HINT = "make room and run the same command again: it resumes after what is stored"
 
 
 class AppendFile:
-    """A file that is only added to. Each `append` adds all of its bytes or, if that fails, none of them."""
+    """A file that only grows. Each `append` adds all of its bytes or, if that fails, none of them."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file.
 
         Raises:
-            ArtifactError: it cannot be opened.
+            ArtifactError: `code` "write-failed": it cannot be opened.
         """
         self.path, self._is_dirty, self._failure = path, False, ""
         is_new = not path.exists()
@@ -41,7 +38,7 @@ class AppendFile:
             stat = os.fstat(self._file)
             self.size, self._inode = stat.st_size, (stat.st_dev, stat.st_ino)
         except OSError as error:
-            raise ArtifactError(f"cannot open {path}: {error.strerror or error}") from error
+            raise ArtifactError(f"cannot open {path}: {error.strerror or error}", code="write-failed") from error
         if is_new:
             _sync_folder(path.parent)
 
@@ -49,7 +46,8 @@ class AppendFile:
         """Add the bytes at the end.
 
         Raises:
-            ArtifactError: the disk is full, or another program changed the file; what was there is still valid.
+            ArtifactError: `code` "write-failed" if the disk is full, "file-changed" if another program changed the
+                file; what was there before is still valid.
         """
         self._check()
         self._is_dirty = True
@@ -62,24 +60,26 @@ class AppendFile:
             self.truncate(self.size)
             if not isinstance(error, OSError):
                 raise
-            raise ArtifactError(f"cannot write to {self.path}: {error.strerror or error}", _NO_ROOM_HINT) from error
+            raise self._failed(f"cannot write to {self.path}", error, _NO_ROOM_HINT) from error
 
     def truncate(self, size: int) -> None:
         """Cut the file to its first `size` bytes.
 
         Raises:
-            ArtifactError: it cannot be cut; no more is appended then.
+            ArtifactError: `code` "write-failed": it cannot be cut; nothing more is appended then.
         """
         self._is_dirty = True
         try:
             os.ftruncate(self._file, size)
         except OSError as error:
-            self._failure = f"cannot cut {self.path} back to {size} bytes: {error.strerror or error}"
-            raise ArtifactError(self._failure, "the next run cuts it when it opens the file") from error
+            hint = "the next run cuts it when it opens the file"
+            failure = self._failed(f"cannot cut {self.path} back to {size} bytes", error, hint)
+            self._failure = failure.message
+            raise failure from error
         self.size = size
 
     def cut_torn_line(self) -> int:
-        """Cut off what stands behind the last newline, and return how many bytes that were."""
+        """Cut off what follows the last newline, and return how many bytes that was."""
         end = self.size
         while end > 0:
             start = max(0, end - (1 << 16))
@@ -95,22 +95,26 @@ class AppendFile:
         return torn
 
     def sync(self) -> None:
-        """Return when all that was appended is on the disk.
+        """Return when the disk has all that was appended.
 
         Raises:
-            ArtifactError: the disk refused some of it; no more is appended then, as nobody can tell what is there.
+            ArtifactError: `code` "write-failed": the disk refused some of it; nothing more is appended then, since
+                nobody can tell what the disk has.
         """
         if not self._is_dirty:
             return
         try:
             os.fsync(self._file)
         except OSError as error:
-            self._failure = f"the disk did not keep all of {self.path}: {error.strerror or error}"
-            raise ArtifactError(self._failure, "check the disk, then run the same command again") from error
+            failure = self._failed(
+                f"the disk did not keep all of {self.path}", error, "check the disk, then run the same command again"
+            )
+            self._failure = failure.message
+            raise failure from error
         self._is_dirty = False
 
     def close(self) -> None:
-        """Sync and close. More than one call does no harm."""
+        """Sync and close. Calling it again does no harm."""
         if self._file < 0:
             return
         file, self._file = self._file, -1
@@ -119,14 +123,17 @@ class AppendFile:
                 self._is_dirty = False
                 os.fsync(file)
         except OSError as error:
-            raise ArtifactError(f"the disk did not keep all of {self.path}: {error.strerror or error}") from error
+            raise self._failed(f"the disk did not keep all of {self.path}", error, "check the disk") from error
         finally:
             os.close(file)
 
+    def _failed(self, what: str, error: OSError, hint: str) -> ArtifactError:
+        return ArtifactError(f"{what}: {error.strerror or error}", hint, code="write-failed")
+
     def _check(self) -> None:
-        """Refuse to write where bytes would be lost or land behind those of somebody else."""
+        """Refuse to write where bytes would be lost or land behind those of another program."""
         if self._failure:
-            raise ArtifactError(self._failure)
+            raise ArtifactError(self._failure, code="write-failed")
         try:
             stat = os.stat(self.path)
             unchanged = (stat.st_dev, stat.st_ino) == self._inode and stat.st_size == self.size
@@ -136,20 +143,22 @@ class AppendFile:
             raise ArtifactError(
                 f"another program changed, moved or deleted {self.path} while it was written",
                 "nothing was added since; run the same command again",
+                code="file-changed",
             )
 
 
 class WriterLock:
-    """The right to write a file, held by one process on any host until `release` or its death.
+    """The right to write a file, held by one process on any host until `release` or until the process dies.
 
-    The lock file tells others who holds it. It stays when the lock is given back: deleting it would race.
+    The lock file tells others who holds it. It stays after `release`: deleting it would race with the next writer.
     """
 
     def __init__(self, path: Path, *, what: Path | None = None) -> None:
-        """Take the lock of a file; `what` is named instead of it where it stands for more.
+        """Take the lock of a file. Messages name `what`, if given: the folder that the file guards.
 
         Raises:
-            ArtifactError: another writer holds it, with who that is; or the folder cannot be written.
+            ArtifactError: `code` "file-locked": another writer holds it, and the message says who;
+                "folder-unwritable": the lock file cannot be created.
         """
         lock_path = path.with_name(f".{path.name}.lock")
         self._path, self._lock = lock_path, FileLock(lock_path, timeout=0, thread_local=False)
@@ -160,16 +169,19 @@ class WriterLock:
             raise ArtifactError(
                 f"{what or path} is being written by {_holder(lock_path)}",
                 f"wait for it to end, or work in another {'folder with --out' if what else 'file'}",
+                code="file-locked",
             ) from error
         except OSError as error:
             raise ArtifactError(
-                f"cannot work in {path.parent}: {error.strerror or error}", "give another folder with --out"
+                f"cannot write in {path.parent}: {error.strerror or error}",
+                "choose another folder with --out",
+                code="folder-unwritable",
             ) from error
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self._write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
 
     def release(self) -> None:
-        """Give the lock back. More than one call does no harm."""
+        """Give the lock back. Calling it again does no harm."""
         if self._lock.is_locked:
             self._write("")
             self._lock.release()
@@ -188,39 +200,8 @@ def _holder(lock_path: Path) -> str:
         return "another process"
 
 
-def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number from 1, line with its newline) of each whole line; a torn last one is left out.
-
-    Raises:
-        ArtifactError: the file cannot be read.
-    """
-    try:
-        with path.open("rb", buffering=1 << 20) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.endswith(b"\n"):
-                    return
-                yield number, line
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}", "is it the traces file?") from error
-
-
-def parse_line(parse: Callable[[bytes], _T], path: Path, number: int, line: bytes) -> _T:
-    """Return what a line says.
-
-    Raises:
-        ArtifactError: `parse` raised ValueError; the message names the file and the line.
-    """
-    try:
-        return parse(line)
-    except ValueError as error:
-        raise ArtifactError(
-            f"{path}:{number} is broken: {error}",
-            "if this is the right file, mend or delete that line: nothing was changed",
-        ) from error
-
-
 def id_key(id_: str) -> bytes:
-    """Return an id as 16 bytes: what its 32 hex digits say, or for any other id a hash of it."""
+    """Return an id as 16 bytes: its 32 hex digits, or a hash of an id of another form."""
     try:
         key = unhexlify(id_)
     except ValueError:
@@ -229,7 +210,7 @@ def id_key(id_: str) -> bytes:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk keep a new file's name, where the system can."""
+    """Make the disk keep a new file's name, on systems that can sync a folder."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

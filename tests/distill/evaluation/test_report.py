@@ -29,6 +29,7 @@ from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
 from deepdistill.distill.traces.overview import Overview
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.record_log import to_json
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"
 RECIPE = {"problems": "my.jsonl", "teacher": "https://api.example.org/v1", "student": "smollm2", "training": {"lr": 1}}
@@ -90,7 +91,7 @@ class Page(HTMLParser):
 def report(folder: Path, traces: list[Trace], kept: list[Trace] | None = None, **artifacts: Any) -> str:
     with Run(folder, RECIPE) as run:
         if traces:
-            lines = [line.to_json().encode("utf-8", "surrogatepass") + b"\n" for line in traces]
+            lines = [to_json(line).encode("utf-8", "surrogatepass") + b"\n" for line in traces]
             run.traces_path.write_bytes(b"".join(lines))
         for name, value in artifacts.items():
             run.save(f"{name}.json", value)
@@ -195,7 +196,7 @@ def test_the_table_of_the_files_stays_when_the_report_is_written_again(tmp_path:
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
-    line = trace(1).to_json().replace("it is 1", "\\ud83d it is")
+    line = to_json(trace(1)).replace("it is 1", "\\ud83d it is")
     with Run(tmp_path / "run", RECIPE) as run:
         run.traces_path.write_text(line + "\n", encoding="utf-8")
         write_report(run)

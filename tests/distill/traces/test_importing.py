@@ -14,6 +14,7 @@ from deepdistill.distill.records import Trace
 from deepdistill.distill.traces.importing import import_traces
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError
+from deepdistill.localrun.core.record_log import from_json, to_json
 
 Q, THOUGHT, SAID = "What is 2+2?", "Two and two.", "It is \\boxed{4}."
 TAGGED = f"<think>\n{THOUGHT}\n</think>\n\n{SAID}"
@@ -115,7 +116,7 @@ def test_every_layout_comes_out_alike(tmp_path: Path, layout: str, kind: str) ->
     assert problem.grader == ("math" if answer else "none")
     assert trace.source == problem.source == row.get("source", f"rows.{kind}")
     assert trace.teacher.name == row.get("model_name", "someone")
-    assert Trace.from_json(trace.to_json()) == trace
+    assert from_json(Trace, to_json(trace)) == trace
 
 
 def test_openr1_gives_a_trace_a_generation_and_believes_no_claim(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, trac
 from deepdistill.distill.traces.store import Judgement, TraceStore
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.core.record_log import from_json, to_json
 
 INFO = TeacherInfo("pocket", "pocket", "abc")
 
@@ -33,7 +34,7 @@ def make(index: int, content: str = "42", reasoning: str | None = "40+2=42") -> 
 
 
 def test_a_trace_has_the_fields_of_the_format() -> None:
-    record = json.loads(make(1).to_json())
+    record = json.loads(to_json(make(1)))
     assert record["usage"] == {"prompt": 10, "completion": 5, "reasoning": 3}
     assert record["teacher"] == {"name": "pocket", "backend": "pocket", "revision": "abc", "vocabulary": None}
     assert record["messages"] == [{"role": "user", "content": "question 1?"}]
@@ -45,9 +46,9 @@ def test_a_trace_has_the_fields_of_the_format() -> None:
 @settings(max_examples=100, deadline=None)
 def test_json_and_back(content: str, reasoning: str | None) -> None:
     trace = make(0, content, reasoning)
-    line = trace.to_json()
+    line = to_json(trace)
     assert "\n" not in line
-    assert Trace.from_json(line) == trace
+    assert from_json(Trace, line) == trace
 
 
 def test_ids_tell_requests_apart_and_stay_the_same() -> None:
@@ -74,21 +75,22 @@ def test_append_and_read_again(tmp_path: Path) -> None:
         assert not store.has(make(3).id)
         assert list(store) == [make(0), make(1), make(2)]
     with TraceStore(path) as store:
-        assert store.cut_bytes == 0
+        assert store.repairs == []
         store.append(make(3))
     assert list(TraceStore.read(path)) == [make(i) for i in range(4)]
 
 
 def test_a_last_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
-    whole = [(make(i, "naïve – 42 ✓").to_json() + "\n").encode() for i in range(3)]
+    whole = [(to_json(make(i, "naïve – 42 ✓")) + "\n").encode() for i in range(3)]
     kept = b"".join(whole[:2])
     for cut in range(len(whole[2])):
         path.write_bytes(kept + whole[2][:cut])
         assert len(list(TraceStore.read(path))) == 2, "reading alone leaves it out"
         assert path.stat().st_size == len(kept) + cut, "and leaves it alone"
         with TraceStore(path) as store:
-            assert (len(store), store.cut_bytes) == (2, cut)
+            assert len(store) == 2
+            assert store.repairs == ([f"traces.jsonl: cut off a torn last line of {cut} bytes"] if cut else [])
             if cut % 50 == 49:
                 store.append(make(7))
         assert [t.problem_id for t in TraceStore.read(path)] == ["p0", "p1"] + ["p7"] * (cut % 50 == 49)
@@ -98,7 +100,7 @@ def test_a_last_line_torn_at_any_byte_is_cut_off(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_broken_line_is_named_and_nothing_is_overwritten(tmp_path: Path, junk: bytes, at: int) -> None:
     path = tmp_path / "traces.jsonl"
-    lines = [(make(i).to_json() + "\n").encode() for i in range(3)]
+    lines = [(to_json(make(i)) + "\n").encode() for i in range(3)]
     lines.insert(at, junk + b"\n")
     path.write_bytes(b"".join(lines))
     with pytest.raises(ArtifactError, match=rf"traces\.jsonl:{at + 1} is broken"):
@@ -108,7 +110,7 @@ def test_a_broken_line_is_named_and_nothing_is_overwritten(tmp_path: Path, junk:
 
 def test_a_line_that_is_json_but_no_trace_is_broken_too(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
-    record = json.loads(make(0).to_json())
+    record = json.loads(to_json(make(0)))
     for bad in ({}, record | {"verdict": "maybe"}, record | {"usage": 3}, {k: record[k] for k in list(record)[1:]}):
         path.write_text(json.dumps(bad) + "\n", encoding="utf-8")
         with pytest.raises(ArtifactError, match=":1 is broken"):
@@ -116,7 +118,7 @@ def test_a_line_that_is_json_but_no_trace_is_broken_too(tmp_path: Path) -> None:
 
 
 def test_fields_of_a_newer_version_are_read_over() -> None:
-    assert Trace.from_json(json.dumps(json.loads(make(0).to_json()) | {"later": 1})) == make(0)
+    assert from_json(Trace, json.dumps(json.loads(to_json(make(0))) | {"later": 1})) == make(0)
 
 
 def test_a_missing_file_and_a_folder_in_its_place(tmp_path: Path) -> None:
@@ -243,10 +245,10 @@ def test_after_a_failed_sync_nothing_is_promised(tmp_path: Path, monkeypatch: py
 
 
 def test_traces_of_older_versions_are_read(tmp_path: Path) -> None:
-    record = json.loads(make(0).to_json())
+    record = json.loads(to_json(make(0)))
     for name in ("source", "sample", "n_logprobs", "agreement"):
         del record[name]
-    old = Trace.from_json(json.dumps(record))
+    old = from_json(Trace, json.dumps(record))
     assert (old.source, old.sample, old.n_logprobs, old.agreement) == ("", 0, 0, None)
 
 
