@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import UsageError
-from ..problems.similarity import Words, ends_in_loop, repeated_share
+from ...localrun.core.loops import find_loop
+from ..problems.similarity import Words, repeated_share
 from ..problems.split import bucket_of
 from ..records import Trace
 
@@ -122,9 +123,9 @@ def fault_of_text(trace: Trace, words: Words, settings: CurateSettings) -> str |
         return "too_short"
     if settings.max_trace_tokens is not None and n_tokens > settings.max_trace_tokens:
         return "overlong"
-    if settings.max_repeated is not None and (repeated_share(words) > settings.max_repeated or ends_in_loop(words)):
-        return "looped"
-    return None
+    if settings.max_repeated is None:
+        return None
+    return "looped" if repeated_share(words) > settings.max_repeated or find_loop(words.tolist()) else None
 
 
 def question_of(trace: Trace) -> str:

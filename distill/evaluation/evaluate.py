@@ -1,7 +1,6 @@
 """Score any model on held-out problems with the graders and the numbers that `teach` uses.
 
-A loop is counted as the design has it: the last 64 or more tokens repeat one n-gram three times or more, or generation
-reaches its limit without an answer.
+A loop is what `localrun.core.loops` calls one, or an answer that reaches its limit of tokens within the thinking.
 """
 
 from __future__ import annotations
@@ -16,13 +15,12 @@ from typing import Any
 
 from ...errors import ModelError
 from ...localrun.core.generation import Completion, Sampling
+from ...localrun.core.loops import find_loop
 from ...localrun.core.reporter import Progress
 from ..graders.pool import Grader
 from ..records import Problem, Request, messages_of
 from ..teachers import open_teacher
 from ..teachers.base import Teacher
-
-_LOOP_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -131,19 +129,7 @@ def is_loop(completion: Completion) -> bool:
         return True
     tokens: Sequence[Any]
     tokens = completion.token_ids or f"{completion.reasoning_content or ''} {completion.content}".split()
-    return repeats(tokens)
-
-
-def repeats(tokens: Sequence[Any]) -> bool:
-    """Say whether the last 64 tokens or more are one n-gram, three times or more."""
-    for period in range(1, len(tokens) // 3 + 1):
-        span = max(_LOOP_TOKENS, 3 * period)
-        if span > len(tokens):
-            return False
-        tail = tokens[len(tokens) - span :]
-        if all(tail[i] == tail[i + period] for i in range(span - period)):
-            return True
-    return False
+    return find_loop(tokens) is not None
 
 
 def format_score(scores: Iterable[float]) -> str:

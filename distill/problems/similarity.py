@@ -19,7 +19,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ...localrun.core.loops import LEAST_TIMES, LEAST_TOKENS, LONGEST_PERIOD
 from .split import normalise_question
 
 Words: TypeAlias = npt.NDArray[np.uint32]
@@ -77,18 +76,6 @@ def repeated_share(words: Words, n: int = 8) -> float:
     """
     grams = ngrams(words, n)
     return 1 - len(np.unique(grams)) / len(grams) if len(grams) else 0.0
-
-
-def ends_in_loop(words: Words) -> bool:
-    """Say whether a text ends in one n-gram three times or more, 64 words at least: `evaluate.repeats`, at speed."""
-    tail = words[-3 * LONGEST_PERIOD :][::-1]
-    for period in (np.flatnonzero(tail[1:] == tail[:1]) + 1).tolist():
-        span = max(LEAST_TOKENS, LEAST_TIMES * period)
-        if span > len(tail):
-            return False
-        if (tail[: span - period] == tail[period:span]).all():
-            return True
-    return False
 
 
 def minhash(grams: Grams) -> npt.NDArray[np.uint16]:

@@ -16,18 +16,19 @@ from typing import Any, Literal
 import numpy as np
 
 from ....localrun.core.generation import TopLogprobs
+from ....localrun.core.loops import Loop, find_loop
 from ...recipe import OnPolicy
 from ...records import Trace
 from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs
 from ..logit_rows import mixture
 from ..rows import Row, make_row, shortened
-from .loops import find_loop, negative_row
 
 Lesson = tuple[Row, float | None]
 """A row, and the pass rate of its problem (see curriculum)."""
 
 _MOST_ADVANTAGE = 5.0  # nats: a token that the teacher all but rules out says no more than that
+_MOST_NEGATIVES = 64  # tokens of one sample: a loop of 500 teaches no more than its beginning
 _REPLAYED = 1.0  # earlier rows count as easy: half of them come in each pass
 
 
@@ -172,3 +173,15 @@ def given_logprobs(top: TopLogprobs, ids: Sequence[int]) -> Any:
     is_given = top.ids == np.asarray(ids)[:, None]
     assert is_given.any(1).all(), "a scored text holds its own tokens"
     return top.values[np.arange(len(ids)), is_given.argmax(1)]
+
+
+def negative_row(prompt: Sequence[int], tokens: Sequence[int], loop: Loop) -> Row:
+    """Return the row that makes the repeating tokens of a sample less probable where they stood.
+
+    The first time round may be meant, so only what repeats it is a negative; what came before is left alone.
+
+    Source: unlikelihood training, arXiv 1908.04319, on the sequence level with the repeated n-gram as the negative.
+    """
+    end = min(len(tokens), loop.first_repeat + _MOST_NEGATIVES)
+    is_negative = [float(i >= loop.first_repeat) for i in range(end)]
+    return Row([*prompt, *tokens[:end]], len(prompt), losses=(("unlikelihood", 1.0),), weights=is_negative)

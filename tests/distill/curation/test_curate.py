@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 
 from deepdistill.distill.curation.curate import curate, select
 from deepdistill.distill.curation.filters import FILTERS, CurateSettings
-from deepdistill.distill.evaluation.evaluate import repeats
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.similarity import (
     contaminated,
-    ends_in_loop,
     minhash,
     near_duplicates,
     ngrams,
@@ -312,18 +310,6 @@ def test_ngrams_are_the_naive_ones(words: list[str], n: int) -> None:
         assert len(set(grams.tolist())) == len(shingles(text, n))
         repeated = 1 - len(shingles(text, n)) / (len(words) - n + 1)
         assert repeated_share(word_hashes(text), n) == pytest.approx(repeated)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    st.lists(st.sampled_from("abc"), max_size=30),
-    st.lists(st.sampled_from("abc"), min_size=1, max_size=40),
-    st.integers(1, 70),
-    st.integers(0, 5),
-)
-def test_loops_are_those_of_the_evaluation(start: list[str], period: list[str], times: int, rest: int) -> None:
-    words = start + period * times + period[:rest]
-    assert ends_in_loop(word_hashes(" ".join(words))) == repeats(words)
 
 
 def jaccard(a: str, b: str) -> float:

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from deepdistill.distill.evaluation.evaluate import is_loop, repeats, score, wilson_interval
-from deepdistill.localrun.core.generation import Completion
+from deepdistill.distill.curation.filters import CurateSettings, fault_of_text
+from deepdistill.distill.evaluation.evaluate import is_loop, score, wilson_interval
+from deepdistill.distill.problems.similarity import word_hashes
+from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Verdict
+from deepdistill.distill.teachers import pocket_dir
+from deepdistill.distill.teachers.endpoint.stream import LoopWatch
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+from deepdistill.distill.traces.logprobs import Logprobs, LogprobsWriter, encode
+from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix
+from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
+from deepdistill.localrun.core.loops import LoopDetector
 
 DONE = Completion("42", "6*7=42", True, "stop", 10, 5, 3, 0.1, (1, 2, 3, 4, 5))
 
@@ -22,37 +33,83 @@ def test_wilson_interval_solves_its_own_equation(right: int, n: int) -> None:
             assert abs(right / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
 
 
-def naive_repeats(tokens: list[int]) -> bool:
-    for period in range(1, len(tokens) + 1):
-        times = 0
-        while (times + 1) * period <= len(tokens):
-            start = len(tokens) - (times + 1) * period
-            if tokens[start : start + period] != tokens[len(tokens) - period :]:
-                break
-            times += 1
-        whole = times * period
-        # and the part of one more n-gram before it
-        while whole < len(tokens) and tokens[len(tokens) - whole - 1] == tokens[len(tokens) - whole - 1 + period]:
-            whole += 1
-        if times >= 3 and whole >= 64:
-            return True
-    return False
+def as_text(tokens: Sequence[int]) -> str:
+    """Return a word of letters for each token, so that every reader of the text cuts it alike."""
+    return "".join(" " + "".join("abcdefghij"[int(digit)] for digit in str(token)) for token in tokens)
 
 
-@given(
-    st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), min_size=1, max_size=9), st.integers(0, 40)
+def is_loop_to_scores(tokens: Sequence[int], path: Path) -> bool:
+    found = is_loop(replace(DONE, token_ids=tuple(tokens)))
+    assert is_loop(replace(DONE, token_ids=None, reasoning_content=None, content=as_text(tokens))) is found
+    return found
+
+
+def is_loop_to_filters(tokens: Sequence[int], path: Path) -> bool:
+    everything_else_passes = CurateSettings(max_repeated=1.0)
+    words = word_hashes(as_text(tokens))
+    return fault_of_text(trace_of(as_text(tokens)), words, everything_else_passes) == "looped"
+
+
+def is_loop_to_training(tokens: Sequence[int], path: Path) -> bool:
+    top = TopLogprobs(np.array(tokens, np.int32)[:, None], np.zeros((len(tokens), 1), np.float32))
+    sample, path = trace_of("", "wrong"), path / f"{len(list(path.iterdir()))}.bin"
+    with closing(LogprobsWriter(path, set())) as writer:
+        writer.append(encode(sample.id, tokens, top))
+    with Logprobs.open(path) as own:
+        mixture = mix(load_tokenizer(pocket_dir()), [sample], own, None, [], [], MixtureSettings(max_length=4000))
+    return mixture.counts["loops"] == 1
+
+
+def is_loop_to_the_chat(tokens: Sequence[int], path: Path) -> bool:
+    detector = LoopDetector()
+    return [detector.add(token) for token in tokens][-1] is not None
+
+
+def is_loop_to_the_endpoint(tokens: Sequence[int], path: Path) -> bool:
+    return LoopWatch().add(as_text(tokens) + " end")
+
+
+def trace_of(content: str, verdict: Verdict = "right") -> Trace:
+    problem, grade = Problem("7", "6 * 7 =", "42", "s", "number"), Grade("42", verdict, "grader", 1.0)
+    done = replace(DONE, content=content, reasoning_content=None)
+    return Trace.make(problem, done, grade, TeacherInfo("t", "gguf"), "t", Sampling())
+
+
+USERS = [
+    is_loop_to_scores,
+    is_loop_to_filters,
+    is_loop_to_training,
+    is_loop_to_the_chat,
+    is_loop_to_the_endpoint,
+]
+
+
+@pytest.mark.parametrize("is_a_loop", USERS, ids=lambda user: user.__name__)
+@pytest.mark.parametrize(
+    ("head", "period", "n_tokens", "expected"),
+    [
+        (20, 1, 63, False),
+        (20, 1, 64, True),
+        (0, 21, 63, False),
+        (0, 21, 64, True),
+        (50, 30, 89, False),
+        (50, 30, 90, True),
+        (9, 512, 1536, True),
+        (9, 600, 1799, False),
+        (9, 600, 1800, True),  # no user looks only so far back
+        (200, 1, 0, False),
+    ],
 )
-def test_loops_are_found_as_a_naive_search_finds_them(head: list[int], gram: list[int], times: int) -> None:
-    tokens = head + gram * times
-    assert repeats(tokens) == naive_repeats(tokens)
-
-
-def test_a_loop_must_be_long_and_at_the_end() -> None:
-    assert repeats([7] * 64)
-    assert not repeats([7] * 63)
-    assert not repeats([7] * 64 + [1, 2])
-    assert repeats(list(range(30)) * 3)
-    assert not repeats(list(range(40)) * 2)
+def test_scores_filters_training_and_chat_call_the_same_texts_loops(
+    is_a_loop: Callable[[Sequence[int], Path], bool],
+    head: int,
+    period: int,
+    n_tokens: int,
+    expected: bool,
+    tmp_path: Path,
+) -> None:
+    tokens = [*range(1000, 1000 + head), *(i % period for i in range(n_tokens))]
+    assert is_a_loop(tokens, tmp_path) is expected
 
 
 def test_reaching_the_limit_without_an_answer_is_a_loop() -> None:
