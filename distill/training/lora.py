@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, UsageError
-from ..quiet import quiet_transformers
+from ..device import quiet_transformers
 from .report import TrainSettings
 from .rows import Row
 

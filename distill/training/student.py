@@ -100,7 +100,7 @@ def _cached(name: str, write: Any) -> Path:
 
 
 def _write_smollm2(folder: Path) -> None:
-    from ..quiet import quiet_transformers
+    from ..device import quiet_transformers
 
     quiet_transformers()
     import torch

@@ -25,8 +25,7 @@ from safetensors import SafetensorError
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.core.reporter import Progress, no_progress
-from ..device import NO_MEMORY, SMALL_MODEL, choose_device
-from ..precision import fastest
+from ..device import NO_MEMORY, SMALL_MODEL, choose_device, fastest
 from ..run import write_text
 from ..tokenizer import Tokenizer
 from .callback import Clock, Validation, last_checkpoint, validation_of

@@ -7,18 +7,20 @@ received until then is the completion; leaving the connection tells the server t
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import httpx
+import numpy as np
 
-from ....localrun.core.generation import Completion, FinishReason
+from ....localrun.core.generation import Completion, FinishReason, TopLogprobs
 from ....localrun.core.loops import LoopDetector
 from ....localrun.families.thinking import CLOSE, OPEN, split_thinking
-from .reply_logprobs import read_logprobs
 
+_ID_PREFIX = "token_id:"
 _SLACK = 16  # tokens over the limit before a stream is cut: a server that keeps it is left to send its usage
 # Words, numbers and runs of signs, about as tokenizers cut them, wherever the pieces of a stream begin and end.
 _WORD = re.compile(r" ?[^\W\d_\u3040-\u9fff]{1,32}| ?\d{1,3}|(.)\1{0,15}", re.DOTALL)
@@ -206,3 +208,38 @@ def _take(reply: Reply, event: Any, part: str) -> str:
 def _count(usage: dict[str, Any], name: str) -> int:
     value = usage.get(name)
     return value if isinstance(value, int) and value > 0 else 0
+
+
+def read_logprobs(entries: Sequence[Any]) -> tuple[tuple[int, ...] | None, TopLogprobs | None]:
+    """Return the ids and the log-probabilities that a server's entries, one a token, hold; None where it gave none.
+
+    Where a position has fewer than the others, the missing ones have the id -1 and the log-probability -inf.
+    """
+    try:
+        token_ids = tuple(_id(entry) for entry in entries)
+        rows = [_row(entry) for entry in entries]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None, None
+    k = max(map(len, rows), default=0)
+    if not token_ids:
+        return None, None
+    if not k:
+        return token_ids, None
+    rows = [row + [(-math.inf, -1)] * (k - len(row)) for row in rows]
+    values, ids = np.array(rows, np.float64).transpose(2, 0, 1)  # [T, k] each
+    return token_ids, TopLogprobs(ids.astype(np.int32), values.astype(np.float32))
+
+
+def _id(entry: Any) -> int:
+    """Return the token id of an entry; a KeyError or ValueError says that it has none."""
+    if "id" in entry and "bytes" in entry:
+        return int(entry["id"])
+    token = entry["token"]
+    if not token.startswith(_ID_PREFIX):
+        raise ValueError("no token id")
+    return int(token.removeprefix(_ID_PREFIX))
+
+
+def _row(entry: Any) -> list[tuple[float, int]]:
+    """Return (log-probability, id) of a position's alternatives, the most probable first."""
+    return sorted(((float(top["logprob"]), _id(top)) for top in entry.get("top_logprobs") or []), reverse=True)

@@ -11,10 +11,14 @@ been taken by the caller, so that no more is drawn than the caller has seen the 
 
 from __future__ import annotations
 
+import asyncio
+import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 
+import httpx
 import tenacity
 
 from ....errors import TeacherError, UsageError
@@ -22,12 +26,12 @@ from ....localrun.core.generation import Completion, Message, Sampling, TopLogpr
 from ...records import Request
 from ..base import Teacher
 from .concurrency import Pace, RateLimit
-from .retry import FIRST_ATTEMPTS, Endpoint, backoff, is_absent
-from .run import EndpointRun
+from .retry import FIRST_ATTEMPTS, Asker, Endpoint, backoff, is_absent
 from .scoring import Scorer
-from .server import Retryable, Server
+from .server import CONNECT_S, Retryable, Server, tls_context
 
 _SCORED_AT_ONCE = 16  # requests, unless the user fixes how many
+_LOOK_S = 0.25
 
 
 class EndpointTeacher(Teacher):
@@ -181,3 +185,99 @@ def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
     else:
         what = f"{hosts} {'does' if is_one else 'do'} not list {'its' if is_one else 'their'} models"
     raise TeacherError(what, "name one with --model")
+
+
+class EndpointRun:
+    """The requests of one call. `results` gets completions, notes, what ended the run before its time, at last None."""
+
+    def __init__(self, endpoint: Endpoint, requests: Iterable[Request], sampling: Sampling, top_logprobs: int) -> None:
+        self.results: queue.SimpleQueue[tuple[int, Completion] | str | BaseException | None] = queue.SimpleQueue()
+        self.ended = threading.Event()
+        self._endpoint, self._requests = endpoint, enumerate(requests)
+        self._asker = Asker(endpoint, sampling, top_logprobs, self.results.put)
+        self._loop = asyncio.new_event_loop()
+        self._n_open = 0  # drawn and not taken by the caller
+        self._was_full = False
+
+    # Called from the caller's thread.
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the loop call a function, if it still runs."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function)
+
+    def cancel(self) -> None:
+        """Drop everything that is in flight."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def taken(self) -> None:
+        """Take notice that the caller is done with an answer: its place is free."""
+        self._n_open -= 1
+        self._asker.changed.set()
+
+    # Runs in a thread of its own.
+
+    def work(self) -> None:
+        """Answer every request, then put None."""
+        try:
+            with asyncio.Runner(loop_factory=lambda: self._loop) as runner, suppress(asyncio.CancelledError):
+                runner.run(self._work())
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self.results.put(error)
+        finally:
+            self.results.put(None)
+            self.ended.set()
+
+    async def _work(self) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # How long a server may be silent is for `Server.ask` to watch: httpx would take a comment for a sign of life.
+        timeout = httpx.Timeout(None, connect=min(CONNECT_S, self._endpoint.timeout_s))
+        async with httpx.AsyncClient(limits=limits, timeout=timeout, verify=tls_context()) as client:
+            watcher = asyncio.create_task(self._watch())
+            try:
+                async with asyncio.TaskGroup() as group:
+                    async for index, request in self._drawn():
+                        group.create_task(self._answer_and_put(client, index, request))
+            finally:
+                watcher.cancel()
+
+    async def _drawn(self) -> AsyncIterator[tuple[int, Request]]:
+        """Yield (index, request) as places come free, until there are no more or the run stops."""
+        while True:
+            self._was_full = self._was_full or self._n_open >= self._endpoint.pace.level
+            await self._asker.until(lambda: self._n_open < self._endpoint.pace.level)
+            if self._asker.stopped.is_set():
+                return
+            try:
+                drawn = next(self._requests, None)
+            except BaseException as error:  # the caller's own
+                self._stop(error)
+                return
+            if drawn is None:
+                return
+            self._n_open += 1
+            yield drawn
+
+    async def _watch(self) -> None:
+        """Let the pace look at how it goes, now and then."""
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            self._endpoint.pace.look(self._n_open, self._was_full)
+            self._was_full = self._n_open >= self._endpoint.pace.level
+            self._asker.changed.set()
+
+    def _stop(self, error: BaseException) -> None:
+        """Draw no more and wait for nothing; what is in flight may end."""
+        self.results.put(error)
+        self._asker.stopped.set()
+        self._asker.changed.set()
+
+    async def _answer_and_put(self, client: httpx.AsyncClient, index: int, request: Request) -> None:
+        try:
+            completion = await self._asker.answer(client, request)
+        except Exception as error:
+            self._stop(error)
+            return
+        if completion is not None:
+            self.results.put((index, completion))

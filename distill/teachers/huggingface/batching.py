@@ -23,8 +23,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ....localrun.core.generation import Sampling, TopLogprobs
-from .kv_cache import GrowingLayer, stack_rows
-from .latent_attention import LatentAttention
+from .kv_cache import GrowingLayer, LatentAttention, stack_rows
 from .sampling import choose, draw_uniforms, top_of
 
 _PREFILL_TOKENS = 16384  # a prefill pass with its padding; bounds the memory that long prompts take

@@ -16,8 +16,7 @@ import transformers
 from safetensors import SafetensorError
 
 from ....errors import ModelError
-from ...device import inference_dtype
-from ...quiet import quiet_transformers
+from ...device import inference_dtype, quiet_transformers
 from ...tokenizer import Tokenizer
 
 _HASHED_BLOCKS, _BLOCK_BYTES = 16, 1 << 20

@@ -26,8 +26,7 @@ from ....errors import ModelError, UsageError
 from ....localrun.core.generation import Sampling
 from ....localrun.core.reporter import Progress, no_progress
 from ....localrun.families.thinking import prompt_opens_thinking
-from ...device import SMALL_MODEL, choose_device, has_fast_bf16
-from ...quiet import quiet_transformers
+from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, make_row

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.teachers.endpoint.reply_logprobs import read_logprobs
-from deepdistill.distill.teachers.endpoint.stream import LoopWatch, Reply
+from deepdistill.distill.teachers.endpoint.stream import LoopWatch, Reply, read_logprobs
 
 
 def found_after(text: str, sizes: list[int]) -> int | None:
