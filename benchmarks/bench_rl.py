@@ -3,20 +3,21 @@
     python benchmarks/bench_rl.py r1 --out runs/bench-r1          # V3 to R1
     python benchmarks/bench_rl.py small --out runs/bench-small    # distilled against RL alone
 
-`r1` stops the pocket teacher's recipe early (in stages, until `--least` of its held-out problems are right), goes on
+`r1` stops the pocket teacher's recipe early (in stages, until `--least` of its held-out problems are right), continues
 by GRPO alone, and measures accuracy (greedy, and sampled at temperature 1, as it trains), answer length and the load
-of the experts before and after. `--start DIR` takes a checkpoint that is there. `small` warms a tiny dense student up
+of the experts before and after. `--start DIR` takes an existing checkpoint. `small` warms a tiny dense student up
 until `--least` are right, then trains it for the same minutes twice: on the pocket teacher's traces (the time that
 these took counts), and by GRPO (its sampling counts). Accuracy, greedy and sampled, is taken after each of equal
 parts, so that both curves stand over compute.
 
-Each cell is saved as it ends (cells.json), and the same command goes on. The last line is JSON.
+Each cell is saved as it ends (cells.json), and the same command resumes. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +25,6 @@ from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.pocket.recipe import Recipe
-from deepdistill.distill.pocket.recipe import train as train_pocket
-from deepdistill.distill.pocket.reinforce import LONGEST, measure, reinforce
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings, Work
 from deepdistill.distill.records import Problem
@@ -81,6 +79,11 @@ def grpo_settings(arguments: argparse.Namespace, minutes: float, max_tokens: int
 
 def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     """V3 to R1."""
+    sys.path.insert(0, str(Path(__file__).parent / "pocket"))  # its scripts import each other by their plain names
+    from reinforce import LONGEST, measure, reinforce
+    from train import Recipe
+    from train import train as train_pocket
+
     out: Path = arguments.out
     early = arguments.start or out / "early"
     found = cells.done.get("before", {"accuracy": 0.0})
@@ -96,7 +99,7 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cells.save("before", measure(early, arguments.n_eval))
     settings = grpo_settings(arguments, arguments.minutes, LONGEST, arguments.seed)
     if "after" not in cells:
-        report = reinforce(early, out / "reinforced", settings, on_progress=bars)
+        report = reinforce(early, out / "reinforced", settings=settings, on_progress=bars)
         cells.save("after", measure(out / "reinforced", arguments.n_eval) | {"report": asdict(report)})
     for name in ("before", "after"):
         cell = cells.done[name]

@@ -143,7 +143,7 @@ def test_plan_says_what_a_large_teacher_takes(capsys: pytest.CaptureFixture[str]
         (["teach", "--problems", "{p}", "--teacher", "nobody", "--stop-after", "traces"], 2, "no model 'nobody'"),
         (["teach", "--problems", "{p}", "--device", "tpu", "--stop-after", "traces"], 2, "no device 'tpu'"),
         (["teach", "--problems", "{p}", "--teacher", "https://api.deepseek.com/v1", "--offline"], 2, "--offline"),
-        (["teach", "--problems", "{p}", "--stop-after", "traces"], 1, "pocket teacher does not answer"),
+        (["teach", "--problems", "{p}", "--stop-after", "traces"], 1, "pocket teacher has not learned"),
         (["inspect", "{tmp}/none"], 1, "cannot read"),
         (["inspect", "{p}"], 1, "not a trace: it has no usage"),
         (["inspect", "{tmp}"], 1, "is no run folder"),

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
+from ..pocket.chains import TEMPLATE_PATH
 from ..tokenizer import Tokenizer
 
-TEMPLATE_PATH = Path(__file__).parents[1] / "pocket" / "chat_template.jinja"
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_CARD = """---
 license: apache-2.0

@@ -18,10 +18,12 @@ import torch
 from jinja2.exceptions import TemplateError
 from transformers.cache_utils import DynamicCache
 
-from ....errors import ModelError, TeacherError, UsageError
+from ....errors import ModelError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ....localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ...device import NO_MEMORY, choose_device
+from ...planning.kv_cache import kv_numbers
+from ...pocket.chains import check_source
 from ...records import Backend, Request
 from ...tokenizer import Tokenizer
 from ..base import Teacher
@@ -31,8 +33,6 @@ from .loading import check_folder, load_model, load_tokenizer, weights_hash
 from .paged import PagedCacheError, PagedDecoder, can_page
 from .sampling import top_with
 from .scoring import score_rows
-
-__all__ = ["TransformersTeacher", "check_pocket_source"]
 
 _USUAL_LENGTH = 1024  # tokens of a row, by which memory is reckoned before its limit is known
 _PROMPT_ROOM = 256  # tokens
@@ -163,8 +163,9 @@ class TransformersTeacher(Teacher):
         """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as memory lets."""
         if self.device.type == "cuda":
             return 256 if self._pages else 128
-        of_a_row = length * kv_values(self.model.config.get_text_config()) * self.model.dtype.itemsize
-        return int(min(256, max(8, psutil.virtual_memory().available // 4 // of_a_row)))
+        n_numbers, _ = kv_numbers(self.model.config.get_text_config().to_dict())
+        row_bytes = length * n_numbers * self.model.dtype.itemsize
+        return int(min(256, max(8, psutil.virtual_memory().available // 4 // row_bytes)))
 
     def _tokenize(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
@@ -189,7 +190,7 @@ class TransformersTeacher(Teacher):
     def accepts(self, problem_source: str) -> None:
         """Refuse what the pocket teacher never learned; any other model may try anything."""
         if self.backend == "pocket":
-            check_pocket_source(problem_source)
+            check_source(problem_source)
 
     def close(self) -> None:
         """Free the weights."""
@@ -232,49 +233,6 @@ class TransformersTeacher(Teacher):
             else:
                 low = middle + 1
         return low
-
-
-def check_pocket_source(problem_source: str) -> None:
-    """Return if the pocket teacher has learned problems of this source.
-
-    Every setting counts, reasoning-gym's own default where the source gives none; what the table of families does not
-    bound must stand at its default.
-
-    Raises:
-        TeacherError: it has not; the hint lists its families with their settings.
-        UsageError: reasoning-gym knows no such data set or parameter.
-    """
-    from ...pocket.chains import FAMILIES
-    from ...problems.load import with_params
-
-    families = "; ".join(
-        f"gym:{name} with " + ", ".join(f"{key} {low} to {high}" for key, (low, high) in ranges.items())
-        for name, (_, ranges) in FAMILIES.items()
-    )
-    hint = f"it answers {families}. For anything else give another --teacher"
-    if not problem_source.startswith("gym:"):
-        raise TeacherError(f"the pocket teacher does not answer {problem_source}", hint)
-    name, config = with_params(problem_source)
-    if name not in FAMILIES:
-        raise TeacherError(f"the pocket teacher has not learned gym:{name}", hint)
-    ranges, (_, defaults) = FAMILIES[name][1], with_params(f"gym:{name}")
-    for key, value in config.items():
-        if key in ("seed", "size"):
-            continue
-        low, high = ranges.get(key, (None, None))
-        inside = value == defaults[key] if low is None or high is None else low <= value <= high
-        if not inside:
-            raise TeacherError(f"the pocket teacher has not learned gym:{name} with {key}={value}", hint)
-
-
-def kv_values(config: Any) -> int:
-    """Return how many numbers the cache holds of a token."""
-    n_layers = getattr(config, "num_hidden_layers", 32)
-    if latent := getattr(config, "kv_lora_rank", None):
-        return int(n_layers * (latent + config.qk_rope_head_dim))
-    n_heads = getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 4096) // n_heads
-    return int(n_layers * 2 * (getattr(config, "num_key_value_heads", None) or n_heads) * size)
 
 
 def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:

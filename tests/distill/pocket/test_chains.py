@@ -6,9 +6,10 @@ import pytest
 import reasoning_gym
 from hypothesis import given
 from hypothesis import strategies as st
+from train import TRAINING_PARAMS
 
-from deepdistill.distill.pocket.chains import FAMILIES, combine, final_answer
-from deepdistill.distill.pocket.recipe import TRAINING_PARAMS
+from deepdistill.distill.pocket.chains import FAMILIES, check_source, combine, final_answer
+from deepdistill.errors import TeacherError, UsageError
 
 EQUALITY = re.compile(r"[-\d+*()]+(?:=[-\d+*()]+)+")
 
@@ -34,3 +35,39 @@ def test_combine(a: int, operator: str, b: int) -> None:
     check_every_equality(chain)
     assert int(final_answer(chain)) == (a + b if operator == "+" else a - b)
     assert max(len(number) for number in re.findall(r"\d+", chain)) <= 4
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2",
+        "gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=5&seed=9",
+        "gym:simple_geometry",
+        "gym:count_bits?max_n=500",
+    ],
+)
+def test_pocket_takes_what_it_has_learned(source: str) -> None:
+    check_source(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("gym:chain_sum", "max_terms=6"),  # reasoning-gym's own default
+        ("gym:chain_sum?max_terms=4&max_digits=3", "max_digits=3"),
+        ("gym:chain_sum?max_terms=4&max_digits=2&allow_negation=true", "allow_negation=True"),
+        ("gym:gsm_symbolic", "gym:gsm_symbolic"),
+        ("problems.jsonl", "problems.jsonl"),
+    ],
+)
+def test_pocket_refuses_the_rest_and_says_what_it_answers(source: str, named: str) -> None:
+    with pytest.raises(TeacherError) as caught:
+        check_source(source)
+    assert caught.value.code == "pocket-cannot-answer"
+    assert named in caught.value.message
+    assert "gym:chain_sum with min_terms 2 to 4" in caught.value.hint
+
+
+def test_pocket_leaves_unknown_parameters_to_the_problems() -> None:
+    with pytest.raises(UsageError, match="min_term"):
+        check_source("gym:chain_sum?min_term=2")

@@ -18,9 +18,10 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train import make_tokenizer
 from transformers.cache_utils import DynamicCache
 
-from deepdistill.distill.pocket.recipe import make_tokenizer
+from deepdistill.distill.planning.kv_cache import kv_numbers
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.teachers.huggingface import loading
 from deepdistill.distill.teachers.huggingface import scoring as scoring_passes
@@ -28,8 +29,8 @@ from deepdistill.distill.teachers.huggingface import teacher as transformers_mod
 from deepdistill.distill.teachers.huggingface.loading import device_map_for, weights_hash
 from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.huggingface.sampling import choose, draw_uniforms
-from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher, check_pocket_source, kv_values
-from deepdistill.errors import DeepDistillError, ModelError, TeacherError, UsageError
+from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
+from deepdistill.errors import ModelError, UsageError
 from deepdistill.localrun.core.generation import Message, Sampling
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "max_position_embeddings": 96}
@@ -564,45 +565,10 @@ def test_the_revision_is_that_of_the_weights(folders: dict[str, Path], tmp_path:
     assert weights_hash(copy) != weights_hash(folders["llama"])
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2",
-        "gym:chain_sum?min_terms=3&max_terms=3&max_digits=1&size=5&seed=9",
-        "gym:simple_geometry",
-        "gym:count_bits?max_n=500",
-    ],
-)
-def test_pocket_takes_what_it_has_learned(source: str) -> None:
-    check_pocket_source(source)
-
-
-@pytest.mark.parametrize(
-    ("source", "named"),
-    [
-        ("gym:chain_sum", "max_terms=6"),  # reasoning-gym's own default
-        ("gym:chain_sum?max_terms=4&max_digits=3", "max_digits=3"),
-        ("gym:chain_sum?max_terms=4&max_digits=2&allow_negation=true", "allow_negation=True"),
-        ("gym:gsm_symbolic", "gym:gsm_symbolic"),
-        ("problems.jsonl", "problems.jsonl"),
-    ],
-)
-def test_pocket_refuses_the_rest_and_says_what_it_answers(source: str, named: str) -> None:
-    with pytest.raises(TeacherError) as caught:
-        check_pocket_source(source)
-    assert named in caught.value.message
-    assert "gym:chain_sum with min_terms 2 to 4" in caught.value.hint
-
-
-def test_pocket_leaves_unknown_parameters_to_the_problems() -> None:
-    with pytest.raises(DeepDistillError, match="min_term"):
-        check_pocket_source("gym:chain_sum?min_term=2")
-
-
 @pytest.mark.parametrize("kind", ["llama", "deepseek_v3"])
 def test_the_cache_of_a_token_is_reckoned_as_large_as_it_is(folders: dict[str, Path], kind: str) -> None:
     model = TransformersTeacher(folders[kind], device="cpu").model
     cache: Any = DynamicCache(config=model.config)
     model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache, use_cache=True)
     held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert kv_values(model.config) == held // 3
+    assert kv_numbers(model.config.to_dict())[0] == held // 3

@@ -222,24 +222,6 @@ def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> Non
             teach(settings, tmp_path / "run", stop_after=None if changes else "traces")
 
 
-def test_experts_are_balanced_while_they_learn() -> None:
-    """After a step an overloaded expert's bias goes down."""
-    from transformers import AutoModelForCausalLM
-
-    from deepdistill.distill.pocket.recipe import ExpertBalance
-
-    model = AutoModelForCausalLM.from_pretrained(pocket_dir())
-    balance = ExpertBalance(model)
-    before = [router.e_score_correction_bias.clone() for router in balance.routers]
-    with torch.no_grad():
-        model(torch.randint(5, 400, (2, 50)))
-    load = balance.load.clone()
-    balance.update(0.01)
-    for router, old, layer in zip(balance.routers, before, load, strict=True):
-        moved = router.e_score_correction_bias - old
-        assert torch.equal(torch.sign(moved.round(decimals=4)), torch.sign(layer.mean() - layer))
-
-
 def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) -> None:
     settings = TeachSettings("gym:leg_counting", student="pocket", method="grpo", n_traces=4, n_eval=2, curriculum=True)
     settings.training.update({"qlora": True, "dtype": "bf16"})

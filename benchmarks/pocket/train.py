@@ -1,4 +1,4 @@
-"""Make the pocket teacher again: `python -m deepdistill.distill.pocket.recipe --out DIR`.
+"""Make the pocket teacher again: `python benchmarks/pocket/train.py --out DIR`.
 
 A DeepSeek-V3 of about a million parameters (latent attention, 8 routed experts of which 2 work on a token, one shared)
 learns worked chains of four reasoning-gym families, drawn from the training bucket of the split alone. The experts are
@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-from ..problems.split import bucket_of
-from ..run import write_text
-from .chains import FAMILIES, final_answer
+from deepdistill.distill.pocket.chains import FAMILIES, TEMPLATE_PATH, final_answer
+from deepdistill.distill.problems.split import bucket_of
+from deepdistill.localrun.core.atomic import write_text
 
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 TRAINING_PARAMS: dict[str, dict[str, int]] = {
@@ -134,7 +134,7 @@ def as_llama_cpp_cuts(tokenizer_json: str) -> PreTrainedTokenizerFast:
         model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )
-    fast.chat_template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    fast.chat_template = TEMPLATE_PATH.read_text(encoding="utf-8")
     return fast
 
 
@@ -227,7 +227,7 @@ def batches(rows: list[Row], tokens: int, rng: random.Random) -> Iterator[list[R
 def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     """Run the recipe and write the teacher's folder; `curve.json` in it holds the loss over time.
 
-    With `start` it goes on from that folder's weights, with a fresh optimizer and schedule.
+    With `start` it continues from that folder's weights, with a fresh optimizer and schedule.
     """
     rng = random.Random(recipe.seed)
     texts = {}
@@ -290,13 +290,14 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
             print(f"step {step} {minutes:.1f} min loss {recent[0] / 50:.4f} busiest {recent[1]:.2f}", flush=True)
             recent = [0.0, 0.0]
             if step % 500 == 0:
-                _save(model, tokenizer, recipe, curve, earlier, out)
-    _save(model, tokenizer, recipe, curve, earlier, out)
+                _save(model, tokenizer, recipe=recipe, curve=curve, earlier=earlier, out=out)
+    _save(model, tokenizer, recipe=recipe, curve=curve, earlier=earlier, out=out)
 
 
 def _save(
     model: Any,
     tokenizer: Any,
+    *,
     recipe: Recipe,
     curve: list[dict[str, float]],
     earlier: list[dict[str, Any]],
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--peak-lr", type=float, default=Recipe.peak_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--drill", default=Recipe.drill, choices=["", *FAMILIES])
-    parser.add_argument("--start", type=Path, help="go on from this folder's weights")
+    parser.add_argument("--start", type=Path, help="continue from this folder's weights")
     arguments = parser.parse_args()
     recipe = Recipe(arguments.minutes, peak_lr=arguments.peak_lr, drill=arguments.drill, seed=arguments.seed)
     train(recipe, arguments.out, arguments.start)

@@ -1,4 +1,4 @@
-"""Measure a pocket teacher and write its card: `python -m deepdistill.distill.pocket.card DIR`.
+"""Measure a pocket teacher and write its card: `python benchmarks/pocket/card.py DIR`.
 
 The questions come from the test bucket of the split, which the recipe never draws from.
 """
@@ -12,16 +12,17 @@ from typing import Any
 from urllib.parse import urlencode
 
 import torch
+from train import TRAINING_PARAMS, ExpertBalance
 
-from ...localrun.core.generation import Sampling
-from ..evaluation.evaluate import Score, evaluate, format_score
-from ..graders.pool import Grader
-from ..problems.load import load_problems
-from ..records import Request, messages_of
-from ..run import write_text
-from ..teachers.huggingface.teacher import TransformersTeacher
-from .chains import FAMILIES
-from .recipe import TRAINING_PARAMS, ExpertBalance
+from deepdistill.distill.evaluation.evaluate import Score, evaluate, format_score
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.planning.kv_cache import kv_numbers
+from deepdistill.distill.pocket.chains import FAMILIES
+from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.records import Request, messages_of
+from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
+from deepdistill.localrun.core.atomic import write_text
+from deepdistill.localrun.core.generation import Sampling
 
 SEED = 20_000_000  # held-out problems that nobody looked at while the recipe was made
 GREEDY = Sampling()
@@ -34,7 +35,7 @@ def spec_of(family: str) -> str:
 
 
 def score_families(
-    teacher: TransformersTeacher, n: int, sampling: Sampling = GREEDY, n_samples: int = 1
+    teacher: TransformersTeacher, n: int, *, sampling: Sampling = GREEDY, n_samples: int = 1
 ) -> dict[str, Score]:
     """Return the teacher's score on n held-out problems of every family, each answered n_samples times."""
     problems = {family: load_problems(spec_of(family), "test", n, SEED) * n_samples for family in FAMILIES}
@@ -72,21 +73,9 @@ def count_parameters(model: Any) -> tuple[int, int]:
     return total, total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
 
 
-def kv_bytes_per_token(config: Any, bytes_per_value: int = 4) -> tuple[int, int]:
-    """Return the KV-cache bytes a token with latent attention, and with plain attention of the same heads."""
-    latent = config.kv_lora_rank + config.qk_rope_head_dim
-    plain = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
-    return latent * config.num_hidden_layers * bytes_per_value, plain * config.num_hidden_layers * bytes_per_value
-
-
 def write_card(folder: Path, n: int) -> str:
     """Measure the teacher in a folder, write its README.md and return it."""
     teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
-    scores = score_families(teacher, n)
-    load = expert_load(teacher, held_out_texts(teacher, 100))
-    total, active = count_parameters(teacher.model)
-    config = teacher.model.config
-    latent, plain = kv_bytes_per_token(config)
     stages = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
     lines = [
         "---",
@@ -100,29 +89,57 @@ def write_card(folder: Path, n: int) -> str:
         "",
         f"## Scores, greedy, on {n} held-out problems a family",
         "",
-        "| problems | accuracy | 95 % interval | tokens an answer |",
-        "|---|---|---|---|",
-    ]
-    for family, score in scores.items():
-        lines.append(
-            f"| `{spec_of(family)}` | {100 * score.accuracy:.1f} % | {format_score(score.interval)} % "
-            f"| {score.tokens_per_answer:.0f} |"
-        )
-    lines += [
+        *_score_lines(score_families(teacher, n)),
         "",
         "## Size",
         "",
+        *_size_lines(teacher),
+        "",
+        "## How it was made",
+        "",
+        "`python benchmarks/pocket/train.py --out DIR`, then with `--start` from the stage before:",
+        "",
+        *_stage_lines(stages),
+        "",
+        "The whole curve of every stage is in curve.json.",
+        "",
+        "Card: `python benchmarks/pocket/card.py DIR`.",
+        "",
+    ]
+    text = "\n".join(lines)
+    write_text(folder / "README.md", text)
+    return text
+
+
+def _score_lines(scores: dict[str, Score]) -> list[str]:
+    return [
+        "| problems | accuracy | 95 % interval | tokens an answer |",
+        "|---|---|---|---|",
+        *(
+            f"| `{spec_of(family)}` | {100 * score.accuracy:.1f} % | {format_score(score.interval)} % "
+            f"| {score.tokens_per_answer:.0f} |"
+            for family, score in scores.items()
+        ),
+    ]
+
+
+def _size_lines(teacher: TransformersTeacher) -> list[str]:
+    config = teacher.model.config
+    load = expert_load(teacher, held_out_texts(teacher, 100))
+    total, active = count_parameters(teacher.model)
+    latent, plain = (4 * n for n in kv_numbers(config.to_dict()))  # bytes, in float32
+    return [
         f"{total:,} parameters, {active:,} active on a token ({config.n_routed_experts} routed experts of which "
         f"{config.num_experts_per_tok} work, {config.n_shared_experts} shared). KV cache: {latent} bytes a token in "
         f"float32, against {plain} with plain multi-head attention ({plain / latent:.1f} times as much).",
         "",
         f"Expert load on held-out text: the busiest expert of any layer gets {load.max():.2f} times the mean, "
         f"the idlest {load.min():.2f} times.",
-        "",
-        "## How it was made",
-        "",
-        "`python -m deepdistill.distill.pocket.recipe --out DIR`, then with `--start` from the stage before:",
-        "",
+    ]
+
+
+def _stage_lines(stages: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "| stage | settings | steps | minutes | threads | loss: first, middle, last |",
         "|---|---|---|---|---|---|",
     ]
@@ -134,11 +151,10 @@ def write_card(folder: Path, n: int) -> str:
             f"| {number} | seed {recipe['seed']}, peak lr {recipe['peak_lr']:g}, {recipe['minutes']:g} min{drill} "
             f"| {curve[-1]['step']} | {curve[-1]['minutes']} | {stage['threads']} | {losses} |"
         )
-    lines += [f"\nStage {number}: {stage['note']}" for number, stage in enumerate(stages, 1) if "note" in stage]
-    lines += ["", "The whole curve of every stage is in curve.json.", "", f"Card: `python -m {__spec__.name} DIR`.", ""]
-    text = "\n".join(lines)
-    write_text(folder / "README.md", text)
-    return text
+    return [
+        *lines,
+        *(f"\nStage {number}: {stage['note']}" for number, stage in enumerate(stages, 1) if "note" in stage),
+    ]
 
 
 def main() -> None:

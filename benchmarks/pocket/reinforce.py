@@ -1,10 +1,10 @@
 """V3 to R1, small: a pocket teacher that was stopped early improves by reinforcement alone, without another trace.
 
-`python -m deepdistill.distill.pocket.recipe --out EARLY --minutes 15` stops one early (20 to 60 % of its problems are
-right then), and `python -m deepdistill.distill.pocket.reinforce --start EARLY --out OUT --minutes 60` goes on from it:
-the model answers problems of the training bucket, the graders that verify traces judge, and GRPO makes right answers
-more probable. Only problems that it solves now and then are taken. The experts' biases, which balance them in
-the recipe, stay as they are.
+`python benchmarks/pocket/train.py --out EARLY --minutes 15` stops one early (20 to 60 % of its problems are right
+then), and `python benchmarks/pocket/reinforce.py --start EARLY --out OUT --minutes 60` continues from it: the model
+answers problems of the training bucket, the graders that verify traces reward it, and GRPO makes right answers more
+probable. Only problems that it solves now and then are used. The experts' biases, which balance them in the recipe,
+stay as they are.
 
 Source: DeepSeek-R1, arXiv 2501.12948, section 2.2 (R1-Zero: reinforcement on the base model, no supervised data).
 """
@@ -19,19 +19,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ...localrun.core.generation import Sampling
-from ...localrun.core.reporter import Bars, Progress, no_progress
-from ..graders.pool import Grader
-from ..problems.load import load_problems
-from ..records import Problem
-from ..run import write_text
-from ..teachers import open_teacher
-from ..teachers.huggingface.loading import load_tokenizer
-from ..training.pass_rate import measure_pass_rates
-from ..training.rl.grpo import GrpoReport, GrpoSettings, grpo
-from ..training.rl.stage import sometimes_solved
-from .card import expert_load, held_out_texts, score_families, spec_of
-from .chains import FAMILIES
+from card import expert_load, held_out_texts, score_families, spec_of
+
+from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.pocket.chains import FAMILIES
+from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.records import Problem
+from deepdistill.distill.teachers import open_teacher
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+from deepdistill.distill.training.pass_rate import measure_pass_rates
+from deepdistill.distill.training.rl.grpo import GrpoReport, GrpoSettings, grpo
+from deepdistill.distill.training.rl.stage import sometimes_solved
+from deepdistill.localrun.core.atomic import write_text
+from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.reporter import Bars, Progress, no_progress
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load
@@ -49,13 +50,13 @@ def training_problems(n: int, seed: int, families: Sequence[str] = tuple(FAMILIE
 def reinforce(
     start: Path,
     out: Path,
-    settings: GrpoSettings,
     *,
+    settings: GrpoSettings,
     n_problems: int = 1500,
     families: Sequence[str] = tuple(FAMILIES),
     on_progress: Progress = no_progress,
 ) -> GrpoReport:
-    """Improve the checkpoint in start by reward and write it to out; the same call goes on.
+    """Improve the checkpoint in start by reward and write it to out; the same call resumes.
 
     Of n_problems of each family those are taken that it solves now and then; finding them counts as time.
     """
@@ -85,11 +86,11 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
 
     `accuracy` is that of greedy answers, `sampled` the mean of answers at temperature 1, as GRPO trains.
     """
-    from ..teachers.huggingface.teacher import TransformersTeacher
+    from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
 
     teacher = TransformersTeacher(folder, name="pocket", backend="pocket")
     scores = score_families(teacher, n)
-    drawn = score_families(teacher, n, Sampling(temperature=1.0, max_tokens=LONGEST), _N_SAMPLES)
+    drawn = score_families(teacher, n, sampling=Sampling(temperature=1.0, max_tokens=LONGEST), n_samples=_N_SAMPLES)
     load = expert_load(teacher, held_out_texts(teacher, min(n, _N_TEXTS)))
     return {
         "accuracy": sum(score.accuracy for score in scores.values()) / len(scores),
@@ -123,7 +124,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     with Bars(quiet=False) as bars:
-        report = reinforce(arguments.start, arguments.out, settings, on_progress=bars)
+        report = reinforce(arguments.start, arguments.out, settings=settings, on_progress=bars)
     found = {
         "settings": asdict(settings),
         "before": measure(arguments.start, arguments.n_eval),

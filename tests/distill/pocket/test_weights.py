@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import card
 import pytest
 import torch
+import train as recipe
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-from deepdistill.distill.pocket import card, recipe
+from deepdistill.distill.planning.kv_cache import kv_numbers
 from deepdistill.distill.pocket.chains import FAMILIES
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers import open_teacher, pocket_dir
@@ -24,9 +26,9 @@ def test_it_is_a_deepseek_v3_of_at_most_8_mb_with_under_half_its_experts_active(
     n_working = config.num_experts_per_tok + config.n_shared_experts
     assert n_working / (config.n_routed_experts + config.n_shared_experts) < 0.5
     assert active < total
-    latent, plain = card.kv_bytes_per_token(config)
-    assert latent == (32 + 16) * 4 * 4
-    assert plain == 4 * (32 + 32) * 4 * 4  # keys and values of four heads, as many layers, float32
+    latent, plain = kv_numbers(config.to_dict())
+    assert latent == (32 + 16) * 4
+    assert plain == 4 * (32 + 32) * 4  # keys and values of four heads, as many layers
     assert sum(file.stat().st_size for file in pocket_dir().iterdir()) <= 8e6
 
 
@@ -67,7 +69,7 @@ def test_it_is_trained_on_the_training_bucket_alone() -> None:
         assert {bucket_of(question) for question in questions} == {"train"}
 
 
-def test_the_recipe_runs_and_goes_on_from_a_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_runs_and_continues_from_a_stage(tmp_path: Path) -> None:
     short = recipe.Recipe(minutes=0.02, n_rows=40, warmup_steps=1)
     recipe.train(short, tmp_path / "a")
     recipe.train(short, tmp_path / "b", tmp_path / "a")
