@@ -1,13 +1,13 @@
-"""How a model lies on GPUs: what each holds, how many sequences fit beside the weights, and what bounds their speed.
+"""How to lay a model out on GPUs: what each holds, how many sequences fit beside the weights, what bounds the speed.
 
-Two ways to spread it are considered, each with as few GPUs as hold it:
+Two ways to spread a model are considered, each on the fewest GPUs that hold it:
 
 - TP × PP: every matrix is cut over the GPUs of a node (tensor parallel), the layers over nodes (pipeline parallel).
 - DP + EP, for models with experts: every GPU holds the attention of all layers and the cache of its own sequences
   (data parallel), and its share of the experts (expert parallel). A latent cache cannot be cut by heads, so under TP
   each GPU keeps all of it; under DP each keeps only its own.
 
-A vector, a router or a scale that every GPU keeps is counted as cut like the rest; it goes to the reserve.
+Vectors, routers and scales, which every GPU keeps, count as cut like the rest: the reserve holds them.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .catalogue import Gpu
-from .parameters import Architecture, Dtype, Parameters
+from .parameters import DecoderShape, Dtype, Parameters
 
 USED_SHARE = 0.9  # of the memory, as vLLM's default: the rest is for activations, CUDA graphs, communication
 NODE = 8  # GPUs
-_MOST_NODES = 16
+MOST_GPUS = 16 * NODE
 _LEAST_SEQUENCES = 16  # fewer at once are no deployment worth its price
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be held and read: the model in its dtype, and sequences of so many tokens.
+    """What a deployment holds and reads: the model in its dtype, and sequences of `length` tokens.
 
-    `expert_bytes` are those of `bytes` that lie in routed experts; `read_bytes` what a step reads of the rest (all but
-    the input embedding). `cache_bytes` are a token's, over all layers.
+    `expert_bytes` are the bytes of routed experts, `read_bytes` the other bytes that a step reads (all but the input
+    embedding), `cache_bytes` the cache of one token over all layers.
     """
 
-    shape: Architecture
+    shape: DecoderShape
     bytes: float
     expert_bytes: float
     read_bytes: float
@@ -45,24 +45,25 @@ class Load:
     @classmethod
     def of(
         cls,
-        shape: Architecture,
+        shape: DecoderShape,
         counts: Parameters,
+        *,
         dtype: Dtype,
         cache_bits: int,
         prompt_tokens: int,
         tokens: int,
         concurrency: int,
     ) -> Load:
-        """Return the load of answering prompts of `prompt_tokens` with `tokens`, so many at once at most."""
+        """Return the load of answering prompts of `prompt_tokens` with `tokens`, `concurrency` at once at most."""
         whole, experts = counts.bytes(dtype), counts.expert_bytes(dtype)
         return cls(
             shape,
             whole,
             experts,
             whole - experts - (2 * counts.embedding if counts.head else 0),
-            shape.n_layers * shape.cached_numbers * cache_bits / 8,
+            shape.kv_numbers * cache_bits / 8,
             prompt_tokens + tokens,
-            prompt_tokens + tokens / 2,
+            prompt_tokens + tokens / 2,  # on average half of an answer is written
             concurrency,
         )
 
@@ -71,13 +72,17 @@ class Load:
         experts = self.shape.experts
         return 1 - (1 - experts.n_active / experts.n) ** n_tokens if experts else 0.0
 
+    def n_fitting(self, gpu: Gpu, weights: float, cache: float) -> int:
+        """Return how many sequences fit on a GPU beside `weights` bytes, with `cache` bytes a token."""
+        return max(0, math.floor((USED_SHARE * gpu.memory * 1e9 - weights) / (cache * self.length)))
+
 
 @dataclass(frozen=True)
-class Layout:
-    """A model on `n_gpus` of one kind. Bytes are each GPU's; `n_sequences` the whole deployment's.
+class GpuLayout:
+    """A model on `n_gpus` of one kind. Bytes are for each GPU, `n_sequences` for the whole deployment.
 
     `tokens_per_s` is a bound: what the memory's bandwidth allows when `n_running` sequences generate at once. Compute,
-    communication and prompts are left out, so that no deployment reaches it.
+    communication and prompts are left out, so no deployment reaches it.
     """
 
     gpu: str
@@ -105,10 +110,10 @@ class Layout:
         return " × ".join(f"{kind} {n}" for kind, n in (("TP", self.tp), ("PP", self.pp)) if n > 1) or "one GPU"
 
 
-def layouts(load: Load, gpu: Gpu, n_gpus: int | None = None) -> list[Layout]:
-    """Return each way's smallest layout that holds the load, or the one on n_gpus; the fewest GPUs first, then speed.
+def gpu_layouts(load: Load, gpu: Gpu, n_gpus: int | None = None) -> list[GpuLayout]:
+    """Return the smallest layout of each way that holds the load, or the one on `n_gpus`, the fewest GPUs first.
 
-    None is left out if 16 nodes do not hold it. n_gpus of one's own may hold as little as one sequence.
+    A way that needs more than 16 nodes is left out. With `n_gpus` a layout may hold as little as one sequence.
     """
     found = []
     for way in (_tensor_parallel(load, gpu), _expert_parallel(load, gpu)):
@@ -121,44 +126,40 @@ def layouts(load: Load, gpu: Gpu, n_gpus: int | None = None) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.n_gpus, -layout.tokens_per_s))
 
 
-def _tensor_parallel(load: Load, gpu: Gpu) -> Iterator[Layout]:
-    """Yield what holds at least a sequence, the fewest GPUs first: in a node TP 1, 2, 4, 8; over nodes TP 8 × PP."""
+def _tensor_parallel(load: Load, gpu: Gpu) -> Iterator[GpuLayout]:
+    """Yield what holds at least a sequence, fewest GPUs first: TP 1, 2, 4, 8 in a node; TP 8 × PP over nodes."""
     shape = load.shape
     tps = [tp for tp in (1, 2, 4, 8) if shape.n_heads % tp == 0 and _splits(shape, tp)]
-    for tp, pp in [(tp, 1) for tp in tps] + [(tps[-1], pp) for pp in range(2, _MOST_NODES * NODE // tps[-1] + 1)]:
+    for tp, pp in [(tp, 1) for tp in tps] + [(tps[-1], pp) for pp in range(2, MOST_GPUS // tps[-1] + 1)]:
         if pp > shape.n_layers:
             return
-        stage = math.ceil(shape.n_layers / pp) / shape.n_layers  # of the layers, on the fullest stage
+        stage = math.ceil(shape.n_layers / pp) / shape.n_layers  # share of the layers on the fullest stage
         weights = load.bytes * stage / tp
         cache = load.cache_bytes * stage * (1 if shape.latent else max(1, shape.n_kv_heads // tp) / shape.n_kv_heads)
-        if fits := _fits(gpu, weights, cache, load):
+        if fits := load.n_fitting(gpu, weights, cache):
             running = min(fits, load.concurrency)
             batch = running / pp  # the stages work on a part of the sequences each
             matrices = load.read_bytes + load.expert_bytes * load.touched(batch)
             read = matrices * stage / tp + batch * load.mean_length * cache
             rate = batch * gpu.bandwidth * 1e9 / read
-            yield Layout(gpu.name, tp, pp, 1, 1, weights, cache, fits, running, read, rate)
+            yield GpuLayout(gpu.name, tp, pp, 1, 1, weights, cache, fits, running, read, rate)
 
 
-def _expert_parallel(load: Load, gpu: Gpu) -> Iterator[Layout]:
-    """Yield what holds a sequence a GPU, the fewest GPUs first: 2, 4, 8, then nodes, as far as they divide experts."""
+def _expert_parallel(load: Load, gpu: Gpu) -> Iterator[GpuLayout]:
+    """Yield what holds a sequence a GPU, fewest GPUs first: 2, 4, 8, then whole nodes that divide the experts."""
     experts = load.shape.experts
-    for n in (2, 4, *range(NODE, _MOST_NODES * NODE + 1, NODE)) if experts else ():
+    for n in (2, 4, *range(NODE, MOST_GPUS + 1, NODE)) if experts else ():
         if experts is None or experts.n % n:
             continue
         weights = load.bytes - load.expert_bytes + load.expert_bytes / n
-        if fits := n * _fits(gpu, weights, load.cache_bytes, load):
+        if fits := n * load.n_fitting(gpu, weights, load.cache_bytes):
             running = min(fits, load.concurrency)
             matrices = load.read_bytes + load.expert_bytes / n * load.touched(running)
             read = matrices + running / n * load.mean_length * load.cache_bytes
             rate = running * gpu.bandwidth * 1e9 / read
-            yield Layout(gpu.name, 1, 1, n, n, weights, load.cache_bytes, fits, running, read, rate)
+            yield GpuLayout(gpu.name, 1, 1, n, n, weights, load.cache_bytes, fits, running, read, rate)
 
 
-def _splits(shape: Architecture, tp: int) -> bool:
+def _splits(shape: DecoderShape, tp: int) -> bool:
     """Say whether the key-value heads can be cut or copied evenly; a latent cache is always copied."""
     return shape.latent is not None or shape.n_kv_heads % tp == 0 or tp % shape.n_kv_heads == 0
-
-
-def _fits(gpu: Gpu, weights: float, cache: float, load: Load) -> int:
-    return max(0, math.floor((USED_SHARE * gpu.memory * 1e9 - weights) / (cache * load.length)))

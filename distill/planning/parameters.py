@@ -1,6 +1,6 @@
-"""What a decoder weighs, computed from its config.json alone: parameters, bytes by dtype, KV cache a token.
+"""The shape of a decoder and its parameters, computed from its config.json alone.
 
-Covered are decoders of gated feed-forward layers (SwiGLU) with multi-head, grouped-query or latent attention, dense or
+It covers decoders of gated feed-forward layers (SwiGLU) with multi-head, grouped-query or latent attention, dense or
 with routed and shared experts: the Llama, Qwen and DeepSeek families and what is built like them. Multi-token
 prediction modules are left out: serving a teacher does not need them.
 """
@@ -11,14 +11,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ...errors import ArtifactError, UsageError
 from .catalogue import MODELS
+from .kv_cache import kv_numbers
 
 Dtype = Literal["bf16", "fp8", "int8", "int4", "nvfp4", "mxfp4"]
 
-BITS: dict[Dtype, float] = {  # of a weight, its share of the block's scale included
+BITS: dict[Dtype, float] = {  # a weight, with its share of the block's scale
     "bf16": 16,
     "fp8": 8 + 32 / 128**2,  # DeepSeek's blocks of 128 × 128
     "int8": 8 + 16 / 128,
@@ -31,7 +32,7 @@ _CHECKED = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v2", "d
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (arXiv 2405.04434): one compressed key-value a token for all heads."""
+    """Multi-head latent attention (arXiv 2405.04434): each token has one compressed key-value for all heads."""
 
     kv_rank: int
     q_rank: int | None
@@ -42,7 +43,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Experts:
-    """Routed experts: `n_active` of `n` a token in each of `n_layers`; `shared_width` is of those always active."""
+    """Routed experts in `n_layers` layers: a token takes `n_active` of `n`, and `shared_width` always works."""
 
     n: int
     n_active: int
@@ -53,8 +54,12 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """A decoder's shape. `latent` and `experts` are None where it has none."""
+class DecoderShape:
+    """The sizes of a decoder. `latent` and `experts` are None where it has none.
+
+    The KV cache holds `kv_numbers` for a token over all layers; it would hold `plain_kv_numbers` if every head kept a
+    key and a value of its own.
+    """
 
     model_type: str
     n_layers: int
@@ -71,31 +76,19 @@ class Architecture:
     latent: Latent | None
     experts: Experts | None
     context: int | None
-    own_dtype: Dtype
+    published_dtype: Dtype
+    kv_numbers: int
+    plain_kv_numbers: int
 
     @property
     def is_checked(self) -> bool:
         """Whether the counts of this model type were compared with a reference implementation."""
         return self.model_type in _CHECKED
 
-    @property
-    def cached_numbers(self) -> int:
-        """Numbers that the KV cache holds a token and layer."""
-        if self.latent:
-            return self.latent.kv_rank + self.latent.rope_dim
-        return 2 * self.n_kv_heads * self.head_dim
-
-    @property
-    def plain_numbers(self) -> int:
-        """What it would hold if every head kept a key and a value of its own: plain multi-head attention."""
-        if self.latent:
-            return self.n_heads * (self.latent.nope_dim + self.latent.rope_dim + self.latent.v_dim)
-        return 2 * self.n_heads * self.head_dim
-
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many there are, by part. `vectors` are norms and biases."""
+    """How many parameters each part of a decoder has. `vectors` are norms and biases."""
 
     embedding: int
     head: int
@@ -108,59 +101,63 @@ class Parameters:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.embedding + self.head + self.in_blocks + self.routers + self.vectors
 
     @property
     def active(self) -> int:
-        """Those that a token is multiplied with. Looking up its embedding is no product, and left out."""
+        """The parameters that a token is multiplied with: looking up its embedding is no product."""
         return self.total - self.experts + self.active_experts - (self.embedding if self.head else 0)
 
     @property
     def in_blocks(self) -> int:
-        """The matrices that quantization takes: embedding, head, routers and vectors stay in 16 bits."""
+        """The matrices that quantization touches: embedding, head, routers and vectors stay in 16 bits."""
         return self.attention + self.dense + self.experts
 
     def bytes(self, dtype: Dtype) -> float:
-        """Return what all weights take."""
+        """Return the bytes of all weights."""
         return (self.in_blocks * BITS[dtype] + (self.total - self.in_blocks) * 16) / 8
 
     def expert_bytes(self, dtype: Dtype) -> float:
-        """Return what the routed experts take."""
+        """Return the bytes of the routed experts."""
         return self.experts * BITS[dtype] / 8
 
 
-def load_architecture(teacher: str) -> tuple[str, str, Architecture]:
-    """Return (name, where its config was read, its shape) of a known model, a config.json or a folder with one.
+def load_shape(teacher: str) -> tuple[str, str, DecoderShape]:
+    """Return (name, source of the config, shape) of a known model, a config.json or a folder that holds one.
 
     Raises:
-        UsageError: neither a known model nor a path.
-        ArtifactError: the config cannot be read, lacks a field, or describes a model that is not covered.
+        UsageError: `code` "no-such-model".
+        ArtifactError: `code` "config-broken" or "model-not-covered".
     """
     key = teacher.removeprefix("hf:").rstrip("/").lower()
     for model in MODELS:
         if key in (model.repo.lower(), model.repo.partition("/")[2].lower()):
-            return model.repo.partition("/")[2], model.source, read_architecture(model.config, model.source)
+            return model.repo.partition("/")[2], model.source, read_shape(model.config, model.source)
     path = Path(teacher)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         names = ", ".join(model.repo.partition("/")[2] for model in MODELS)
-        raise UsageError(f"no plan for {teacher!r}: no known model, no file", f"give a config.json, or one of {names}")
+        raise UsageError(
+            f"{teacher!r} is neither a known model nor a file",
+            f"give a config.json, or one of {names}",
+            code="no-such-model",
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot read {path}: {error}", "a plan needs the model's config.json") from error
+        raise _broken(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict):
-        raise ArtifactError(f"{path} is no JSON object", "a plan needs the model's config.json")
+        raise _broken(f"{path} holds no JSON object")
     name = path.resolve().parent.name if path.name == "config.json" else path.stem
-    return name, str(path), read_architecture(config, str(path))
+    return name, str(path), read_shape(config, str(path))
 
 
-def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
-    """Return the shape that a config.json describes; of a multimodal model, its text part's.
+def read_shape(config: Mapping[str, Any], where: str) -> DecoderShape:
+    """Return the shape that a config.json describes: the text part of a multimodal model.
 
     Raises:
-        ArtifactError: a field is missing or off, or the model is not covered.
+        ArtifactError: `code` "config-broken" or "model-not-covered".
     """
     fields = _Fields(config, where)
     fields = _Fields({**config, **fields.mapping("text_config")}, where)
@@ -169,27 +166,32 @@ def read_architecture(config: Mapping[str, Any], where: str) -> Architecture:
     n_layers, hidden, n_heads = fields["num_hidden_layers"], fields["hidden_size"], fields["num_attention_heads"]
     is_fp8 = fields.mapping("quantization_config").get("quant_method") == "fp8"
     has_bias = bool(fields.values.get("attention_bias", False))
-    return Architecture(
+    latent = _latent(fields)
+    n_kv_heads = fields.get("num_key_value_heads") or n_heads
+    cached, plain = kv_numbers(fields.values)
+    return DecoderShape(
         model_type=model_type,
         n_layers=n_layers,
         hidden=hidden,
         vocab=fields["vocab_size"],
         width=fields["intermediate_size"],
         n_heads=n_heads,
-        n_kv_heads=fields.get("num_key_value_heads") or n_heads,
+        n_kv_heads=n_kv_heads,
         head_dim=fields.get("head_dim") or hidden // n_heads,
         tied=bool(fields.values.get("tie_word_embeddings", True)),
         qkv_bias=has_bias or model_type.startswith("qwen2"),
         o_bias=has_bias,
         qk_norm=model_type.startswith("qwen3"),
-        latent=_latent(fields),
+        latent=latent,
         experts=_experts(fields, n_layers),
         context=fields.get("max_position_embeddings"),
-        own_dtype="fp8" if is_fp8 else "bf16",
+        published_dtype="fp8" if is_fp8 else "bf16",
+        kv_numbers=cached,
+        plain_kv_numbers=plain,
     )
 
 
-def count_parameters(shape: Architecture) -> Parameters:
+def count_parameters(shape: DecoderShape) -> Parameters:
     """Return how many parameters a decoder of this shape has."""
     experts = shape.experts
     n_sparse = experts.n_layers if experts else 0
@@ -208,7 +210,7 @@ def count_parameters(shape: Architecture) -> Parameters:
     )
 
 
-def _attention(shape: Architecture) -> tuple[int, int]:
+def _attention(shape: DecoderShape) -> tuple[int, int]:
     """Return (matrices, vectors) of one layer's attention."""
     hidden, latent = shape.hidden, shape.latent
     if latent:
@@ -223,7 +225,7 @@ def _attention(shape: Architecture) -> tuple[int, int]:
 
 
 class _Fields:
-    """A config's whole numbers, with an error that names what is missing."""
+    """The whole numbers of a config; an error names the missing field."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -231,34 +233,34 @@ class _Fields:
     def __getitem__(self, name: str) -> int:
         value = self.get(name)
         if value is None:
-            raise ArtifactError(f"{self.where} has no {name}", "a plan needs the config.json of a whole decoder")
+            raise _broken(f"{self.where} has no {name}")
         if value == 0:
-            raise ArtifactError(f"{self.where}: {name} is 0", "is it a model's config.json?")
+            raise _broken(f"{self.where}: {name} is 0")
         return value
 
     def get(self, *names: str) -> int | None:
-        """Return the first of these fields that is there and not null."""
+        """Return the first of these fields that is present and not null."""
         for name in names:
             value = self.values.get(name)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ArtifactError(f"{self.where}: {name} is {value!r}, not a count", "is it a model's config.json?")
+                raise _broken(f"{self.where}: {name} is {value!r}, not a count")
             return value
         return None
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """Return a field that is an object of its own; an empty one if it is missing or null."""
+        """Return a field that is an object itself; an empty one if it is missing or null."""
         value = self.values.get(name) or {}
         if not isinstance(value, dict):
-            raise ArtifactError(f"{self.where}: {name} is {value!r}, no object", "is it a model's config.json?")
+            raise _broken(f"{self.where}: {name} is {value!r}, not an object")
         return value
 
     def sequence(self, name: str) -> list[Any]:
         """Return a field that is a list; an empty one if it is missing or null."""
         value = self.values.get(name) or []
         if not isinstance(value, list):
-            raise ArtifactError(f"{self.where}: {name} is {value!r}, no list", "is it a model's config.json?")
+            raise _broken(f"{self.where}: {name} is {value!r}, not a list")
         return value
 
 
@@ -268,8 +270,13 @@ def _refuse_uncovered(fields: _Fields) -> None:
         what = ", ".join(sorted(kinds)) or "not a plain decoder"
         raise ArtifactError(
             f"{fields.where} describes layers that a plan does not cover: {what}",
-            "it covers decoders whose every layer has attention: the Llama, Qwen and DeepSeek families",
+            "a plan covers decoders with attention in every layer: the Llama, Qwen and DeepSeek families",
+            code="model-not-covered",
         )
+
+
+def _broken(message: str) -> ArtifactError:
+    return ArtifactError(message, "a plan needs the config.json of a whole decoder", code="config-broken")
 
 
 def _latent(fields: _Fields) -> Latent | None:
@@ -297,6 +304,3 @@ def _experts(fields: _Fields, n_layers: int) -> Experts | None:
     shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * width
     is_v3 = fields.values.get("model_type") in ("deepseek_v3", "kimi_k2")
     return Experts(n, fields["num_experts_per_tok"], width, shared, n_sparse, has_bias=is_v3)
-
-
-assert set(BITS) == set(get_args(Dtype))

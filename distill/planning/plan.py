@@ -1,18 +1,20 @@
-"""What a full-size teacher takes: memory, GPUs, hours and money, from its config and what the user states.
+"""What it takes to serve a full-size teacher: memory, GPUs, hours and money, from its config and the user's figures.
 
-The formulas, and how a plan is shown, stand in `plan_text`.
+docs/planning.md says how each figure is computed; `text` shows them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ...errors import UsageError
+from ...localrun.core.text import format_bytes
 from ..teachers.budget import Price
 from .catalogue import GPUS, Gpu
-from .layouts import Layout, Load, layouts
-from .parameters import BITS, Architecture, Dtype, Parameters, count_parameters, load_architecture
+from .layouts import MOST_GPUS, GpuLayout, Load, gpu_layouts
+from .parameters import BITS, DecoderShape, Dtype, Parameters, count_parameters, load_shape
 
 CacheDtype = Literal["bf16", "fp8"]
 
@@ -43,14 +45,20 @@ class PlanSettings:
         for name in ("traces", "tokens", "concurrency", "n_gpus", "tokens_per_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise UsageError(f"{name.replace('_', '-')} must be more than 0, not {value:g}")
+                raise UsageError(
+                    f"{name.replace('_', '-')} must be more than 0, not {value:g}", code="number-out-of-range"
+                )
         for name in ("prompt_tokens", "gpu_hour"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{name.replace('_', '-')} cannot be {value:g}")
+                raise UsageError(f"{name.replace('_', '-')} cannot be {value:g}", code="number-out-of-range")
         for name, kinds in (("dtype", get_args(Dtype)), ("kv_dtype", get_args(CacheDtype))):
             if getattr(self, name) not in (None, *kinds):
-                raise UsageError(f"no {name.replace('_', '-')} {getattr(self, name)!r}", f"one of {', '.join(kinds)}")
+                raise UsageError(
+                    f"no {name.replace('_', '-')} {getattr(self, name)!r}",
+                    f"one of {', '.join(kinds)}",
+                    code="no-such-choice",
+                )
 
     @property
     def cache_bits(self) -> int:
@@ -59,25 +67,25 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a teacher takes. `layouts` are the ways on the GPU asked for, the first of them planned with.
+class ServingPlan:
+    """What a teacher takes. `layouts` are those on the GPU asked for; the figures hold for the first of them.
 
     With `is_bound` the throughput is what the memory's bandwidth allows, so that the hours and the rent are the least,
-    not the likely. Dollars are None without a price.
+    not the likely ones. Dollars are None without a price.
     """
 
     settings: PlanSettings
     model: str
     source: str
     gpu: Gpu
-    shape: Architecture
+    shape: DecoderShape
     counts: Parameters
     dtype: Dtype
     load: Load
     weight_bytes: dict[Dtype, float]
     plain_cache_bytes: float
-    layouts: list[Layout]
-    elsewhere: dict[str, Layout | None]
+    layouts: list[GpuLayout]
+    elsewhere: dict[str, GpuLayout | None]
     tokens_per_s: float
     is_bound: bool
     hours: float
@@ -86,42 +94,49 @@ class Plan:
     notes: list[str]
 
 
-def plan(settings: PlanSettings) -> Plan:
+def plan(settings: PlanSettings) -> ServingPlan:
     """Return what the teacher takes.
 
     Raises:
-        UsageError: an unknown model or GPU, or GPUs that do not hold it.
-        ArtifactError: a config.json that cannot be read, lacks a field, or is of a model that is not covered.
+        UsageError: `code` "no-such-model", "no-such-gpu" or "does-not-fit-gpus".
+        ArtifactError: `code` "config-broken" or "model-not-covered".
     """
-    model, source, shape = load_architecture(settings.teacher)
-    counts, gpu, dtype = count_parameters(shape), find_gpu(settings.gpu), settings.dtype or shape.own_dtype
-    at_once = min(settings.concurrency, settings.traces)
-    load = Load.of(shape, counts, dtype, settings.cache_bits, settings.prompt_tokens, settings.tokens, at_once)
-    ways = layouts(load, gpu, settings.n_gpus)
-    if not ways:
-        raise _does_not_fit(model, dtype, load, gpu, settings.n_gpus)
-    rate = settings.tokens_per_s or ways[0].tokens_per_s
-    hours = settings.traces * settings.tokens / rate / 3600
-    price = settings.price
-    return Plan(
-        settings=settings,
-        model=model,
-        source=source,
-        gpu=gpu,
-        shape=shape,
-        counts=counts,
+    model, source, shape = load_shape(settings.teacher)
+    counts, gpu, dtype = count_parameters(shape), find_gpu(settings.gpu), settings.dtype or shape.published_dtype
+    load = Load.of(
+        shape,
+        counts,
         dtype=dtype,
-        load=load,
+        cache_bits=settings.cache_bits,
+        prompt_tokens=settings.prompt_tokens,
+        tokens=settings.tokens,
+        concurrency=min(settings.concurrency, settings.traces),
+    )
+    layouts = gpu_layouts(load, gpu, settings.n_gpus)
+    if not layouts:
+        raise _does_not_fit(f"{model} in {dtype}", load, gpu=gpu, n_gpus=settings.n_gpus)
+    tokens_per_s = settings.tokens_per_s or layouts[0].tokens_per_s
+    hours = settings.traces * settings.tokens / tokens_per_s / 3600
+    price, gpu_hour = settings.price, settings.gpu_hour
+    return ServingPlan(
+        settings,
+        model,
+        source,
+        gpu,
+        shape,
+        counts,
+        dtype,
+        load,
         weight_bytes={kind: counts.bytes(kind) for kind in BITS},
-        plain_cache_bytes=shape.n_layers * shape.plain_numbers * settings.cache_bits / 8,
-        layouts=ways,
-        elsewhere={one.name: next(iter(layouts(load, one)), None) for one in GPUS},
-        tokens_per_s=rate,
+        plain_cache_bytes=shape.plain_kv_numbers * settings.cache_bits / 8,
+        layouts=layouts,
+        elsewhere={one.name: next(iter(gpu_layouts(load, one)), None) for one in GPUS},
+        tokens_per_s=tokens_per_s,
         is_bound=settings.tokens_per_s is None,
         hours=hours,
-        usd_rented=None if settings.gpu_hour is None else hours * ways[0].n_gpus * settings.gpu_hour,
+        usd_rented=None if gpu_hour is None else hours * layouts[0].n_gpus * gpu_hour,
         usd_endpoint=None if price is None else settings.traces * price.of(settings.prompt_tokens, settings.tokens),
-        notes=_notes(settings, shape, dtype, gpu, ways[0]),
+        notes=[*_model_notes(settings, shape), *_gpu_notes(settings, dtype, gpu=gpu, layout=layouts[0])],
     )
 
 
@@ -129,36 +144,38 @@ def find_gpu(name: str) -> Gpu:
     """Return the GPU of a name, however it is spelt: `h100`, `RTX4090`, `A100-80`.
 
     Raises:
-        UsageError: it is not known.
+        UsageError: `code` "no-such-gpu".
     """
     key = "".join(c for c in name.lower() if c.isalnum())
     for gpu in GPUS:
-        own = "".join(c for c in gpu.name.lower() if c.isalnum())
-        if key in (own, own.removeprefix("rtx"), own + "gb") or (key == "a100" and own == "a10080"):
+        known = "".join(c for c in gpu.name.lower() if c.isalnum())
+        if key in (known, known.removeprefix("rtx"), known + "gb") or (key == "a100" and known == "a10080"):
             return gpu
-    raise UsageError(f"no GPU named {name!r} in the table", f"one of {', '.join(gpu.name for gpu in GPUS)}")
+    names = ", ".join(gpu.name for gpu in GPUS)
+    raise UsageError(f"the table of GPUs has no {name!r}", f"one of {names}", code="no-such-gpu")
 
 
-def _does_not_fit(model: str, dtype: Dtype, load: Load, gpu: Gpu, n_gpus: int | None) -> UsageError:
-    smallest = layouts(load, gpu)
-    on = f"{n_gpus} × {gpu.name}" if n_gpus else f"128 × {gpu.name}"
-    hint = f"the fewest that hold it: {smallest[0].n_gpus} ({smallest[0].name})" if smallest else "take larger GPUs"
+def _does_not_fit(model: str, load: Load, *, gpu: Gpu, n_gpus: int | None) -> UsageError:
+    smallest = gpu_layouts(load, gpu)
+    fewest = f"the fewest that hold it: {smallest[0].n_gpus} ({smallest[0].name})" if smallest else "take larger GPUs"
     return UsageError(
-        f"{model} in {dtype} ({load.bytes / 1e9:,.0f} GB) does not lie on {on}",
-        f"{hint}; a smaller --dtype takes fewer. TP is 1, 2, 4 or 8 and divides the heads; more GPUs are whole nodes",
+        f"{model} ({format_bytes(load.bytes)}) does not fit on {n_gpus or MOST_GPUS} × {gpu.name}",
+        f"{fewest}; a smaller --dtype takes fewer. TP is 1, 2, 4 or 8 and divides the heads; more GPUs are whole nodes",
+        code="does-not-fit-gpus",
     )
 
 
-def _notes(settings: PlanSettings, shape: Architecture, dtype: Dtype, gpu: Gpu, way: Layout) -> list[str]:
+def _model_notes(settings: PlanSettings, shape: DecoderShape) -> Iterator[str]:
     length = settings.prompt_tokens + settings.tokens
-    notes = []
     if not shape.is_checked:
-        notes.append(f"model type {shape.model_type or 'unknown'} was not checked against a reference: an estimate")
+        yield f"model type {shape.model_type or 'unknown'} was not checked against a reference: this is an estimate"
     if shape.context and length > shape.context:
-        notes.append(f"{length:,} tokens a sequence are more than the model's context of {shape.context:,}")
+        yield f"a sequence of {length:,} tokens is longer than the model's context of {shape.context:,}"
+
+
+def _gpu_notes(settings: PlanSettings, dtype: Dtype, *, gpu: Gpu, layout: GpuLayout) -> Iterator[str]:
     if dtype == "fp8" and not gpu.fp8:
-        notes.append(f"{gpu.name} does not compute in fp8: the weights are widened as they are used, if the server can")
-    if settings.tokens_per_s and settings.tokens_per_s > way.tokens_per_s:
-        at_once = f"{way.n_running} sequences at once on {way.n_gpus} × {gpu.name}"
-        notes.append(f"{settings.tokens_per_s:,.0f} tokens/s are above what bounds {at_once}: was it more GPUs?")
-    return notes
+        yield f"{gpu.name} does not compute in fp8: the server has to widen the weights as it uses them, if it can"
+    if settings.tokens_per_s and settings.tokens_per_s > layout.tokens_per_s:
+        at_once = f"{layout.n_running} sequences at once on {layout.n_gpus} × {gpu.name}"
+        yield f"{settings.tokens_per_s:,.0f} tokens/s are more than the bound for {at_once}: were there more GPUs?"
