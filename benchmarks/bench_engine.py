@@ -37,7 +37,8 @@ from deepdistill.distill.problems.load import load_problems
 from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.engine import engine
 from deepdistill.localrun.engine.engine import Engine
-from deepdistill.localrun.engine.llama import Context, Entry, Model, has_amx
+from deepdistill.localrun.engine.library import has_amx
+from deepdistill.localrun.engine.llama import Context, Entry, Model
 from deepdistill.localrun.engine.speculation import Latch
 
 SPEC = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
@@ -247,7 +248,7 @@ def timed(
     seconds, said = 0.0, []
     for prompt in prompts:
         tokens, started = [], 0.0
-        for step in opened.stream(prompt, sampling, guidance):
+        for step in opened.stream(prompt, sampling, guidance=guidance):
             if step.n_generated == 1:
                 started = time.monotonic()
             tokens.append(step.token)
@@ -322,9 +323,10 @@ def first_token(opened: Engine, prompt: str) -> tuple[float, str, int]:
 def bar_attention(model: Path) -> dict[str, Any]:
     """Reported: what decides that one sequence on the processor does without."""
     depth, loaded = 2048, Model(model)
-    contexts = {name: Context(loaded, 4096, 1, 1, 512, flash=name == "flash") for name in ("flash", "without")}
+    contexts = {name: Context(loaded, 4096, flash=name == "flash") for name in ("flash", "without")}
     result: dict[str, Any] = {"depth": depth}
     for name, context in contexts.items():
+        context.set_threads(1)
         started = time.process_time()
         for start in range(0, depth, 512):
             context.decode([Entry(5 + (start + i) * 7 % 9000, start + i, 0, i == 511) for i in range(512)])

@@ -30,9 +30,10 @@ import numpy as np
 _QUANTIZE = """
 import sys, time
 from pathlib import Path
-from deepdistill.localrun.engine.requantize import requantize
+sys.path.insert(0, sys.argv[3])
+from requantize import requantize
 started = time.perf_counter()
-requantize(Path(sys.argv[1]), Path(sys.argv[2]), 15)
+requantize(Path(sys.argv[1]), Path(sys.argv[2]), ftype=15)
 print(time.perf_counter() - started)
 """
 _QWEN2_1_5B = {
@@ -80,7 +81,7 @@ def peer(llama_cpp: Path, checkpoint: Path, folder: Path) -> dict[str, float]:
     converted, peak_1, _ = measured(
         [sys.executable, script, str(checkpoint), "--outfile", str(f16), "--outtype", "f16"]
     )
-    _, peak_2, printed = measured([sys.executable, "-c", _QUANTIZE, str(f16), str(out)])
+    _, peak_2, printed = measured([sys.executable, "-c", _QUANTIZE, str(f16), str(out), str(Path(__file__).parent)])
     quantized = float(printed)
     f16.unlink()
     return {

@@ -43,7 +43,7 @@ def ask_alone(opened: Engine, question: str, sampling: Sampling, guidance: Guida
 def ask_all(opened: Engine, questions: list[str], sampling: Sampling, guidance: Guidance) -> list[Completion]:
     """Return the completions in the order of the questions."""
     prompts = [opened.prompt([{"role": "user", "content": question}]) for question in questions]
-    done = dict(opened.generate_many(prompts, sampling, guidance))
+    done = dict(opened.generate_many(prompts, sampling, guidance=guidance))
     return [done[i] for i in range(len(questions))]
 
 

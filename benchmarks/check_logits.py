@@ -127,7 +127,7 @@ def logits_by_llama_cpp(path: Path, tokens: list[int]) -> np.ndarray:
     """Return logits `[T, V]` of a file, its cache in float32 and without flash attention, which rounds to 16 bits."""
     llama.KV_TYPES.setdefault("f32", gguf.GGMLQuantizationType.F32)
     model = llama.Model(path)
-    context = llama.Context(model, 64, 1, 1, 64, "f32", flash=False)
+    context = llama.Context(model, 64, n_batch=64, kv_type="f32", flash=False)
     try:
         context.decode([llama.Entry(token, i, 0, True) for i, token in enumerate(tokens)])
         return np.stack([np.array(context.logits(i)) for i in range(len(tokens))])

@@ -221,9 +221,10 @@ class _Run:
     @contextmanager
     def _opened(self, n_seq: int) -> Iterator[None]:
         n_ctx, self.n_seq = self.settings.n_ctx, n_seq
-        flash = flash_attention(self.footprint, n_ctx, self.kv_type) if n_seq == 1 else None
+        flash = flash_attention(self.footprint, n_ctx, kv_type=self.kv_type) if n_seq == 1 else None
         n_batch = max(N_BATCH, n_seq)
-        self.context = Context(self.model, n_ctx, n_seq, self.n_threads, n_batch, self.kv_type, flash=flash)
+        self.context = Context(self.model, n_ctx, n_seq=n_seq, n_batch=n_batch, kv_type=self.kv_type, flash=flash)
+        self.context.set_threads(self.n_threads)
         try:
             yield
             self.n_cells = self.context.n_ctx
@@ -295,7 +296,8 @@ def decode(context: Context, n_seq: int, start: int, n_tokens: int) -> None:
 
 def seconds_per_token(model: Model, n_threads: int) -> float:
     """Return how long one sequence's next token takes: what `hardware.best_threads` chooses a thread count by."""
-    context = Context(model, 256, 1, n_threads, 1)
+    context = Context(model, 256, n_batch=1)
+    context.set_threads(n_threads)
     try:
         decode(context, 1, 0, 1)  # the first token reads the file and starts the threads
         started = time.monotonic()

@@ -110,7 +110,7 @@ def _digest(typed: Typed, type_: Type, weights: npt.NDArray[np.float32] | None) 
         if type_ == Type.F32:
             digest.update(np.ascontiguousarray(rows, "<f4").tobytes())
         else:
-            digest.update(ggml.quantize_rows(rows, type_, columns).tobytes())
+            digest.update(ggml.quantize_rows(rows, type_, imatrix=columns).tobytes())
     return digest.hexdigest()
 
 

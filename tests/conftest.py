@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import signal
 import sys
@@ -11,9 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 CHAIN_SUM = "gym:chain_sum?min_terms=2&max_terms=4&min_digits=1&max_digits=2"
 
 
@@ -45,6 +48,17 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     patch.setenv("XDG_DATA_HOME", str(home / "data"))
     patch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def requantize() -> ModuleType:
+    """llama.cpp's own quantizer, from the benchmarks' folder, which is no package."""
+    spec = importlib.util.spec_from_file_location("requantize", ROOT / "benchmarks" / "requantize.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

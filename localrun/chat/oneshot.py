@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from ...errors import UsageError
-from ..engine.engine import Step
+from ..engine.stream import Step
 from .session import Question, Session
 
 if TYPE_CHECKING:

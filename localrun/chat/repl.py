@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ...errors import DeepDistillError
 from ..core.printable import new_console, printable
-from ..engine.engine import Engine, Step
+from ..engine.engine import Engine
+from ..engine.stream import Step
 from .commands import COMMANDS, obey
 from .conversations import Conversation, Store
 from .keyboard import Keys, reader

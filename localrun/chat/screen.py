@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..core.printable import printable
-from ..engine.engine import Step
+from ..engine.stream import Step
 from ..families.thinking import Part
 from .markdown import Markdown
 from .wrap import Flow, is_drawable

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..core.generation import FREE, Guidance, Message, Sampling
-from ..engine.engine import Engine, Step
+from ..engine.engine import Engine
+from ..engine.stream import Step
 from ..families.thinking import Think
 from .conversations import DEFAULT_SAMPLING, Conversation
 
@@ -73,7 +74,7 @@ class Session:
         said = {"thinking": "", "answer": ""}
         opened, finished = False, False
         try:
-            for step in self.engine.stream(prompt, self.sampling, self.guidance, images):
+            for step in self.engine.stream(prompt, self.sampling, guidance=self.guidance, images=images):
                 said[step.part] += step.text
                 opened = opened or step.closed is not None
                 finished = step.finish_reason is not None

@@ -50,142 +50,144 @@ class _Request:
         return len(self.tokens) - self.n_cached
 
 
-def complete_all(
-    context: Context,
-    prompts: Iterable[tuple[str, int]],
-    sampling: Sampling,
-    guidance: Guidance,
-    *,
-    n_seq: int,
-    n_ctx: int,
-    tags: Tags | None,
-    top_logprobs: int = 0,
-) -> Iterator[tuple[int, Completion]]:
-    """Yield (index, completion) as each of the (prompt, seed) ends; see `Engine.generate_many`.
+@dataclass
+class Batch:
+    """How to answer prompts together in n_seq sequences of a context, any one of at most n_ctx tokens."""
 
-    The sequences' KV cache has to be empty.
+    context: Context
+    sampling: Sampling
+    guidance: Guidance
+    n_seq: int
+    n_ctx: int
+    tags: Tags | None
+    top_logprobs: int = 0
+    _running: dict[int, _Request] = field(default_factory=dict, init=False)  # by slot, the oldest first
+    _waiting: deque[_Request | _Refused] = field(default_factory=deque, init=False)
+    _shared: list[int] = field(default_factory=list, init=False)  # tokens computed once for all, in sequence n_seq
 
-    Raises:
-        ModelError: llama.cpp failed.
-    """
-    source = _requests(context, prompts, sampling, guidance, n_ctx, tags)
-    waiting = deque(islice(source, n_seq))  # those that gave up their cells come first
-    shared = _prefill_shared(context, [r.tokens for r in waiting if isinstance(r, _Request)], n_seq)
-    running: dict[int, _Request] = {}  # by slot, the oldest first
-    try:
-        while True:
-            while len(running) < n_seq:
-                waiting.extend(islice(source, not waiting))
-                if not waiting:
-                    break
-                request = waiting.popleft()
-                if not isinstance(request, _Request):
-                    yield request
-                elif running and not _has_room(context, running, request, shared):
-                    waiting.appendleft(request)
-                    break
-                else:
-                    _admit(context, running, request, shared, n_seq)
-            if not running:
-                return
-            at = _run_round(context, running, waiting)
-            for slot, entry in at.items():
-                request = running[slot]
-                if top_logprobs:
-                    request.top.append(top_of(context.logits(entry), top_logprobs))
-                token = request.turn.next_token(context, entry)
-                request.tokens.append(token)
-                request.turn.add(token)
-                if request.turn.finish_reason is not None:
-                    del running[slot]
-                    context.forget(slot)
-                    request.turn.close()
-                    yield request.index, _completion(request, top_logprobs)
-    finally:
-        for unfinished in [*running.values(), *waiting]:
-            if isinstance(unfinished, _Request):
-                unfinished.turn.close()
+    def complete(self, prompts: Iterable[tuple[str, int]]) -> Iterator[tuple[int, Completion]]:
+        """Yield (index, completion) as each of the (prompt, seed) ends; see `Engine.generate_many`.
 
+        The sequences' KV cache has to be empty.
 
-def _requests(
-    context: Context,
-    prompts: Iterable[tuple[str, int]],
-    sampling: Sampling,
-    guidance: Guidance,
-    n_ctx: int,
-    tags: Tags | None,
-) -> Iterator[_Request | _Refused]:
-    """Yield what each prompt asks for, or why it cannot be."""
-    for index, (text, seed) in enumerate(prompts):
-        tokens = context.model.tokenize(text)
-        if 0 < len(tokens) < n_ctx:
-            limit = min(sampling.max_tokens, n_ctx - len(tokens))
-            turn = Turn(context.model, text, sampling, guidance, seed=seed, limit=limit, tags=tags)
+        Raises:
+            ModelError: llama.cpp failed.
+        """
+        source = self._requests(prompts)
+        self._waiting.extend(islice(source, self.n_seq))
+        self._prefill_shared([request.tokens for request in self._waiting if isinstance(request, _Request)])
+        try:
+            while True:
+                yield from self._fill_slots(source)
+                if not self._running:
+                    return
+                for slot, index in self._run_round().items():
+                    request = self._running[slot]
+                    if self.top_logprobs:
+                        request.top.append(top_of(self.context.logits(index), self.top_logprobs))
+                    token = request.turn.next_token(self.context, index)
+                    request.tokens.append(token)
+                    request.turn.add(token)
+                    if request.turn.finish_reason is not None:
+                        del self._running[slot]
+                        self.context.forget(slot)
+                        request.turn.close()
+                        yield request.index, _completion(request, self.top_logprobs)
+        finally:
+            for unfinished in [*self._running.values(), *self._waiting]:
+                if isinstance(unfinished, _Request):
+                    unfinished.turn.close()
+
+    def _requests(self, prompts: Iterable[tuple[str, int]]) -> Iterator[_Request | _Refused]:
+        """Yield what each prompt asks for, or why it cannot be answered."""
+        for index, (text, seed) in enumerate(prompts):
+            tokens = self.context.model.tokenize(text)
+            if not 0 < len(tokens) < self.n_ctx:
+                yield index, _refused(len(tokens), self.n_ctx)
+                continue
+            turn = Turn(
+                self.context.model,
+                text,
+                sampling=self.sampling,
+                guidance=self.guidance,
+                seed=seed,
+                limit=min(self.sampling.max_tokens, self.n_ctx - len(tokens)),
+                tags=self.tags,
+            )
             yield _Request(index, tokens, len(tokens), turn)
-        else:
-            yield index, _refused(len(tokens), n_ctx)
+
+    def _fill_slots(self, source: Iterator[_Request | _Refused]) -> Iterator[_Refused]:
+        """Admit requests while there are slots and room for their tokens; yield those that are refused."""
+        while len(self._running) < self.n_seq:
+            self._waiting.extend(islice(source, not self._waiting))
+            if not self._waiting:
+                return
+            request = self._waiting.popleft()
+            if not isinstance(request, _Request):
+                yield request
+            elif self._running and not self._has_room(request):
+                self._waiting.appendleft(request)
+                return
+            else:
+                self._admit(request)
+
+    def _n_shared(self, request: _Request) -> int:
+        """Return how many of a request's tokens are computed for all: those of the prefix, if it begins with them."""
+        n = len(self._shared)
+        return n if n < request.n_prompt and request.tokens[:n] == self._shared else 0
+
+    def _has_room(self, request: _Request) -> bool:
+        """Say whether a request's tokens fit beside the running ones and the next token of each."""
+        others = [*self._running.values(), request]
+        n_own = sum(len(other.tokens) - self._n_shared(other) for other in others)
+        return len(self._shared) + n_own + len(self._running) < self.context.n_ctx
+
+    def _admit(self, request: _Request) -> None:
+        """Give a request a free slot, which begins with what is computed for all if the request does."""
+        slot = next(i for i in range(self.n_seq) if i not in self._running)
+        self._running[slot] = request
+        request.n_cached = self._n_shared(request)
+        if request.n_cached:
+            self.context.share(self.n_seq, slot, request.n_cached)
+
+    def _prefill_shared(self, prompts: Sequence[list[int]]) -> None:
+        """Compute what all prompts begin with in sequence n_seq."""
+        context = self.context
+        if self.n_seq < 2 or len(prompts) < 2 or context.model.is_recurrent:
+            return
+        first, last = min(prompts), max(prompts)  # the two that differ earliest
+        limit = min(map(len, prompts)) - 1  # every sequence needs logits of its own
+        n = next((i for i in range(limit) if first[i] != last[i]), limit)
+        if n < _LEAST_PREFIX:
+            return
+        for start in range(0, n, context.n_batch):
+            batch = first[start : min(n, start + context.n_batch)]
+            if not context.decode([Entry(t, start + i, self.n_seq, False) for i, t in enumerate(batch)]):
+                context.forget(self.n_seq)
+                return
+        self._shared = first[:n]
+
+    def _run_round(self) -> dict[int, int]:
+        """Decode one batch; return, for each slot whose next token can be sampled, the index of its logits."""
+        while True:
+            entries, indexes, n_cached = _next_entries(self._running, self.context.n_batch)
+            if self.context.decode(entries):
+                for slot, n in n_cached.items():
+                    self._running[slot].n_cached = n
+                return indexes
+            if len(self._running) == 1:
+                raise ModelError("the context is full", "give a larger --context", code="context-full")
+            slot = next(reversed(self._running))
+            self.context.forget(slot)
+            request = self._running.pop(slot)
+            request.n_cached = 0
+            self._waiting.appendleft(request)  # those that gave up their cells come first
 
 
-def _n_shared(request: _Request, shared: list[int]) -> int:
-    """Return how many of a request's tokens are computed for all: those of the prefix, if it begins with them."""
-    n = len(shared)
-    return n if n < request.n_prompt and request.tokens[:n] == shared else 0
-
-
-def _has_room(context: Context, running: dict[int, _Request], request: _Request, shared: list[int]) -> bool:
-    """Say whether a request's tokens fit beside the running ones and the next token of each."""
-    own = sum(len(other.tokens) - _n_shared(other, shared) for other in [*running.values(), request])
-    return len(shared) + own + len(running) < context.n_ctx
-
-
-def _admit(context: Context, running: dict[int, _Request], request: _Request, shared: list[int], n_seq: int) -> None:
-    """Give a request a free slot, which begins with what is computed for all if the request does."""
-    slot = next(i for i in range(n_seq) if i not in running)
-    running[slot] = request
-    request.n_cached = _n_shared(request, shared)
-    if request.n_cached:
-        context.share(n_seq, slot, request.n_cached)
-
-
-def _prefill_shared(context: Context, prompts: Sequence[list[int]], n_seq: int) -> list[int]:
-    """Compute what all prompts begin with in sequence n_seq; return its tokens."""
-    if n_seq < 2 or len(prompts) < 2 or context.model.is_recurrent:
-        return []
-    first, last = min(prompts), max(prompts)  # the two that differ earliest
-    limit = min(map(len, prompts)) - 1  # every sequence needs logits of its own
-    n = next((i for i in range(limit) if first[i] != last[i]), limit)
-    if n < _LEAST_PREFIX:
-        return []
-    for start in range(0, n, context.n_batch):
-        entries = [
-            Entry(t, start + i, n_seq, False) for i, t in enumerate(first[start : min(n, start + context.n_batch)])
-        ]
-        if not context.decode(entries):
-            context.forget(n_seq)
-            return []
-    return first[:n]
-
-
-def _run_round(context: Context, running: dict[int, _Request], waiting: deque[_Request | _Refused]) -> dict[int, int]:
-    """Decode one batch; return, for each slot whose next token can be sampled, where its logits stand."""
-    while True:
-        entries, at, n_cached = _plan(running, context.n_batch)
-        if context.decode(entries):
-            for slot, n in n_cached.items():
-                running[slot].n_cached = n
-            return at
-        if len(running) == 1:
-            raise ModelError("the context is full", "give a larger --context")
-        slot = next(reversed(running))
-        context.forget(slot)
-        running[slot].n_cached = 0
-        waiting.appendleft(running.pop(slot))
-
-
-def _plan(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict[int, int], dict[int, int]]:
-    """Return a batch's entries, where the logits to sample from will stand, and what each slot will have cached."""
+def _next_entries(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict[int, int], dict[int, int]]:
+    """Return a batch's entries, the index of each slot's logits to sample from, and what each slot will have cached."""
     entries: list[Entry] = []
-    at: dict[int, int] = {}
+    indexes: dict[int, int] = {}
     n_cached: dict[int, int] = {}
     # Those with one pending token go first: they generate, and a long prompt must not stop them.
     for slot, request in sorted(running.items(), key=lambda item: item[1].n_pending > 1):
@@ -194,10 +196,10 @@ def _plan(running: dict[int, _Request], n_batch: int) -> tuple[list[Entry], dict
         for position in range(start, end):
             wanted = position == len(request.tokens) - 1
             if wanted:
-                at[slot] = len(entries)
+                indexes[slot] = len(entries)
             entries.append(Entry(request.tokens[position], position, slot, wanted))
         n_cached[slot] = end
-    return entries, at, n_cached
+    return entries, indexes, n_cached
 
 
 def _completion(request: _Request, top_logprobs: int) -> Completion:

@@ -1,33 +1,28 @@
-"""Run a GGUF: one stream of steps at linear cost, many sequences in one batch, or the logits of a text.
-
-What the KV cache holds from the last call is kept as far as the new prompt begins with it, so that a conversation's
-next turn computes only what is new; `save_state` keeps it on disk for another day.
-"""
+"""Run a GGUF: one stream of steps at linear cost, many sequences in one batch, or the logits of a text."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import ArtifactError, ModelError
+from ...errors import ModelError
 from ..core.closes import Closes
-from ..core.generation import FREE, Completion, FinishReason, Guidance, Sampling, TopLogprobs
+from ..core.generation import FREE, Completion, Guidance, Sampling, TopLogprobs
 from ..families import template
-from ..families.thinking import Part, Think, steer_thinking, tags_of
+from ..families.thinking import Think, steer_thinking, tags_of
 from ..gguf.header import UnknownTypeError
-from ..machine.hardware import best_threads, default_threads
+from ..machine.hardware import best_threads
 from ..machine.memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
-from .batching import complete_all
-from .llama import Context, Entry, Model, check_file, llama_version
+from .batching import Batch
+from .kv_cache import KVCache
+from .library import llama_version
+from .llama import Context, Entry, Model, check_file
 from .logprobs import stack_rows, top_with
-from .speculation import Latch, NgramDrafts, Propose
+from .speculation import Latch, ModelDrafts, NgramDrafts, Propose
+from .stream import Step, stream_turn
 from .turn import Turn
 
 if TYPE_CHECKING:
@@ -36,31 +31,7 @@ if TYPE_CHECKING:
 
     from .vision import Projector
 
-_STATE_MAGIC = b"deepdistill-state-1\n"
 _N_MEASURED, _MEASURED_S = 12, 1.0  # tokens made, and seconds taken, at most, to compare thread counts
-
-
-@dataclass(frozen=True)
-class Step:
-    """One generated token and the text that it let out, which may be empty or belong to earlier tokens.
-
-    `token` is -1 where a token ends the thinking and begins the answer: its first text comes in a step before its own.
-    `n_generated` and `n_reasoning` count tokens, the one that ends the turn included. `finish_reason` is set on the
-    last step alone. `note` says what the thinking budget or the loop guard has just done.
-    """
-
-    token: int
-    text: str
-    part: Part
-    n_prompt: int
-    n_generated: int
-    n_reasoning: int
-    closed: bool | None  # the thinking, so far; None if it never opened
-    prompt_per_s: float  # tokens/s of the part of the prompt that the KV cache did not hold
-    tokens_per_s: float
-    finish_reason: FinishReason | None = None
-    note: str | None = None
-    n_drafted_right: int = 0  # tokens so far that were guessed and only checked
 
 
 class Engine(Closes):
@@ -89,29 +60,33 @@ class Engine(Closes):
             ArtifactError, ModelError: see `llama.Model` and `llama.Context`; or it does not fit the memory.
             UsageError: there is no such KV type.
         """
-        self.path = Path(path)
+        self.path, self.n_seq, self.kv_type = Path(path), n_seq, kv_type
         footprint = _footprint(self.path)
         self.flash: bool | None = None
         if footprint:
-            n_ctx = fit_context(footprint, kv_type, n_seq, n_ctx)
-            self.flash = flash_attention(footprint, n_ctx, kv_type) if n_seq == 1 else None
+            n_ctx = fit_context(footprint, kv_type, n_seq=n_seq, wanted=n_ctx)
+            self.flash = flash_attention(footprint, n_ctx, kv_type=kv_type) if n_seq == 1 else None
         self.model = Model(self.path)
         self.metadata, self.n_vocab, self.n_ctx_train = self.model.metadata, self.model.n_vocab, self.model.n_ctx_train
         self.n_ctx = n_ctx or min(self.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
-        self.n_seq, self.tags, self.kv_type = n_seq, tags_of(self.metadata), kv_type
+        self.tags = tags_of(self.metadata)
         self._draft: Engine | None = None
         self._projector: Projector | None = None
+        self._latch = Latch()  # kept from answer to answer: short ones alone would never learn whether guessing pays
         try:
-            # One sequence more than asked for holds what all prompts begin with.
-            n_sequences, n_batch = n_seq + 1 if n_seq > 1 else 1, max(N_BATCH, n_seq)
-            n_kv = n_cells(self.n_ctx, n_seq)
             self._context = Context(
-                self.model, n_kv, n_sequences, n_threads or default_threads(), n_batch, kv_type, flash=self.flash
+                self.model,
+                n_cells(self.n_ctx, n_seq),
+                n_seq=n_seq + 1 if n_seq > 1 else 1,  # one more holds what all prompts begin with
+                n_batch=max(N_BATCH, n_seq),
+                kv_type=kv_type,
+                flash=self.flash,
             )
+            self._cache = KVCache(self._context, self.n_ctx)
             self.n_threads = n_threads or best_threads(self.path, self._seconds_with)
             self._context.set_threads(self.n_threads)
             if draft_path is not None:
-                self._draft = _open_draft(Path(draft_path), self.model, self.n_ctx, self.n_threads)
+                self._draft = self._open_draft(Path(draft_path))
             if mmproj_path is not None:
                 from .vision import Projector
 
@@ -119,9 +94,18 @@ class Engine(Closes):
         except BaseException:
             self.model.close()
             raise
-        self._cached: list[int] = []  # what sequence 0's KV cache holds
-        self._turn = object()  # the call that the KV cache belongs to
-        self._latch = Latch()  # short answers alone would never learn whether guessing pays
+
+    def _open_draft(self, path: Path) -> Engine:
+        draft = Engine(path, n_ctx=self.n_ctx, n_threads=self.n_threads)
+        probes = range(0, self.n_vocab, max(1, self.n_vocab // 64))
+        if draft.n_vocab != self.n_vocab or any(draft.model.piece(t) != self.model.piece(t) for t in probes):
+            draft.close()
+            raise ModelError(
+                f"{path} has another vocabulary than {self.path}",
+                "a draft model has to share it",
+                code="vocabulary-mismatch",
+            )
+        return draft
 
     def _seconds_with(self, n_threads: int) -> float:
         """Return the seconds a token takes, from a few of them, fewer where they are slow."""
@@ -163,9 +147,11 @@ class Engine(Closes):
         """
         source = self.metadata.get("tokenizer.chat_template")
         if not source:
-            raise ModelError(f"{self.path} has no chat template", "use an instruction-tuned model")
+            raise ModelError(
+                f"{self.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
+            )
         bos, eos = (self._special_text(name) for name in ("bos", "eos"))
-        return template.render(source, messages, thinking, bos, eos, tools)
+        return template.render(source, messages, thinking=thinking, bos_token=bos, eos_token=eos, tools=tools)
 
     def prompt(
         self,
@@ -196,6 +182,7 @@ class Engine(Closes):
         self,
         prompt: str | Sequence[int],
         sampling: Sampling,
+        *,
         guidance: Guidance = FREE,
         images: Sequence[Path | bytes] = (),
     ) -> Iterator[Step]:
@@ -210,149 +197,83 @@ class Engine(Closes):
         """
         _check_grammar(guidance, self.model)
         text = prompt if isinstance(prompt, str) else self.detokenize(prompt[-32:])
-        owner = self._turn = object()
         started = time.monotonic()
         if images:
-            tokens, at = self._see(text, images)
-            n_new = len(tokens)
+            index = self._show(text, images)
+            n_computed = len(self._cache.tokens)
         else:
             tokens = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
             self._check_fits(len(tokens))
-            n_new, at = self._prefill(tokens)
-        prompt_per_s = n_new / max(time.monotonic() - started, 1e-9)
-        started = time.monotonic()
-        limit = min(sampling.max_tokens, self.n_ctx - len(tokens))
-        turn = Turn(self.model, text, sampling, guidance, seed=sampling.seed, limit=limit, tags=self.tags)
+            n_computed, index = self._cache.prefill(tokens)
+        prompt_per_s = n_computed / max(time.monotonic() - started, 1e-9)
+        limit = min(sampling.max_tokens, self.n_ctx - len(self._cache.tokens))
+        turn = Turn(
+            self.model, text, sampling=sampling, guidance=guidance, seed=sampling.seed, limit=limit, tags=self.tags
+        )
         propose: Propose | None = None
         if guidance.speculate and not self.model.is_recurrent and not images:
-            propose = self._draft._propose if self._draft else NgramDrafts()
-        draft, said, n_right = list[int](), list(tokens), 0
-        spent, n_kept = 0.0, len(tokens)  # of the last batch: its seconds; how long the cache is without its draft
-        try:
-            while turn.finish_reason is None:
-                token = turn.next_token(self._context, at)
-                said.append(token)
-                pieces = turn.add(token)
-                reading, n = turn.reading, len(turn.tokens)
-                rate = n / max(time.monotonic() - started, 1e-9)
-                counts = (len(tokens), n, reading.n_reasoning, reading.closed, prompt_per_s, rate)
-                guessed = at < len(draft) and draft[at] == token
-                *earlier, (part, out) = pieces or [(reading.part, "")]
-                for part_before, out_before in earlier:
-                    yield Step(-1, out_before, part_before, *counts)
-                n_right += guessed
-                yield Step(token, out, part, *counts, turn.finish_reason, turn.take_note(), n_right)
-                if self._turn is not owner:
-                    raise RuntimeError("another call took over this engine in the middle of a stream")
-                if guessed:
-                    at += 1
-                    n_kept += 1
-                    continue
-                self._cut(n_kept)
-                if n > 1:
-                    self._latch.record(len(draft), at, spent)
-                if turn.finish_reason is not None:
-                    break
-                draft = []
-                if propose and turn.can_speculate and (wanted := self._latch.n_wanted()):
-                    draft = propose(said, min(wanted, limit - n, self.n_ctx - len(said)))
-                began = time.monotonic()
-                self._extend([token, *draft], every=bool(draft))
-                spent, n_kept, at = time.monotonic() - began, n_kept + 1, 0
-        finally:
-            turn.close()
-            if self._turn is owner:
-                self._cut(n_kept)
+            propose = ModelDrafts(self._draft._cache, self._draft.eog) if self._draft else NgramDrafts()
+        yield from stream_turn(
+            turn, self._cache, index=index, prompt_per_s=prompt_per_s, propose=propose, latch=self._latch
+        )
 
-    def _see(self, prompt: str, images: Sequence[Path | bytes]) -> tuple[list[int], int]:
-        """Bring sequence 0 to a prompt with images; return what it holds and where the last logits stand."""
+    def _show(self, prompt: str, images: Sequence[Path | bytes]) -> int:
         if self._projector is None:
-            raise ModelError(f"{self.path} sees no images", "give the projector that came with it: --mmproj FILE")
-        cached, self._cached = self._cached, []
-        held, at = self._projector.evaluate(self._context, prompt, images, cached)
-        self._cached = list(held)
-        return held, at
-
-    def _cut(self, n: int) -> None:
-        """Drop from the cache what was guessed wrong."""
-        if len(self._cached) > n:
-            del self._cached[self._context.forget(0, n) :]
-
-    def _propose(self, tokens: Sequence[int], n: int) -> list[int]:
-        """Return the n tokens that this model, as the draft of another, finds most likely next."""
-        if len(tokens) + n >= self.n_ctx:
-            return []
-        _, at = self._prefill(list(tokens))
-        proposed: list[int] = []
-        while True:
-            token = int(self._context.logits(at).argmax())
-            proposed.append(token)
-            if len(proposed) >= n or token in self.eog:
-                return proposed
-            at = self._extend([token])
-
-    def _prefill(self, tokens: list[int]) -> tuple[int, int]:
-        """Bring sequence 0 to `tokens`; return how many were computed and where the last one's logits stand."""
-        same = _n_same(self._cached, tokens[:-1])  # the last token is always run for its logits
-        del self._cached[self._context.forget(0, same) :]
-        fresh, at = tokens[len(self._cached) :], 0
-        for start in range(0, len(fresh), N_BATCH):
-            at = self._extend(fresh[start : start + N_BATCH])
-        return len(fresh), at
-
-    def _extend(self, tokens: list[int], every: bool = False) -> int:
-        """Run at most a batch of tokens at the end of sequence 0; return where the last one's logits stand."""
-        base, last = len(self._cached), len(tokens) - 1
-        if not self._context.decode([Entry(t, base + i, 0, every or i == last) for i, t in enumerate(tokens)]):
-            raise ModelError(f"the context of {self.n_ctx} tokens is full", "give a larger --context")
-        self._cached += tokens
-        return last
+            raise ModelError(
+                f"{self.path} cannot see images",
+                "give the projector that came with it: --mmproj FILE",
+                code="no-projector",
+            )
+        return self._cache.show(self._projector, prompt, images)
 
     def _check_fits(self, n_prompt: int) -> None:
         if n_prompt == 0:
-            raise ModelError("the prompt is empty")
+            raise ModelError("the prompt is empty", code="prompt-empty")
         if n_prompt >= self.n_ctx:
             raise ModelError(
                 f"the conversation takes {n_prompt} tokens and the context holds {self.n_ctx}",
                 "give a larger --context, or begin a new conversation",
+                code="prompt-too-long",
             )
 
     def generate_many(
         self,
         prompts: Iterable[str],
         sampling: Sampling,
-        guidance: Guidance = FREE,
         *,
+        guidance: Guidance = FREE,
         seeds: Iterable[int] | None = None,
         top_logprobs: int = 0,
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as each ends, with up to n_seq sequences in one batch, refilled as they end.
 
         Prompts and seeds are drawn when there is a place for them. What the first n_seq prompts begin with is computed
-        once. Speculation is not for batches: they are busy already. Prompt i is sampled with seed i, by default
+        once. Batches do not speculate: they are busy already. Prompt i is sampled with seed i, by default
         `sampling.seed + i`. With `top_logprobs` a completion holds that many log-probabilities a token. A prompt that
         does not fit comes back with an error. Closing the iterator stops the work.
         """
         _check_grammar(guidance, self.model)
-        turn = self._turn = object()
-        self._clear()
+        self._cache.clear()
+        owner = self._cache.owner
+        batch = Batch(
+            self._context,
+            sampling,
+            guidance,
+            n_seq=self.n_seq,
+            n_ctx=min(self.n_ctx, self.n_ctx_train or self.n_ctx),  # of one sequence; they share the cache
+            tags=self.tags,
+            top_logprobs=top_logprobs,
+        )
         try:
-            for finished in complete_all(
-                self._context,
-                zip(prompts, itertools.count(sampling.seed) if seeds is None else seeds, strict=False),
-                sampling,
-                guidance,
-                n_seq=self.n_seq,
-                n_ctx=min(self.n_ctx, self.n_ctx_train or self.n_ctx),  # of one sequence; they share the cache
-                tags=self.tags,
-                top_logprobs=top_logprobs,
+            for finished in batch.complete(
+                zip(prompts, itertools.count(sampling.seed) if seeds is None else seeds, strict=False)
             ):
                 yield finished
-                if self._turn is not turn:
+                if self._cache.owner is not owner:
                     raise RuntimeError("another call took over this engine in the middle of a batch")
         finally:
-            if self._turn is turn:
-                self._clear()
+            if self._cache.owner is owner:
+                self._cache.clear()
 
     def logits(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         """Return the logits `[T, V]` that follow every token of a text.
@@ -381,75 +302,39 @@ class Engine(Closes):
     def _logit_rows(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
         """Yield the logits `[V]` that follow each token: views that are overwritten."""
         if not 0 < len(tokens) <= self.n_ctx:
-            raise ModelError(f"{len(tokens)} tokens do not fit the context of {self.n_ctx}", "give a larger --context")
-        self._turn = object()
-        self._clear()
+            raise ModelError(
+                f"{len(tokens)} tokens do not fit the context of {self.n_ctx}",
+                "give a larger --context",
+                code="prompt-too-long",
+            )
+        self._cache.clear()
         for start in range(0, len(tokens), N_BATCH):
-            last = self._extend(list(tokens[start : start + N_BATCH]), every=True)
+            last = self._cache.extend(tokens[start : start + N_BATCH], every=True)
             yield from (self._context.logits(i) for i in range(last + 1))
-
-    def _clear(self) -> None:
-        for slot in range(self.n_seq + 1 if self.n_seq > 1 else 1):
-            self._context.forget(slot)
-        self._cached = []
 
     def save_state(self, path: Path) -> None:
         """Write what the KV cache holds of the last stream, so that another process need not compute it again.
 
         Raises:
-            ArtifactError: it cannot be written.
+            ArtifactError: code "write-failed".
         """
-        header = json.dumps(self._state_key() | {"tokens": self._cached}).encode()
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(_STATE_MAGIC + struct.pack("<Q", len(header)) + header)
-                file.write(self._context.read_state(0))
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise ArtifactError(f"cannot write {path}: {error.strerror}", "free some disk space") from error
+        self._cache.save(path, self._state_key())
 
     def load_state(self, path: Path) -> int:
         """Return how many tokens of a saved state the cache now holds; 0 if it is none, or another model's."""
-        self._turn = object()
-        try:
-            with path.open("rb") as file:
-                if file.read(len(_STATE_MAGIC)) != _STATE_MAGIC:
-                    return 0
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-                tokens = header.pop("tokens")
-                if header != self._state_key() or len(tokens) > self.n_ctx:
-                    return 0
-                state = file.read()
-        except (OSError, ValueError, struct.error, KeyError, AttributeError):
-            return 0
-        self._clear()
-        if not self._context.write_state(0, state):
-            return 0
-        self._cached = tokens
-        return len(tokens)
+        return self._cache.load(path, self._state_key())
 
     def _state_key(self) -> dict[str, object]:
-        """What a state has to agree with to be of use."""
         return {"model": self.model.hash, "kv_type": self.kv_type, "flash": self.flash, "llama": llama_version()}
 
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""
-        self._turn = object()  # an answer that is dropped later must not touch them
+        self._cache.release()  # an answer that is dropped later must not touch them
         for part in (self._draft, self._projector):
             if part:
                 part.close()
         self._context.close()
         self.model.close()
-
-
-def _n_same(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two texts begin with in common."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    return next(i for i in range(n) if a[i] != b[i])
 
 
 def _check_grammar(guidance: Guidance, model: Model) -> None:
@@ -470,12 +355,3 @@ def _footprint(path: Path) -> Footprint | None:
         return Footprint.of(path)
     except UnknownTypeError:
         return None
-
-
-def _open_draft(path: Path, model: Model, n_ctx: int, n_threads: int) -> Engine:
-    draft = Engine(path, n_ctx=n_ctx, n_threads=n_threads)
-    probes = range(0, model.n_vocab, max(1, model.n_vocab // 64))
-    if draft.n_vocab != model.n_vocab or any(draft.model.piece(t) != model.piece(t) for t in probes):
-        draft.close()
-        raise ModelError(f"{path} has another vocabulary than {model.path}", "a draft model has to share it")
-    return draft

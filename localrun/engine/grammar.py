@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, BinaryIO
 
-import llama_cpp
-
 from ...errors import UsageError
-from .llama import Model, _log, _reason, _start_library
+from .library import clear_log, llama_cpp, logged_reason, start_library
+from .llama import Model
 
 MOST_TIMES = 2000  # repetitions that llama.cpp counts: more are no bound at all to it
 _MOST_NESTED = 1000  # parentheses: its parser recurses
@@ -59,15 +58,15 @@ def check_grammar(gbnf: str, model: Model | None = None) -> None:
         raise UsageError("the grammar does not parse: its parentheses go too deep", _HINT)
     if "\0" in gbnf:
         raise UsageError("the grammar does not parse: a NUL character ends it", _HINT)
-    _start_library()
-    _log.clear()
+    start_library()
+    clear_log()
     with _stderr_kept() as kept:
         text = gbnf.strip() or "nothing"  # without a text llama.cpp makes a sampler that allows everything
         sampler = llama_cpp.llama_sampler_init_grammar(model and model.vocab, text.encode("utf-8", "replace"), b"root")
         kept.seek(0)
         said = re.search(r"error parsing grammar: (.{1,100})", kept.read().decode("utf-8", "replace"))
     if not sampler:
-        reason = re.sub(r" at$", " at the end of a line", said[1].strip()) if said else _reason()
+        reason = re.sub(r" at$", " at the end of a line", said[1].strip()) if said else logged_reason()
         raise UsageError(f"the grammar does not parse: {reason}", _HINT)
     llama_cpp.llama_sampler_free(sampler)
 
@@ -84,7 +83,7 @@ def times(low: int, high: int | None) -> str:
     return f"{{{low},{'' if high is None else high}}}"
 
 
-def separated(item: str, space: str, low: int, high: int | None) -> str:
+def separated(item: str, space: str, *, low: int, high: int | None) -> str:
     """Return low to high items with commas between them; high is more than 0."""
     more = times(max(low - 1, 0), None if high is None else high - 1)
     return f'({item} ("," {space} {item}){more}){"" if low else "?"}'
@@ -92,15 +91,15 @@ def separated(item: str, space: str, low: int, high: int | None) -> str:
 
 def whole_numbers(low: int | None, high: int | None) -> str:
     """Return the integers from low to high."""
-    return _signed(_naturals, 1, low, high)
+    return _signed(_naturals, 1, low=low, high=high)
 
 
 def decimal_numbers(low: int | None, high: int | None) -> str:
     """Return the decimal numbers from low to high."""
-    return _signed(_decimals, 0, low, high)
+    return _signed(_decimals, 0, low=low, high=high)
 
 
-def _signed(magnitudes: Callable[[int, int], str], smallest: int, low: int | None, high: int | None) -> str:
+def _signed(magnitudes: Callable[[int, int], str], smallest: int, *, low: int | None, high: int | None) -> str:
     """Return the numbers from low to high; `smallest` is the least magnitude that a minus may stand before."""
     most = 10 ** max(_N_DIGITS, *(len(str(bound)) for bound in (low, high))) - 1
     low, high = -most if low is None else low, most if high is None else high

@@ -121,7 +121,7 @@ class _Rules:
         others = schema.get("additionalProperties", True)
         if not properties and others is not False:
             pair = f'{self._primitive("string")} ":" {space} {self.of(others, f"{at}/additionalProperties")}'
-            return f'"{{" {space} ({separated(self._rule(pair, "pair"), space, 1, None)} {space})? "}}"'
+            return f'"{{" {space} ({separated(self._rule(pair, "pair"), space, low=1, high=None)} {space})? "}}"'
         pairs = {
             name: self._rule(f'{literal(name)} ":" {space} {self.of(value, f"{at}/properties/{name}")}', name)
             for name, value in properties.items()
@@ -149,7 +149,9 @@ class _Rules:
             rest = ""
         else:
             item = self._rule(self.of(items, f"{at}/items"), "item")
-            rest = separated(item, space, low, high) if not firsts else f'("," {space} {item}){times(low, high)}'
+            rest = (
+                separated(item, space, low=low, high=high) if not firsts else f'("," {space} {item}){times(low, high)}'
+            )
         inside = " ".join([f' "," {space} '.join(firsts), rest]).strip()
         return f'"[" {space} {inside} {space} "]"' if inside else f'"[" {space} "]"'
 

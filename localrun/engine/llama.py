@@ -1,9 +1,4 @@
-"""The one place that touches llama.cpp's C interface: load a file, decode a batch, sample, turn text into tokens.
-
-Structs start from the library's own defaults, since their fields change between releases, and a few of those defaults
-are checked: bindings that do not fit their library would read nonsense. llama.cpp's log is kept, not shown: what it
-calls an error is the reason when a call fails.
-"""
+"""A loaded GGUF and its context through llama.cpp's C interface: decode a batch, read logits, turn text into tokens."""
 
 from __future__ import annotations
 
@@ -12,38 +7,22 @@ import hashlib
 import math
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ..core.lazy import import_part
-from ..machine.hardware import bound_spinning
-from ..machine.memory import KV_TYPES, N_MICRO_BATCH
+from ..machine.hardware import default_threads
+from ..machine.memory import KV_TYPES, N_BATCH, N_MICRO_BATCH
+from .library import clear_log, has_amx, llama_cpp, logged_reason, start_library
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-bound_spinning()  # before OpenMP is loaded: it reads its settings once
-
-try:
-    import_part("llama_cpp", "llama_cpp")  # the C functions
-    import llama_cpp
-except (ImportError, OSError, RuntimeError) as error:  # not installed, or built for another machine
-    raise ModelError(
-        f"llama-cpp-python does not work here: {error}",
-        "pip install llama-cpp-python (it needs a C++ compiler), or without one: pip install llama-cpp-python "
-        "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu",
-    ) from error
-
 _BLOCK_BYTES = 1 << 20
-
-_log: deque[tuple[int, str]] = deque(maxlen=200)
-_ERROR, _CONTINUED = 4, 5  # ggml_log_level
 _KV_FULL = 1  # llama_decode: no room in the KV cache
 _NOT_THE_FILE = re.compile(r"unknown|unsupported|not supported|alloc|memory", re.I)  # reasons that no new copy mends
 
@@ -57,63 +36,8 @@ class Entry(NamedTuple):
     wanted: bool
 
 
-@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
-def _keep_log(level: int, text: bytes, _data: Any) -> None:
-    if level == _CONTINUED and _log:
-        level, before = _log.pop()
-        _log.append((level, before + text.decode("utf-8", "replace")))
-    else:
-        _log.append((level, text.decode("utf-8", "replace")))
-
-
-def _reason() -> str:
-    """Return what llama.cpp said went wrong since the log was last cleared."""
-    lines = [text.strip() for level, text in _log if level == _ERROR and text.strip()]
-    if not lines:
-        return "llama.cpp gives no reason"
-    printable = "".join(letter if letter.isprintable() else "?" for letter in lines[0])
-    return re.sub(r"^\w+: ", "", printable)  # the function's name tells a user nothing
-
-
-@cache
-def _start_library() -> None:
-    """Keep the log, start the backend, and check that the bindings fit the library.
-
-    Raises:
-        ModelError: they do not.
-    """
-    llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    context, model = llama_cpp.llama_context_default_params(), llama_cpp.llama_model_default_params()
-    # From the front, the middle and the end of each struct: a field more or less shifts what comes after it.
-    seen = (context.n_ubatch, context.rope_scaling_type, context.type_k, context.n_seq_max, model.vocab_only)
-    if seen != (512, -1, 1, 1, False):
-        raise ModelError(
-            f"llama-cpp-python {llama_version()} does not fit the llama.cpp library that it loads",
-            "reinstall it: pip install --force-reinstall llama-cpp-python; and unset LLAMA_CPP_LIB_PATH",
-        )
-
-
-def llama_version() -> str:
-    """Return the version of the installed bindings, and with it of llama.cpp."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-        return str(llama_cpp.__version__)
-
-
-def has_amx() -> bool:
-    """Whether the installed llama.cpp would multiply with AMX, which is left aside.
-
-    It crashes in the first prompt where GCC compiled it: the tiles' shapes, which llama.cpp writes on the stack, are
-    optimized away. Source: https://github.com/ggml-org/llama.cpp/pull/26954, seen with 0.3.36 and GCC 12.
-    """
-    return b"AMX_INT8 = 1" in llama_cpp.llama_print_system_info()
-
-
-def _model_params(writable: bool) -> Any:
+def model_params(*, writable: bool = False) -> Any:
+    """Return how to load a model; `writable` keeps its weights as the file has them, in memory of their own."""
     params = llama_cpp.llama_model_default_params()
     if has_amx():
         params.use_extra_bufts = False
@@ -137,12 +61,12 @@ class Model:
             ModelError: this llama.cpp cannot run it; the reason is its own.
         """
         check_file(path)
-        _start_library()
+        start_library()
         self.path = path
-        _log.clear()
-        self._handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), _model_params(writable))
+        clear_log()
+        self._handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params(writable=writable))
         if not self._handle:
-            raise _load_error(path, _reason())
+            raise _load_error(path, logged_reason())
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._handle))
@@ -210,7 +134,9 @@ class Model:
         """
         if token not in self._pieces:
             if not 0 <= token < self.n_vocab:
-                raise ModelError(f"{self.path} has no token {token}: its vocabulary holds {self.n_vocab}")
+                raise ModelError(
+                    f"{self.path} has no token {token}: its vocabulary holds {self.n_vocab}", code="no-token"
+                )
             self._pieces[token] = self._read_piece(token, 64)
         return self._pieces[token]
 
@@ -238,35 +164,33 @@ class Context:
         self,
         model: Model,
         n_ctx: int,
-        n_seq: int,
-        n_threads: int,
-        n_batch: int,
-        kv_type: str = "f16",
-        on_eval: Callable[[int, bool], bool] | None = None,
         *,
+        n_seq: int = 1,
+        n_batch: int = N_BATCH,
+        kv_type: str = "f16",
         flash: bool | None = None,
+        on_eval: Callable[[int, bool], bool] | None = None,
     ) -> None:
         """Make room for n_ctx tokens in n_seq sequences, decoded at most n_batch at once, cached in one of `KV_TYPES`.
 
         `flash` is whether to use flash attention, None where llama.cpp decides; without it every attention score of 128
         tokens is there at once. `on_eval` is called with the address of every node of the graph; see
-        `tensors.scheduler_callback`.
+        `tensors.scheduler_callback`. It computes with `default_threads()` until `set_threads` says otherwise.
 
         Raises:
-            ModelError: not enough memory, or the model cannot have such a cache.
-            UsageError: there is no such type of cache.
+            ModelError: code "no-cache": not enough memory, or the model cannot have such a cache.
+            UsageError: code "no-kv-type": there is no such type of cache.
         """
         if kv_type not in KV_TYPES:
-            raise UsageError(f"no KV type {kv_type!r}", f"one of {' '.join(KV_TYPES)}")
+            raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}", code="no-kv-type")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_seq
         params.n_batch = params.n_ubatch = n_batch
-        params.n_threads = params.n_threads_batch = n_threads
-        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = default_threads()
+        params.kv_unified = params.no_perf = True
         params.type_k = params.type_v = int(KV_TYPES[kv_type])
         if hasattr(params, "n_outputs_max_per_seq"):
             params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
-        params.no_perf = True
         if on_eval is not None:  # the C function lives as long as its Python object
             self._on_eval = type(params.cb_eval)(lambda node, is_asked, _: on_eval(node, is_asked))
             params.cb_eval = self._on_eval
@@ -274,12 +198,12 @@ class Context:
             params.flash_attn_type = int(flash)
         if flash is False:
             params.n_ubatch = min(n_batch, N_MICRO_BATCH)
-        _log.clear()
-        self.model, self.n_batch = model, n_batch
+        clear_log()
+        self.model, self.n_seq, self.n_batch = model, n_seq, n_batch
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)
         if not self._handle:
             hint = "give a smaller --context" if kv_type == "f16" else "give a smaller --context, or --kv-type f16"
-            raise ModelError(f"no {kv_type} cache for {n_ctx} tokens: {_reason()}", hint)
+            raise ModelError(f"no {kv_type} cache for {n_ctx} tokens: {logged_reason()}", hint, code="no-cache")
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._handle))
         self._memory = llama_cpp.llama_get_memory(self._handle)
         self._batch = llama_cpp.llama_batch_init(n_batch, 0, 1)
@@ -305,11 +229,12 @@ class Context:
         for i, (token, position, sequence, wanted) in enumerate(entries):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
             batch.seq_id[i][0] = sequence
-        _log.clear()
+        clear_log()
         code = llama_cpp.llama_decode(handle, batch)
         if code not in (0, _KV_FULL):
             raise ModelError(
-                f"llama.cpp cannot decode (code {code}): {_reason()}", "give a smaller --context, or free some memory"
+                f"llama.cpp cannot decode (code {code}): {logged_reason()}",
+                "give a smaller --context, or free some memory",
             )
         return bool(code == 0)
 
@@ -337,9 +262,7 @@ class Context:
         """Drop a sequence's cache from a position on; return how many of its tokens stay."""
         assert self.handle
         if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1):
-            llama_cpp.llama_memory_seq_rm(
-                self._memory, sequence, -1, -1
-            )  # a recurrent state cannot be cut, only dropped
+            llama_cpp.llama_memory_seq_rm(self._memory, sequence, -1, -1)  # a recurrent state can only be dropped
         return min(start, int(llama_cpp.llama_memory_seq_pos_max(self._memory, sequence)) + 1)
 
     def set_threads(self, n: int) -> None:
@@ -362,7 +285,7 @@ class Context:
         """Put a sequence's part of the cache back; return False if this context cannot take it."""
         self.forget(sequence)
         buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        _log.clear()
+        clear_log()
         return bool(llama_cpp.llama_state_seq_set_data(self.handle, buffer, len(state), sequence))
 
     def close(self) -> None:
@@ -384,20 +307,28 @@ def _text_of(call: Any, handle: Any, index: int) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Tell a missing or foreign file apart before llama.cpp reads it."""
+    """Tell a missing or foreign file apart before llama.cpp reads it.
+
+    Raises:
+        ArtifactError: code "no-model": there is no such file; "not-gguf": it is another file.
+    """
+    hint = "deepdistill quantize makes one from a checkpoint folder"
     if not path.is_file():
-        raise ArtifactError(f"no GGUF file at {path}", "deepdistill quantize makes one from a checkpoint folder")
+        raise ArtifactError(f"no GGUF file at {path}", hint, code="no-model")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="unreadable") from error
     if magic != b"GGUF":
-        raise ArtifactError(f"{path} is not a GGUF file", "deepdistill quantize makes one from a checkpoint folder")
+        raise ArtifactError(f"{path} is not a GGUF file", hint, code="not-gguf")
 
 
 def _load_error(path: Path, reason: str) -> ArtifactError | ModelError:
     reason = re.sub(r"^(error loading model: )?(\w+: )?", "", reason)
     if _NOT_THE_FILE.search(reason):
-        return ModelError(f"cannot load {path}: {reason}", "a newer llama-cpp-python may know it")
-    return ArtifactError(f"{path} is corrupt or cut short: {reason}", "download or quantize it again")
+        hint = "a newer llama-cpp-python may be able to"
+        return ModelError(f"cannot load {path}: {reason}", hint, code="load-failed")
+    return ArtifactError(
+        f"{path} is corrupt or cut short: {reason}", "download or quantize it again", code="gguf-broken"
+    )

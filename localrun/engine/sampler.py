@@ -10,9 +10,8 @@ import ctypes
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import llama_cpp
-
 from ..core.generation import Guidance, Sampling
+from .library import llama_cpp
 from .llama import Context, Model
 
 _DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 tokens cost nothing
@@ -25,7 +24,7 @@ _CANDIDATE = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # numpy's words for l
 class Sampler:
     """One sequence's sampler. Every token that joins the sequence is accepted by it, sampled or not."""
 
-    def __init__(self, model: Model, sampling: Sampling, guidance: Guidance, seed: int) -> None:
+    def __init__(self, model: Model, sampling: Sampling, *, guidance: Guidance, seed: int) -> None:
         self._model, self._sampling, self._guidance, self._seed = model, sampling, guidance, seed
         self._dry = guidance.dry_multiplier
         self._chain = self._make_chain()

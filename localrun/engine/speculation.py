@@ -7,7 +7,11 @@ whether they pay and turns them off where they do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache
 
 Propose = Callable[[Sequence[int], int], list[int]]
 """From the tokens so far and a number, at most so many tokens that may come next."""
@@ -39,6 +43,27 @@ class NgramDrafts:
             if at is not None:
                 return list(tokens[at : at + n])
         return []
+
+
+class ModelDrafts:
+    """Guesses what a smaller model of the same vocabulary finds most likely."""
+
+    def __init__(self, cache: KVCache, eog: Collection[int]) -> None:
+        """Guess with the model that `cache` belongs to; a token of `eog` ends a guess."""
+        self._cache, self._eog = cache, eog
+
+    def __call__(self, tokens: Sequence[int], n: int) -> list[int]:
+        """Return at most n tokens; none where they would not fit the draft model's context."""
+        if len(tokens) + n >= self._cache.n_ctx:
+            return []
+        _, index = self._cache.prefill(list(tokens))
+        proposed: list[int] = []
+        while True:
+            token = int(self._cache.context.logits(index).argmax())
+            proposed.append(token)
+            if len(proposed) >= n or token in self._eog:
+                return proposed
+            index = self._cache.extend([token])
 
 
 class Latch:

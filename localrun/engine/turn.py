@@ -7,14 +7,14 @@ join the sequence like any others: the model has read them when it goes on.
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..core.generation import FinishReason, Guidance, Sampling
 from ..core.loops import LoopDetector, VarietyGauge
-from ..families.thinking import THINK, Part, Tags, prompt_closes_thinking, prompt_opens_thinking
+from ..families.thinking import THINK, Part, Tags, ThinkingParser, prompt_closes_thinking, prompt_opens_thinking
 from .llama import Context, Model
-from .reading import Reading
 from .sampler import Sampler
 
 _HINT = "\nI have to answer now.\n"
@@ -31,18 +31,18 @@ class Turn:
         self,
         model: Model,
         prompt: str,
+        *,
         sampling: Sampling,
         guidance: Guidance,
-        *,
         seed: int,
         limit: int,
         tags: Tags | None = None,
     ) -> None:
         """Begin to answer a rendered prompt with at most `limit` tokens; a grammar was checked before."""
-        self._model, self._guidance, self._limit = model, guidance, limit
+        self._model, self._guidance, self.limit = model, guidance, limit
         self._tags = tags or THINK
         self.reading = Reading(prompt_opens_thinking(prompt, self._tags), model.piece, self._tags)
-        self._sampler = Sampler(model, sampling, guidance, seed)
+        self._sampler = Sampler(model, sampling, guidance=guidance, seed=seed)
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._queue: deque[int] = deque()
@@ -51,7 +51,7 @@ class Turn:
         self._variety: VarietyGauge | None = None  # of the part that went in circles, since then
         self._fought_in: Part | None = None
         self._notes: list[str] = []
-        self._stops = _StopStrings(guidance.stop) if guidance.stop else None
+        self._stops = StopStrings(guidance.stop) if guidance.stop else None
         self._answer: list[str] = []
         self._close = model.tokenize(f"\n{self._tags.close}\n\n", whole=False)
         self._hint = model.tokenize(_HINT, whole=False)
@@ -117,7 +117,7 @@ class Turn:
         pieces = self._until_stop(self.reading.add(token))
         if self.finish_reason is None and self._loops:
             self._guard(token)
-        if self.finish_reason is None and len(self.tokens) >= self._limit:
+        if self.finish_reason is None and len(self.tokens) >= self.limit:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             return self._finish(self.finish_reason, pieces)
@@ -209,7 +209,77 @@ class Turn:
         self._sampler.close()
 
 
-class _StopStrings:
+class Reading:
+    """What one sequence has said so far.
+
+    `n_reasoning` counts the tokens up to and including the one that closes the thinking; 0 if it never opened.
+    """
+
+    def __init__(self, starts_inside: bool, piece: Callable[[int], bytes], tags: Tags = THINK) -> None:
+        """Read tokens whose bytes `piece` gives."""
+        self._piece = piece
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # characters may be split over tokens
+        self._parser = ThinkingParser(starts_inside, tags)
+        self._texts: dict[Part, list[str]] = {"thinking": [], "answer": []}
+        self._n_before_close = 0
+        self._has_answer = False
+
+    def add(self, token: int) -> list[tuple[Part, str]]:
+        """Return the text that a token lets out, in order, as (part, text)."""
+        self._n_before_close += not self._parser.closed
+        return self._keep(self._parser.feed(self._decoder.decode(self._piece(token))))
+
+    def finish(self) -> list[tuple[Part, str]]:
+        """Return what was held back, at the end of the stream."""
+        return self._keep(self._parser.feed(self._decoder.decode(b"", final=True)) + self._parser.finish())
+
+    def forbid_tags(self) -> None:
+        """Take tags out of the answer too, from now on."""
+        self._parser.forbid_tags()
+
+    def _keep(self, pieces: list[tuple[Part, str]]) -> list[tuple[Part, str]]:
+        for part, text in pieces:
+            self._texts[part].append(text)
+            self._has_answer = self._has_answer or (part == "answer" and not text.isspace())
+        return pieces
+
+    @property
+    def part(self) -> Part:
+        """The part that the next token belongs to, as far as is known."""
+        return self._parser.part
+
+    @property
+    def decided(self) -> bool:
+        """Whether there was enough text to tell if the output begins with thinking."""
+        return self._parser.decided
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the answer holds more than white space."""
+        return self._has_answer
+
+    @property
+    def n_reasoning(self) -> int:
+        """How many tokens the thinking took, its tags included."""
+        return self._n_before_close if self._parser.opened else 0
+
+    @property
+    def closed(self) -> bool | None:
+        """Whether the thinking was closed; None if it never opened."""
+        return self._parser.closed if self._parser.opened else None
+
+    @property
+    def reasoning(self) -> str | None:
+        """The thinking; None if it never opened."""
+        return "".join(self._texts["thinking"]) if self._parser.opened else None
+
+    @property
+    def content(self) -> str:
+        """The answer."""
+        return "".join(self._texts["answer"])
+
+
+class StopStrings:
     """Cuts a stream of text before the first of some strings, holding back what may begin one."""
 
     def __init__(self, strings: Sequence[str]) -> None:

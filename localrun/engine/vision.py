@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ..gguf.header import read_gguf
-from .llama import Context, Entry, Model, _keep_log, _log, _reason, _start_library
+from .library import clear_log, keep_log, logged_reason, start_library
+from .llama import Context, Entry, Model
 
 MARKER = "<__media__>"
 _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
@@ -70,11 +71,11 @@ class Projector:
         self.path, self.model = path, model
         params = self._library.mtmd_context_params_default()
         params.n_threads, params.print_timings = n_threads, False
-        _log.clear()
-        self._handle = self._library.mtmd_init_from_file(os.fsencode(path), model.handle, params)
-        if not self._handle:
-            raise _load_error(path, model.path, _reason())
-        if not self._library.mtmd_support_vision(self._handle):
+        clear_log()
+        self.handle = self._library.mtmd_init_from_file(os.fsencode(path), model.handle, params)
+        if not self.handle:
+            raise _load_error(path, model.path, logged_reason())
+        if not self._library.mtmd_support_vision(self.handle):
             self.close()
             raise ModelError(f"{path} sees no images: it is a projector for sound")
 
@@ -82,6 +83,7 @@ class Projector:
         self,
         context: Context,
         prompt: str,
+        *,
         images: Sequence[Path | bytes],
         cached: Sequence[int] = (),
         sequence: int = 0,
@@ -109,12 +111,12 @@ class Projector:
                         f"{context.n_ctx}",
                         "give a larger --context, or fewer or smaller images",
                     )
-                return held, self._run(context, chunks, _n_same(chunks, cached), sequence)
+                return held, self._run(context, chunks, n_same=_n_same(chunks, cached), sequence=sequence)
         except BaseException:
             context.forget(sequence)
             raise
 
-    def _run(self, context: Context, chunks: Sequence[_Chunk], n_same: int, sequence: int) -> int:
+    def _run(self, context: Context, chunks: Sequence[_Chunk], *, n_same: int, sequence: int) -> int:
         """Decode what comes after the first n_same positions; return where the last logits stand."""
         if context.forget(sequence, n_same) != n_same:  # it cannot be cut there: a recurrent state can only be dropped
             n_same = context.forget(sequence)
@@ -122,24 +124,25 @@ class Projector:
         for chunk in chunks:
             end = position + len(chunk.held)
             if chunk.is_image and n_same < end:
-                self._see(context, chunk, position, sequence)
+                self._decode_image(context, chunk, position=position, sequence=sequence)
             elif n_same < end:
-                at = _decode(
-                    context, chunk.held, position, max(n_same, position), sequence, is_last=chunk is chunks[-1]
+                start = max(n_same, position)
+                at = _decode_text(
+                    context, chunk, base=position, start=start, sequence=sequence, is_last=chunk is chunks[-1]
                 )
             position = end
         return at
 
-    def _see(self, context: Context, chunk: _Chunk, position: int, sequence: int) -> None:
+    def _decode_image(self, context: Context, chunk: _Chunk, *, position: int, sequence: int) -> None:
         """Encode an image and decode its embeddings."""
         n_tokens = self._library.mtmd_input_chunk_get_n_tokens(chunk.handle)
-        at_once = self._library.mtmd_decode_use_non_causal(self._handle, chunk.handle)
+        at_once = self._library.mtmd_decode_use_non_causal(self.handle, chunk.handle)
         if at_once and n_tokens > context.n_batch:
             raise ModelError(f"an image takes {n_tokens} tokens at once and a batch holds {context.n_batch}")
         after = ctypes.c_int32(position)
-        _log.clear()
+        clear_log()
         code = self._library.mtmd_helper_eval_chunk_single(
-            self._handle,
+            self.handle,
             context.handle,
             chunk.handle,
             position,
@@ -151,7 +154,7 @@ class Projector:
         if code == _KV_FULL:
             raise _full(context)
         if code != 0:
-            raise ModelError(f"{self.path} cannot encode the image (code {code}): {_reason()}")
+            raise ModelError(f"{self.path} cannot encode the image (code {code}): {logged_reason()}")
         assert after.value == position + len(chunk.held), "an image took other positions than it said"
 
     @contextmanager
@@ -166,16 +169,16 @@ class Projector:
         try:
             bitmaps = [self._read(image) for image in images]
             text = library.mtmd_input_text(data, len(data), False, True)
-            _log.clear()
+            clear_log()
             code = library.mtmd_tokenize(
-                self._handle,
+                self.handle,
                 output,
                 ctypes.byref(text),
                 (ctypes.c_void_p * len(bitmaps))(*bitmaps),
                 len(bitmaps),
             )
             if code != 0:
-                raise ModelError(f"{self.path} cannot take the images (code {code}): {_reason()}")
+                raise ModelError(f"{self.path} cannot take the images (code {code}): {logged_reason()}")
             n_chunks = library.mtmd_input_chunks_size(output)
             yield [self._chunk(library.mtmd_input_chunks_get(output, i)) for i in range(n_chunks)]
         finally:
@@ -200,7 +203,7 @@ class Projector:
             raise ArtifactError(f"{name} is not an image that can be read here", "give a PNG, JPEG, GIF or BMP file")
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         read = self._library.mtmd_helper_bitmap_init_from_buf_wrapper(
-            self._handle, buffer, len(data), False, self._library.mtmd_helper_init_opt_default()
+            self.handle, buffer, len(data), False, self._library.mtmd_helper_init_opt_default()
         )
         if read.video_ctx:
             self._library.mtmd_helper_video_free(read.video_ctx)
@@ -211,9 +214,9 @@ class Projector:
 
     def close(self) -> None:
         """Free the projector. More than one call does no harm."""
-        if self._handle:
-            self._library.mtmd_free(self._handle)
-            self._handle = None
+        if self.handle:
+            self._library.mtmd_free(self.handle)
+            self.handle = None
 
 
 @cache
@@ -237,8 +240,8 @@ def _library() -> Any:
             "the installed llama-cpp-python cannot show images to a model",
             "pip install --upgrade llama-cpp-python (images are tested with 0.3.36)",
         )
-    _start_library()
-    mtmd_cpp.mtmd_helper_log_set(_keep_log, ctypes.c_void_p(0))
+    start_library()
+    mtmd_cpp.mtmd_helper_log_set(keep_log, ctypes.c_void_p(0))
     return mtmd_cpp
 
 
@@ -272,10 +275,10 @@ def _n_same(chunks: Sequence[_Chunk], cached: Sequence[int]) -> int:
     return n
 
 
-def _decode(context: Context, tokens: list[int], base: int, start: int, sequence: int, *, is_last: bool) -> int:
-    """Decode text whose first token has position `base`, from `start` on; return where the last logits stand."""
-    last = base + len(tokens) - 1
-    entries = [Entry(tokens[i - base], i, sequence, is_last and i == last) for i in range(start, last + 1)]
+def _decode_text(context: Context, chunk: _Chunk, *, base: int, start: int, sequence: int, is_last: bool) -> int:
+    """Decode text whose first token has position `base`, from `start` on; return the index of the last logits."""
+    last = base + len(chunk.held) - 1
+    entries = [Entry(chunk.held[i - base], i, sequence, is_last and i == last) for i in range(start, last + 1)]
     for begin in range(0, len(entries), context.n_batch):
         if not context.decode(entries[begin : begin + context.n_batch]):
             raise _full(context)

@@ -23,6 +23,7 @@ from ...errors import ModelError
 def render(
     source: str,
     messages: Sequence[Mapping[str, Any]],
+    *,
     thinking: bool,
     bos_token: str = "",
     eos_token: str = "",

@@ -14,6 +14,7 @@ import os
 import sys
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +38,7 @@ NEED_IMATRIX = frozenset(
     }
 )
 """They are useless or refused without an importance matrix."""
+_PLAIN = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.F64: "<f8"}
 # The types that files are written in: their numbers and sizes are checked against the library's once.
 _WRITTEN = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K",
@@ -45,42 +47,44 @@ _WRITTEN = (
 )  # fmt: skip
 
 
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
+    "ggml_blck_size": (ctypes.c_int64, [ctypes.c_int]),
+    "ggml_type_size": (ctypes.c_size_t, [ctypes.c_int]),
+    "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
+    "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p],
+    ),
+}
+
+
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """Load libggml-base and declare what is called, after checking that its types are those that `gguf` names."""
+def ggml_library() -> ctypes.CDLL:
+    """Load libggml-base and declare what is called, after checking that its types are those that `gguf` names.
+
+    Raises:
+        ModelError: code "llama-cpp-broken": it is missing, or numbers or sizes its types differently.
+    """
     path = _library_path()
     try:
         library = ctypes.CDLL(str(path))
-        for name, result, arguments in (
-            ("ggml_blck_size", ctypes.c_int64, [ctypes.c_int]),
-            ("ggml_type_size", ctypes.c_size_t, [ctypes.c_int]),
-            ("ggml_row_size", ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
-            ("ggml_type_name", ctypes.c_char_p, [ctypes.c_int]),
-            (
-                "ggml_quantize_chunk",
-                ctypes.c_size_t,
-                [
-                    ctypes.c_int,
-                    ctypes.c_void_p,
-                    ctypes.c_void_p,
-                    ctypes.c_int64,
-                    ctypes.c_int64,
-                    ctypes.c_int64,
-                    ctypes.c_void_p,
-                ],
-            ),
-        ):
+        for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise ModelError(f"the ggml of llama-cpp-python cannot be used: {error}", _HINT) from error
+        raise _broken(f"the ggml of llama-cpp-python cannot be used: {error}") from error
     for type_ in (GGMLQuantizationType[name] for name in _WRITTEN):
-        there = (library.ggml_type_name(int(type_)) or b"?").decode()
-        if there.upper() != type_.name:
-            raise ModelError(f"llama-cpp-python numbers ggml's types differently: {type_.name} is {there} there", _HINT)
+        found = (library.ggml_type_name(int(type_)) or b"?").decode()
+        if found.upper() != type_.name:
+            raise _broken(f"this llama-cpp-python numbers ggml's types differently: {type_.name} is {found} in it")
         if (library.ggml_blck_size(int(type_)), library.ggml_type_size(int(type_))) != GGML_QUANT_SIZES[type_]:
-            raise ModelError(f"llama-cpp-python has blocks of {type_.name} of another size", _HINT)
+            raise _broken(f"this llama-cpp-python has blocks of another size for {type_.name}")
     return library
+
+
+def _broken(message: str) -> ModelError:
+    return ModelError(message, _HINT, code="llama-cpp-broken")
 
 
 def _library_path() -> Path:
@@ -88,27 +92,27 @@ def _library_path() -> Path:
     override = os.environ.get("LLAMA_CPP_LIB_PATH")  # llama-cpp-python reads it too
     spec = importlib.util.find_spec("llama_cpp")
     if not override and (spec is None or not spec.origin):
-        raise ModelError("llama-cpp-python is not installed", _HINT)
+        raise _broken("llama-cpp-python is not installed")
     folder = Path(override) if override else Path(str(spec.origin if spec else "")).parent / "lib"
     path = folder / name
     if not path.is_file():
-        raise ModelError(f"llama-cpp-python has no {name} in {folder}", _HINT)
+        raise _broken(f"llama-cpp-python has no {name} in {folder}")
     return path
 
 
 def type_name(type_: GGMLQuantizationType) -> str:
     """Return ggml's own name of a type, such as `q4_K`."""
-    return str(_library().ggml_type_name(int(type_)).decode())
+    return str(ggml_library().ggml_type_name(int(type_)).decode())
 
 
 def block_size(type_: GGMLQuantizationType) -> int:
     """Return how many elements one block holds: a row must be a multiple of it."""
-    return int(_library().ggml_blck_size(int(type_)))
+    return int(ggml_library().ggml_blck_size(int(type_)))
 
 
 def type_size(type_: GGMLQuantizationType) -> int:
     """Return the bytes of one block."""
-    return int(_library().ggml_type_size(int(type_)))
+    return int(ggml_library().ggml_type_size(int(type_)))
 
 
 def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
@@ -119,12 +123,13 @@ def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
     """
     if n_per_row <= 0 or n_per_row % block_size(type_):
         raise ValueError(f"a row of {n_per_row} is no multiple of {type_.name}'s block of {block_size(type_)}")
-    return int(_library().ggml_row_size(int(type_), n_per_row))
+    return int(ggml_library().ggml_row_size(int(type_), n_per_row))
 
 
 def quantize_rows(
     data: npt.NDArray[np.float32],
     type_: GGMLQuantizationType,
+    *,
     imatrix: npt.NDArray[np.float32] | None = None,
     pool: Executor | None = None,
 ) -> npt.NDArray[np.uint8]:
@@ -165,7 +170,34 @@ def _quantize_into(
     if not np.isfinite(rows).all():
         raise ValueError("NaN or infinite values")
     pointer = None if weights is None else weights.ctypes.data
-    quantize = _library().ggml_quantize_chunk
+    quantize = ggml_library().ggml_quantize_chunk
     n_bytes = quantize(int(type_), rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], pointer)
     if n_bytes != out.nbytes:
         raise RuntimeError(f"ggml wrote {n_bytes} bytes of {type_.name} where {out.nbytes} were due")
+
+
+def dequantize_rows(
+    data: npt.NDArray[np.uint8], type_: GGMLQuantizationType, n_per_row: int
+) -> npt.NDArray[np.float32]:
+    """Return `[n_rows, n_per_row]` of `[n_rows, row bytes]`.
+
+    Raises:
+        ModelError: this ggml has no such function.
+        ValueError: the bytes are no whole rows.
+    """
+    if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] != row_size(type_, n_per_row):
+        raise ValueError(f"{data.dtype} {list(data.shape)} holds no rows of {n_per_row} {type_.name}")
+    data = np.ascontiguousarray(data)
+    if type_ in _PLAIN:
+        return data.view(_PLAIN[type_]).astype(np.float32)
+    if type_ == GGMLQuantizationType.BF16:
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    assert n_per_row % block_size(type_) == 0
+    try:
+        function = getattr(ggml_library(), f"dequantize_row_{type_name(type_)}")
+    except AttributeError as error:
+        raise ModelError(f"the installed ggml cannot dequantize {type_.name}") from error
+    function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    rows = np.empty((len(data), n_per_row), np.float32)
+    function(data.ctypes.data, rows.ctypes.data, rows.size)
+    return rows

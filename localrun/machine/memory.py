@@ -141,6 +141,7 @@ def n_cells(n_ctx: int, n_seq: int) -> int:
 def fit_context(
     model: Path | Footprint,
     kv_type: str = "f16",
+    *,
     n_seq: int = 1,
     wanted: int | None = None,
     available: int | None = None,
@@ -166,11 +167,11 @@ def fit_context(
         f"not enough memory: {footprint.path.name} with {n_ctx} tokens of {kv_type} context takes "
         f"{format_bytes(footprint.total_bytes(n_ctx, kv_type, n_seq))}, and there is room for "
         f"{format_bytes(_usable(available))}",
-        _what_fits(footprint, kv_type, n_seq, n_ctx, available),
+        _what_fits(footprint, n_ctx, kv_type=kv_type, n_seq=n_seq, available=available),
     )
 
 
-def flash_attention(footprint: Footprint, n_ctx: int, kv_type: str, available: int | None = None) -> bool | None:
+def flash_attention(footprint: Footprint, n_ctx: int, *, kv_type: str, available: int | None = None) -> bool | None:
     """Return whether one sequence is better off with flash attention; None where llama.cpp decides.
 
     On the processor llama.cpp's takes one cached token of one head at a time, and decodes slower the longer the context
@@ -183,7 +184,7 @@ def flash_attention(footprint: Footprint, n_ctx: int, kv_type: str, available: i
     return False if footprint.total_bytes(n_ctx) + footprint.score_bytes(n_ctx) <= room else None
 
 
-def _what_fits(footprint: Footprint, kv_type: str, n_seq: int, n_ctx: int, available: int) -> str:
+def _what_fits(footprint: Footprint, n_ctx: int, *, kv_type: str, n_seq: int, available: int) -> str:
     """Return a hint: a shorter context, a smaller KV type, fewer sequences, or how small a file would have to be."""
     ways = []
     if longest := footprint.max_ctx(available, kv_type, n_seq):

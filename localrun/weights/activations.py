@@ -66,7 +66,8 @@ def collect_squares(
     try:
         n_ctx = max(N_BATCH, min(model.n_ctx_train or 4096, 4096))
         callback = scheduler_callback(on_node, failed)
-        context = Context(model, n_ctx, 1, n_threads or default_threads(), N_BATCH, on_eval=callback)
+        context = Context(model, n_ctx, on_eval=callback)
+        context.set_threads(n_threads or default_threads())
         try:
             for i, tokens in enumerate(texts):
                 _read(context, list(tokens)[:n_ctx], failed)

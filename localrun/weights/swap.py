@@ -33,7 +33,8 @@ class LogitReader(Closes):
         self._n_threads = n_threads or default_threads()
         try:
             n_ctx = max(N_BATCH, min(self.model.n_ctx_train or 4096, 4096))
-            self._context = Context(self.model, n_ctx, 1, self._n_threads, N_BATCH)
+            self._context = Context(self.model, n_ctx)
+            self._context.set_threads(self._n_threads)
         except BaseException:
             self.model.close()
             raise
@@ -88,7 +89,8 @@ class Probe(LogitReader):
                         known.append(address_of(source))
             return False
 
-        context = Context(self.model, N_BATCH, 1, n_threads, 8, on_eval=scheduler_callback(on_node, failed))
+        context = Context(self.model, N_BATCH, n_batch=8, on_eval=scheduler_callback(on_node, failed))
+        context.set_threads(n_threads)
         try:
             context.decode([Entry(0, i, 0, True) for i in range(4)])
         finally:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
-from ..gguf.ggml import _library
+from ..gguf.ggml import ggml_library
 
 _OBJECT_BYTES = 32  # GGML_OBJECT_SIZE: ggml_tensor_overhead() counts it too
 _F32, _F16, _I32 = 0, 1, 26  # ggml_type
@@ -55,7 +55,7 @@ def _functions() -> ctypes.CDLL:
     Raises:
         ModelError: they do not.
     """
-    library = _library()
+    library = ggml_library()
     library.ggml_tensor_overhead.restype = ctypes.c_size_t
     size = int(library.ggml_tensor_overhead()) - _OBJECT_BYTES
     if size != ctypes.sizeof(GgmlTensor):

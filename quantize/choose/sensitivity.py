@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType as Type
 
 from ...localrun.core.reporter import Progress, no_progress
 from ...localrun.gguf import ggml
-from ...localrun.gguf.dequantize import dequantize_rows
+from ...localrun.gguf.ggml import dequantize_rows
 from ...localrun.weights.swap import Probe
 from ..convert.writer import Conversion, Importance, Typed
 from ..measure.fidelity import Reference
@@ -163,7 +163,7 @@ def _through(
     rows: npt.NDArray[np.float32], type_: Type, weights: npt.NDArray[np.float32] | None
 ) -> npt.NDArray[np.float32]:
     """Return rows as they are after a type has held them."""
-    return dequantize_rows(ggml.quantize_rows(rows, type_, weights), type_, rows.shape[1])
+    return dequantize_rows(ggml.quantize_rows(rows, type_, imatrix=weights), type_, rows.shape[1])
 
 
 class Bench:
@@ -203,7 +203,7 @@ class Bench:
                 if type_ is None:
                     parts.append(rows)
                     continue
-                data = ggml.quantize_rows(rows, type_, row_weights, pool)
+                data = ggml.quantize_rows(rows, type_, imatrix=row_weights, pool=pool)
                 parts.append(dequantize_rows(data, type_, rows.shape[1]))
         self._probe.set(name, np.concatenate(parts))
 

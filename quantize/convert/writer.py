@@ -251,4 +251,4 @@ def _encode(
         return np.ascontiguousarray(rows, "<f4").data
     if type_ == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError("values too large for F16: BF16 and F32 hold them")
-    return ggml.quantize_rows(rows, type_, weights, pool).data
+    return ggml.quantize_rows(rows, type_, imatrix=weights, pool=pool).data

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from ...localrun.gguf import ggml
-from ...localrun.gguf.dequantize import dequantize_rows
+from ...localrun.gguf.ggml import dequantize_rows
 from ..convert.origins import Origin
 from ..convert.writer import Importance, Types
 
@@ -48,7 +48,7 @@ class Quantizer:
             for name, rows, type_, columns in self._parts:
                 weight = self._rows(name)
                 plain = np.ascontiguousarray(weight[rows])
-                data = ggml.quantize_rows(plain, type_, columns, pool)
+                data = ggml.quantize_rows(plain, type_, imatrix=columns, pool=pool)
                 change = torch.from_numpy(dequantize_rows(data, type_, plain.shape[1]) - plain)
                 flat = found[name].view(-1, plain.shape[1])
                 flat[torch.from_numpy(rows).to(flat.device)] = change.to(flat)
@@ -60,9 +60,9 @@ class Quantizer:
         for name, rows, type_, columns in self._parts:
             some = rows[:: max(1, len(rows) // _STABLE_ROWS)]
             plain = np.ascontiguousarray(self._rows(name)[some])
-            once = ggml.quantize_rows(plain, type_, columns)
+            once = ggml.quantize_rows(plain, type_, imatrix=columns)
             values = dequantize_rows(once, type_, plain.shape[1])
-            again = dequantize_rows(ggml.quantize_rows(values, type_, columns), type_, plain.shape[1])
+            again = dequantize_rows(ggml.quantize_rows(values, type_, imatrix=columns), type_, plain.shape[1])
             n_same += int(np.isclose(again, values, rtol=1e-3, atol=1e-8).all(axis=1).sum())
             n += len(some)
         return n_same / max(n, 1)

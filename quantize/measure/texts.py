@@ -170,8 +170,8 @@ def _render(model: Model, trace: Mapping[str, Any], max_length: int) -> Text:
     bos, eos = ("" if one is None else model.piece(int(one)).decode("utf-8", "replace") for one in ids)
     messages: Sequence[Mapping[str, Any]] = trace["messages"]
     answer = {"role": "assistant", "content": trace["content"], "reasoning_content": trace.get("reasoning_content")}
-    prompt = template.render(source, messages, True, bos, eos)
-    whole = template.render(source, [*messages, answer], True, bos, eos, asks=False)
+    prompt = template.render(source, messages, thinking=True, bos_token=bos, eos_token=eos)
+    whole = template.render(source, [*messages, answer], thinking=True, bos_token=bos, eos_token=eos, asks=False)
     if not whole.startswith(prompt):
         raise ModelError("the chat template renders an answer differently from how it prompts for one")
     reply = whole[len(prompt) :]

@@ -20,7 +20,7 @@ from deepdistill.distill.training.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf import ggml
-from deepdistill.localrun.gguf.dequantize import dequantize_rows
+from deepdistill.localrun.gguf.ggml import dequantize_rows
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.weights.swap import LogitReader
 from deepdistill.quantize.choose.workbench import Desk
@@ -136,7 +136,7 @@ def test_a_measured_damage_is_that_of_the_changed_weights(tied: Path, traces: Pa
                 yield from model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1].numpy()
 
     reference = Reference.of(Torch(), desk.texts.choose)
-    data = ggml.quantize_rows(plain, type_, desk.importance[item.name])
+    data = ggml.quantize_rows(plain, type_, imatrix=desk.importance[item.name])
     weight.data = torch.from_numpy(dequantize_rows(data, type_, plain.shape[1]))
     assert measured == pytest.approx(reference.measure(Torch()).kl_mean, rel=0.1)
 

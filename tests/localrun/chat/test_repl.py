@@ -22,7 +22,9 @@ from deepdistill.localrun.chat.keyboard import history_path
 from deepdistill.localrun.chat.repl import Dialogue, converse
 from deepdistill.localrun.chat.session import Question, Session
 from deepdistill.localrun.core.generation import Guidance, Sampling
-from deepdistill.localrun.engine.engine import Engine, Step
+from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.engine.llama import Context
+from deepdistill.localrun.engine.stream import Step
 from deepdistill.localrun.engine.vision import MARKER
 
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
@@ -231,9 +233,9 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: str, nth: int = 1) -> None:
     """Press Ctrl-C when the nth stream says something."""
     stream, calls = Engine.stream, iter(range(1, 100))
 
-    def interrupted(engine: Engine, *arguments: object) -> Iterator[object]:
+    def interrupted(engine: Engine, *arguments: object, **options: object) -> Iterator[object]:
         stops = next(calls) == nth
-        for step in stream(engine, *arguments):  # type: ignore[arg-type]
+        for step in stream(engine, *arguments, **options):  # type: ignore[arg-type]
             yield step
             if stops and at in step.text:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -356,9 +358,9 @@ def test_two_chats_do_not_write_over_each_other(talk: Talk) -> None:
 def n_computed(session: Session, question: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return how many tokens are run through the model until an answer begins."""
     lengths: list[int] = []
-    extend = Engine._extend
+    decode = Context.decode
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_extend", lambda self, new, **k: (lengths.append(len(new)), extend(self, new, **k))[1])
+        patch.setattr(Context, "decode", lambda self, entries: lengths.append(len(entries)) or decode(self, entries))
         next(session.ask(Question(question)))
     return sum(lengths)
 
@@ -394,9 +396,11 @@ def test_images_are_shown_with_every_later_prompt_and_come_back(
     prompts: list[tuple[str, list[Path]]] = []
     stream = Engine.stream
 
-    def see(engine: Engine, prompt: str, sampling: Sampling, guidance: Guidance, images: list[Path]) -> Iterator[Step]:
+    def see(
+        engine: Engine, prompt: str, sampling: Sampling, *, guidance: Guidance, images: list[Path]
+    ) -> Iterator[Step]:
         prompts.append((prompt, images))
-        return stream(engine, prompt, sampling, guidance)
+        return stream(engine, prompt, sampling, guidance=guidance)
 
     monkeypatch.setattr(Engine, "stream", see)
     monkeypatch.setattr(Engine, "sees_images", True)

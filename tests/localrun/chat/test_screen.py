@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deepdistill.localrun.chat.screen import Screen, Thought
 from deepdistill.localrun.chat.wrap import Flow
-from deepdistill.localrun.engine.engine import Step
+from deepdistill.localrun.engine.stream import Step
 from deepdistill.localrun.families.thinking import Part
 
 STYLES = re.compile(r"\x1b\[[0-9;]*m")

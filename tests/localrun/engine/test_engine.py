@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
 from deepdistill.localrun.engine import engine as engine_module
-from deepdistill.localrun.engine.engine import Engine, Step
-from deepdistill.localrun.engine.llama import _model_params
+from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.engine.llama import Context, Entry, model_params
 from deepdistill.localrun.engine.logprobs import top_of
+from deepdistill.localrun.engine.stream import Step
 from deepdistill.localrun.machine import memory
 
 GREEDY, LONG = Sampling(max_tokens=40), Sampling(max_tokens=120)
@@ -50,6 +51,19 @@ def prompt_of(engine: Engine, question: str) -> str:
 def fresh(path: Path, prompt: str, sampling: Sampling, n_seq: int = 1) -> list[Step]:
     with Engine(path, n_threads=1, n_seq=n_seq) as engine:
         return list(engine.stream(prompt, sampling))
+
+
+def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that each batch's number of entries is put into, as it is decoded."""
+    lengths: list[int] = []
+    decode = Context.decode
+
+    def watched(context: Context, entries: list[Entry]) -> bool:
+        lengths.append(len(entries))
+        return decode(context, entries)
+
+    monkeypatch.setattr(Context, "decode", watched)
+    return lengths
 
 
 @pytest.mark.parametrize("question", QUESTIONS[:4])
@@ -250,9 +264,7 @@ def test_the_kept_cache_saves_the_prefill(random_gguf: Path, monkeypatch: pytest
     with Engine(random_gguf, n_threads=1) as engine:
         prompt = prompt_of(engine, "one " * 100)
         list(engine.stream(prompt, Sampling(max_tokens=1)))
-        batches: list[int] = []
-        decode = engine._context.decode
-        monkeypatch.setattr(engine._context, "decode", lambda entries: batches.append(len(entries)) or decode(entries))
+        batches = watch_batches(monkeypatch)
         list(engine.stream(prompt + "ab", Sampling(max_tokens=1)))
     assert batches == [2]
 
@@ -268,9 +280,7 @@ def test_a_saved_state_goes_on_without_prefill_and_says_the_same(
         n_kept = len(engine.tokenize(prompt)) + len(wanted) - 1
     with Engine(random_gguf, n_threads=1) as engine:
         assert engine.load_state(state) == n_kept
-        batches: list[int] = []
-        decode = engine._context.decode
-        monkeypatch.setattr(engine._context, "decode", lambda entries: batches.append(len(entries)) or decode(entries))
+        batches = watch_batches(monkeypatch)
         assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted
         assert batches[0] == 1, "only the last token, for its logits"
 
@@ -301,17 +311,9 @@ def test_what_many_prompts_begin_with_is_computed_once(random_gguf: Path, monkey
         system = {"role": "system", "content": "be " * 60}
         prompts = [engine.render([system, {"role": "user", "content": f"{i}?"}]) for i in range(8)]
         n_prompts = sum(len(engine.tokenize(prompt)) for prompt in prompts)
-        entries = 0
-        decode = engine._context.decode
-
-        def count(batch: list[object]) -> bool:
-            nonlocal entries
-            entries += len(batch)
-            return bool(decode(batch))
-
-        monkeypatch.setattr(engine._context, "decode", count)
+        batches = watch_batches(monkeypatch)
         done = dict(engine.generate_many(prompts, Sampling(max_tokens=5)))
-        assert entries < n_prompts / 3 + 8 * 5
+        assert sum(batches) < n_prompts / 3 + 8 * 5
         monkeypatch.undo()
         for i, prompt in enumerate(prompts):
             assert done[i].token_ids == tuple(tokens_of(list(engine.stream(prompt, Sampling(max_tokens=5)))))
@@ -441,7 +443,7 @@ def test_amx_is_left_aside_and_only_that(monkeypatch: pytest.MonkeyPatch, said: 
     """The other buffers, which hold weights repacked for the processor, are llama.cpp's own choice."""
     monkeypatch.setattr(llama_cpp, "llama_print_system_info", lambda: said)
     default = llama_cpp.llama_model_default_params().use_extra_bufts
-    assert _model_params(writable=False).use_extra_bufts == (default and b"AMX" not in said)
+    assert model_params().use_extra_bufts == (default and b"AMX" not in said)
 
 
 def test_attention_is_the_same_without_flash_attention(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,7 +451,7 @@ def test_attention_is_the_same_without_flash_attention(random_gguf: Path, monkey
     with Engine(random_gguf, n_threads=1) as without:
         assert without.flash is False
         plain = without.logits(tokens)
-    monkeypatch.setattr(engine_module, "flash_attention", lambda *_: True)
+    monkeypatch.setattr(engine_module, "flash_attention", lambda *_, **__: True)
     with Engine(random_gguf, n_threads=1) as with_flash:
         flash = with_flash.logits(tokens)
     assert np.abs(plain - flash).max() < 0.02 * plain.std()

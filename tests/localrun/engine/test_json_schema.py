@@ -354,7 +354,7 @@ def test_an_engine_holds_its_answer_to_a_schema(random_gguf: Path) -> None:
     guidance, answers = Guidance(think_budget=8, grammar=grammar_of_schema(schema)), set()
     with Engine(random_gguf, n_threads=1) as engine:
         for prompt in ("a", "b", "hello", "give me a mood", "0", "1", "2", "3"):
-            steps = list(engine.stream(f"{prompt}<think>\n", Sampling(max_tokens=200), guidance))
+            steps = list(engine.stream(f"{prompt}<think>\n", Sampling(max_tokens=200), guidance=guidance))
             assert any(step.part == "thinking" for step in steps)
             if steps[-1].finish_reason == "stop":
                 text = "".join(step.text for step in steps if step.part == "answer")

@@ -25,7 +25,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_of(engine: Engine, prompt: str, sampling: Sampling, guidance: Guidance) -> tuple[list[int], int]:
-    steps = list(engine.stream(prompt, sampling, guidance))
+    steps = list(engine.stream(prompt, sampling, guidance=guidance))
     return [step.token for step in steps if step.token >= 0], steps[-1].n_drafted_right
 
 

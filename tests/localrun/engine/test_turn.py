@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import FREE, Guidance, Sampling
 from deepdistill.localrun.core.loops import LEAST_TOKENS, LoopDetector
-from deepdistill.localrun.engine.engine import Engine, Step
+from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.engine.sampler import Sampler
-from deepdistill.localrun.engine.turn import _StopStrings
+from deepdistill.localrun.engine.stream import Step
+from deepdistill.localrun.engine.turn import StopStrings
 
 BuildGGUF = Callable[..., Path]
 
@@ -43,7 +44,7 @@ def looping(tmp_path_factory: pytest.TempPathFactory, build_gguf: BuildGGUF) -> 
 
 def ask(engine: Engine, sampling: Sampling, guidance: Guidance = FREE, question: str = "why?") -> list[Step]:
     prompt = engine.prompt([{"role": "user", "content": question}])
-    return list(engine.stream(prompt, sampling, guidance))
+    return list(engine.stream(prompt, sampling, guidance=guidance))
 
 
 def text_of(steps: list[Step], part: str) -> str:
@@ -93,9 +94,9 @@ def test_a_model_that_closes_closed_thinking_again_is_forgiven(tmp_path: Path, b
 def test_a_batch_is_held_to_the_same(awkward: Engine) -> None:
     prompts = [awkward.prompt([{"role": "user", "content": f"{i}?"}]) for i in range(7)]
     guidance = Guidance(think_budget=30, stop=("7",))
-    done = dict(awkward.generate_many(prompts, Sampling(max_tokens=90), guidance))
+    done = dict(awkward.generate_many(prompts, Sampling(max_tokens=90), guidance=guidance))
     for i, prompt in enumerate(prompts):
-        steps = list(awkward.stream(prompt, Sampling(max_tokens=90), guidance))
+        steps = list(awkward.stream(prompt, Sampling(max_tokens=90), guidance=guidance))
         assert done[i].content == text_of(steps, "answer")
         assert done[i].reasoning_tokens == steps[-1].n_reasoning <= 30
         assert done[i].finish_reason == steps[-1].finish_reason
@@ -172,7 +173,7 @@ def test_stop_strings_cut_at_the_first_wherever_the_stream_is_cut(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=10)))
-    found = _StopStrings(stops)
+    found = StopStrings(stops)
     out = "".join(found.feed(text[a:b]) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)) + found.finish()
     if found.found:
         assert any(out == text[: len(out)] and text[len(out) :].startswith(s) for s in stops)

@@ -98,7 +98,7 @@ def new_context(model: Model) -> Iterator[Callable[..., Context]]:
     opened: list[Context] = []
 
     def open_context(n_ctx: int = 512, n_batch: int = 64) -> Context:
-        opened.append(Context(model, n_ctx, 2, 1, n_batch))
+        opened.append(Context(model, n_ctx, n_seq=2, n_batch=n_batch))
         return opened[-1]
 
     yield open_context
@@ -108,7 +108,7 @@ def new_context(model: Model) -> Iterator[Callable[..., Context]]:
 
 def logits_after(projector: Projector, context: Context, images: list[Any], **more: Any) -> np.ndarray:
     context.forget(more.get("sequence", 0))
-    _, at = projector.evaluate(context, ASK, images, **more)
+    _, at = projector.evaluate(context, ASK, images=images, **more)
     return context.logits(at).copy()
 
 
@@ -122,7 +122,7 @@ def test_images_that_differ_change_what_follows(projector: Projector, new_contex
 
 
 def test_positions_are_those_of_text_and_image(projector: Projector, new_context: Any, model: Model) -> None:
-    held, _ = projector.evaluate(new_context(), ASK, [RED])
+    held, _ = projector.evaluate(new_context(), ASK, images=[RED])
     before, after = ASK.split(MARKER)
     assert [number for number in held if number >= 0] == model.tokenize(before) + model.tokenize(after)
     start = len(model.tokenize(before))
@@ -133,7 +133,7 @@ def test_positions_are_those_of_text_and_image(projector: Projector, new_context
 
 def by_libmtmd(projector: Projector, context: Context, image: bytes) -> tuple[int, np.ndarray]:
     """Evaluate the prompt with the library's own helper for all of it; return the new n_past and the logits."""
-    handle = projector._handle
+    handle = projector.handle
     buffer = (ctypes.c_uint8 * len(image)).from_buffer_copy(image)
     bitmap = mtmd_cpp.mtmd_helper_bitmap_init_from_buf(handle, buffer, len(image), False)
     chunks, data, n_past = mtmd_cpp.mtmd_input_chunks_init(), ASK.encode(), ctypes.c_int32()
@@ -150,7 +150,7 @@ def by_libmtmd(projector: Projector, context: Context, image: bytes) -> tuple[in
 def test_equals_libmtmds_own_evaluation(n_batch: int, projector: Projector, new_context: Any) -> None:
     n_past, expected = by_libmtmd(projector, new_context(n_batch=n_batch), BLUE)
     context = new_context(n_batch=n_batch)
-    held, at = projector.evaluate(context, ASK, [BLUE])
+    held, at = projector.evaluate(context, ASK, images=[BLUE])
     assert len(held) == n_past
     np.testing.assert_allclose(context.logits(at), expected, atol=1e-4)
 
@@ -158,13 +158,13 @@ def test_equals_libmtmds_own_evaluation(n_batch: int, projector: Projector, new_
 def test_generation_goes_on_after_the_image(projector: Projector, new_context: Any) -> None:
     """Greedy tokens, one by one, against one evaluation of the whole text."""
     context = new_context()
-    held, at = projector.evaluate(context, ASK, [RED])
+    held, at = projector.evaluate(context, ASK, images=[RED])
     said = [int(context.logits(at).argmax())]
     for i in range(3):
         assert context.decode([Entry(said[-1], len(held) + i, 0, True)])
         said.append(int(context.logits(0).argmax()))
     other = new_context()
-    projector.evaluate(other, ASK, [RED])
+    projector.evaluate(other, ASK, images=[RED])
     assert other.decode([Entry(token, len(held) + i, 0, True) for i, token in enumerate(said[:3])])
     assert [int(other.logits(i).argmax()) for i in range(3)] == said[1:]
 
@@ -174,43 +174,45 @@ def test_what_is_cached_is_not_computed_again(
 ) -> None:
     context = new_context()
     longer = f"{ASK}red<|im_end|>\n<|im_start|>user\nsure?<|im_end|>\n<|im_start|>assistant\n"
-    _, at = projector.evaluate(context, longer, [RED])
+    _, at = projector.evaluate(context, longer, images=[RED])
     expected = context.logits(at).copy()
     context.forget(0)
-    held, _ = projector.evaluate(context, ASK, [RED])
-    seen, see = [], Projector._see
+    held, _ = projector.evaluate(context, ASK, images=[RED])
+    seen, evaluate = [], mtmd_cpp.mtmd_helper_eval_chunk_single
 
-    def count(*arguments: Any) -> None:
+    def count(*arguments: Any) -> int:
         seen.append(arguments)
-        see(*arguments)
+        return int(evaluate(*arguments))
 
-    monkeypatch.setattr(Projector, "_see", count)
-    again, at = projector.evaluate(context, longer, [RED], held)
+    monkeypatch.setattr(mtmd_cpp, "mtmd_helper_eval_chunk_single", count)
+    again, at = projector.evaluate(context, longer, images=[RED], cached=held)
     assert seen == []
     assert again[: len(held)] == held
     np.testing.assert_allclose(context.logits(at), expected, atol=1e-4)
-    same, at = projector.evaluate(context, longer, [RED], again)  # the last token runs again, for its logits
+    same, at = projector.evaluate(
+        context, longer, images=[RED], cached=again
+    )  # the last token runs again, for its logits
     assert same == again
     np.testing.assert_allclose(context.logits(at), expected, atol=1e-4)
-    projector.evaluate(context, longer, [BLUE], again)
+    projector.evaluate(context, longer, images=[BLUE], cached=again)
     assert len(seen) == 1
 
 
 def test_any_part_of_what_is_cached_will_do(projector: Projector, new_context: Any) -> None:
     """Half an image is none: it is seen again."""
     context = new_context()
-    held, at = projector.evaluate(context, ASK, [RED])
+    held, at = projector.evaluate(context, ASK, images=[RED])
     expected = context.logits(at).copy()
     for n in range(0, len(held) + 1, 5):
-        again, at = projector.evaluate(context, ASK, [RED], held[:n])
+        again, at = projector.evaluate(context, ASK, images=[RED], cached=held[:n])
         assert again == held
         np.testing.assert_allclose(context.logits(at), expected, atol=1e-4)
 
 
 def test_another_image_in_the_same_place_is_seen(projector: Projector, new_context: Any) -> None:
     context = new_context()
-    held, _ = projector.evaluate(context, ASK, [RED])
-    _, at = projector.evaluate(context, ASK, [BLUE], held)
+    held, _ = projector.evaluate(context, ASK, images=[RED])
+    _, at = projector.evaluate(context, ASK, images=[BLUE], cached=held)
     blue = context.logits(at).copy()
     np.testing.assert_allclose(blue, logits_after(projector, new_context(), [BLUE]), atol=1e-4)
 
@@ -221,7 +223,7 @@ def test_two_images_keep_their_order(projector: Projector, new_context: Any) -> 
     results = []
     for images in ([RED, BLUE], [BLUE, RED]):
         context = new_context()
-        held, at = projector.evaluate(context, prompt, images)
+        held, at = projector.evaluate(context, prompt, images=images)
         assert sum(number < 0 for number in held) == 2 * N_IMAGE_TOKENS
         results.append(context.logits(at).copy())
     assert np.abs(results[0] - results[1]).max() > 0.1
@@ -230,9 +232,9 @@ def test_two_images_keep_their_order(projector: Projector, new_context: Any) -> 
 def test_bos_comes_first_where_the_model_asks_for_it(build_gguf: Any, tmp_path: Path) -> None:
     path = write_mmproj(tmp_path / "mmproj.gguf")
     model = Model(build_gguf(tmp_path / "bos.gguf", add_bos=True))
-    context, projector = Context(model, 256, 1, 1, 64), Projector(path, model, 1)
+    context, projector = Context(model, 256, n_batch=64), Projector(path, model, 1)
     for prompt in (f"{MARKER}\nx", f"<|endoftext|>{MARKER}\nx"):
-        held, _ = projector.evaluate(context, prompt, [RED])
+        held, _ = projector.evaluate(context, prompt, images=[RED])
         assert [number for number in held if number >= 0] == model.tokenize("\nx")
     projector.close()
     context.close()
@@ -266,7 +268,7 @@ def test_what_cannot_be_shown_is_one_error(
     context = new_context()
     given = [tmp_path / image if isinstance(image, str) else image for image in images]
     with pytest.raises(error, match=said):
-        projector.evaluate(context, prompt, given)
+        projector.evaluate(context, prompt, images=given)
     assert capfd.readouterr().err == ""
     assert context.forget(0, 100) == 0  # nothing is left behind
 
@@ -277,7 +279,7 @@ def test_a_full_cache_is_told(projector: Projector, new_context: Any) -> None:
     for start in range(0, 240, 60):
         assert context.decode([Entry(5, start + i, 1, False) for i in range(60)])
     with pytest.raises(ModelError, match="context of 256 tokens is full"):
-        projector.evaluate(context, ASK, [RED])
+        projector.evaluate(context, ASK, images=[RED])
 
 
 def test_a_wrong_projector_is_told(
@@ -331,5 +333,8 @@ def test_an_engine_answers_about_an_image(random_gguf: Path, tmp_path: Path) -> 
     with Engine(random_gguf, n_threads=1, mmproj_path=mmproj) as engine:
         assert [s.token for s in engine.stream(follow_up, sampling, images=[RED])] == [s.token for s in kept]
         assert [s.token for s in engine.stream(text, sampling)] == after_image
-    with Engine(random_gguf, n_threads=1) as engine, pytest.raises(ModelError, match="sees no images"):
+    with (
+        Engine(random_gguf, n_threads=1) as engine,
+        pytest.raises(ModelError, check=lambda error: error.code == "no-projector"),
+    ):
         list(engine.stream(ASK, sampling, images=[RED]))

@@ -78,7 +78,9 @@ def by_transformers(source: str, messages: list[Any], thinking: bool, tools: lis
 @pytest.mark.parametrize("name", ["ours", "smollm2", "elaborate"])
 def test_equals_transformers(name: str, thinking: bool, messages: list[Message], smollm2_template: str) -> None:
     source = {"ours": OURS, "smollm2": smollm2_template, "elaborate": ELABORATE}[name]
-    assert render(source, messages, thinking, "<s>", "</s>") == by_transformers(source, messages, thinking)
+    assert render(source, messages, thinking=thinking, bos_token="<s>", eos_token="</s>") == by_transformers(
+        source, messages, thinking
+    )
 
 
 TOOLS: list[dict[str, Any]] = [
@@ -124,32 +126,32 @@ def test_tools_and_calls_equal_transformers(form: str, wants: type) -> None:
     assert "Zürich" in expected
     for given in (arguments, text):
         messages = calling(given)
-        assert render(source, messages, True, "<s>", "</s>", TOOLS) == expected
+        assert render(source, messages, thinking=True, bos_token="<s>", eos_token="</s>", tools=TOOLS) == expected
         assert messages == calling(given)
 
 
 def test_arguments_that_are_no_json_are_shown_as_they_are() -> None:
     source = WITH_TOOLS.replace("CALL", "{{ call.function.arguments }}")
-    assert "{broken" in render(source, calling("{broken"), True)
+    assert "{broken" in render(source, calling("{broken"), thinking=True)
 
 
 def test_no_tools_are_none_to_the_template() -> None:
     source = "{{ 'none' if tools is none else 'some' }}"
-    assert render(source, ONE, True) == render(source, ONE, True, tools=[]) == "none"
+    assert render(source, ONE, thinking=True) == render(source, ONE, thinking=True, tools=[]) == "none"
 
 
 def test_thinking_has_gpt_osss_name_too() -> None:
     source = "{% for m in messages %}{{ m.thinking or '' }}|{% endfor %}"
-    assert render(source, LONG, True) == by_transformers(source, LONG, True) == "||first\nthen||"
+    assert render(source, LONG, thinking=True) == by_transformers(source, LONG, True) == "||first\nthen||"
 
 
 def test_ours_opens_thinking_or_closes_it_at_once() -> None:
-    assert render(OURS, ONE, True).endswith("<|im_start|>assistant\n<think>\n")
-    assert render(OURS, ONE, False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert render(OURS, ONE, thinking=True).endswith("<|im_start|>assistant\n<think>\n")
+    assert render(OURS, ONE, thinking=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def test_earlier_thinking_is_dropped_by_ours() -> None:
-    assert "first\nthen" not in render(OURS, LONG, True)
+    assert "first\nthen" not in render(OURS, LONG, thinking=True)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_earlier_thinking_is_dropped_by_ours() -> None:
 )
 def test_a_template_that_refuses_or_is_broken_is_one_error(source: str, said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        render(source, ONE, True)
+        render(source, ONE, thinking=True)
 
 
 def test_a_file_without_template_is_told(tmp_path: Path, build_gguf: Any) -> None:

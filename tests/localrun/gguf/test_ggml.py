@@ -27,9 +27,9 @@ def rows() -> np.ndarray:
 
 @pytest.fixture
 def _fresh_library() -> Iterator[None]:
-    ggml._library.cache_clear()
+    ggml.ggml_library.cache_clear()
     yield
-    ggml._library.cache_clear()
+    ggml.ggml_library.cache_clear()
 
 
 @pytest.mark.parametrize("type_", USED)
@@ -77,7 +77,7 @@ def test_an_imatrix_protects_the_columns_that_matter(rows: np.ndarray) -> None:
     weights[::7] = 100
 
     def error(imatrix: np.ndarray | None) -> float:
-        back = gguf.quants.dequantize(ggml.quantize_rows(rows, Type.Q2_K, imatrix), Type.Q2_K)
+        back = gguf.quants.dequantize(ggml.quantize_rows(rows, Type.Q2_K, imatrix=imatrix), Type.Q2_K)
         return float(np.square(back - rows)[:, ::7].mean())
 
     assert error(weights) < 0.8 * error(None)
@@ -102,7 +102,7 @@ def test_what_would_abort_the_process_is_an_exception(data: np.ndarray, type_: T
 
 def test_an_imatrix_of_the_wrong_length_is_refused(rows: np.ndarray) -> None:
     with pytest.raises(ValueError, match="imatrix"):
-        ggml.quantize_rows(rows, Type.Q4_K, np.ones(256, np.float32))
+        ggml.quantize_rows(rows, Type.Q4_K, imatrix=np.ones(256, np.float32))
 
 
 @pytest.mark.usefixtures("_fresh_library")

@@ -181,11 +181,11 @@ def test_the_scores_are_covered_where_there_is_no_flash_attention(model: str, re
 def test_one_sequence_does_without_flash_attention_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     enough = MODEL.total_bytes(4096) + 2 * 4 * 32 * memory.N_MICRO_BATCH * 4096
     room = int(enough / 0.9) + 2
-    assert flash_attention(MODEL, 4096, "f16", room) is False
-    assert flash_attention(MODEL, 4097, "f16", room) is None
-    assert flash_attention(MODEL, 4096, "q8_0", 10**12) is None, "a quantized cache needs it"
+    assert flash_attention(MODEL, 4096, kv_type="f16", available=room) is False
+    assert flash_attention(MODEL, 4097, kv_type="f16", available=room) is None
+    assert flash_attention(MODEL, 4096, kv_type="q8_0", available=10**12) is None, "a quantized cache needs it"
     monkeypatch.setattr(memory, "gpus", lambda: [object()])
-    assert flash_attention(MODEL, 4096, "f16", 10**12) is None
+    assert flash_attention(MODEL, 4096, kv_type="f16", available=10**12) is None
 
 
 def test_a_kv_type_that_the_heads_do_not_divide_into_is_refused_as_llama_cpp_does(random_gguf: Path) -> None:
@@ -256,9 +256,9 @@ def test_the_longest_context_is_the_last_that_fits(kv_type: str, n_seq: int) -> 
     assert longest % 256 == 0
     usable = available * 0.9
     assert MODEL.total_bytes(longest, kv_type, n_seq) <= usable < MODEL.total_bytes(longest + 256, kv_type, n_seq)
-    assert fit_context(MODEL, kv_type, n_seq, wanted=longest, available=available) == longest
+    assert fit_context(MODEL, kv_type, n_seq=n_seq, wanted=longest, available=available) == longest
     with pytest.raises(ModelError, match="not enough memory"):
-        fit_context(MODEL, kv_type, n_seq, wanted=longest + 1, available=available)
+        fit_context(MODEL, kv_type, n_seq=n_seq, wanted=longest + 1, available=available)
 
 
 def test_without_a_wish_the_context_shrinks_to_the_memory() -> None:

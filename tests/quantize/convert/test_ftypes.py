@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,7 @@ import pytest
 
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.reporter import no_progress
-from deepdistill.localrun.engine import llama
-from deepdistill.localrun.engine import requantize as requantize_module
-from deepdistill.localrun.engine.requantize import requantize
+from deepdistill.localrun.engine.library import keep_log
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert import ftypes
 from deepdistill.quantize.convert.ftypes import FTYPES, NEED_IMATRIX, Shape, assign, check_ftype
@@ -69,28 +68,30 @@ def checkpoint_and_f32(
     return folder, path, {name: weights.astype(np.float32) for name, weights in importance.items()}
 
 
-def types_of_llama_cpp(source: Path, ftype: str, importance: dict[str, np.ndarray] | None) -> dict[str, str]:
+def types_of_llama_cpp(
+    requantize: ModuleType, source: Path, ftype: str, importance: dict[str, np.ndarray] | None
+) -> dict[str, str]:
     """Return every tensor's type as llama.cpp plans a file and logs it, without quantizing."""
     said: list[bytes] = []
     kept = llama_cpp.llama_log_callback(lambda _level, text, _data: said.append(text))
-    room, params = requantize_module._default_params()
+    room, params = requantize.default_params()
     params.ftype, params.dry_run = int(FTYPES[ftype][0]), True
     alive: list[Any] = []
     if importance:
-        params.imatrix = requantize_module._importance(importance, alive)
+        params.imatrix = requantize.importance_array(importance, alive)
     pointer = ctypes.cast(ctypes.byref(room), ctypes.POINTER(llama_cpp.llama_model_quantize_params))
     llama_cpp.llama_log_set(kept, ctypes.c_void_p(0))
     try:
         assert llama_cpp.llama_model_quantize(os.fsencode(source), b"", pointer) == 0
     finally:
-        llama_cpp.llama_log_set(llama._keep_log, ctypes.c_void_p(0))
+        llama_cpp.llama_log_set(keep_log, ctypes.c_void_p(0))
     lines = b"".join(said).decode()
     found = re.findall(r"\] (\S+) +- \[.*?\], type = +(\w+), size = [^(\n]*(?:\((\w+)\))?", lines)
     return {name: (new or old).upper() for name, old, new in found}
 
 
 @pytest.mark.parametrize("importance", ["alone", "with an importance matrix"])
-def test_every_tensors_type_is_llama_cpps(checkpoint_and_f32: Checked, importance: str) -> None:
+def test_every_tensors_type_is_llama_cpps(requantize: ModuleType, checkpoint_and_f32: Checked, importance: str) -> None:
     folder, f32, weights = checkpoint_and_f32
     given = None if importance == "alone" else weights
     for ftype in QUANTIZED:
@@ -98,15 +99,15 @@ def test_every_tensors_type_is_llama_cpps(checkpoint_and_f32: Checked, importanc
             with pytest.raises(UsageError, match="importance matrix"):
                 quantize(folder, ftype=ftype)
             continue
-        types = types_of_llama_cpp(f32, ftype, given)
+        types = types_of_llama_cpp(requantize, f32, ftype, given)
         ours = {t.tensor.name: t.got.name for t in plan(folder, ftype, importance=given).tensors}
         assert ours == types, ftype
 
 
-def compare_bytes(checked: Checked, tmp_path: Path, ftype: str, with_importance: bool) -> None:
+def compare_bytes(requantize: ModuleType, checked: Checked, tmp_path: Path, ftype: str, with_importance: bool) -> None:
     folder, f32, weights = checked
     given = weights if with_importance else None
-    requantize(f32, tmp_path / "theirs.gguf", int(FTYPES[ftype][0]), importance=given, n_threads=1)
+    requantize.requantize(f32, tmp_path / "theirs.gguf", ftype=int(FTYPES[ftype][0]), importance=given, n_threads=1)
     write(plan(folder, ftype, importance=given), tmp_path / "ours.gguf", {}, no_progress, 1)
     ours, theirs = read_gguf(tmp_path / "ours.gguf"), read_gguf(tmp_path / "theirs.gguf")
     assert {n: t.type.name for n, t in ours.tensors.items()} == {n: t.type.name for n, t in theirs.tensors.items()}
@@ -120,21 +121,23 @@ def compare_bytes(checked: Checked, tmp_path: Path, ftype: str, with_importance:
 
 
 @pytest.mark.parametrize("ftype", ["Q8_0", "F16", "Q3_K_M"])
-def test_every_tensor_is_llama_cpps_byte_for_byte(checkpoint_and_f32: Checked, tmp_path: Path, ftype: str) -> None:
+def test_every_tensor_is_llama_cpps_byte_for_byte(
+    requantize: ModuleType, checkpoint_and_f32: Checked, tmp_path: Path, ftype: str
+) -> None:
     if ftype == "Q3_K_M" and checkpoint_and_f32[1].stat().st_size > 20_000_000:
         pytest.skip("among the slow ones below")
-    compare_bytes(checkpoint_and_f32, tmp_path, ftype, ftype == "Q3_K_M")
+    compare_bytes(requantize, checkpoint_and_f32, tmp_path, ftype, ftype == "Q3_K_M")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("with_importance", [False, True])
 @pytest.mark.parametrize("ftype", QUANTIZED)
 def test_every_type_is_llama_cpps_byte_for_byte(
-    checkpoint_and_f32: Checked, tmp_path: Path, ftype: str, with_importance: bool
+    requantize: ModuleType, checkpoint_and_f32: Checked, tmp_path: Path, ftype: str, with_importance: bool
 ) -> None:
     if (not with_importance and ftype in NEED_IMATRIX) or (with_importance and ftype in ftypes.UNQUANTIZED):
         pytest.skip("there is no such file")
-    compare_bytes(checkpoint_and_f32, tmp_path, ftype, with_importance)
+    compare_bytes(requantize, checkpoint_and_f32, tmp_path, ftype, with_importance)
 
 
 def test_a_70b_gives_its_few_value_heads_more_bits() -> None:

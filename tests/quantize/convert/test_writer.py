@@ -191,7 +191,7 @@ def test_explicit_types_and_an_importance_matrix(make_checkpoint: Callable[..., 
         rows = next(value for key, value in state.items() if f"{source}.weight" in key).numpy()
         there = stored[tensor]
         assert there.type == type_
-        expected = ggml.quantize_rows(rows, type_, column).tobytes()
+        expected = ggml.quantize_rows(rows, type_, imatrix=column).tobytes()
         assert data[there.offset : there.offset + there.n_bytes] == expected
 
 

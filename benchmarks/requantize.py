@@ -17,11 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import ArtifactError, ModelError
-from .llama import _log, _reason, _start_library, llama_version
-
-# isort: split
-import llama_cpp  # after .llama, which prepares for it
+from deepdistill.errors import ArtifactError
+from deepdistill.localrun.engine.library import clear_log, llama_cpp, logged_reason, mismatch, start_library
 
 _ROOM = 512  # bytes
 _Q8_0, _MOST_TYPES = 7, 256
@@ -34,8 +31,8 @@ class _Params(ctypes.Structure):
 def requantize(
     source: Path,
     out: Path,
-    ftype: int,
     *,
+    ftype: int,
     importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
     types: Mapping[str, int] | None = None,
     n_threads: int = 0,
@@ -47,32 +44,32 @@ def requantize(
         out: the file to write.
         ftype: the recipe.
         importance: tensor name -> weight of each column, of each expert one after the other.
-        types: tensor name -> ggml type, for every tensor that shall not have the recipe's.
+        types: tensor name -> ggml type, for every tensor that is not to have the recipe's.
         n_threads: all cores if 0.
 
     Raises:
-        ArtifactError: llama.cpp cannot do it; the reason is its own.
-        ModelError: the bindings do not fit the library.
+        ArtifactError: code "quantize-failed": llama.cpp cannot do it; the reason is its own.
+        ModelError: code "llama-cpp-mismatch": the bindings do not fit the library.
     """
-    _start_library()
-    room, params = _default_params()
+    start_library()
+    room, params = default_params()
     params.ftype, params.nthread = ftype, n_threads
     alive: list[Any] = []  # what the struct points to
     if importance:
-        params.imatrix = _importance(importance, alive)
+        params.imatrix = importance_array(importance, alive)
     if types:
         array = (llama_cpp.llama_model_tensor_override * (len(types) + 1))()  # a null pattern ends it
         for entry, (name, type_) in zip(array, types.items(), strict=False):
             entry.pattern, entry.type = f"^{re.escape(name)}$".encode(), type_
         alive.append(array)
         params.tt_overrides = ctypes.cast(array, ctypes.POINTER(llama_cpp.llama_model_tensor_override))
-    _log.clear()
+    clear_log()
     pointer = ctypes.cast(ctypes.byref(room), ctypes.POINTER(llama_cpp.llama_model_quantize_params))
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), pointer) != 0:
-        raise ArtifactError(f"llama.cpp cannot quantize {source}: {_reason()}")
+        raise ArtifactError(f"llama.cpp cannot quantize {source}: {logged_reason()}", code="quantize-failed")
 
 
-def _default_params() -> tuple[ctypes.Structure, Any]:
+def default_params() -> tuple[ctypes.Structure, Any]:
     """Return (the library's defaults with room behind, the bindings' view of them)."""
     function: Any = llama_cpp.llama_model_quantize_default_params
     before, function.restype = function.restype, _Params
@@ -86,14 +83,12 @@ def _default_params() -> tuple[ctypes.Structure, Any]:
     flags = (params.allow_requantize, params.quantize_output_tensor, params.only_copy, params.pure)
     seen = (params.nthread, params.ftype, params.token_embedding_type, *flags, bool(params.imatrix), last)
     if seen != (0, _Q8_0, none, False, True, False, False, False, 1 << 33) or not 30 < none < _MOST_TYPES:
-        raise ModelError(
-            f"llama-cpp-python {llama_version()} does not fit the llama.cpp library that it loads",
-            "reinstall it: pip install --force-reinstall llama-cpp-python; and unset LLAMA_CPP_LIB_PATH",
-        )
+        raise mismatch()
     return room, params
 
 
-def _importance(importance: Mapping[str, npt.NDArray[np.float32]], alive: list[Any]) -> Any:
+def importance_array(importance: Mapping[str, npt.NDArray[np.float32]], alive: list[Any]) -> Any:
+    """Return an importance matrix as the struct takes it; what it points to is put into `alive`."""
     kind = llama_cpp.llama_model_imatrix_data
     array = (kind * (len(importance) + 1))()  # a null name ends it
     for entry, (name, weights) in zip(array, importance.items(), strict=False):
