@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..localrun.core.record_log import from_json
-from ..localrun.core.reporter import Progress
+from ..localrun.core.reporter import Progress, Relay
 from .graders.pool import Grader
 from .judging.judge_traces import settle
 from .recipe import TeachSettings, Work
@@ -70,11 +70,11 @@ def gather(
             new = expand(
                 problems,
                 ExpandSettings(settings.teacher, settings.expand),
-                expanded_path,
+                path=expanded_path,
                 open_teacher=open_teacher,
                 evaluation=evaluation,
                 budget=budget,
-                on_progress=on_progress,
+                report=Relay(on_progress),
             )
             dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in new.dropped.items() if n)
             work.say(
@@ -84,14 +84,13 @@ def gather(
         collected = collect(
             problems,
             store,
-            CollectSettings(
+            settings=CollectSettings(
                 settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep, settings.logprobs
             ),
             open_teacher=open_and_probe,
-            open_grader=lambda: grader,
-            failures_path=run.folder / "failures.jsonl",
+            grader=grader,
             budget=budget,
-            on_progress=on_progress,
+            report=Relay(on_progress),
         )
         if collected.n_failed:
             work.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
@@ -104,7 +103,7 @@ def gather(
 
 def spent_before(run: Run) -> float:
     """Return the dollars that a run has cost so far: traces, failures, corrections, new problems, a judge's replies."""
-    spent = failures_usd(run.folder / "failures.jsonl")
+    spent = failures_usd(run.traces_path)
     for path in (run.traces_path, *run.folder.glob("rounds/*/corrections.jsonl")):
         if path.exists():
             spent += sum(trace.cost_usd or 0.0 for trace in TraceStore.read(path))

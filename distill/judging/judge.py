@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Message, Sampling
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.reporter import Progress, Relay, no_progress
 from ..records import Judgement, Trace
-from ..teachers.ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
+from ..teachers.ask_once import Ask, StoredReplies, StoredReply, ask_id, ask_once, stored_replies
 from ..teachers.base import Teacher
 from ..teachers.budget import Budget
 
@@ -66,7 +66,7 @@ class Judged:
 
     judgements: list[Judgement]
     n_unreadable: int
-    replies: Replies
+    replies: StoredReplies
 
 
 def read_rubric(path: Path) -> str:
@@ -109,10 +109,10 @@ def judge_traces(
     replies = ask_once(
         asks,
         path,
-        settings.sampling,
+        sampling=settings.sampling,
         open_teacher=open_judge,
         budget=budget,
-        on_progress=on_progress,
+        report=Relay(on_progress),
         stage="judge",
     )
     n_unreadable = sum(verdict_of(reply, settings) is None for reply in replies.by_id.values())
@@ -149,7 +149,7 @@ def compare_asks(question: str, one: str, other: str, settings: JudgeSettings) -
     return _compare_ask(question, one, other, settings), _compare_ask(question, other, one, settings)
 
 
-def verdict_of(reply: Reply, settings: JudgeSettings) -> int | str | None:
+def verdict_of(reply: StoredReply, settings: JudgeSettings) -> int | str | None:
     """Return what a reply says: a score from 1 to 5, or with `compare` "A", "B" or "tie"; None if it is not readable.
 
     The last line has to be marked, and no other to say otherwise; its JSON has the one key asked for, and nothing else;
@@ -172,7 +172,7 @@ def verdict_of(reply: Reply, settings: JudgeSettings) -> int | str | None:
     return value if type(value) is int and 1 <= value <= _BEST else None
 
 
-def preference(in_order: Reply, swapped: Reply, settings: JudgeSettings) -> Literal["one", "other"] | None:
+def preference(in_order: StoredReply, swapped: StoredReply, settings: JudgeSettings) -> Literal["one", "other"] | None:
     """Return which of two answers is better, if the judge says so whichever it reads first."""
     said = (verdict_of(in_order, settings), verdict_of(swapped, settings))
     if said == ("A", "B"):
@@ -211,7 +211,7 @@ def _ring(samples: Sequence[Trace]) -> list[tuple[Trace, Trace]]:
     return list(zip(samples, [*samples[1:], samples[0]], strict=True))
 
 
-def _scored(cases: list[_Case], replies: dict[str, Reply], settings: JudgeSettings) -> list[Judgement]:
+def _scored(cases: list[_Case], replies: dict[str, StoredReply], settings: JudgeSettings) -> list[Judgement]:
     judgements = []
     for case in cases:
         if reply := replies.get(case.asks[0].id):
@@ -222,7 +222,7 @@ def _scored(cases: list[_Case], replies: dict[str, Reply], settings: JudgeSettin
     return judgements
 
 
-def _compared(cases: list[_Case], replies: dict[str, Reply], settings: JudgeSettings) -> list[Judgement]:
+def _compared(cases: list[_Case], replies: dict[str, StoredReply], settings: JudgeSettings) -> list[Judgement]:
     won: dict[str, list[bool]] = {}
     waiting: set[str] = set()
     for case in cases:

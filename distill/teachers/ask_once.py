@@ -1,8 +1,8 @@
-"""What a teacher or judge was asked once and is never asked again: replies by the id of the request, in a JSONL file.
+"""Replies that a teacher or judge gives once and is never asked for again, in a JSONL file by the request's id.
 
-Judging and expanding ask for text that is no trace. An id is a hash of everything that decides the reply, so that a run
-that was killed goes on with what it has, and a changed rubric, model or sampling asks anew. A request that failed for
-good is not kept: the next run asks it again.
+Judging and expanding ask for text that is not a trace. An id is a hash of everything that decides the reply, so that an
+interrupted run resumes with what it has, and a changed rubric, model or sampling asks anew. A request whose failure is
+final is not stored: the next run asks it again.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...localrun.core.generation import FinishReason, Message, Sampling
+from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.reporter import SILENT, Reporter
 from ..records import Request
+from .asking import Asked, ask_all
 from .base import Teacher
 from .budget import Budget, Limits
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A conversation to be answered once; `id` as `ask_id` makes it."""
+    """A conversation to answer once. `ask_id` makes its `id`."""
 
     id: str
     messages: list[Message]
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back, without the thinking."""
+class StoredReply:
+    """A reply without its thinking."""
 
     id: str
     content: str
@@ -43,81 +44,102 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Replies:
-    """The replies to what was asked, by id, those of earlier runs among them. `stopped` says why some are missing."""
+class StoredReplies:
+    """The replies by id, those of earlier runs among them. `stopped` says why some are missing."""
 
-    by_id: dict[str, Reply]
+    by_id: dict[str, StoredReply]
     n_asked: int
     n_failed: int
     stopped: str | None
 
 
 def ask_id(*parts: Any) -> str:
-    """Return the hash that names a request: give everything that decides its reply."""
+    """Return the hash that names a request, from everything that decides its reply."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def stored_replies(path: Path) -> dict[str, Reply]:
-    """Return the replies of a file by id; no file: none.
+def stored_replies(path: Path) -> dict[str, StoredReply]:
+    """Return the replies of a file by id; none if there is no file.
 
     Raises:
-        ArtifactError: a line other than a torn last one is broken.
+        ArtifactError: `code` "line-broken": a line that is not the torn last one.
     """
-    return {reply.id: reply for reply in read_records(path, Reply, missing_ok=True)}
+    return {reply.id: reply for reply in read_records(path, StoredReply, missing_ok=True)}
 
 
 def ask_once(
     asks: Sequence[Ask],
     path: Path,
-    sampling: Sampling,
     *,
+    sampling: Sampling,
     open_teacher: Callable[[], Teacher],
     budget: Budget | None = None,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
     stage: str = "replies",
-) -> Replies:
+) -> StoredReplies:
     """Return the replies to these requests, and ask only for those that the file lacks.
 
     The teacher is opened only if there is something to ask, and closed. `budget` counts what is spent and may end it.
 
     Raises:
-        TeacherError: no request can succeed any more; what came before is kept.
+        TeacherError: no request can succeed any more; every earlier reply is stored.
         ArtifactError: the file is broken or cannot be written.
     """
     stored = stored_replies(path)
-    wanted = list({ask.id: ask for ask in asks if ask.id not in stored}.values())
-    budget = budget or Budget(Limits())
-    stopped = budget.why_stop(0) if wanted else None
-    n_asked = n_failed = n_drawn = 0
+    missing = {ask.id: ask for ask in asks if ask.id not in stored}
+    budget, asked = budget or Budget(Limits()), Asked(0, 0, None)
+    if missing:
+        asked = Asked(0, 0, budget.why_stop(0))
+        if not asked.stopped:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with RecordLog(path, StoredReply) as file, open_teacher() as teacher:
+                asking = _Missing(missing, stored, file=file, report=report, stage=stage)
+                asked = ask_all(teacher, asking, sampling=sampling, budget=budget)
+    by_id = {ask.id: stored[ask.id] for ask in asks if ask.id in stored}
+    return StoredReplies(by_id, asked.n_asked, asked.n_failed, asked.stopped)
 
-    def requests() -> Iterator[Request]:
-        nonlocal n_drawn
-        while n_drawn < len(wanted) and not budget.why_stop(n_drawn - n_asked, sampling.max_tokens):
-            ask = wanted[n_drawn]
-            n_drawn += 1
-            yield Request(ask.messages, int(ask.id[:7], 16))
 
-    if wanted and not stopped:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with RecordLog(path, Reply) as file, open_teacher() as teacher:
-            while n_drawn < len(wanted) and not stopped:
-                first = n_drawn
-                for index, completion in teacher.generate(requests(), sampling):
-                    n_asked += 1
-                    cost = budget.record(completion)
-                    if completion.finish_reason == "error":
-                        n_failed += 1
-                    else:
-                        reply = Reply(
-                            wanted[first + index].id,
-                            completion.content,
-                            completion.finish_reason,
-                            completion.prompt_tokens,
-                            completion.completion_tokens,
-                            cost,
-                        )
-                        file.append(reply)
-                        stored[reply.id] = reply
-                    on_progress(stage, n_asked, len(wanted), f"{n_failed} failed" if n_failed else "")
-                stopped = budget.why_stop(0) if n_drawn < len(wanted) else None
-    return Replies({ask.id: stored[ask.id] for ask in asks if ask.id in stored}, n_asked, n_failed, stopped)
+class _Missing:
+    """The requests whose replies a file lacks: an `Asking` that appends each reply to the file."""
+
+    def __init__(
+        self,
+        missing: dict[str, Ask],
+        stored: dict[str, StoredReply],
+        *,
+        file: RecordLog[StoredReply],
+        report: Reporter,
+        stage: str,
+    ) -> None:
+        self._missing, self._stored, self._file = missing, stored, file
+        self._report, self._stage = report, stage
+        self._n_missing, self._n_ended, self._n_failed = len(missing), 0, 0
+
+    def wanted(self) -> Iterator[Ask]:
+        """Yield the requests that were not begun."""
+        while self._missing:
+            yield next(iter(self._missing.values()))
+
+    def begin(self, item: Ask) -> Request:
+        """Take a request out of those wanted."""
+        del self._missing[item.id]
+        return Request(item.messages, int(item.id[:7], 16))
+
+    def end(self, item: Ask, completion: Completion, cost_usd: float | None) -> None:
+        """Store a reply; a failure is only counted."""
+        self._n_ended += 1
+        if completion.finish_reason == "error":
+            self._n_failed += 1
+        else:
+            reply = StoredReply(
+                item.id,
+                completion.content,
+                completion.finish_reason,
+                completion.prompt_tokens,
+                completion.completion_tokens,
+                cost_usd,
+            )
+            self._file.append(reply)
+            self._stored[item.id] = reply
+        note = f"{self._n_failed} failed" if self._n_failed else ""
+        self._report.progress(self._stage, self._n_ended, self._n_missing, note)

@@ -21,11 +21,11 @@ import numpy.typing as npt
 
 from ...errors import UsageError
 from ...localrun.core.generation import Message, Sampling
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.reporter import SILENT, Reporter
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_hash
 from ..records import Problem
-from .ask_once import Ask, Replies, Reply, ask_id, ask_once, stored_replies
+from .ask_once import Ask, StoredReplies, StoredReply, ask_id, ask_once, stored_replies
 from .base import Teacher
 from .budget import Budget
 
@@ -78,18 +78,18 @@ class Expanded:
     n_written: int
     dropped: dict[str, int]
     examples: dict[str, str]
-    replies: Replies
+    replies: StoredReplies
 
 
 def expand(
     given: Sequence[Problem],
     settings: ExpandSettings,
-    path: Path,
     *,
+    path: Path,
     open_teacher: Callable[[], Teacher],
     evaluation: Iterable[str] = (),
     budget: Budget | None = None,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> Expanded:
     """Return new problems like the given ones; what the file at `path` holds of earlier runs is not asked again.
 
@@ -103,10 +103,10 @@ def expand(
     replies = ask_once(
         [ask for ask, _, _ in asks],
         path,
-        settings.sampling,
+        sampling=settings.sampling,
         open_teacher=open_teacher,
         budget=budget,
-        on_progress=on_progress,
+        report=report,
         stage="new problems",
     )
     written = [
@@ -130,7 +130,7 @@ def missing_expansions(given: Sequence[Problem], settings: ExpandSettings, path:
     return [ask for ask, _, _ in _asks(given, settings) if ask.id not in stored]
 
 
-def read_problems(reply: Reply) -> list[str]:
+def read_problems(reply: StoredReply) -> list[str]:
     """Return the problems that a reply holds, as a JSON array, JSON lines or a numbered or bulleted list.
 
     What is no problem text (an item without a question) comes back empty, to be counted. Of a list that was cut off the

@@ -1,33 +1,33 @@
-"""Ask a teacher for the samples that a store lacks, verify each as it comes, and stop when there is enough of it.
+"""Ask a teacher for the samples that a store lacks, and verify each as it comes, until there are enough.
 
-Every problem is asked for its first sample before any is asked for its second, and a problem that has its K verified
-traces is asked no more. What a run holds is read from its store, so a run that goes on never pays twice. A request that
-failed for good stands in `failures.jsonl`; the next run asks it again.
+Every problem is asked for its first sample before any is asked for its second, and a problem with its K verified traces
+is not asked again. What a run has is read from its store, so resuming never pays twice. A request whose failure was
+final is listed in `failures.jsonl`; the next run asks it again.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...localrun.core.generation import Completion, Sampling
-from ...localrun.core.record_log import whole_lines
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.record_log import RecordLog, read_records
+from ...localrun.core.reporter import SILENT, Reporter
 from ..records import (
     GradesAnswers,
     Problem,
     Request,
+    TeacherInfo,
     Trace,
     has_answer,
     messages_of,
     sample_seed,
     trace_id,
 )
+from ..teachers.asking import Asked, ask_all
 from ..teachers.base import Teacher
 from ..teachers.budget import Budget, Limits
 from .store import TraceStore
@@ -47,28 +47,30 @@ class CollectSettings:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What a run of `collect` came to. `stopped` says why it ended early, None if it asked for all there was."""
+class Failure:
+    """A request whose failure was final, as `failures.jsonl` holds it; `time` is in seconds since 1970."""
 
-    n_asked: int
-    n_failed: int
-    stopped: str | None
+    problem_id: str
+    sample: int
+    error: str | None
+    time: float
+    seconds: float = 0.0
+    cost_usd: float | None = None
 
 
 class Ledger:
-    """Which samples of which problems are there, in flight and wanted."""
+    """Which samples of which problems are stored, in flight and wanted."""
 
-    def __init__(self, problems: Sequence[Problem], settings: CollectSettings, there: Iterable[Trace]) -> None:
+    def __init__(self, problems: Sequence[Problem], settings: CollectSettings, traces: Iterable[Trace]) -> None:
         self.problems, self.settings = problems, settings
         self.n_done = 0  # samples that ended with a trace
-        self._right, self._drawn, self._ended = Counter[str](), Counter[str](), Counter[str]()
-        self._there: set[str] = set()
-        self._asked: set[str] = set()
+        self._right, self._begun, self._ended = Counter[str](), Counter[str](), Counter[str]()
+        self._begun_ids: set[str] = set()
         by_id = {problem.id: problem for problem in problems}
-        for trace in there:
+        for trace in traces:
             if trace.problem_id in by_id:
-                self._there.add(trace.id)
-                self._drawn[trace.problem_id] += 1
+                self._begun_ids.add(trace.id)
+                self._begun[trace.problem_id] += 1
                 self.end(by_id[trace.problem_id], is_right=trace.verdict == "right", has_failed=False)
 
     def id_of(self, problem: Problem, sample: int) -> str:
@@ -76,28 +78,25 @@ class Ledger:
         return trace_id(problem.id, self.settings.teacher, self.settings.sampling, sample)
 
     def wanted(self) -> Iterator[tuple[Problem, int]]:
-        """Yield (problem, sample) for one after the other that is to be asked for, as things stand when it is drawn.
+        """Yield each (problem, sample) to ask for, as things are when it is drawn. This changes nothing.
 
-        A problem whose samples in flight may be all it needs is passed over: another pass finds it, if they were not.
+        A problem whose samples in flight may be all it needs is left out: a later call finds it if they were not.
         """
         for sample in range(self.settings.samples):
             for problem in self.problems:
-                key = self.id_of(problem, sample)
-                if key in self._there or key in self._asked or self._may_have_enough(problem):
-                    continue
-                self._asked.add(key)
-                self._drawn[problem.id] += 1
-                yield problem, sample
+                if not self._may_have_enough(problem) and self.id_of(problem, sample) not in self._begun_ids:
+                    yield problem, sample
 
-    def put_back(self, problem: Problem, sample: int) -> None:
-        """Take back what was drawn last: it is not asked for yet."""
-        self._asked.discard(self.id_of(problem, sample))
-        self._drawn[problem.id] -= 1
+    def begin(self, problem: Problem, sample: int) -> None:
+        """Count a sample as in flight."""
+        self._begun_ids.add(self.id_of(problem, sample))
+        self._begun[problem.id] += 1
 
-    @property
-    def n_in_flight(self) -> int:
-        """Samples that were drawn and have not ended."""
-        return self._drawn.total() - self._ended.total()
+    def end(self, problem: Problem, *, is_right: bool, has_failed: bool) -> None:
+        """Count a sample as ended."""
+        self._right[problem.id] += is_right
+        self._ended[problem.id] += 1
+        self.n_done += not has_failed
 
     @property
     def n_right(self) -> int:
@@ -106,7 +105,7 @@ class Ledger:
 
     @property
     def n_left(self) -> int:
-        """Samples still to come, if those to come are right as often as those that came."""
+        """Samples still to ask for, if they turn out right as often as the earlier ones."""
         share = self.n_right / self.n_done if self.n_done else 0.0
         left = 0.0
         for problem in self.problems:
@@ -118,29 +117,24 @@ class Ledger:
                 left += min(room, missing / share if share else room)
         return round(left)
 
-    def end(self, problem: Problem, *, is_right: bool, has_failed: bool) -> None:
-        """Take notice that a sample has ended."""
-        self._right[problem.id] += is_right
-        self._ended[problem.id] += 1
-        self.n_done += not has_failed
-
     def _may_have_enough(self, problem: Problem) -> bool:
-        in_flight = self._drawn[problem.id] - self._ended[problem.id]
+        in_flight = self._begun[problem.id] - self._ended[problem.id]
         return has_answer(problem) and self._right[problem.id] + in_flight >= self.settings.keep
 
 
 def collect(
     problems: Sequence[Problem],
     store: TraceStore,
-    settings: CollectSettings,
     *,
+    settings: CollectSettings,
     open_teacher: Callable[[], Teacher],
-    open_grader: Callable[[], GradesAnswers],
-    failures_path: Path,
+    grader: GradesAnswers,
     budget: Budget | None = None,
-    on_progress: Progress = no_progress,
-) -> Collected:
-    """Bring the store to what is wanted of it. The teacher is opened only if there is something to ask.
+    report: Reporter = SILENT,
+) -> Asked:
+    """Ask for the samples that the store lacks. The teacher is opened only if there is something to ask.
+
+    Requests whose failure is final are listed in `failures.jsonl` beside the store.
 
     Raises:
         TeacherError: no request can succeed any more, or the teacher was not made for these problems.
@@ -148,82 +142,88 @@ def collect(
     """
     ledger = Ledger(problems, settings, store)
     budget = budget or Budget(Limits())
-    n_asked = n_failed = 0
     stopped = budget.why_stop(0)
-    if stopped or next(Ledger(problems, settings, store).wanted(), None) is None:
-        return Collected(0, 0, stopped)
+    if stopped or next(ledger.wanted(), None) is None:
+        return Asked(0, 0, stopped)
     with open_teacher() as teacher:
         for source in sorted({problem.source for problem in problems}):
             teacher.accepts(source)
-        grader = open_grader()
-        drawn: list[tuple[Problem, int]] = []
-
-        def requests() -> Iterator[Request]:
-            for problem, sample in ledger.wanted():
-                if budget.why_stop(ledger.n_in_flight - 1, settings.sampling.max_tokens):
-                    ledger.put_back(problem, sample)
-                    return
-                drawn.append((problem, sample))
-                yield Request(messages_of(problem), sample_seed(ledger.id_of(problem, sample)))
-
-        told, first = 0.0, -1
-        while len(drawn) > first and not stopped:  # until a pass finds nothing more to ask
-            first = len(drawn)
-            for index, completion in teacher.generate(
-                requests(), settings.sampling, top_logprobs=settings.top_logprobs
-            ):
-                problem, sample = drawn[first + index]
-                n_asked += 1
-                cost = budget.record(completion)
-                if completion.finish_reason == "error":
-                    n_failed += 1
-                    _note_failure(failures_path, problem, sample, completion, cost)
-                    ledger.end(problem, is_right=False, has_failed=True)
-                else:
-                    grade = grader.grade(problem, completion.content)
-                    trace = Trace.make(
-                        problem,
-                        completion,
-                        grade,
-                        teacher.info,
-                        settings.teacher,
-                        settings.sampling,
-                        sample,
-                        cost_usd=cost,
-                        created=round(time.time(), 3),
-                    )
-                    store.append(trace, completion)
-                    ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
-                if time.monotonic() - told > _TELL_EVERY_S:
-                    _tell(on_progress, ledger, budget, n_failed)
-                    told = time.monotonic()
-            stopped = budget.why_stop(0)
-        _tell(on_progress, ledger, budget, n_failed)
-    if stopped and next(ledger.wanted(), None) is None:
-        stopped = None  # spent, and all is there
-    return Collected(n_asked, n_failed, stopped)
+        asking = _Samples(ledger, store, teacher=teacher.info, grader=grader, budget=budget, report=report)
+        asked = ask_all(teacher, asking, sampling=settings.sampling, budget=budget, top_logprobs=settings.top_logprobs)
+        asking.tell()
+    return asked
 
 
-def _tell(on_progress: Progress, ledger: Ledger, budget: Budget, n_failed: int) -> None:
-    left = ledger.n_left
-    failed = f", {n_failed} failed" if n_failed else ""
-    whole = budget.project(left)
-    about = f"; in all about {whole}" if whole else ""
-    right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
-    on_progress("traces", ledger.n_done, ledger.n_done + left, f"{right}{failed}{about}")
+class _Samples:
+    """The samples that a ledger wants: an `Asking` that grades each answer and stores its trace."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        store: TraceStore,
+        *,
+        teacher: TeacherInfo,
+        grader: GradesAnswers,
+        budget: Budget,
+        report: Reporter,
+    ) -> None:
+        self._ledger, self._store, self._teacher = ledger, store, teacher
+        self._grader, self._budget, self._report = grader, budget, report
+        self._n_failed, self._told_at = 0, 0.0
+
+    def wanted(self) -> Iterator[tuple[Problem, int]]:
+        """Yield (problem, sample)."""
+        return self._ledger.wanted()
+
+    def begin(self, item: tuple[Problem, int]) -> Request:
+        """Count a sample as in flight; its seed is what an interrupted run would have taken."""
+        self._ledger.begin(*item)
+        return Request(messages_of(item[0]), sample_seed(self._ledger.id_of(*item)))
+
+    def end(self, item: tuple[Problem, int], completion: Completion, cost_usd: float | None) -> None:
+        """Grade and store an answer, or note a failure."""
+        (problem, sample), settings = item, self._ledger.settings
+        if completion.finish_reason == "error":
+            self._n_failed += 1
+            with RecordLog(_failures_path(self._store.path), Failure) as failures:
+                failures.append(
+                    Failure(problem.id, sample, completion.error, time.time(), completion.seconds, cost_usd)
+                )
+            self._ledger.end(problem, is_right=False, has_failed=True)
+        else:
+            grade = self._grader.grade(problem, completion.content)
+            trace = Trace.make(
+                problem,
+                completion,
+                grade,
+                self._teacher,
+                settings.teacher,
+                settings.sampling,
+                sample,
+                cost_usd=cost_usd,
+                created=round(time.time(), 3),
+            )
+            self._store.append(trace, completion)
+            self._ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
+        if time.monotonic() - self._told_at > _TELL_EVERY_S:
+            self.tell()
+
+    def tell(self) -> None:
+        """Report how far the samples are, and what all of them will come to."""
+        ledger, n_left = self._ledger, self._ledger.n_left
+        failed = f", {self._n_failed} failed" if self._n_failed else ""
+        projection = self._budget.project(n_left)
+        about = f"; about {projection} in all" if projection else ""
+        right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
+        self._report.progress("traces", ledger.n_done, ledger.n_done + n_left, f"{right}{failed}{about}")
+        self._told_at = time.monotonic()
 
 
-def _note_failure(path: Path, problem: Problem, sample: int, completion: Completion, cost_usd: float | None) -> None:
-    """Record a request that failed for good: a line in a file beside the traces."""
-    record = {"problem_id": problem.id, "sample": sample, "error": completion.error, "time": time.time()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record | {"seconds": completion.seconds, "cost_usd": cost_usd}) + "\n")
+def failures_usd(traces_path: Path) -> float:
+    """Return the dollars that the failures beside a store have cost; a broken line counts for nothing."""
+    failures = read_records(_failures_path(traces_path), Failure, missing_ok=True, skip_broken=True)
+    return sum(failure.cost_usd or 0.0 for failure in failures)
 
 
-def failures_usd(path: Path) -> float:
-    """Return what the failures that stand in a file have cost, in dollars; a torn line counts for nothing."""
-    total = 0.0
-    for _, line in whole_lines(path) if path.exists() else ():
-        with suppress(ValueError, AttributeError):
-            total += json.loads(line).get("cost_usd") or 0.0
-    return total
+def _failures_path(traces_path: Path) -> Path:
+    return traces_path.with_name("failures.jsonl")

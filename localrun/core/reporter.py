@@ -28,6 +28,17 @@ class Reporter:
 SILENT = Reporter()
 
 
+class Relay(Reporter):
+    """Hands progress to a function: a part of a larger stage can have it shown under the name of that stage."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Call the function."""
+        self._progress(stage, done, total, note)
+
+
 class Bars(Reporter):
     """Draw each stage as a bar with time left on standard error; without a terminal, a plain line now and then."""
 

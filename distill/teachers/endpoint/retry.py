@@ -22,7 +22,7 @@ from ....localrun.core.generation import Completion, Message, Sampling
 from ...records import Request
 from .concurrency import Pace, RateLimit
 from .server import Refused, Retryable, Server, least_busy
-from .stream import Reply
+from .stream import StreamedReply
 
 # Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
 ATTEMPTS = 16
@@ -95,9 +95,9 @@ class Asker:
             before_sleep=self._tell,
             reraise=True,
         )
-        n_prompt, broken = estimate_tokens(request.messages), list[Reply]()
+        n_prompt, broken = estimate_tokens(request.messages), list[StreamedReply]()
         try:
-            reply: Reply = await retry(self._attempt, client, request, n_prompt, broken)
+            reply: StreamedReply = await retry(self._attempt, client, request, n_prompt, broken)
         except Retryable as error:
             if self.stopped.is_set():
                 return None
@@ -143,7 +143,9 @@ class Asker:
         others = any(server.may_be_asked for server in self._endpoint.servers)
         return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
 
-    async def _attempt(self, client: httpx.AsyncClient, request: Request, n_prompt: int, broken: list[Reply]) -> Reply:
+    async def _attempt(
+        self, client: httpx.AsyncClient, request: Request, n_prompt: int, broken: list[StreamedReply]
+    ) -> StreamedReply:
         """Ask once the limits allow it, the server that is least busy then. What breaks off goes to `broken`."""
         endpoint = self._endpoint
         expected = n_prompt + self._expected_tokens()
@@ -189,7 +191,7 @@ class Asker:
         endpoint = self._endpoint
         return endpoint.n_tokens / endpoint.n_answers if endpoint.n_answers else self._sampling.max_tokens
 
-    async def _ask(self, client: httpx.AsyncClient, server: Server, request: Request) -> Reply:
+    async def _ask(self, client: httpx.AsyncClient, server: Server, request: Request) -> StreamedReply:
         """Ask with as many log-probabilities as are wanted, then with what the server takes."""
         pace, k = self._endpoint.pace, self._top_logprobs
         refused: Refused | Retryable | None = None
@@ -271,13 +273,13 @@ def _logprobs_note(server: Server, wanted: int, given: int, with_ids: bool) -> s
     return f"{server.host} gives {given} log-probabilities a token, not {wanted}"
 
 
-def _failed(error: str, seconds: float, broken: Sequence[Reply], n_prompt: int) -> Completion:
+def _failed(error: str, seconds: float, broken: Sequence[StreamedReply], n_prompt: int) -> Completion:
     """Return a failure, with what its attempts brought: it may have to be paid for."""
     lost = _lost(broken, n_prompt)
     return Completion("", None, None, "error", 0, 0, 0, seconds, error=error, lost_tokens=lost)
 
 
-def _lost(broken: Sequence[Reply], n_prompt: int) -> tuple[int, int]:
+def _lost(broken: Sequence[StreamedReply], n_prompt: int) -> tuple[int, int]:
     """Return the tokens of prompt and completion that attempts brought before they broke off."""
     n_completion = sum(reply.n_tokens for reply in broken)
     return sum(reply.n_total(n_prompt) for reply in broken) - n_completion, n_completion

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from ....errors import TeacherError, UsageError
-from .stream import BrokenReply, RefusedReply, Reply, read_reply
+from .stream import BrokenReply, RefusedReply, StreamedReply, read_reply
 
 CONNECT_S = 5.0
 _STRIKES = 8  # failures in a row until an address counts as down
@@ -47,7 +47,7 @@ class Retryable(Exception):
         retry_after: float | None = None,
         down: bool = False,
         hung_up: bool = False,
-        reply: Reply | None = None,
+        reply: StreamedReply | None = None,
     ) -> None:
         super().__init__(reason)
         self.status, self.retry_after, self.down, self.hung_up = status, retry_after, down, hung_up
@@ -57,7 +57,7 @@ class Retryable(Exception):
 class Refused(Exception):
     """This request can never succeed; others may. `reply` is what came before the server ended it."""
 
-    def __init__(self, reason: str, reply: Reply | None = None) -> None:
+    def __init__(self, reason: str, reply: StreamedReply | None = None) -> None:
         super().__init__(reason)
         self.reply = reply
 
@@ -148,7 +148,7 @@ class Server:
         timeout_s: float,
         on_accepted: Callable[[], None],
         on_tokens: Callable[[int], None],
-    ) -> Reply:
+    ) -> StreamedReply:
         """Send one request and read its answer to the end, or until it has run away.
 
         `timeout_s` is the longest time between two events that bring something: a comment that keeps the connection
@@ -159,7 +159,7 @@ class Server:
             Refused: it never can.
             TeacherError: no request can.
         """
-        started, reply, loop = self._clock(), Reply(), asyncio.get_running_loop()
+        started, reply, loop = self._clock(), StreamedReply(), asyncio.get_running_loop()
         try:
             async with (
                 asyncio.timeout(timeout_s) as deadline,
@@ -184,7 +184,7 @@ class Server:
             raise self._retryable(error, started, reply) from None
         return reply
 
-    def _retryable(self, error: Exception, started: float, reply: Reply) -> Retryable:
+    def _retryable(self, error: Exception, started: float, reply: StreamedReply) -> Retryable:
         """Say what went wrong, and whether the address is down.
 
         It is if nobody can connect, or if nobody has heard anything from it for as long as this request waited.

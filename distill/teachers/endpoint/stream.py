@@ -52,7 +52,7 @@ class LoopWatch:
 
 
 @dataclass
-class Reply:
+class StreamedReply:
     """What has been read so far. `n_pieces` counts text events, the token count of a server that reports no usage."""
 
     reasoning: list[str] = field(default_factory=list)
@@ -135,7 +135,9 @@ class Reply:
         )
 
 
-async def read_reply(response: httpx.Response, reply: Reply, max_tokens: int, on_tokens: Callable[[int], None]) -> None:
+async def read_reply(
+    response: httpx.Response, reply: StreamedReply, max_tokens: int, on_tokens: Callable[[int], None]
+) -> None:
     """Read a streamed reply, or a whole one from a server that does not stream, to its end or until it runs away.
 
     `on_tokens` is told of each event, with how many tokens it brought. If this raises, `reply` holds what came.
@@ -185,7 +187,7 @@ def _parsed(data: bytes) -> Any:
         raise BrokenReply(f"the server sent no JSON: {data[:80].decode(errors='replace')!r}") from None
 
 
-def _take(reply: Reply, event: Any, part: str) -> str:
+def _take(reply: StreamedReply, event: Any, part: str) -> str:
     """Add an event to the reply and return the text that it brought."""
     if not isinstance(event, dict):
         raise BrokenReply("the server sent JSON that is no object")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ....errors import ArtifactError
 from ....localrun.core.generation import Sampling
-from ....localrun.core.reporter import Progress
+from ....localrun.core.reporter import Progress, Relay
 from ...curation.curate import apart_from
 from ...curation.filters import CurateSettings
 from ...graders.pool import Grader
@@ -82,11 +82,10 @@ def answer(
             problems,
             store,
             # One more than there are samples is never reached: right ones do not end a problem.
-            CollectSettings(f"round {round_.number}", sampling, settings.samples, settings.samples + 1, 1),
+            settings=CollectSettings(f"round {round_.number}", sampling, settings.samples, settings.samples + 1, 1),
             open_teacher=lambda: work.open_student(round_.student),
-            open_grader=lambda: grader,
-            failures_path=round_.folder / "failures.jsonl",
-            on_progress=lambda _, done, total, note: say(f"round {round_.number}, its own", done, total, note),
+            grader=grader,
+            report=Relay(lambda _, done, total, note: say(f"round {round_.number}, its own", done, total, note)),
         )
         return list(store)
 

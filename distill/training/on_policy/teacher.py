@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.reporter import Progress
+from ....localrun.core.reporter import Progress, Relay
 from ...gather import spent_before
 from ...graders.pool import Grader
 from ...recipe import TeachSettings, Work
@@ -113,13 +113,12 @@ def _correct(
         collect(
             [problem for problem in failed if problem.id in wanted or problem.id in known],
             store,
-            CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep),
+            settings=CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep),
             open_teacher=teacher,
-            open_grader=lambda: grader,
-            failures_path=round_.folder / "failures.jsonl",
+            grader=grader,
             budget=Budget(work.limits, spent_before(run) if work.limits.price else 0.0),
-            on_progress=lambda _, done, total, note: on_progress(
-                f"round {round_.number}, corrected", done, total, note
+            report=Relay(
+                lambda _, done, total, note: on_progress(f"round {round_.number}, corrected", done, total, note)
             ),
         )
 

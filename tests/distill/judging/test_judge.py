@@ -25,7 +25,7 @@ from deepdistill.distill.judging.judge import (
 )
 from deepdistill.distill.records import Judgement, Request, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.ask_once import Reply, stored_replies
+from deepdistill.distill.teachers.ask_once import StoredReply, stored_replies
 from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
@@ -173,7 +173,7 @@ def test_a_verdict_may_stand_in_bold_or_code(tmp_path: Path) -> None:
 def test_no_text_without_the_mark_is_a_verdict(said: str) -> None:
     ask = score_ask("q", "a", SCORE)
     for text in (said, f'{said}\nVERDICT {ask.id} {{"score": 5}}', f'{said}\nVERDICT {{"score": 5}}'):
-        assert verdict_of(Reply(ask.id, text, "stop", 1, 1), SCORE) is None
+        assert verdict_of(StoredReply(ask.id, text, "stop", 1, 1), SCORE) is None
 
 
 def test_an_answer_cannot_speak_for_its_judge(tmp_path: Path) -> None:
@@ -226,12 +226,12 @@ def test_a_judge_that_goes_by_the_order_prefers_nothing(tmp_path: Path, always: 
 @pytest.mark.parametrize("unread", [0, 1])
 def test_an_unreadable_order_prefers_nothing(unread: int) -> None:
     pair = [
-        Reply(id_, f'VERDICT {mark} {{"better": "{better}"}}', "stop", 1, 1)
+        StoredReply(id_, f'VERDICT {mark} {{"better": "{better}"}}', "stop", 1, 1)
         for id_, mark, better in [("0", mark_of("0"), "A"), ("1", mark_of("1"), "B")]
     ]
     assert preference(pair[0], pair[1], COMPARE) == "one"
     assert preference(pair[1], pair[0], COMPARE) == "other"
-    pair[unread] = Reply(pair[unread].id, "A is better", "stop", 1, 1)
+    pair[unread] = StoredReply(pair[unread].id, "A is better", "stop", 1, 1)
     assert preference(pair[0], pair[1], COMPARE) is None
 
 

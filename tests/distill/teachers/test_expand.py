@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.records import Problem, Request
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.ask_once import Reply
+from deepdistill.distill.teachers.ask_once import StoredReply
 from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
 from deepdistill.distill.teachers.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
@@ -72,7 +72,7 @@ def run(tmp_path: Path, teacher: Scripted, n: int = 3, given: list[Problem] | No
     return expand(
         GIVEN if given is None else given,
         ExpandSettings("toy", n),
-        tmp_path / "expansions.jsonl",
+        path=tmp_path / "expansions.jsonl",
         open_teacher=lambda: teacher,
         **more,
     )
@@ -141,22 +141,22 @@ AS_WRITTEN = {
 @pytest.mark.parametrize("form", AS_WRITTEN)
 def test_any_usual_form_is_read(form: str) -> None:
     finish: FinishReason = "length" if form == "cut" else "stop"
-    assert read_problems(Reply("0", AS_WRITTEN[form], finish, 1, 1)) == [A, B, C]
+    assert read_problems(StoredReply("0", AS_WRITTEN[form], finish, 1, 1)) == [A, B, C]
 
 
 def test_a_problem_may_have_several_lines_and_brackets() -> None:
     two = "Sort the list [3, 1, 2]\nand say what stands first."
-    assert read_problems(Reply("0", numbered([two, A]), "stop", 1, 1)) == [two, A]
+    assert read_problems(StoredReply("0", numbered([two, A]), "stop", 1, 1)) == [two, A]
 
 
 def test_the_last_of_a_list_that_was_cut_off_is_left_out() -> None:
-    assert read_problems(Reply("0", numbered([A, B, C[:20]]), "length", 1, 1)) == [A, B]
+    assert read_problems(StoredReply("0", numbered([A, B, C[:20]]), "length", 1, 1)) == [A, B]
 
 
 @given(st.text(max_size=300))
 def test_any_text_can_be_read(text: str) -> None:
     for content in (text, "[" + text, '["' + text, "1. " + text, json.dumps([text])):
-        for item in read_problems(Reply("0", content, "stop", 1, 1)):
+        for item in read_problems(StoredReply("0", content, "stop", 1, 1)):
             item.encode()
 
 
@@ -300,7 +300,7 @@ def test_a_real_small_model_writes_problems(tmp_path: Path) -> None:
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
     settings = ExpandSettings("smollm2", 3, Sampling(temperature=0.7, top_p=0.95, max_tokens=200))
     path = tmp_path / "expansions.jsonl"
-    made = expand(GIVEN, settings, path, open_teacher=lambda: open_teacher(str(gguf)))
+    made = expand(GIVEN, settings, path=path, open_teacher=lambda: open_teacher(str(gguf)))
     assert made.replies.n_asked == 2
     assert made.n_written == len(made.problems) + sum(made.dropped.values())
     for one in made.problems:

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.records import Grade, Problem, Request
+from deepdistill.distill.records import Grade, Problem, Request, Trace
+from deepdistill.distill.teachers.asking import Asked
 from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget, Limits, Price
-from deepdistill.distill.traces.collect import Collected, CollectSettings, collect
+from deepdistill.distill.traces.collect import CollectSettings, Ledger, collect
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import TeacherError
 from deepdistill.localrun.core.generation import Completion, Sampling
@@ -84,15 +85,14 @@ def problems(n: int, grader: str = "exact") -> list[Problem]:
 
 def run(
     folder: Path, teacher: Scripted, n: int, samples: int = 1, keep: int = 1, grader: str = "exact", **limits: Any
-) -> Collected:
+) -> Asked:
     with TraceStore(folder / "traces.jsonl") as store:
         return collect(
             problems(n, grader),
             store,
-            CollectSettings("toy", SAMPLING, samples, keep),
+            settings=CollectSettings("toy", SAMPLING, samples, keep),
             open_teacher=lambda: teacher,
-            open_grader=Judges,
-            failures_path=folder / "failures.jsonl",
+            grader=Judges(),
             budget=Budget(Limits(**limits), sum(trace.cost_usd or 0 for trace in store)),
         )
 
@@ -150,7 +150,7 @@ def _numbered(teacher: Scripted) -> list[tuple[str, int]]:
     return numbered
 
 
-def test_going_on_asks_only_for_what_is_missing(tmp_path: Path) -> None:
+def test_resuming_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     first = Scripted(lambda question, n: "dead" if question == "question 7" else "right", width=3)
     with pytest.raises(TeacherError):
         run(tmp_path, first, n=10)
@@ -160,8 +160,28 @@ def test_going_on_asks_only_for_what_is_missing(tmp_path: Path) -> None:
     run(tmp_path, second, n=10)
     assert {question for question, _ in second.asked} == {f"question {i}" for i in range(10)} - answered
     third = Scripted(lambda question, n: "right")
-    assert run(tmp_path, third, n=10) == Collected(0, 0, None)
+    assert run(tmp_path, third, n=10) == Asked(0, 0, None)
     assert not third.asked
+
+
+def test_the_store_is_read_once_and_a_ledger_that_is_asked_stays_as_it_is(tmp_path: Path) -> None:
+    class Counting(TraceStore):
+        n_reads = 0
+
+        def __iter__(self) -> Iterator[Trace]:
+            self.n_reads += 1
+            return super().__iter__()
+
+    run(tmp_path, Scripted(lambda question, n: "right"), n=5)
+    for n in (5, 8):  # with nothing and with something to ask
+        with Counting(tmp_path / "traces.jsonl") as store:
+            wanted = CollectSettings("toy", SAMPLING)
+            teacher = Scripted(lambda question, n: "right")
+            collect(problems(n), store, settings=wanted, open_teacher=lambda: teacher, grader=Judges())  # noqa: B023
+            assert (store.n_reads, len(teacher.asked)) == (1, n - 5)
+    ledger = Ledger(problems(9), CollectSettings("toy", SAMPLING, 2, 2), TraceStore.read(tmp_path / "traces.jsonl"))
+    assert list(ledger.wanted()) == list(ledger.wanted())
+    assert len(list(ledger.wanted())) == 8 + 2
 
 
 def test_a_resumed_sample_has_the_seed_that_it_would_have_had(tmp_path: Path) -> None:
@@ -216,10 +236,9 @@ def test_until_answers_are_known_each_may_take_its_limit_and_short_ones_make_roo
         collected = collect(
             problems(40),
             store,
-            wanted,
+            settings=wanted,
             open_teacher=lambda: Watched(lambda q, n: "right", 16),
-            open_grader=Judges,
-            failures_path=tmp_path / "failures.jsonl",
+            grader=Judges(),
             budget=Budget(Limits(Price(0, 1e6 / 900), max_usd=5.0)),
         )
     assert (collected.n_asked, collected.stopped) == (40, None)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from deepdistill.distill.teachers import Request, open_teacher, pocket_dir
-from deepdistill.distill.teachers.endpoint.stream import Reply, read_reply
+from deepdistill.distill.teachers.endpoint.stream import StreamedReply, read_reply
 from deepdistill.localrun.core.generation import Completion, Sampling
 
 
@@ -212,7 +212,7 @@ class Pieces(httpx.AsyncByteStream):
 def read(data: bytes, size: int) -> tuple[Completion, list[int]]:
     """Read a stream; return the answer and how many tokens were heard of as it came."""
     response = httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Pieces(data, size))
-    reply, heard = Reply(), list[int]()
+    reply, heard = StreamedReply(), list[int]()
     asyncio.run(read_reply(response, reply, 100, heard.append))
     return reply.completion(1.0, n_prompt=999), heard
 

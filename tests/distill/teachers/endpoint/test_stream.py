@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.teachers.endpoint.stream import LoopWatch, Reply, read_logprobs
+from deepdistill.distill.teachers.endpoint.stream import LoopWatch, StreamedReply, read_logprobs
 
 
 def found_after(text: str, sizes: list[int]) -> int | None:
@@ -91,8 +91,8 @@ def test_where_there_are_no_ids_there_is_nothing() -> None:
     assert read_logprobs([mlx | {"top_logprobs": [mlx]}]) == (None, None)
 
 
-def reply_of(n_entries: int, n_tokens: int) -> Reply:
-    reply = Reply(content=["x"], finish_reason="stop", usage={"completion_tokens": n_tokens})
+def reply_of(n_entries: int, n_tokens: int) -> StreamedReply:
+    reply = StreamedReply(content=["x"], finish_reason="stop", usage={"completion_tokens": n_tokens})
     ids: list[dict[str, Any]] = [{"id": i, "bytes": [65]} for i in range(n_entries)]
     reply.logprobs = [entry(token, (token, -0.1)) for token in ids]
     return reply
@@ -107,5 +107,7 @@ def test_logprobs_with_holes_are_not_kept() -> None:
 
 def test_reasoning_tokens_stand_in_the_usage_or_in_its_details() -> None:
     for usage in ({"reasoning_tokens": 6}, {"completion_tokens_details": {"reasoning_tokens": 6}}):
-        reply = Reply(reasoning=["a"], content=["b"], finish_reason="stop", usage={"completion_tokens": 10, **usage})
+        reply = StreamedReply(
+            reasoning=["a"], content=["b"], finish_reason="stop", usage={"completion_tokens": 10, **usage}
+        )
         assert reply.completion(0, 0).reasoning_tokens == 6
