@@ -1,4 +1,4 @@
-"""Find the final answer in what a model said: in the content alone, never in the thinking, by one function for all."""
+"""Find the final answer in a model's content, never in its thinking: one function for every caller."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ _MARKED = re.compile(r"\banswer\b[*_`\"'’s]*\s*(?:is|was|=|:)+[*_`\s]*:?\s*(?P
 
 
 def final_answer(content: str, *, numeric: bool, multiline: bool = False) -> str | None:
-    r"""Return the answer that a content ends in, or None if there is none.
+    r"""Return the final answer of a content, or None if it has none.
 
-    Looked for in turn: the last `\boxed{}`, the last `<answer>`, the last "answer is X" or "Answer: X"; then the last
-    number if a number is expected, all of the content if several lines are, else its last line that is not empty.
+    The first of these that the content has: the last `\boxed{}`, the last `<answer>`, the last "answer is X" or
+    "Answer: X". Without a mark it is the last number if `numeric`, the whole content if `multiline`, else the last
+    line that is not empty.
     """
     content = content.strip()
     marked = marked_answer(content)
@@ -30,17 +31,17 @@ def final_answer(content: str, *, numeric: bool, multiline: bool = False) -> str
 
 
 def marked_answer(content: str) -> str | None:
-    """Return what a content marks as its answer, as it stands there, or None if it marks nothing."""
-    return _boxed(content) or _tagged(content) or _said(content)
+    """Return the answer that a content marks as such, unchanged, or None if it marks none."""
+    return _boxed(content) or _tagged(content) or _stated(content)
 
 
 def is_number(answer: str) -> bool:
-    """Say whether an answer is one plain number, so that a number is what to look for."""
+    """Say whether an answer is one plain number, so that contents are searched for a number."""
     return _NUMBER.fullmatch(_plain_signs(answer.strip())) is not None
 
 
 def clean(text: str) -> str:
-    """Strip what decorates an answer: white space, Markdown marks, dollar signs, quotes, a final full stop."""
+    """Strip the decoration of an answer: white space, Markdown marks, dollar signs, quotes, a final full stop."""
     text = text.strip()
     while True:
         stripped = text.strip('*_`"“”$ \t\n')
@@ -51,7 +52,7 @@ def clean(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""Return what the last `\boxed{}` holds, braces inside it included."""
+    r"""Return the text inside the last `\boxed{}`, with any braces in it."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -65,21 +66,21 @@ def _boxed(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    """Return what the last closed `<answer>` holds."""
+    """Return the text inside the last closed `<answer>`."""
     folded = text.lower() if text.isascii() else text.replace("ANSWER>", "answer>").replace("Answer>", "answer>")
     end = folded.rfind("</answer>")
     start = folded.rfind("<answer>", 0, max(end, 0))
     return text[start + len("<answer>") : end].strip() or None if start >= 0 else None
 
 
-def _said(text: str) -> str | None:
+def _stated(text: str) -> str | None:
     """Return the X of the last "answer is X", up to the end of its sentence."""
     found = [match["answer"] for match in _MARKED.finditer(text)]
     return re.split(r"(?<=[^\s.])\.(?:\s|$)", found[-1].strip(), maxsplit=1)[0] or None if found else None
 
 
 def _number_in(text: str) -> str | None:
-    """Return the number that a marked answer states: of "12 + 30 = 42 legs" the 42; a formula stays whole."""
+    """Return the number in a marked answer, such as 42 in "12 + 30 = 42 legs"; a formula stays whole."""
     text = _plain_signs(re.sub(r"\\text\s*\{[^}]*\}|\\[,;!% ]|\\left|\\right|\$", " ", text))
     result = re.split(r"[,;(]\s", text.rsplit("=", 1)[-1])[0]
     if re.search(r"\\[a-zA-Z]+|[\w)]\s*[-+*/^]\s*[\w(]", result):
@@ -89,7 +90,7 @@ def _number_in(text: str) -> str | None:
 
 
 def _last_number(text: str) -> str | None:
-    """Return the last number of a text; a formula without words is the answer as a whole, and "7 or 8" is none."""
+    """Return the last number of a text, or the whole of a formula without words; "7 or 8" gives None."""
     formula = clean(text.splitlines()[-1].rsplit("=", 1)[-1])
     if re.search(r"[-+*/^\\]\s*\w", formula[1:]) and not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", formula):
         return formula

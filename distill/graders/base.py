@@ -1,7 +1,7 @@
-"""Graders, one a file: `grade(submission)` returns a score in [0, 1], and raises `CannotTell` where there is none.
+"""What a grader is: what it is given, how a problem names it, and `CannotTell` for the answers it cannot judge.
 
-A problem names its grader in one string, KIND or KIND:ARGUMENT; MODULE:FUNCTION is the user's own. docs/verification.md
-describes each.
+A problem names its grader in one string: KIND or KIND:ARGUMENT, or MODULE:FUNCTION for a custom one.
+docs/verification.md describes each kind.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..records import NONE
 
 
 class CannotTell(Exception):
-    """A reference that cannot be read, tests that are broken, a limit that was reached: the verdict is unknown."""
+    """The verdict is unknown: the reference cannot be read, the tests are broken, or a limit was reached."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What a grader sees: the problem, all of the content, and the final answer that was found in it.
+    """What a grader gets: the problem as a JSON object, the whole content, and the final answer found in it.
 
-    `argument` is what stands after the grader's colon; `problem` is the problem as JSON has it.
+    `argument` is the text after the colon in the grader's name.
     """
 
     argument: str
@@ -39,7 +39,7 @@ class Submission:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What else the problem holds."""
+        """The problem's metadata, such as tests or choices."""
         return self.problem.get("metadata") or {}
 
     def reference(self) -> str:
@@ -55,7 +55,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of grader: its module here, and whether it reads the final answer or the content as a whole."""
+    """One kind of grader: its module, and whether it reads the final answer or the whole content."""
 
     module: str
     reads_answer: bool = True
@@ -72,34 +72,38 @@ KINDS = {
     "python": Kind("code.python", reads_answer=False, needs_reference=False),
     "gym": Kind("gym", needs_reference=False),
 }
-_OWN = Kind("custom", reads_answer=False, needs_reference=False)
+_CUSTOM = Kind("custom", reads_answer=False, needs_reference=False)
 
 
 def kind_of(grader: str) -> tuple[Kind, str]:
     """Return a grader's kind and its argument.
 
     Raises:
-        UsageError: there is no such grader.
+        UsageError: `code` "no-such-grader".
     """
     name, _, argument = grader.partition(":")
     if name in KINDS:
         return KINDS[name], argument
     if argument.isidentifier() and all(part.isidentifier() for part in name.split(".")):
-        return _OWN, grader
-    raise UsageError(f"there is no grader {grader!r}", f"it is {', '.join(KINDS)}, {NONE} or your own MODULE:FUNCTION")
+        return _CUSTOM, grader
+    raise UsageError(
+        f"there is no grader {grader!r}",
+        f"choose {', '.join(KINDS)} or {NONE}, or name your own as MODULE:FUNCTION",
+        code="no-such-grader",
+    )
 
 
 def is_trusted(grader: str) -> bool:
-    """Say whether a grader runs code with the user's own rights, so that only the user may name it, never a file."""
+    """Say whether a grader runs code with the user's own rights: then the user has to name it, a file may not."""
     kind, argument = kind_of(grader)
-    return kind is _OWN or (kind.module == "code.python" and argument != "")
+    return kind is _CUSTOM or (kind.module == "code.python" and argument != "")
 
 
 def load(grader: str) -> Callable[[Submission], float | None]:
-    """Return a grader's function, its libraries imported and its argument checked; the user's own function too.
+    """Import a grader with its libraries, check its argument, and return its function.
 
     Raises:
-        CannotTell: the argument is off, or this system cannot do what the grader takes.
+        CannotTell: the argument is invalid, or this system lacks what the grader needs.
         ImportError: a library is not installed.
     """
     kind, argument = kind_of(grader)
@@ -111,10 +115,10 @@ def load(grader: str) -> Callable[[Submission], float | None]:
 
 
 def options(argument: str, known: dict[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """Return the options in `a=1,b=2`, each read by its own function.
+    """Return the options of an argument such as `a=1,b=2`; `known` has the function that reads each value.
 
     Raises:
-        CannotTell: an unknown option, or a value that cannot be read.
+        CannotTell: an option is unknown, or its value cannot be read.
     """
     found: dict[str, Any] = {}
     for part in filter(None, argument.split(",")):

@@ -1,7 +1,7 @@
-"""One of several options, by its letter or by its text.
+"""One of several options, named by its letter or by its text.
 
-The options stand in the problem's metadata under `choices`: a list of texts, an object of letter to text, or
-`{"label": […], "text": […]}`. The reference is a letter, a text, or a number from 0 where the options are listed.
+The problem's metadata has the options under `choices`: a list of texts, an object of letter to text, or
+`{"label": […], "text": […]}`. The reference is a letter, a text, or an index from 0 into a list of options.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def grade(submission: Submission) -> float:
     """Return 1.0 if the answer names the reference's option and no other, else 0.0.
 
     Raises:
-        CannotTell: the reference is none of the options, or the answer mentions options without choosing one clearly.
+        CannotTell: the reference is not among the options, or the answer mentions options without choosing one.
     """
     choices = read_choices(submission.metadata.get("choices"))
     gold = _gold(submission.reference(), choices)
@@ -32,21 +32,21 @@ def grade(submission: Submission) -> float:
     text = marked if marked is not None else (lines[-1] if lines else "")
     chosen = choose(text, choices)
     if chosen is None and marked is None and _mentions(text, choices or {gold: ""}):
-        raise CannotTell("the answer mentions options without choosing one clearly")
+        raise CannotTell("the answer mentions options without choosing one")
     return 1.0 if chosen == gold else 0.0
 
 
 def read_choices(choices: Any) -> dict[str, str]:
-    """Return the options as letter to text; empty if none are given.
+    """Return the options by letter; an empty dict if there are none.
 
     Raises:
-        CannotTell: they are in no known form, or two are the same.
+        CannotTell: the options have no known form, or two are the same.
     """
     if isinstance(choices, str):
         try:
             choices = json.loads(choices)
         except ValueError as error:
-            raise CannotTell("the choices are no list") from error
+            raise CannotTell("the choices are not a list") from error
     if not choices:
         return {}
     if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
@@ -62,7 +62,7 @@ def read_choices(choices: Any) -> dict[str, str]:
 
 
 def choose(text: str, choices: dict[str, str]) -> str | None:
-    """Return the letter of the option that all of a text names; None if it names none, or two."""
+    """Return the letter of the one option that the whole text names; None if it names none or several."""
     text = clean(_LATEX.sub(r"\1", text))
     text = clean(_LED.sub("", text, count=1)) if _LED.match(text) else text
     named = [letter for letter, option in choices.items() if _normal(option) == _normal(text)]
@@ -83,7 +83,7 @@ def choose(text: str, choices: dict[str, str]) -> str | None:
 
 
 def _mentions(text: str, choices: dict[str, str]) -> bool:
-    """Say whether a text holds an option's letter as a word of its own (`A` and `I` are words too), or its text."""
+    """Say whether a text has an option's text, or its letter as a word (`A` and `I` may be ordinary words)."""
     letters = set(re.findall(r"(?<![\w'’])([A-Z])(?![\w'’])", text)) - (
         {"A", "I"} if re.search(r"\b[AI] [a-z]", text) else set()
     )
@@ -96,7 +96,7 @@ def _gold(gold: str, choices: dict[str, str]) -> str:
     if chosen is None and gold.strip().isdigit() and int(gold) < len(choices):
         return list(choices)[int(gold)]
     if chosen is None:
-        raise CannotTell(f"the reference {gold[:40]!r} is none of the options")
+        raise CannotTell(f"the reference {gold[:40]!r} is not among the options")
     return chosen
 
 

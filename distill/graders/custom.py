@@ -1,8 +1,8 @@
-"""The user's own grader, MODULE:FUNCTION, imported from the working directory.
+"""A custom grader, MODULE:FUNCTION, imported from the working directory.
 
-`def f(problem: dict, content: str) -> bool | float | None` gets the problem as JSON has it and all of the content, and
-returns whether it is right, a score in [0, 1], or None if it cannot tell. It is trusted: limits and time-out hold,
-no confinement does.
+`def f(problem: dict, content: str) -> bool | float | None` gets the problem as a JSON object and the whole content. It
+returns whether the content is right, a score in [0, 1], or None if it cannot tell. It is trusted: the limits and the
+time-out apply to it, the sandbox does not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def load(name: str) -> None:
 
 
 def grade(submission: Submission) -> float:
-    """Return what the function says, as a score."""
+    """Return the function's verdict as a score."""
     score = _function(submission.argument)(dict(submission.problem), submission.content)
     if score is None:
         raise CannotTell(f"{submission.argument} cannot tell")
     if not isinstance(score, bool | int | float) or not 0 <= score <= 1:
-        raise CannotTell(f"{submission.argument} returned {score!r}, which is no bool, no score in [0, 1] and not None")
+        raise CannotTell(f"{submission.argument} returned {score!r}, not a bool, a score in [0, 1] or None")
     return float(score)
 
 
@@ -39,5 +39,5 @@ def _function(name: str) -> Callable[[dict[str, Any], str], Any]:
         sys.path.insert(0, os.getcwd())
     found: Callable[[dict[str, Any], str], Any] = getattr(import_module(module), function)
     if not callable(found):
-        raise TypeError(f"{name} is no function")
+        raise TypeError(f"{name} is not a function")
     return found

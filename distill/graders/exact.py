@@ -1,4 +1,4 @@
-"""The same text: Unicode-normalised, white space collapsed, case kept unless `exact:ignore_case`."""
+"""The same text, after Unicode normalisation and with white space collapsed; `exact:ignore_case` ignores case."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ def load(name: str) -> None:
 
 
 def grade(submission: Submission) -> float:
-    """Return the score that reasoning-gym gives, fractions included.
+    """Return reasoning-gym's score, which may be a fraction.
 
-    JSON makes lists of the metadata's tuples, and a few scorers compare with them: the better of both forms counts.
+    JSON turns the metadata's tuples into lists, and a few scorers compare with tuples: the better score counts.
     """
     scorer = _scorer(submission.argument)
     entry = {key: submission.problem.get(key) for key in ("question", "answer", "metadata")}
@@ -27,7 +27,7 @@ def grade(submission: Submission) -> float:
     try:
         tupled = {key: _tupled(value) for key, value in submission.metadata.items()}
         return max(score, float(scorer(submission.answer, entry | {"metadata": tupled})))
-    except Exception:  # this scorer wants its lists
+    except Exception:  # this scorer needs the lists
         return score
 
 

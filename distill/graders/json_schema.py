@@ -1,8 +1,8 @@
 """A JSON document that a JSON Schema accepts.
 
-The schema is a file, `json_schema:FILE`, or stands in the problem's metadata under `schema`, or is the reference
-answer. Where the schema stands elsewhere and there is a reference answer too, the document must equal it as well.
-The document is the content, or its last fenced block.
+The schema is a file (`json_schema:FILE`), or `schema` in the problem's metadata, or else the reference answer. If a
+problem has both a schema and a reference answer, the document must also equal the reference. The document is the
+content, or the last fenced block in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def load(_: str) -> None:
 
 
 def grade(submission: Submission) -> float:
-    """Return 1.0 if the document is one value of JSON that the schema accepts, else 0.0."""
+    """Return 1.0 if the document is one JSON value that the schema accepts, else 0.0."""
     from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
     from jsonschema.validators import validator_for  # type: ignore[import-untyped]
     from referencing import Registry
@@ -39,7 +39,7 @@ def grade(submission: Submission) -> float:
             document = _parse(extract(submission.content))
         except (ValueError, RecursionError):
             return 0.0
-        # An empty registry: a schema elsewhere is never fetched.
+        # An empty registry, so that a schema at another address is never fetched.
         accepted = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER).is_valid(document)
     except (SchemaError, Unresolvable, re.error) as error:
         raise CannotTell(f"the schema is broken: {str(error).splitlines()[0]}") from error
@@ -72,21 +72,21 @@ def _schema(submission: Submission) -> tuple[Any, tuple[Any] | None]:
 
 
 def _parse(text: str) -> Any:
-    """Return the JSON value that a text is; NaN, infinities and keys that come twice are refused."""
+    """Return the JSON value of a text, refusing NaN, infinities and duplicate keys."""
 
     def refuse(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key comes twice")
+            raise ValueError("a key appears twice")
         return dict(pairs)
 
     return json.loads(text, parse_constant=refuse, object_pairs_hook=distinct)
 
 
 def _canonical(value: Any) -> Any:
-    """Return a value that equals another's only where JSON says so: 1 is 1.0 and is not true."""
+    """Return a form in which two values are equal only if JSON says so: 1 equals 1.0 but not true."""
     if isinstance(value, dict):
         return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""A regular expression that the whole final answer matches: `regex:PATTERN`, or the reference answer is the pattern."""
+"""A regular expression that the whole final answer must match: `regex:PATTERN`, else the reference is the pattern."""
 
 from __future__ import annotations
 

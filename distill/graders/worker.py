@@ -1,8 +1,8 @@
-"""The process that grades: one JSON request a line on stdin, one JSON reply a line on stdout, all on the main thread.
+"""The process that grades, on its main thread: JSON requests come on stdin, one a line, and replies go to stdout.
 
-`{"load": "math"}` imports a grader. `{"problem", "content", "answer", "timeout_s"}` has an answer graded. The reply is
-`{"score": 0.0 to 1.0, or null where the grader cannot tell, "reason"}`, to a load `{"error", "usage"}`: what failed, or
-null, and whether it is the grader's name or argument that is off.
+`{"load": "math"}` imports a grader; the reply is `{"error", "usage"}`: what failed, or null, and whether the grader's
+argument is to blame. `{"problem", "content", "answer", "timeout_s"}` grades an answer; the reply is
+`{"score", "reason"}`, with a score from 0.0 to 1.0, or null if the grader cannot tell.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 from .base import CannotTell, Submission, kind_of, load
 
-_MEMORY = 8 << 30  # bytes of address space, of which sympy and reasoning-gym reserve more than they touch
+_MEMORY = 8 << 30  # bytes of address space: sympy and reasoning-gym reserve far more than they touch
 
 
 def main() -> None:
     """Answer requests until stdin ends."""
-    # Graders may print: replies go out on a descriptor of their own.
+    # Graders may print, so replies have a descriptor of their own.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     requests = os.fdopen(os.dup(0), encoding="utf-8")
@@ -52,7 +52,7 @@ def _answer(request: dict[str, Any], loaded: dict[str, Callable[[Submission], fl
         return {"score": score, "reason": ""}
     except CannotTell as error:
         return {"error": str(error), "usage": True} if "load" in request else {"score": None, "reason": str(error)}
-    except Exception as error:  # whatever a scorer stumbles over, it could not tell
+    except Exception as error:  # whatever went wrong inside a scorer, it could not tell
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         return {"error": reason, "usage": False} if "load" in request else {"score": None, "reason": reason}
 

@@ -1,6 +1,6 @@
-"""What runs confined, one role a process: the code under its tests, the tests, or a program that reads and prints.
+"""The confined process, in one of three roles: the code under test, its tests, or a program that reads and prints.
 
-Started by graders/python.py with its settings as JSON; nothing of the problem but what its role needs is in its memory.
+code/python.py starts it with its settings as JSON. Its memory holds no more of the problem than its role needs.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any, BinaryIO
 from . import sandbox
 from .rpc import Caller, Gone, Remote, Server, Undecided
 
-NOT_CONFINED = 97  # exit status: the system grants too little
+NOT_CONFINED = 97  # exit status: the system lacks the layers that are needed
 OUT_OF_MEMORY = 98
 
 
 def main(settings: dict[str, Any]) -> None:
-    """Confine this process, then play its role."""
+    """Confine this process, then run its role."""
     role = {"code": serve_code, "program": run_program, "tests": run_tests}[settings["role"]]
     scratch = Path(settings["scratch"])
     source = (scratch / "source.py").read_text(encoding="utf-8")
     channel: list[Any] = [os.fdopen(n, mode) for n, mode in zip(settings["channel"], ("rb", "wb", "wb"), strict=False)]
-    limits = sandbox.Limits(cpu_s=settings["cpu_s"])
+    limits = sandbox.SandboxLimits(cpu_s=settings["cpu_s"])
     if settings["confined"]:
         try:
-            sandbox.confine(scratch, map(Path, settings["readable"]), limits, settings["parent"])
+            sandbox.confine(scratch, map(Path, settings["readable"]), limits=limits, parent=settings["parent"])
         except sandbox.NotConfined as error:
             print(error, file=sys.stderr)
             sys.exit(NOT_CONFINED)
@@ -45,13 +45,13 @@ def main(settings: dict[str, Any]) -> None:
 
 
 def serve_code(source: str, channel: list[BinaryIO]) -> None:
-    """Run the code once, then do what the tests ask of what it defined."""
+    """Run the code once, then answer the calls of the tests."""
     module = sys.modules["solution"] = type(sys)("solution")
     read, write = channel
     failed: dict[str, Any] | None = None
     try:
         exec(compile(source, "solution.py", "exec"), module.__dict__)
-    except SystemExit:  # a script's end; what it has defined by then can be tested
+    except SystemExit:  # the script ends itself; what it has defined by then can be tested
         pass
     except MemoryError:
         failed = {"error": ["MemoryError", ""]}
@@ -87,11 +87,31 @@ def run_tests(source: str, channel: list[BinaryIO]) -> None:
 
 
 def judge(source: str, entry_point: str | None, caller: Caller) -> tuple[float | None, str]:
-    """Return the score, None where the tests cannot tell, and the reason if it is not 1.0."""
+    """Return the score, or None if the tests cannot tell, and the reason if the score is not 1.0."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
-        return None, f"the tests are no Python: {error}"
+        return None, f"the tests are not Python: {error}"
+    try:
+        n_checks, failure = _run_source(tree, entry_point, caller)
+    except MemoryError:
+        return None, "the memory limit was reached"
+    except (SystemExit, KeyboardInterrupt):
+        return None, "the tests ended themselves"
+    reason = f"{type(failure).__name__}: {failure}".rstrip(": ") if failure else ""
+    if caller.undecided or (failure and caller.met_foreign_error):
+        return None, caller.undecided or reason
+    if isinstance(failure, ImportError) and not caller.n_calls:
+        return None, reason
+    if caller.gone or failure:
+        return 0.0, caller.gone or reason
+    if not n_checks or not caller.n_calls:
+        return None, "the tests check nothing of the code"
+    return 1.0, ""
+
+
+def _run_source(tree: ast.Module, entry_point: str | None, caller: Caller) -> tuple[int, Exception | None]:
+    """Run the tests; return how many checks passed, and the exception that ended them, if any."""
     n_checks = 0
 
     def passed() -> None:
@@ -101,33 +121,21 @@ def judge(source: str, entry_point: str | None, caller: Caller) -> tuple[float |
     module = sys.modules["tests"] = type(sys)("tests")
     names = module.__dict__
     names["__passed__"] = passed
-    reason = ""
     try:
         names.update(_names_of_code(tree, entry_point, caller))
         exec(compile(ast.fix_missing_locations(_Instrument().visit(tree)), "tests.py", "exec"), names)
         n_tests = _run_functions(names, entry_point)
-        n_checks += n_tests
     except (Undecided, Gone):
-        pass  # the caller knows
+        return n_checks, None  # the caller knows
     except MemoryError:
-        return None, "the memory limit was reached"
-    except (SystemExit, KeyboardInterrupt):
-        return None, "the tests ended themselves"
+        raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".rstrip(": ")
-        if isinstance(error, ImportError) and not caller.n_calls:
-            return None, reason
-    if caller.undecided or (reason and caller.met_foreign_error):
-        return None, caller.undecided or reason
-    if caller.gone or reason:
-        return 0.0, caller.gone or reason
-    if not n_checks or not caller.n_calls:
-        return None, "the tests check nothing of the code"
-    return 1.0, ""
+        return n_checks, error
+    return n_checks + n_tests, None
 
 
 class _Instrument(ast.NodeTransformer):
-    """Count each assert that holds: tests in which nothing was checked say nothing. The code is no module to import."""
+    """Count each assert that holds, since tests that check nothing say nothing, and drop imports of the solution."""
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt:
         return ast.copy_location(ast.Pass(), node) if node.module == "solution" else node
@@ -138,10 +146,10 @@ class _Instrument(ast.NodeTransformer):
 
 
 def _names_of_code(tree: ast.Module, entry_point: str | None, caller: Caller) -> dict[str, Any]:
-    """Return what the tests take from the code: names that neither they, nor Python, nor its library define."""
+    """Return what the tests need from the code: names that neither they nor Python nor its library define."""
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     bound = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
-    asked = {entry_point} if entry_point else set()  # even where Python has the name too
+    asked = {entry_point} if entry_point else set()  # even if Python has the name too
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             bound.add(node.name)
@@ -164,14 +172,14 @@ def _names_of_code(tree: ast.Module, entry_point: str | None, caller: Caller) ->
 
 
 def _run_functions(names: dict[str, Any], entry_point: str | None) -> int:
-    """Run `check(candidate)`, functions named test_* and TestCases; return how many tests the TestCases held."""
-    own = {name: value for name, value in names.items() if not isinstance(value, Remote)}
-    if callable(own.get("check")) and entry_point:
-        own["check"](names[entry_point] if entry_point in names else _missing(entry_point))
-    for name, value in own.items():
+    """Run `check(candidate)`, functions named test_* and TestCases; return how many tests the TestCases have."""
+    defined = {name: value for name, value in names.items() if not isinstance(value, Remote)}
+    if callable(defined.get("check")) and entry_point:
+        defined["check"](names[entry_point] if entry_point in names else _missing(entry_point))
+    for name, value in defined.items():
         if name.startswith("test") and callable(value) and not isinstance(value, type):
             value()
-    return _run_test_cases(own) if "unittest" in sys.modules else 0
+    return _run_test_cases(defined) if "unittest" in sys.modules else 0
 
 
 def _run_test_cases(names: dict[str, Any]) -> int:

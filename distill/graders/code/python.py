@@ -1,9 +1,9 @@
 """Python code against the unit tests of its problem, in processes that reach neither files nor the network.
 
-The code is the last fenced block that defines something, or the whole content. The tests stand in the problem's
-metadata under `tests`: source with asserts, `test_*` functions, a `check(candidate)` or TestCases; a list of such
-lines; or pairs of input and output, for a program (stdin and stdout) or, with an `entry_point`, for a function.
-The code never sees what is expected of it: asserts run in a process of their own (wire.py), output is compared here.
+The code is the last fenced block that defines something, or the whole content. `tests` in the problem's metadata is
+source with asserts, `test_*` functions, a `check(candidate)` or TestCases; a list of such lines; or pairs of input and
+output, for a program (stdin and stdout) or, with an `entry_point`, for a function. The code never sees the expected
+results: asserts run in a process of their own (rpc.py), and output is compared here.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from ..base import CannotTell, Submission
 from .child import NOT_CONFINED, OUT_OF_MEMORY
 
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-_MAX_OUTPUT = 1 << 20
+_MAX_OUTPUT = 1 << 20  # bytes
+_NOT_CONFINED_HERE = "this system cannot confine code; python:unconfined runs it without a sandbox"
 _PACKAGE, _ROOT = __package__.split(".")[0], Path(__file__).parents[3]
-# The package's folder may have any name, and an editable install is found by a hook that -S leaves out.
-_START = (
+# The package's folder may have any name, and -S leaves out the hook that finds an editable install.
+_BOOTSTRAP = (
     "import sys, json, importlib.util as i; s = json.loads(sys.argv[1]); "
     f"p = i.spec_from_file_location({_PACKAGE!r}, {str(_ROOT / '__init__.py')!r}, "
     f"submodule_search_locations=[{str(_ROOT)!r}]); "
@@ -42,20 +44,21 @@ _START = (
 
 
 def load(argument: str) -> None:
-    """Check the argument, and that this system can confine code."""
+    """Check the argument, and whether this system can confine code."""
     from .sandbox import confinement
 
     if argument not in ("", "unconfined"):
         raise CannotTell(f"python has no option {argument!r}; it takes unconfined")
     if not argument and not confinement():
-        raise CannotTell("this system cannot confine code; python:unconfined runs it all the same")
+        raise CannotTell(_NOT_CONFINED_HERE)
 
 
 def grade(submission: Submission) -> float:
     """Return 1.0 if the code passes every test, else 0.0.
 
     Raises:
-        CannotTell: no tests, tests that are broken or check nothing, a limit of time or memory, or no confinement.
+        CannotTell: there are no tests, they are broken or check nothing, a limit of time or memory was reached, or
+            this system cannot confine code.
     """
     tests = read_tests(submission.metadata)
     code = extract(submission.content, names_in(tests))
@@ -64,16 +67,13 @@ def grade(submission: Submission) -> float:
         compile(code, "solution.py", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return 0.0
-    confined = submission.argument != "unconfined"
-    with tempfile.TemporaryDirectory(prefix="deepdistill-", ignore_cleanup_errors=True) as scratch:
-        where = Path(scratch).resolve()
-        if isinstance(tests, list):
-            return _run_programs(code, tests, where, deadline, confined)
-        return _run_tests(code, tests, where, deadline, confined)
+    with tempfile.TemporaryDirectory(prefix="deepdistill-", ignore_cleanup_errors=True) as folder:
+        scratch = _Scratch(Path(folder).resolve(), deadline, is_confined=submission.argument != "unconfined")
+        return _run_programs(code, tests, scratch) if isinstance(tests, list) else _run_tests(code, tests, scratch)
 
 
 def read_tests(metadata: Mapping[str, Any]) -> dict[str, Any] | list[tuple[str, str]]:
-    """Return tests as source with its entry point, or as pairs of what a program reads and prints."""
+    """Return the tests as source with its entry point, or as pairs of a program's input and output."""
     tests, entry_point = metadata.get("tests"), metadata.get("entry_point")
     if isinstance(tests, str) and tests.lstrip()[:1] in "[{":
         with contextlib.suppress(ValueError):
@@ -82,7 +82,7 @@ def read_tests(metadata: Mapping[str, Any]) -> dict[str, Any] | list[tuple[str, 
         entry_point = tests.get("fn_name") or entry_point
         inputs, outputs = tests.get("inputs", tests.get("input")), tests.get("outputs", tests.get("output"))
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
-            raise CannotTell("the tests' inputs and outputs are no lists of one length")
+            raise CannotTell("the tests' inputs and outputs are not lists of the same length")
         tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
     if isinstance(tests, Sequence) and not isinstance(tests, str) and tests:
         if all(isinstance(test, str) for test in tests):
@@ -98,7 +98,7 @@ def read_tests(metadata: Mapping[str, Any]) -> dict[str, Any] | list[tuple[str, 
 
 
 def extract(content: str, wanted: set[str]) -> str:
-    """Return the last fenced block of Python that defines what is wanted, else the last one, else the content."""
+    """Return the last fenced block of Python that defines a wanted name, else the last block, else the content."""
     blocks: list[str] = [
         body for _, language, body in _FENCE.findall(content) if language.lower() in ("", "py", "python", "python3")
     ]
@@ -136,20 +136,79 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _run_tests(code: str, tests: dict[str, Any], scratch: Path, deadline: float, confined: bool) -> float:
-    """Run tests and code side by side, joined by two pipes, and read the verdict of the tests."""
+@dataclass(frozen=True)
+class _Scratch:
+    """Where and for how long the processes of one submission run."""
+
+    folder: Path
+    deadline: float
+    is_confined: bool
+
+    def start(
+        self,
+        role: str,
+        source: str,
+        *,
+        channel: tuple[int, ...] = (),
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+    ) -> subprocess.Popen[bytes]:
+        """Start an interpreter with an empty environment, in a session and a folder of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        (folder / "source.py").write_text(source, encoding="utf-8", errors="surrogatepass")
+        settings = _fixed_settings() | {
+            "role": role,
+            "scratch": str(folder),
+            "channel": channel,
+            "confined": self.is_confined,
+            "parent": os.getpid(),
+            "cpu_s": max(1, round(self.deadline - time.monotonic() + 0.5)),
+        }
+        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+        environment = {"HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | threads
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _BOOTSTRAP, json.dumps(settings)],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=channel,
+            start_new_session=True,
+        )
+
+    def read(self, descriptor: int, most: int) -> bytes:
+        """Return the bytes of a pipe until its end, or a few more than `most`.
+
+        Raises:
+            CannotTell: the deadline passes first.
+        """
+        data = bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while len(data) <= most:
+                if not selector.select(max(0.0, self.deadline - time.monotonic())):
+                    raise CannotTell("the time limit was reached")
+                chunk = os.read(descriptor, 1 << 16)
+                if not chunk:
+                    break
+                data += chunk
+        return bytes(data)
+
+
+def _run_tests(code: str, tests: dict[str, Any], scratch: _Scratch) -> float:
+    """Run the tests and the code in two processes, joined by two pipes, and return the verdict of the tests."""
     to_code, to_tests, verdict = os.pipe(), os.pipe(), os.pipe()
     children: list[subprocess.Popen[bytes]] = []
     try:
         try:
-            children.append(_start("code", code, scratch, (to_code[0], to_tests[1]), deadline, confined))
+            children.append(scratch.start("code", code, channel=(to_code[0], to_tests[1])))
             channel = (to_tests[0], to_code[1], verdict[1])
-            children.append(_start("tests", json.dumps(tests), scratch, channel, deadline, confined))
+            children.append(scratch.start("tests", json.dumps(tests), channel=channel))
         finally:
             for end in (*to_code, *to_tests, verdict[1]):
                 os.close(end)
-        line = _read(verdict[0], deadline, _MAX_OUTPUT)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # how it ended is told by its status
+        line = scratch.read(verdict[0], _MAX_OUTPUT)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its status says how it ended
             children[0].wait(timeout=0.5)
         status = children[0].poll()
     finally:
@@ -166,17 +225,17 @@ def _run_tests(code: str, tests: dict[str, Any], scratch: Path, deadline: float,
     return float(reply["score"])
 
 
-def _run_programs(code: str, tests: list[tuple[str, str]], scratch: Path, deadline: float, confined: bool) -> float:
-    """Run the code once for each input, and compare what it prints."""
+def _run_programs(code: str, tests: list[tuple[str, str]], scratch: _Scratch) -> float:
+    """Run the code once for each input and compare its output."""
     for given, expected in tests:
         with tempfile.TemporaryFile() as stdin:
             stdin.write(given.encode())
             stdin.seek(0)
             read, write = os.pipe()
-            child = _start("program", code, scratch, (), deadline, confined, stdin=stdin.fileno(), stdout=write)
+            child = scratch.start("program", code, stdin=stdin.fileno(), stdout=write)
             os.close(write)
             try:
-                output = _read(read, deadline, len(expected) + _MAX_OUTPUT)
+                output = scratch.read(read, len(expected) + _MAX_OUTPUT)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     child.wait(timeout=0.5)
             finally:
@@ -194,41 +253,6 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
 
 
-def _start(
-    role: str,
-    source: str,
-    scratch: Path,
-    channel: tuple[int, ...],
-    deadline: float,
-    confined: bool,
-    stdin: int = subprocess.DEVNULL,
-    stdout: int = subprocess.DEVNULL,
-) -> subprocess.Popen[bytes]:
-    """Start a fresh interpreter without environment, in a session of its own and a folder of its own."""
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    (folder / "source.py").write_text(source, encoding="utf-8", errors="surrogatepass")
-    settings = _fixed_settings() | {
-        "role": role,
-        "scratch": str(folder),
-        "channel": channel,
-        "confined": confined,
-        "parent": os.getpid(),
-        "cpu_s": max(1, round(deadline - time.monotonic() + 0.5)),
-    }
-    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    environment = {"HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"} | threads
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", _START, json.dumps(settings)]
-    return subprocess.Popen(
-        command,
-        stdin=stdin,
-        stdout=stdout,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        pass_fds=channel,
-        start_new_session=True,
-    )
-
-
 @cache
 def _fixed_settings() -> dict[str, Any]:
     from .sandbox import python_paths
@@ -241,29 +265,10 @@ def _fixed_settings() -> dict[str, Any]:
     }
 
 
-def _read(descriptor: int, deadline: float, most: int) -> bytes:
-    """Return what is written until the end.
-
-    Raises:
-        CannotTell: the deadline passes first.
-    """
-    data = bytearray()
-    with selectors.DefaultSelector() as selector:
-        selector.register(descriptor, selectors.EVENT_READ)
-        while len(data) <= most:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise CannotTell("the time limit was reached")
-            chunk = os.read(descriptor, 1 << 16)
-            if not chunk:
-                break
-            data += chunk
-    return bytes(data)
-
-
 def _check_status(status: int | None) -> None:
-    """Raise CannotTell where a limit or a missing confinement, and not the code, ended a process."""
+    """Raise CannotTell if a limit or a lack of confinement, and not the code, ended a process."""
     if status == NOT_CONFINED:
-        raise CannotTell("this system cannot confine code; python:unconfined runs it all the same")
+        raise CannotTell(_NOT_CONFINED_HERE)
     if status == OUT_OF_MEMORY:
         raise CannotTell("the memory limit was reached")
     if status in (-signal.SIGXCPU, -signal.SIGKILL):

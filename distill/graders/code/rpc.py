@@ -1,8 +1,9 @@
 """Calls between the tests and the code they test, each in its own process: only plain values cross.
 
-A value that crosses is rebuilt from JSON on the side of the tests, so its `==`, its length and its truth are Python's
-own and not the code's. What is no plain value stays where it is and crosses as a handle; a handle can be called, asked
-for attributes, items and its length, but no comparison and no arithmetic is left to it: the code would judge itself.
+A value that crosses is rebuilt from JSON in the tests' process, so its `==`, length and truth value are Python's and
+not the code's. JSON keeps it without loss: a tuple is not a list, 1 is not 1.0, and integers keep all their digits. Any
+other object stays in the code's process and crosses as a handle. A handle can be called and asked for attributes, items
+and its length, but comparisons and arithmetic are refused: with them the code would judge itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import builtins
 import inspect
 import json
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, BinaryIO, NoReturn
-
-from .values import decode, encode, refill
 
 _MAX_MESSAGE = 16 << 20
 # Special methods, without their underscores.
@@ -25,21 +26,21 @@ _REFUSED = (
 
 
 class Undecided(BaseException):
-    """The tests need what cannot cross, or would have the code judge itself: the verdict is unknown."""
+    """The verdict is unknown: the tests need something that cannot cross, or would let the code judge itself."""
 
 
 class Gone(BaseException):
-    """The code's process failed to start, has ended, or talks nonsense."""
+    """The code's process failed to start, has ended, or sends malformed replies."""
 
 
 class ForeignError(Exception):
-    """An exception of a class that only the code knows."""
+    """An exception of a class that only the code's process has."""
 
 
 class Caller:
-    """The side of the tests: asks the code's process, and answers when the code calls a function it was given.
+    """The tests' side: sends calls to the code's process, and answers when the code calls a function it was given.
 
-    `undecided` and `gone` keep why it stopped, since a test may catch every exception.
+    `undecided` and `gone` keep the reason why it stopped, since a test may catch every exception.
     """
 
     def __init__(self, read: BinaryIO, write: BinaryIO) -> None:
@@ -60,15 +61,15 @@ class Caller:
         raise Gone(reason)
 
     def name(self, name: str) -> Any:
-        """Return what the code calls by this name.
+        """Return the code's object of this name.
 
         Raises:
-            NameError: nothing.
+            NameError: the code defines no such name.
         """
         return self._ask({"do": "name", "name": name}, (), {})
 
-    def ask(self, handle: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of what a handle stands for."""
+    def ask(self, handle: int, method: str, *, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of the object behind a handle."""
         self.n_calls += method == "__call__"
         return self._ask({"do": "method", "on": handle, "name": method}, args, kwargs)
 
@@ -94,7 +95,7 @@ class Caller:
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
                 if "error" in reply:
                     raise
-                self._end("the code answers nonsense")
+                self._end("the code's process sends malformed replies")
 
     def _call_back(self, reply: dict[str, Any]) -> dict[str, Any]:
         args, kwargs = decode(reply["given"], self._resolve)
@@ -139,12 +140,12 @@ class Caller:
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError):
-            self._end("the code answers nonsense" if line else "the code's process has ended")
-        return reply if isinstance(reply, dict) else self._end("the code answers nonsense")
+            self._end("the code's process sends malformed replies" if line else "the code's process has ended")
+        return reply if isinstance(reply, dict) else self._end("the code's process sends malformed replies")
 
 
 class Remote:
-    """Something of the code's, by its handle."""
+    """The tests' stand-in for an object in the code's process."""
 
     def __init__(self, caller: Caller, handle: int, compares: bool) -> None:
         self._caller, self._handle, self._compares = caller, handle, compares
@@ -152,7 +153,7 @@ class Remote:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in ("__name__", "__doc__"):
             raise AttributeError(name)
-        return self._caller.ask(self._handle, "__getattribute__", (name,), {})
+        return self._caller.ask(self._handle, "__getattribute__", args=(name,), kwargs={})
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Remote) and self._handle == other._handle:
@@ -170,7 +171,7 @@ def _refuse(self: Remote, *_: Any) -> NoReturn:
 
 def _forward(name: str) -> Callable[..., Any]:
     def method(self: Remote, *args: Any, **kwargs: Any) -> Any:
-        return self._caller.ask(self._handle, name, args, kwargs)
+        return self._caller.ask(self._handle, name, args=args, kwargs=kwargs)
 
     return method
 
@@ -182,14 +183,14 @@ for _name in _REFUSED.split():
 
 
 class Server:
-    """The side of the code: does what it is asked and says what came of it."""
+    """The code's side: performs the calls of the tests and replies with their results."""
 
     def __init__(self, names: dict[str, Any], read: BinaryIO, write: BinaryIO) -> None:
         self._names, self._read, self._write = names, read, write
         self._objects: list[Any] = []
 
     def serve(self) -> None:
-        """Answer until the other side has ended."""
+        """Answer calls until the other side ends."""
         while line := self._read.readline():
             self._send(self._answer(json.loads(line)))
 
@@ -202,7 +203,7 @@ class Server:
             reply = {"error": [type(error).__name__, str(error)]}
         try:
             now = encode(given, self._export)
-        except Exception:  # the code hides its own objects in an argument that holds itself
+        except Exception:  # the code hid its own objects in an argument that contains itself
             return reply
         return reply if now == message["given"] else reply | {"given": now}
 
@@ -257,3 +258,84 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "__iter__": iter,
     "__instancecheck__": lambda kind, value: isinstance(value, kind),
 }
+
+
+def encode(value: Any, export: Callable[[Any], dict[str, Any]]) -> Any:
+    """Return a value for JSON: plain values by content, subclasses as their base, other objects through `export`."""
+    kind = type(value)
+    if value is None or kind in (bool, float, str):
+        return value
+    if isinstance(value, int):
+        return int(value) if -(1 << 63) < value < 1 << 63 else {"int": hex(int(value))}
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, list):
+        return [encode(item, export) for item in list.__iter__(value)]
+    for name, plain in _CONTAINERS.items():
+        if isinstance(value, plain):
+            return {name: [encode(item, export) for item in plain.__iter__(value)]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(k, export), encode(v, export)] for k, v in dict.items(value)]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes" if isinstance(value, bytes) else "bytearray": bytes(value).hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, Decimal | Fraction):
+        return {"Decimal" if isinstance(value, Decimal) else "Fraction": str(value)}
+    if kind.__module__ == "numpy" and hasattr(value, "item") and not getattr(value, "shape", 1):
+        return encode(value.item(), export)
+    return export(value)
+
+
+_CONTAINERS: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+_SCALARS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "bytes": bytes.fromhex,
+    "bytearray": bytearray.fromhex,
+    "complex": lambda parts: complex(*parts),
+    "Decimal": Decimal,
+    "Fraction": Fraction,
+}
+
+
+def decode(value: Any, resolve: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return the value that `encode` was given; other objects come from `resolve`."""
+    if isinstance(value, list):
+        return [decode(item, resolve) for item in value]
+    if not isinstance(value, dict):
+        return value
+    name, content = next(iter(value.items()))
+    if name in _CONTAINERS:
+        return _CONTAINERS[name](decode(item, resolve) for item in content)
+    if name == "dict":
+        return {decode(k, resolve): decode(v, resolve) for k, v in content}
+    if name in _SCALARS:
+        return _SCALARS[name](content)
+    return resolve(value)
+
+
+def refill(old: Any, new: Any) -> None:
+    """Apply a call's changes to mutable plain values, in place, at every depth."""
+    if isinstance(old, list) and isinstance(new, list):
+        old[:] = [_kept(a, b) for a, b in zip(old, new, strict=False)] + new[len(old) :]
+    elif isinstance(old, dict) and isinstance(new, dict):
+        kept = {key: _kept(old[key], new[key]) if key in old else new[key] for key in new}
+        old.clear()
+        old.update(kept)
+    elif isinstance(old, set) and isinstance(new, set):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, bytearray) and isinstance(new, bytearray):
+        old[:] = new
+    elif isinstance(old, tuple) and isinstance(new, tuple):
+        for a, b in zip(old, new, strict=False):
+            refill(a, b)
+
+
+def _kept(old: Any, new: Any) -> Any:
+    if isinstance(old, list | dict | set | bytearray) and type(old) is type(new):
+        refill(old, new)
+        return old
+    return new

@@ -1,8 +1,8 @@
-"""A seccomp filter for code that nobody has read: the system calls of a computation, and no others.
+"""A seccomp filter for code that nobody has read: it allows the system calls of a computation and no others.
 
-It is a list of what is allowed, so that what a later kernel adds is refused. Not on it: every way to start a program or
-a process (threads may), to open a socket, to signal, trace or read another process, to mount, to load code into the
-kernel. It works on x86-64 and arm64; elsewhere `install` says no.
+The filter lists what is allowed, so that calls of a later kernel are refused. The list has no way to start a program or
+a process (only threads), to open a socket, to signal, trace or read another process, to mount, or to load code into the
+kernel. The filter works on x86-64 and arm64; elsewhere `install` returns False.
 
 Source: seccomp(2), bpf(2); the numbers are those of asm/unistd_64.h and asm-generic/unistd.h.
 """
@@ -39,7 +39,7 @@ exit_group 231 94, socketpair 53 199, recvfrom 45 207, shutdown 48 210, getsocko
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT64, _SENDTO = (56, 220), (435, 435), (234, 131), (302, 261), (44, 206)
 _CLONE_THREAD = 0x10000
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
-_NEWEST = 462  # a number beyond is of a kernel after the list: "no such call" lets libraries fall back
+_NEWEST = 462  # a higher number belongs to a later kernel: "no such call" lets libraries fall back
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, JMP|JEQ|K, JGE, JSET, RET
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000
@@ -48,10 +48,10 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _MODE_FILTER = 22, 38, 2
 
 
 def install() -> bool:
-    """Hold this process and its threads to the list for good. Returns False where the kernel cannot.
+    """Restrict this process and its threads to the list for good; return False if the kernel cannot.
 
-    Threads may start, signals go to this process alone, limits are read and set for this process alone, and what is
-    sent on a socket pair goes to its other end alone.
+    The process may start threads, signal itself, and read and set its own limits, no others. Data that it sends on a
+    socket pair goes to the other end and nowhere else.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
@@ -77,17 +77,18 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
     for number in numbers:
         if number != "-":
             program += [(_EQUAL, 0, 1, int(number)), (_RETURN, 0, 0, _ALLOW)]
-    program += _only_if(_CLONE[column], 0, _ANY_BIT, _CLONE_THREAD)
-    program += _only_if(_TGKILL[column], 0, _EQUAL, os.getpid())
-    program += _only_if(_PRLIMIT64[column], 0, _EQUAL, 0)
-    program += _only_if(_SENDTO[column], 4, _EQUAL, 0)  # no address
-    program += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _NO_SUCH_CALL)]  # its flags lie in memory: use clone
-    # x86-64 takes the calls of the x32 ABI too, at 0x40000000 and more: they fall under "no such call".
+    program += _only_if(_CLONE[column], 0, test=_ANY_BIT, value=_CLONE_THREAD)
+    program += _only_if(_TGKILL[column], 0, test=_EQUAL, value=os.getpid())
+    program += _only_if(_PRLIMIT64[column], 0, test=_EQUAL, value=0)
+    program += _only_if(_SENDTO[column], 4, test=_EQUAL, value=0)  # no address
+    # A filter cannot read clone3's flags, which lie in memory: "no such call" makes libraries use clone instead.
+    program += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _NO_SUCH_CALL)]
+    # x86-64 also takes the calls of the x32 ABI, from 0x40000000 on: they get "no such call".
     return [*program, (_AT_LEAST, 0, 1, _NEWEST), (_RETURN, 0, 0, _NO_SUCH_CALL), (_RETURN, 0, 0, _REFUSE)]
 
 
-def _only_if(number: int, argument: int, test: int, value: int) -> list[tuple[int, int, int, int]]:
-    """Allow one call if the low and, for equality with 0, the high half of an argument (0 to 5) pass a test."""
+def _only_if(number: int, argument: int, *, test: int, value: int) -> list[tuple[int, int, int, int]]:
+    """Allow one call if the low half of an argument (0 to 5) passes a test; for equality with 0 the high half too."""
     low, high = 16 + 8 * argument, 20 + 8 * argument
     check = [(_LOAD, 0, 0, low), (test, 1, 0, value), (_RETURN, 0, 0, _REFUSE)]
     if test == _EQUAL and value == 0:

@@ -6,7 +6,8 @@ Each table holds at least 50 answers that must not be `right` and 20 that must b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,8 +154,13 @@ def problem(kind: str, answer: str | None, **metadata: object) -> Problem:
     return Problem("id", "question?", answer, "test", kind, metadata)
 
 
+def grade_many(grader: Grader, items: Iterable[tuple[Problem, str]]) -> list[Grade]:
+    with ThreadPoolExecutor(grader.n_workers) as threads:
+        return list(threads.map(lambda item: grader.grade(*item), items))
+
+
 def grade_all(grader: Grader, kind: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str, Grade]]:
-    grades = grader.grade_many((problem(kind, gold), content) for gold, content in pairs)
+    grades = grade_many(grader, ((problem(kind, gold), content) for gold, content in pairs))
     return [(*pair, grade) for pair, grade in zip(pairs, grades, strict=True)]
 
 
@@ -197,28 +203,28 @@ def test_gym_answers_to_other_problems_and_hostile_ones(grader: Grader) -> None:
     problems = [Problem("id", e["question"], e["answer"], "t", "gym:chain_sum", e["metadata"]) for e in entries]
     assert len({p.answer for p in problems}) == 10
     pairs = [(p, str(other.answer)) for p in problems for other in problems]
-    verdicts = [grade.verdict for grade in grader.grade_many(pairs)]
+    verdicts = [grade.verdict for grade in grade_many(grader, pairs)]
     assert [verdicts[i * 10 + j] == "right" for i in range(10) for j in range(10)] == [
         i == j for i in range(10) for j in range(10)
     ]
-    hostile = grader.grade_many((problems[0], content) for content in HOSTILE)
+    hostile = grade_many(grader, ((problems[0], content) for content in HOSTILE))
     assert [c[:60] for c, grade in zip(HOSTILE, hostile, strict=True) if grade.verdict == "right"] == []
     forms = ["{}", "The answer is {}.", r"\boxed{{{}}}", "So it is {}.", "<answer>{}</answer>", "**{}**", "= {}"]
     right = [(p, form.format(p.answer)) for p in problems[:3] for form in forms]
     assert len(right) >= 20
-    assert {grade.verdict for grade in grader.grade_many(right)} == {"right"}
+    assert {grade.verdict for grade in grade_many(grader, right)} == {"right"}
 
 
 @pytest.mark.parametrize(
     ("kind", "answer", "metadata", "content", "reason"),
     [
         ("exact", " ", {}, "Paris", "reference answer is empty"),
-        ("number", "five", {}, "5", "no number"),
-        ("number", "5 blobs/s", {}, "5", "no number"),
+        ("number", "five", {}, "5", "not a number"),
+        ("number", "5 blobs/s", {}, "5", "not a number"),
         ("number", "5", {}, "5", ""),
-        ("math", "Paris", {}, "Lyon", "no mathematics"),
+        ("math", "Paris", {}, "Lyon", "not mathematics"),
         ("math", None, {}, "4", "no reference"),
-        ("choice", "E", {}, "A", "none of the options"),
+        ("choice", "E", {}, "A", "not among the options"),
         ("choice", "A", {"choices": ["x", "x"]}, "A", "two choices are the same"),
         ("choice", "A", {"choices": 7}, "A", "neither a list"),
         ("regex", "(", {}, "(", "is broken"),
@@ -240,18 +246,18 @@ def test_what_cannot_be_told_is_unknown_with_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "named"),
     [
-        ("exact:upper", "no option 'upper'"),
-        ("number:tolerance=much", "cannot read the option"),
-        ("number:slack=1", "no option 'slack=1'"),
-        ("number:units=blobs", "unit 'blobs' is unknown"),
-        ("regex:(", "is broken"),
-        ("python:fast", "no option 'fast'"),
+        ("exact:upper", "'upper'"),
+        ("number:tolerance=much", "'tolerance=much'"),
+        ("number:slack=1", "'slack=1'"),
+        ("number:units=blobs", "'blobs'"),
+        ("regex:(", "'('"),
+        ("python:fast", "'fast'"),
     ],
 )
-def test_an_argument_that_is_off_is_said_at_once(grader: Grader, kind: str, says: str) -> None:
-    with pytest.raises(UsageError, match=f"cannot grade with .*{says}"):
+def test_an_invalid_argument_is_an_error_at_once(grader: Grader, kind: str, named: str) -> None:
+    with pytest.raises(UsageError, check=lambda error: error.code == "bad-grader" and named in error.message):
         grader.grade(problem(kind, "5"), "5")
 
 
@@ -318,16 +324,16 @@ def judge(problem, content):
     with Grader(timeout_s=1.0, n_workers=1) as grader:
         assert {content: grader.grade(asked, content).verdict for content in expected} == expected
         for name in ("my_checks:nothing", "no_such_module:judge"):
-            with pytest.raises(UsageError, match="cannot import the grader"):
+            with pytest.raises(UsageError, check=lambda error: error.code == "bad-grader"):
                 grader.grade(problem(name, None), "x")
-        with pytest.raises(UsageError, match="there is no grader 'exakt'"):
+        with pytest.raises(UsageError, check=lambda error: error.code == "no-such-grader" and "exakt" in error.message):
             grader.grade(problem("exakt", "x"), "x")
 
 
 def test_many_threads_share_a_grader() -> None:
     numbers = list(range(200))
     with Grader(n_workers=2) as grader:
-        grades = list(grader.grade_many((problem("number", str(i)), str(i if i % 3 else i + 1)) for i in numbers))
+        grades = grade_many(grader, ((problem("number", str(i)), str(i if i % 3 else i + 1)) for i in numbers))
         assert [grade.verdict == "right" for grade in grades] == [bool(i % 3) for i in numbers]
         assert [grade.answer for grade in grades] == [str(i if i % 3 else i + 1) for i in numbers]
-        assert 1 <= sum(worker.process is not None for worker in grader._workers) <= 2
+        assert 1 <= len(grader.processes) <= 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -22,12 +21,6 @@ from deepdistill.distill.records import Problem
 def grader() -> Iterator[Grader]:
     with Grader(timeout_s=30) as grader:
         yield grader
-
-
-def only_process(grader: Grader) -> subprocess.Popen[str]:
-    """The process of a grader that one thread has used."""
-    (process,) = [worker.process for worker in grader._workers if worker.process]
-    return process
 
 
 def problem(answer: str | None, grader: str = "math", **metadata: object) -> Problem:
@@ -137,11 +130,11 @@ def test_gym_reference_answers_are_right_after_json(grader: Grader, name: str) -
 
 def test_a_worker_that_dies_is_replaced(grader: Grader) -> None:
     assert grader.grade(problem("42"), "42").verdict == "right"
-    worker = only_process(grader)
+    (worker,) = grader.processes
     os.kill(worker.pid, signal.SIGKILL)
     worker.wait()
     assert grader.grade(problem("42"), "43").verdict == "wrong"
-    assert only_process(grader).pid != worker.pid
+    assert [process.pid for process in grader.processes] != [worker.pid]
 
 
 @pytest.fixture
@@ -189,7 +182,7 @@ def _launcher(folder: Path, worker: Path) -> Path:
 def test_a_bad_grader_gives_unknown_and_the_next_answer_is_graded(bad_grader: Grader, answer: str) -> None:
     started = time.monotonic()
     assert bad_grader.grade(problem("Paris"), "fine").verdict == "right"
-    before = only_process(bad_grader)
+    (before,) = bad_grader.processes
     grade = bad_grader.grade(problem("Paris"), answer)
     assert (grade.verdict, grade.verdict_by, grade.score) == ("unknown", "none", None)
     assert (before.poll() is None) == (answer == "raise"), "a worker that hangs is killed, one that raises goes on"
@@ -200,7 +193,7 @@ def test_a_bad_grader_gives_unknown_and_the_next_answer_is_graded(bad_grader: Gr
 def test_closing_leaves_no_process(grader: Grader) -> None:
     other = Grader()
     other.grade(problem("1"), "1")
-    worker = only_process(other)
+    (worker,) = other.processes
     other.close()
     other.close()
     assert worker.poll() is not None
