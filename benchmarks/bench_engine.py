@@ -214,7 +214,7 @@ def bar_batch(model: Path) -> dict[str, Any]:
 def bar_speculate(model: Path) -> dict[str, Any]:
     """Bars: at least 1.2 times on text that copies, never under 0.97 times where it cannot help."""
     copied = f"Repeat this text word by word, twice:\n\n{PARAGRAPH * 2}"
-    sums = [problem.question for problem in load_problems(SPEC, "test", 40, 1)]
+    sums = [problem.question for problem in load_problems(SPEC, "test", n=40, seed=1)]
     result: dict[str, Any] = {}
     with Engine(model, n_ctx=2048) as opened:
         story = ask(opened, "Write a story about a fox.")

@@ -2,7 +2,7 @@
 
     python benchmarks/bench_graders.py [--trials 5] [--n 2000]
 
-A trial grades n answers through `Grader.grade_many` with as many workers as cores: half of n for reasoning-gym, a tenth
+A trial grades n answers on as many threads and workers as cores: half of n for reasoning-gym, a tenth
 where a verdict takes sympy, a fiftieth where it starts confined interpreters. Half the answers are wrong, but for the
 formulas, whose right ones cost most. A trial before the others loads the libraries and is not counted.
 The last line is one JSON object: the median and the range of verdicts/s for each kind.
@@ -16,6 +16,7 @@ import os
 import platform
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from deepdistill.distill.graders.code.sandbox import confinement
 from deepdistill.distill.graders.pool import Grader
@@ -43,7 +44,7 @@ def main() -> None:
 
 def workloads(n: int) -> dict[str, list[Item]]:
     """Return problems with contents for each kind."""
-    gym = load_problems("gym:chain_sum", None, n // 2)
+    gym = load_problems("gym:chain_sum", None, n=n // 2)
     return {
         "number": [(_problem("number", f"{i} m"), f"It is {(i + i % 2) / 1000} km.") for i in range(n)],
         "math, numbers": [(_problem("math", str(i)), f"The answer is {i + i % 2}.") for i in range(n)],
@@ -57,7 +58,8 @@ def workloads(n: int) -> dict[str, list[Item]]:
 def rate(grader: Grader, items: list[Item]) -> float:
     """Return the verdicts a second over one pass; none may be unknown."""
     started = time.perf_counter()
-    verdicts = [grade.verdict for grade in grader.grade_many(items)]
+    with ThreadPoolExecutor(grader.n_workers) as threads:
+        verdicts = [grade.verdict for grade in threads.map(lambda item: grader.grade(*item), items)]
     seconds = time.perf_counter() - started
     assert set(verdicts) <= {"right", "wrong"}, verdicts
     return len(items) / seconds

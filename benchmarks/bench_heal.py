@@ -116,7 +116,7 @@ def measure(run: Path, out: Path, paths: Sequence[Path]) -> dict[str, Any]:
 def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     """Return which held-out problems a file answers right."""
     settings = TeachSettings.of_run(run)
-    problems = load_problems(settings.problems, "test", n, settings.seed)
+    problems = load_problems(settings.problems, "test", n=n, seed=settings.seed)
     answers = file.with_suffix(".answers.jsonl")
     score = score_file(file, problems, settings.eval_max_tokens, no_progress, answers)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]

@@ -116,7 +116,7 @@ def main() -> None:
         teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
         traces_path, cells_path = out / "traces" / "traces.jsonl", out / "cells.json"
         cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
-        held_out = load_problems(PROBLEMS, "test", arguments.n_eval, 0)
+        held_out = load_problems(PROBLEMS, "test", n=arguments.n_eval, seed=0)
         tokenizer = load_tokenizer(pocket_dir())
         start = student_dir("pocket") if arguments.student == "dense" else make_pruned(out / "pruned")
         if "start" not in cells:

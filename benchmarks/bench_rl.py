@@ -113,7 +113,7 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
 
 def accuracy_of(folder: Path, n: int) -> dict[str, float]:
     """Score a student on held-out problems."""
-    problems = load_problems(PROBLEMS, "test", n, 0)
+    problems = load_problems(PROBLEMS, "test", n=n, seed=0)
     with open_teacher(str(folder)) as model, Grader() as grader:
         score = evaluate(model, problems, grader, Sampling(max_tokens=128))
         drawn = evaluate(model, problems * 4, grader, Sampling(temperature=1.0, max_tokens=128))
@@ -131,7 +131,7 @@ def rows_of(traces_path: Path) -> list[Row]:
 
 def problems_of(start: Path, n: int, cells: Cells) -> tuple[list[Problem], float]:
     """Return the training problems that the student solves now and then, and the minutes that finding them took."""
-    problems = load_problems(PROBLEMS, "train", n, 1)
+    problems = load_problems(PROBLEMS, "train", n=n, seed=1)
     if "chosen" not in cells:
         began = time.monotonic()
         sampling = Sampling(temperature=1.0, max_tokens=_RL_TOKENS)

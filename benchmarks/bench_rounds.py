@@ -43,7 +43,7 @@ MAX_TOKENS = 96
 def score(folder: Path, n: int) -> dict[str, Any]:
     """Score a student on held-out problems."""
     with open_teacher(str(folder)) as model, Grader() as grader:
-        found = evaluate(model, load_problems(PROBLEMS, "test", n, 0), grader, Sampling(max_tokens=MAX_TOKENS))
+        found = evaluate(model, load_problems(PROBLEMS, "test", n=n, seed=0), grader, Sampling(max_tokens=MAX_TOKENS))
     return found.to_json()
 
 
@@ -75,7 +75,7 @@ def main() -> None:
         gathered = TeachSettings(PROBLEMS, n_traces=n_all, max_tokens=MAX_TOKENS)
         teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
         path = out / "traces" / "traces.jsonl"
-        traces, asked = list(TraceStore.read(path)), [p.id for p in load_problems(PROBLEMS, "train", n_all, 0)]
+        traces, asked = list(TraceStore.read(path)), [p.id for p in load_problems(PROBLEMS, "train", n=n_all, seed=0)]
         old = set(asked[: arguments.n_traces])
         cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
         for seed in range(arguments.n_seeds):

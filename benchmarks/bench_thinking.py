@@ -49,7 +49,7 @@ def ask_all(opened: Engine, questions: list[str], sampling: Sampling, guidance: 
 
 def measure_budget(opened: Engine, n: int, budget: int) -> dict[str, Any]:
     """Bar: at least 300 of 1,000 think longer than the budget when left alone; with it all answer and no tag leaks."""
-    problems = load_problems(SPEC, "test", n, SEED)
+    problems = load_problems(SPEC, "test", n=n, seed=SEED)
     questions, sampling = [problem.question for problem in problems], Sampling(max_tokens=LIMIT)
     result: dict[str, Any] = {"n": len(problems), "budget": budget}
     with Grader() as grader:

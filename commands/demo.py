@@ -81,7 +81,7 @@ def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
     from ..localrun.core.generation import Sampling
     from ..localrun.engine.engine import Engine
 
-    question = load_problems(settings.problems, "test", 1, settings.seed)[0].question
+    question = load_problems(settings.problems, "test", n=1, seed=settings.seed)[0].question
     with Engine(gguf, n_ctx=1024) as engine:
         prompt = engine.render([{"role": "user", "content": question}])
         steps = list(engine.stream(prompt, Sampling(max_tokens=settings.eval_max_tokens)))
@@ -94,5 +94,5 @@ def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bar
     from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
 
-    held_out = load_problems(settings.problems, "test", settings.n_eval, settings.seed)
+    held_out = load_problems(settings.problems, "test", n=settings.n_eval, seed=settings.seed)
     return score_file(path, held_out, settings.eval_max_tokens, progress, folder / "answers" / "gguf.jsonl").to_json()

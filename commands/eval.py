@@ -54,7 +54,7 @@ def eval_(
     from ..distill.training.student import student_dir
     from ..localrun.core.generation import Sampling
 
-    held_out = load_problems(problems, "test", n, seed, offline=offline)
+    held_out = load_problems(problems, "test", n=n, seed=seed, offline=offline)
     spec = str(student_dir(model)) if model == "smollm2" else model
     folder, _ = run_of(Path(model))
     with (

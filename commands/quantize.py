@@ -155,7 +155,7 @@ def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -
     from ..distill.problems.load import load_problems
     from ..quantize.measure.paired import Answers
 
-    held_out = load_problems(spec, "test", n, settings.seed if settings else 0)
+    held_out = load_problems(spec, "test", n=n, seed=settings.seed if settings else 0)
     max_tokens = settings.eval_max_tokens if settings else 512
 
     def ask(path: Path) -> Answers:

@@ -56,7 +56,7 @@ def questions_of(problems: str | None, settings: TeachSettings | None) -> list[s
         from ..distill.problems.load import load_problems
 
         if spec is not None:
-            return [p.question for p in load_problems(spec, "test", 20, settings.seed if settings else 0)]
+            return [p.question for p in load_problems(spec, "test", n=20, seed=settings.seed if settings else 0)]
     except ImportError:  # the quantize extra alone
         if problems:
             raise UsageError(f"{problems} takes the teach extra", "pip install 'deepdistill[teach]'") from None

@@ -173,9 +173,9 @@ def _is_small(base: Path) -> bool:
 
 def draw_problems(settings: TeachSettings, offline: bool) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to ask and the held-out ones; of problems without an answer none need be held out."""
-    asked = load_problems(settings.problems, "train", settings.n_traces, settings.seed, offline=offline)
+    asked = load_problems(settings.problems, "train", n=settings.n_traces, seed=settings.seed, offline=offline)
     try:
-        return asked, load_problems(settings.problems, "test", settings.n_eval, settings.seed, offline=offline)
+        return asked, load_problems(settings.problems, "test", n=settings.n_eval, seed=settings.seed, offline=offline)
     except ArtifactError:
         if all(problem.grader == NONE for problem in asked):
             return asked, []

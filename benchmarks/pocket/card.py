@@ -38,7 +38,7 @@ def score_families(
     teacher: TransformersTeacher, n: int, *, sampling: Sampling = GREEDY, n_samples: int = 1
 ) -> dict[str, Score]:
     """Return the teacher's score on n held-out problems of every family, each answered n_samples times."""
-    problems = {family: load_problems(spec_of(family), "test", n, SEED) * n_samples for family in FAMILIES}
+    problems = {family: load_problems(spec_of(family), "test", n=n, seed=SEED) * n_samples for family in FAMILIES}
     with Grader() as grader:
         return {family: evaluate(teacher, asked, grader, sampling) for family, asked in problems.items()}
 
@@ -47,7 +47,7 @@ def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:
     """Return n held-out questions of every family with the teacher's own answers, as the template renders them."""
     texts = []
     for family in FAMILIES:
-        conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n, SEED)]
+        conversations = [messages_of(p) for p in load_problems(spec_of(family), "test", n=n, seed=SEED)]
         for index, completion in teacher.generate(map(Request, conversations), Sampling()):
             turn = {"role": "assistant", "content": completion.content}
             turn["reasoning_content"] = completion.reasoning_content or ""

@@ -42,7 +42,7 @@ _N_SAMPLES = 4  # of a problem, at the temperature of the training
 
 def training_problems(n: int, seed: int, families: Sequence[str] = tuple(FAMILIES)) -> list[Problem]:
     """Return up to n problems of each family's training bucket, in turn."""
-    drawn = [load_problems(spec_of(family), "train", n, seed) for family in families]
+    drawn = [load_problems(spec_of(family), "train", n=n, seed=seed) for family in families]
     longest = max(map(len, drawn))
     return [some[i] for i in range(longest) for some in drawn if i < len(some)]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError, UsageError
+from ..hub import download_checkpoint
 from ..pocket.chains import TEMPLATE_PATH
 from ..tokenizer import Tokenizer
 
@@ -44,7 +45,9 @@ def student_dir(spec: str, offline: bool = False) -> Path:
     if spec == "pocket":
         return _cached("pocket-student-v1", _write_pocket)
     if spec.startswith("hf:"):
-        return _download(spec.removeprefix("hf:"), offline)
+        path = download_checkpoint(spec.removeprefix("hf:"), offline=offline)
+        _check(path)
+        return path
     path = Path(spec)
     if not path.is_dir():
         raise UsageError(f"no student {spec!r}", "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder")
@@ -172,29 +175,3 @@ def _write_pocket(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").write_text(_POCKET_CARD, encoding="utf-8")
-
-
-def _download(repository: str, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        path = Path(
-            snapshot_download(
-                repository,
-                local_files_only=offline,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*"],
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        hint = (
-            "it is not in the cache: run once without --offline" if offline else "check the network, or give a folder"
-        )
-        raise ModelError(f"cannot get {repository} from the hub", hint) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"cannot get {repository} from the hub: {first}", "check the name; gated models need HF_TOKEN"
-        ) from error
-    _check(path)
-    return path

@@ -222,7 +222,7 @@ def go_rounds(
         return True
     options = RoundSettings(settings.round_problems, settings.round_samples, settings.on_policy_loss)
     n_problems = settings.n_traces + settings.rounds * options.n_problems
-    problems = load_problems(settings.problems, "train", n_problems, settings.seed, offline=work.offline)
+    problems = load_problems(settings.problems, "train", n=n_problems, seed=settings.seed, offline=work.offline)
     problems = apart_from(problems, held_out, filters, work.say)
     for round_ in rounds_of(run, settings.rounds):
         if round_.out.exists():

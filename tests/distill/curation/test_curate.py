@@ -249,8 +249,8 @@ def test_a_question_that_shares_eight_words_with_the_evaluation_does_not_train()
 
 @pytest.mark.parametrize("n_eval", [2, 8, 200])
 def test_problems_of_one_template_are_neither_duplicates_nor_contaminated(chain_sum: str, n_eval: int) -> None:
-    evaluation = [p.question for p in load_problems(chain_sum, "test", n_eval, 1)]
-    problems = load_problems(chain_sum, "train", 300, 1)
+    evaluation = [p.question for p in load_problems(chain_sum, "test", n=n_eval, seed=1)]
+    problems = load_problems(chain_sum, "train", n=300, seed=1)
     took = dropped([trace(p.question) for p in problems], evaluation=evaluation)
     assert sum(took.values()) <= 3
     leak = CurateSettings(train_bucket=False)

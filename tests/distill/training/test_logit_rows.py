@@ -33,7 +33,7 @@ from deepdistill.localrun.core.generation import Sampling
 def traces(tmp_path_factory: pytest.TempPathFactory, chain_sum: str) -> Path:
     """Traces of the pocket teacher, sampled, with 64 log-probabilities a token."""
     path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
-    problems, sampling = load_problems(chain_sum, "train", 8, 0), Sampling(temperature=1.0, max_tokens=128)
+    problems, sampling = load_problems(chain_sum, "train", n=8, seed=0), Sampling(temperature=1.0, max_tokens=128)
     with TraceStore(path) as store, open_teacher("pocket") as teacher, Grader() as grader:
         requests = [Request(messages_of(problem), i) for i, problem in enumerate(problems)]
         for i, done in teacher.generate(requests, sampling, top_logprobs=64):

@@ -52,7 +52,7 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
     from deepdistill.distill.training.rl.grpo import GrpoSettings, grpo
 
     tokenizer = load_tokenizer(pocket_student)
-    problems = load_problems(chain_sum, "train", 4, 0)
+    problems = load_problems(chain_sum, "train", n=4, seed=0)
     wanted = tokenizer.decode([40])
 
     class Likes:
@@ -147,7 +147,7 @@ def test_packed_rows_that_teach_have_the_log_probabilities_and_gradients_of_trls
     tokenizer = load_tokenizer(start)
     if not is_sparse:  # a random student rarely closes its thinking
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    report = grpo(start, load_problems(chain_sum, "train", 4, 0), tokenizer, LikesLong(), settings, *folders)
+    report = grpo(start, load_problems(chain_sum, "train", n=4, seed=0), tokenizer, LikesLong(), settings, *folders)
     assert sum(n_compared) > 500
     assert 0 < sum(left_out) < 32
     assert 0 < sum(point["groups"] for point in report.curve) < 2
