@@ -28,8 +28,8 @@ def inspect(
         if json_output:
             print(json.dumps(of_file, default=str))
         return
+    from ..distill.traces.inspection import find_trace, inspect_run, inspect_traces
     from ..distill.traces.show import print_report, print_run, print_trace
-    from ..distill.traces.summary import find_trace, inspect_run, inspect_traces
 
     terminal = console()
     if show is not None:

@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import escape
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..curation.filters import question_of, shorten
+from ...localrun.core.text import shorten
+from ..curation.filters import question_of
 from ..records import Trace
 from ..run import Run, write_text
-from ..traces.overview import COLUMNS, Overview, judged
 from ..traces.store import TraceStore
+from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
 from ..training.curves import CURVE_FILE, read_curve
-from .charts import curve
+from .charts import Chart, curve, histogram, over_time
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # of each text in the page, at most
@@ -67,17 +69,33 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     recipe = artifacts["recipe"] or {}
     is_elsewhere = recipe.get("traces") and not run.traces_path.exists()
     traces_path = Path(recipe["traces"]) if is_elsewhere else run.traces_path
-    overview = Overview.of(TraceStore.read(traces_path) if traces_path.exists() else ())
+    summary = TraceSummary.of(TraceStore.read(traces_path) if traces_path.exists() else ())
     kept_ids = None if kept is None else {trace.id for trace in kept}
-    shown = [_show(trace, kept_ids) for trace in overview.sample()]
-    columns = [name for name in COLUMNS if any(counts[name] for counts in overview.verdicts.values())]
+    shown = [_show(trace, kept_ids) for trace in summary.sample()]
+    columns = [name for name in JUDGED_AS if any(counts[name] for counts in summary.sources.values())]
     rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("rounds") or 0))]
     points = read_curve(run.folder / CURVE_FILE)
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
     values |= {"curves": {"loss": curve(points, "loss"), "accuracy": curve(points, "validation_accuracy")}}
-    values |= {"recipe": recipe, "overview": overview, "shown": shown, "columns": columns}
-    page = _template().render(**values, steps=list(funnel(artifacts["curation"], overview)))
+    values |= {"recipe": recipe, "summary": summary, "shown": shown, "columns": columns, "charts": _charts(summary)}
+    page = _template().render(**values, steps=list(funnel(artifacts["curation"], summary)))
     write_text(run.report_path, _printable(_with_files(page, run.report_path)))
+
+
+def _charts(summary: TraceSummary) -> dict[str, Chart | None]:
+    """Return the charts of traces: their lengths, their costs if a price is known, and the teacher's speed.
+
+    The speed is that of all requests together over the time worked, if the traces say when they ended; else that of
+    each request, in the order of the file.
+    """
+    tokens = {verdict: np.asarray(values) for verdict, values in summary.tokens.items()}
+    usd = {verdict: np.asarray(values) for verdict, values in summary.usd.items()}
+    speed = over_time(np.asarray(summary.end_times), np.asarray(summary.end_tokens))
+    return {
+        "lengths": histogram(tokens, "tokens"),
+        "costs": histogram(usd, "$"),
+        "speed": speed or over_time(None, np.asarray(summary.speeds)),
+    }
 
 
 def _with_files(page: str, before: Path) -> str:
@@ -86,10 +104,10 @@ def _with_files(page: str, before: Path) -> str:
     return _FILES.sub(lambda _: found[0], page, count=1) if found else page
 
 
-def funnel(curation: dict[str, Any] | None, overview: Overview) -> Iterator[Step]:
+def funnel(curation: dict[str, Any] | None, summary: TraceSummary) -> Iterator[Step]:
     """Yield what the traces came to, filter by filter."""
-    yield Step("problems asked", overview.n_problems)
-    left = curation["traces"] if curation else overview.n_traces
+    yield Step("problems asked", summary.n_problems)
+    left = curation["traces"] if curation else summary.n_traces
     yield Step("traces", left)
     if not curation:
         return
@@ -119,7 +137,7 @@ def _show(trace: Trace, kept_ids: set[str] | None) -> Shown:
     question = question_of(trace)
     return Shown(
         trace=trace,
-        judged=judged(trace),
+        judged=judged_as(trace),
         line=shorten(question, 160),
         question=_cut(question, _N_BYTES["question"]),
         reasoning=_cut(trace.reasoning_content or "", _N_BYTES["reasoning"]),

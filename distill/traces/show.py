@@ -1,4 +1,4 @@
-"""Traces in a terminal: a report with its histogram, one trace to read, a run folder in brief."""
+"""Traces in a terminal: a summary with its histogram, one trace to read, a run folder in brief."""
 
 from __future__ import annotations
 
@@ -13,39 +13,41 @@ from rich.text import Text
 
 from ...localrun.chat.screen import Screen, Thought
 from ...localrun.core.printable import printable
+from ...localrun.core.text import format_bytes, listed
 from ..records import Trace
-from .summary import TraceReport
+from .summary import TraceSummary, quantile
 
 _STYLES = {"right": "green", "wrong": "red", "unknown": "yellow"}
 _BAR_WIDTH = 40
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def print_report(report: TraceReport, console: Console) -> None:
-    """Print what is in a traces file."""
-    console.print(f"[bold]{report.n_traces:,} traces[/bold]  {report.path}  {_size(report.n_bytes)}", highlight=False)
+def print_report(summary: TraceSummary, console: Console) -> None:
+    """Print the summary of a traces file."""
+    size = format_bytes(summary.n_bytes)
+    console.print(f"[bold]{summary.n_traces:,} traces[/bold]  {summary.path}  {size}", highlight=False)
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("verdicts", _verdicts(report.verdicts))
-    facts.add_row("by", _counts(report.verdict_by))
-    facts.add_row("ended by", _counts(report.finish_reasons))
-    facts.add_row("teacher", printable(_counts(report.teachers, limit=5)))
+    facts.add_row("verdicts", _verdicts(summary.verdicts))
+    facts.add_row("by", _counts(summary.verdict_by))
+    facts.add_row("ended by", _counts(summary.finish_reasons))
+    facts.add_row("teacher", printable(_counts(summary.teachers, most=5)))
     facts.add_row(
         "tokens",
-        f"{report.prompt_tokens:,} prompt, {report.completion_tokens:,} completion, "
-        f"{report.reasoning_tokens:,} of it reasoning",
+        f"{summary.prompt_tokens:,} prompt, {summary.completion_tokens:,} completion, "
+        f"{summary.reasoning_tokens:,} of them reasoning",
     )
-    facts.add_row("cost", "not recorded" if report.cost_usd is None else f"${report.cost_usd:,.2f}")
-    if report.n_logprobs:
-        facts.add_row("log-probabilities", f"of {report.n_logprobs:,} traces")
+    facts.add_row("cost", "not recorded" if summary.cost_usd is None else f"${summary.cost_usd:,.2f}")
+    if summary.n_logprobs:
+        facts.add_row("log-probabilities", f"for {summary.n_logprobs:,} traces")
     console.print(facts, highlight=False)
-    if len(report.sources) > 1 or "unknown" not in report.sources:
-        console.print(_sources(report.sources))
-    _print_histogram(report, console)
-    _print_examples(report, console)
+    if len(summary.sources) > 1 or "" not in summary.sources:
+        console.print(_sources(summary.verdicts_by_source()))
+    _print_histogram(summary, console)
+    _print_examples(summary, console)
 
 
 def print_trace(trace: Trace, console: Console) -> None:
-    """Print one trace to read: what was asked, the thinking dim, the answer's Markdown drawn."""
+    """Print one trace to read: the question, the thinking dimmed, the answer with its Markdown rendered."""
     by = "" if trace.verdict_by == "none" else f" by {trace.verdict_by}"
     share = "" if trace.agreement is None else f" ({trace.agreement:.0%})"
     head = f"{trace.id}  {trace.teacher.name}  {trace.usage.completion:,} tokens  ended by {trace.finish_reason}  "
@@ -65,14 +67,14 @@ def print_trace(trace: Trace, console: Console) -> None:
 
 
 def print_run(run: Mapping[str, Any], console: Console) -> None:
-    """Print what `inspect_run` found."""
+    """Print a run folder as `inspect_run` returns it."""
     recipe = run["recipe"]
     console.print(f"[bold]{run['path']}[/bold]", highlight=False)
     table = Table.grid(padding=(0, 2))
     for name in ("problems", "teacher", "student", "seed"):
         if name in recipe:
             table.add_row(name, printable(str(recipe[name])))
-    table.add_row("artifacts", ", ".join(f"{name} {_size(size)}" for name, size in run["artifacts"].items()))
+    table.add_row("artifacts", ", ".join(f"{name} {format_bytes(size)}" for name, size in run["artifacts"].items()))
     if traces := run["traces"]:
         table.add_row("traces", f"{traces['traces']:,}: " + _counts(traces["verdicts"]))
     if curation := run["curation"]:
@@ -88,13 +90,13 @@ def _score(score: Any) -> str:
     return json.dumps(score)
 
 
-def _print_histogram(report: TraceReport, console: Console) -> None:
-    bins = report.histogram()
+def _print_histogram(summary: TraceSummary, console: Console) -> None:
+    bins, lengths = summary.histogram(), summary.lengths
     if not bins:
         return
     most, digits = max(n for *_, n in bins), len(f"{bins[-1][1]:,}")
     console.print(
-        f"\nlength in {report.unit}: median {report.quantile(0.5):,}, 90 % within {report.quantile(0.9):,}",
+        f"\nlength in {summary.unit}: median {quantile(lengths, 0.5):,}, 90 % within {quantile(lengths, 0.9):,}",
         highlight=False,
     )
     for low, high, n in bins:
@@ -103,9 +105,9 @@ def _print_histogram(report: TraceReport, console: Console) -> None:
         console.print(Text.assemble(f"{low:>{digits},} – {high:>{digits},}  ", (bar, "cyan"), (f" {n:,}", "dim")))
 
 
-def _print_examples(report: TraceReport, console: Console) -> None:
+def _print_examples(summary: TraceSummary, console: Console) -> None:
     titles = {"longest": "longest", "wrong": "wrong, the longest", "cut": "looped or cut off, the longest"}
-    for kind, examples in report.examples.items():
+    for kind, examples in summary.examples.items():
         console.print(f"\n{titles[kind]}", highlight=False)
         for one in examples:
             line = (
@@ -129,15 +131,6 @@ def _verdicts(verdicts: Mapping[str, int]) -> Text:
     return Text(", ").join(parts)
 
 
-def _counts(counts: Mapping[str, int], limit: int = 8) -> str:
+def _counts(counts: Mapping[str, int], most: int = 8) -> str:
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(f"{n:,} {name}" for name, n in ordered[:limit]) + more
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.2f} GB"
+    return listed((f"{n:,} {name}" for name, n in ordered), most=most)

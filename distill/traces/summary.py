@@ -1,25 +1,37 @@
-"""What is in a traces file or a run folder: counts, verdicts, lengths, cost, the worst examples. One pass."""
+"""What a file of traces has: counts, lengths, cost, speed, the worst examples and a fair sample.
+
+One pass, numbers only: show.py prints them, and the run's report draws them. A million traces need a few arrays of
+numbers; the sample is drawn by reservoir, always the same for the same file.
+"""
 
 from __future__ import annotations
 
 import heapq
-import json
+import random
 from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, get_args
 
-from ...errors import ArtifactError, UsageError
-from ...localrun.core.record_log import parse_line, whole_lines
-from ..records import Trace
-from ..run import find_run
+from ...localrun.core.text import shorten
+from ..records import Trace, Verdict
 from .logprobs import logprobs_path
-from .store import TraceStore, verdicts_path
+from .store import verdicts_path
+
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+JUDGED_AS = ("right", "wrong", "vote", "judge", "unknown")
+"""How a trace was judged: `vote` and `judge` favour an answer that no grader could judge."""
 
 _N_EXAMPLES = 3
-_MAX_SOURCES = 50  # the rest is counted together, so that memory stays bounded
+_N_SAMPLE = 60
+_MAX_SOURCES = 50  # later ones are counted together, so that memory stays bounded
+
+
+def judged_as(trace: Trace) -> str:
+    """Return which of JUDGED_AS a trace belongs to."""
+    return trace.verdict_by if trace.verdict == "unknown" and trace.verdict_by in JUDGED_AS else trace.verdict
 
 
 @dataclass(frozen=True)
@@ -33,57 +45,150 @@ class Example:
     finish_reason: str
 
 
-@dataclass
-class TraceReport:
-    """What `inspect_traces` found. Lengths are completion tokens, or characters where no trace says its tokens."""
+class TraceSummary:
+    """Counts and numbers of the traces added to it."""
 
-    path: Path
-    n_bytes: int = 0
-    n_traces: int = 0
-    verdicts: Counter[str] = field(default_factory=Counter)
-    verdict_by: Counter[str] = field(default_factory=Counter)
-    finish_reasons: Counter[str] = field(default_factory=Counter)
-    teachers: Counter[str] = field(default_factory=Counter)
-    sources: dict[str, Counter[str]] = field(default_factory=dict)
-    """Verdicts by source of the problem."""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    seconds: float = 0.0
-    """Of all requests together, though many ran at once."""
-    cost_usd: float | None = None
-    """Of the traces that say it; None: none does."""
-    n_logprobs: int = 0
-    """Traces with log-probabilities in the sidecar."""
-    lengths: array[int] = field(default_factory=lambda: array("l"))
-    n_characters: array[int] = field(default_factory=lambda: array("l"))
-    examples: dict[str, list[Example]] = field(default_factory=dict)
-    """The longest of each kind: `longest`, `wrong`, `cut` (length or loop)."""
+    def __init__(self, path: Path | None = None) -> None:
+        """Start empty; `path` is the file that the traces come from, if they come from one."""
+        self.path = path
+        self.n_traces = 0
+        self.verdicts, self.verdict_by = Counter[str](), Counter[str]()
+        self.finish_reasons, self.teachers = Counter[str](), Counter[str]()
+        self.sources: dict[str, Counter[str]] = {}
+        """Counts of JUDGED_AS by the source of the problem, "" if it is not known."""
+        self.prompt_tokens = self.reasoning_tokens = 0
+        self.seconds = 0.0
+        """Of all requests together, although many ran at once."""
+        self.n_logprobs = 0
+        """Traces with log-probabilities in the sidecar."""
+        self.tokens: dict[str, array[int]] = {verdict: array("q") for verdict in VERDICTS}
+        """Completion tokens of each trace, by verdict."""
+        self.usd: dict[str, array[float]] = {verdict: array("d") for verdict in VERDICTS}
+        """Cost of each trace that says it, by verdict."""
+        self.n_characters = array("q")
+        self.speeds = array("d")
+        """Completion tokens/s of each request."""
+        self.end_times, self.end_tokens = array("d"), array("q")
+        """When each request ended, in Unix seconds, and its completion tokens, where the trace says it."""
+        self._problems: set[str] = set()
+        self._longest: dict[str, list[tuple[int, int, Example]]] = {"longest": [], "wrong": [], "cut": []}
+        self._sample = _Sample()
+
+    @classmethod
+    def of(cls, traces: Iterable[Trace], path: Path | None = None) -> Self:
+        """Return the summary of these traces."""
+        summary = cls(path)
+        for trace in traces:
+            summary.add(trace)
+        return summary
+
+    def add(self, trace: Trace) -> None:
+        """Count a trace in."""
+        self.n_traces += 1
+        self._problems.add(trace.problem_id)
+        self._count(trace)
+        usage = trace.usage
+        self.prompt_tokens += usage.prompt
+        self.reasoning_tokens += usage.reasoning
+        self.tokens[trace.verdict].append(usage.completion)
+        self.n_characters.append(len(trace.reasoning_content or "") + len(trace.content))
+        self.seconds += trace.seconds
+        self.n_logprobs += trace.n_logprobs > 0
+        if trace.cost_usd is not None:
+            self.usd[trace.verdict].append(trace.cost_usd)
+        if trace.seconds > 0:
+            self.speeds.append(usage.completion / trace.seconds)
+        if trace.created:
+            self.end_times.append(trace.created)
+            self.end_tokens.append(usage.completion)
+        self._keep_longest(trace)
+        self._sample.add(self.n_traces, trace)
+
+    def _count(self, trace: Trace) -> None:
+        self.verdicts[trace.verdict] += 1
+        self.verdict_by[trace.verdict_by] += 1
+        self.finish_reasons[trace.finish_reason] += 1
+        self.teachers[f"{trace.teacher.name} ({trace.teacher.backend})"] += 1
+        is_over = trace.source not in self.sources and len(self.sources) >= _MAX_SOURCES
+        self.sources.setdefault("other" if is_over else trace.source, Counter())[judged_as(trace)] += 1
+
+    def _keep_longest(self, trace: Trace) -> None:
+        length = trace.usage.completion or self.n_characters[-1]
+        for kind in _kinds(trace):
+            heap = self._longest[kind]
+            if len(heap) == _N_EXAMPLES and (length, -self.n_traces) < heap[0][:2]:
+                continue
+            question = next((m["content"] for m in reversed(trace.messages) if m["role"] == "user"), "")
+            example = Example(self.n_traces, trace.id, shorten(question, 100), length, trace.finish_reason)
+            heapq.heappush(heap, (length, -self.n_traces, example))
+            if len(heap) > _N_EXAMPLES:
+                heapq.heappop(heap)
+
+    @property
+    def n_bytes(self) -> int:
+        """The size of the file with its sidecars."""
+        files = (self.path, verdicts_path(self.path), logprobs_path(self.path)) if self.path else ()
+        return sum(file.stat().st_size for file in files if file.exists())
+
+    @property
+    def n_problems(self) -> int:
+        """Distinct problems."""
+        return len(self._problems)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that the teachers wrote."""
+        return sum(map(sum, self.tokens.values()))
+
+    @property
+    def cost_usd(self) -> float | None:
+        """Cost of the traces that say it; None if none does."""
+        return sum(map(sum, self.usd.values())) if any(self.usd.values()) else None
 
     @property
     def unit(self) -> str:
-        """What lengths are counted in."""
+        """The unit of `lengths`: tokens, or characters if no trace says its tokens."""
         return "tokens" if self.completion_tokens else "characters"
 
-    def quantile(self, share: float) -> int:
-        """Return the length that this share of the traces does not exceed; 0 without traces."""
-        ordered = sorted(self.lengths)
-        return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each trace in `unit`, ascending."""
+        parts = self.tokens.values() if self.completion_tokens else [self.n_characters]
+        return sorted(length for part in parts for length in part)
+
+    @property
+    def examples(self) -> dict[str, list[Example]]:
+        """The longest traces of each kind: `longest`, `wrong`, `cut` (off at the limit, or in a loop)."""
+        return {kind: [one for *_, one in sorted(heap, reverse=True)] for kind, heap in self._longest.items() if heap}
+
+    def verdicts_by_source(self) -> dict[str, Counter[str]]:
+        """Return counts of right, wrong and unknown by source; "unknown" is also the source of traces without one."""
+        found: dict[str, Counter[str]] = {}
+        for source, counts in self.sources.items():
+            verdicts = found.setdefault(source or "unknown", Counter())
+            for name, count in counts.items():
+                verdicts[name if name in VERDICTS else "unknown"] += count
+        return found
+
+    def sample(self) -> list[Trace]:
+        """Return up to 60 traces in the order of the file, an equal part of each verdict if there are enough."""
+        return self._sample.take()
 
     def histogram(self, n_bins: int = 12) -> list[tuple[int, int, int]]:
-        """Return (from, to, count) of bins as wide as each other, the last one to the longest trace."""
-        if not self.lengths:
+        """Return (from, to, count) of up to `n_bins` equally wide ranges of `lengths`."""
+        lengths = self.lengths
+        if not lengths:
             return []
-        low, high = min(self.lengths), max(self.lengths)
+        low, high = lengths[0], lengths[-1]
         width = max(1, -(-(high - low + 1) // n_bins))
-        counts = Counter((length - low) // width for length in self.lengths)
+        counts = Counter((length - low) // width for length in lengths)
         return [
             (low + i * width, min(low + (i + 1) * width - 1, high), counts[i]) for i in range((high - low) // width + 1)
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON has it."""
-        quantiles = {name: self.quantile(share) for name, share in (("p10", 0.1), ("median", 0.5), ("p90", 0.9))}
+        """Return the numbers as a JSON object."""
+        lengths = self.lengths
         return {
             "path": str(self.path),
             "bytes": self.n_bytes,
@@ -92,7 +197,7 @@ class TraceReport:
             "verdict_by": dict(self.verdict_by),
             "finish_reasons": dict(self.finish_reasons),
             "teachers": dict(self.teachers.most_common()),
-            "sources": {source: dict(verdicts) for source, verdicts in self.sources.items()},
+            "sources": {source: dict(counts) for source, counts in self.verdicts_by_source().items()},
             "tokens": {
                 "prompt": self.prompt_tokens,
                 "completion": self.completion_tokens,
@@ -101,55 +206,46 @@ class TraceReport:
             "seconds": round(self.seconds, 3),
             "cost_usd": self.cost_usd,
             "with_logprobs": self.n_logprobs,
-            "lengths": {"unit": self.unit, **quantiles, "max": max(self.lengths, default=0)},
+            "lengths": {
+                "unit": self.unit,
+                "p10": quantile(lengths, 0.1),
+                "median": quantile(lengths, 0.5),
+                "p90": quantile(lengths, 0.9),
+                "max": lengths[-1] if lengths else 0,
+            },
             "histogram": [{"from": low, "to": high, "n": n} for low, high, n in self.histogram()],
             "examples": {kind: [vars(one) for one in found] for kind, found in self.examples.items()},
         }
 
 
-def inspect_traces(path: Path) -> TraceReport:
-    """Read a traces file once and return what is in it. In memory are an id and two lengths a trace.
-
-    Raises:
-        ArtifactError: the file is missing or broken.
-    """
-    report = TraceReport(path)
-    worst: dict[str, list[tuple[int, int, Example]]] = {"longest": [], "wrong": [], "cut": []}
-    for number, trace in enumerate(TraceStore.read(path), 1):
-        _count(report, trace)
-        for kind in _kinds(trace):
-            length = trace.usage.completion or _n_characters(trace)
-            example = Example(number, trace.id, _question(trace), length, trace.finish_reason)
-            heapq.heappush(worst[kind], (length, -number, example))
-            if len(worst[kind]) > _N_EXAMPLES:
-                heapq.heappop(worst[kind])
-    if not report.completion_tokens:
-        report.lengths = report.n_characters
-    sidecars = (path, verdicts_path(path), logprobs_path(path))
-    report.n_bytes = sum(file.stat().st_size for file in sidecars if file.exists())
-    report.examples = {kind: [one for *_, one in sorted(found, reverse=True)] for kind, found in worst.items() if found}
-    return report
+def quantile(ordered: list[int], share: float) -> int:
+    """Return the number that this share of ascending ones does not exceed; 0 without numbers."""
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else 0
 
 
-def _count(report: TraceReport, trace: Trace) -> None:
-    report.n_traces += 1
-    report.verdicts[trace.verdict] += 1
-    report.verdict_by[trace.verdict_by] += 1
-    report.finish_reasons[trace.finish_reason] += 1
-    report.teachers[f"{trace.teacher.name} ({trace.teacher.backend})"] += 1
-    source = trace.source or "unknown"
-    if source not in report.sources and len(report.sources) >= _MAX_SOURCES:
-        source = "other"
-    report.sources.setdefault(source, Counter())[trace.verdict] += 1
-    report.prompt_tokens += trace.usage.prompt
-    report.completion_tokens += trace.usage.completion
-    report.reasoning_tokens += trace.usage.reasoning
-    report.seconds += trace.seconds
-    if trace.cost_usd is not None:
-        report.cost_usd = (report.cost_usd or 0.0) + trace.cost_usd
-    report.n_logprobs += trace.n_logprobs > 0
-    report.lengths.append(trace.usage.completion)
-    report.n_characters.append(_n_characters(trace))
+class _Sample:
+    """A random sample of traces, reproducible: each trace of a verdict has the same chance (Vitter's algorithm R)."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+        self._seen: Counter[str] = Counter()
+        self._kept: dict[str, list[tuple[int, Trace]]] = {verdict: [] for verdict in VERDICTS}
+
+    def add(self, number: int, trace: Trace) -> None:
+        kept, n_seen = self._kept[trace.verdict], self._seen[trace.verdict]
+        self._seen[trace.verdict] += 1
+        if n_seen < _N_SAMPLE:
+            kept.append((number, trace))
+        elif (place := self._random.randrange(n_seen + 1)) < _N_SAMPLE:
+            kept[place] = (number, trace)
+
+    def take(self) -> list[Trace]:
+        taken: list[tuple[int, Trace]] = []
+        groups = sorted(self._kept.values(), key=len)
+        for i, group in enumerate(groups):
+            room = (_N_SAMPLE - len(taken)) // (len(groups) - i)
+            taken += self._random.sample(group, min(room, len(group)))
+        return [trace for _, trace in sorted(taken, key=lambda pair: pair[0])]
 
 
 def _kinds(trace: Trace) -> Iterator[str]:
@@ -158,66 +254,3 @@ def _kinds(trace: Trace) -> Iterator[str]:
         yield "wrong"
     if trace.finish_reason in ("length", "loop"):
         yield "cut"
-
-
-def _n_characters(trace: Trace) -> int:
-    return len(trace.reasoning_content or "") + len(trace.content)
-
-
-def _question(trace: Trace) -> str:
-    """Return the beginning of what was asked, on one line."""
-    asked = next((m["content"] for m in reversed(trace.messages) if m["role"] == "user"), "")
-    return " ".join(asked[:400].split())[:100]
-
-
-def find_trace(path: Path, which: str) -> Trace:
-    """Return a trace by its number from 1, or by its id or how that begins (at least 4 characters).
-
-    Raises:
-        UsageError: there is no such trace, or several begin so.
-        ArtifactError: the file is missing or broken.
-    """
-    is_number = which.isdecimal() and len(which) < 10
-    found: list[Trace] = []
-    for number, trace in enumerate(TraceStore.read(path), 1) if is_number else ():
-        if number == int(which):
-            return trace
-    if len(which) >= 4:
-        # Our lines begin with the id: the others need no parsing.
-        lines = ((number, line) for number, line in whole_lines(path) if which.encode() in line[:200])
-        ids = {t.id for t in (parse_line(Trace, path, *one) for one in lines) if t.id.startswith(which)}
-        if len(ids) > 1:
-            raise UsageError(
-                f"{len(ids)} traces begin with {which}: {', '.join(sorted(ids)[:3])}", "give more of the id"
-            )
-        found = [trace for trace in TraceStore.read(path) if trace.id in ids] if ids else []
-    if not found:
-        raise UsageError(f"{path} has no trace {which}", "give a number from 1, or the beginning of an id")
-    return found[0]
-
-
-def inspect_run(folder: Path) -> dict[str, Any]:
-    """Return what a run folder holds: its recipe, artifacts with their sizes in bytes, curation, scores, traces.
-
-    Raises:
-        ArtifactError: it is no run folder, or a file in it is broken.
-    """
-    if find_run(folder) != folder:
-        raise ArtifactError(f"{folder} is no run folder: it has no recipe.json")
-    found: dict[str, Any] = {"path": str(folder)}
-    for name in ("recipe", "curation", "training", "scores"):
-        path = folder / f"{name}.json"
-        try:
-            found[name] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is broken: {error}") from error
-    shown = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
-    found["artifacts"] = {path.name: _n_bytes(path) for path in shown}
-    traces = folder / "traces.jsonl"
-    found["traces"] = inspect_traces(traces).to_json() if traces.exists() else None
-    return found
-
-
-def _n_bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -27,7 +27,7 @@ from deepdistill.distill.evaluation.report import funnel, print_curation, write_
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
-from deepdistill.distill.traces.overview import Overview
+from deepdistill.distill.traces.summary import TraceSummary
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.record_log import to_json
 
@@ -217,8 +217,8 @@ def test_a_page_of_long_traces_stays_small_and_shows_both_ends(text: str, tmp_pa
 
 def test_the_sample_is_the_same_each_time_and_shares_the_room_between_verdicts() -> None:
     traces = [trace(i, verdict="wrong" if i % 50 == 0 else "right") for i in range(1000)]
-    sample = Overview.of(traces).sample()
-    assert [t.id for t in Overview.of(traces).sample()] == [t.id for t in sample]
+    sample = TraceSummary.of(traces).sample()
+    assert [t.id for t in TraceSummary.of(traces).sample()] == [t.id for t in sample]
     assert len(sample) == 60
     assert sum(t.verdict == "wrong" for t in sample) == 20
     assert sample == sorted(sample, key=lambda t: t.id)
@@ -230,7 +230,7 @@ def test_the_funnel_ends_in_the_rows(tmp_path: Path) -> None:
     traces = [trace(i, verdict="wrong" if i % 4 == 0 else "right") for i in range(20)]
     traces += [trace(100, finish_reason="length"), trace(102, reasoning_content=None)]
     _, record = curate(traces)
-    steps = list(funnel(record, Overview.of(traces)))
+    steps = list(funnel(record, TraceSummary.of(traces)))
     assert [(s.name, s.left, s.took) for s in steps] == [
         ("problems asked", 12, None),
         ("traces", 22, None),
@@ -255,9 +255,10 @@ def test_a_record_of_an_earlier_version_renders(tmp_path: Path) -> None:
 
 def test_verdicts_are_counted_by_source_and_votes_apart() -> None:
     favoured = trace(3, verdict="unknown", verdict_by="vote", source="a")
-    overview = Overview.of([trace(1, source="a"), favoured, trace(5, verdict="unknown", verdict_by="none", source="b")])
-    assert overview.verdicts == {"a": {"right": 1, "vote": 1}, "b": {"unknown": 1}}
-    assert (overview.n_problems, overview.n_traces, overview.usd) == (3, 3, None)
+    unknown = trace(5, verdict="unknown", verdict_by="none", source="b")
+    summary = TraceSummary.of([trace(1, source="a"), favoured, unknown])
+    assert summary.sources == {"a": {"right": 1, "vote": 1}, "b": {"unknown": 1}}
+    assert (summary.n_problems, summary.n_traces, summary.cost_usd) == (3, 3, None)
 
 
 def heights(chart: Any, top: float) -> float:
