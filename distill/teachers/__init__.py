@@ -1,16 +1,16 @@
-"""Teachers: whatever answers the problems. `open_teacher` makes one from the string that a user gives."""
+"""Teachers: models that answer the problems. `open_teacher` opens one from the string that a user gives."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 from urllib.parse import urlsplit
 
 from ...errors import ModelError, UsageError
 from ..records import Backend, Request, TeacherInfo
 from .base import Teacher
 
-__all__ = ["Backend", "Request", "Teacher", "TeacherInfo", "open_teacher", "pocket_dir"]
+__all__ = ["Backend", "Request", "ServerOptions", "Teacher", "TeacherInfo", "open_teacher", "pocket_dir"]
 
 _FORMS = "a model is pocket, https://HOST/v1, hf:ORG/NAME, a checkpoint folder or a .gguf file"
 
@@ -20,52 +20,54 @@ def pocket_dir() -> Path:
     return Path(__file__).parent.parent / "pocket" / "weights"
 
 
+class ServerOptions(TypedDict, total=False):
+    """How to use a server, as `EndpointTeacher` takes it."""
+
+    model: str | None
+    """Its name there; None is right where the server has only one."""
+    concurrency: int | None
+    """Requests at once; None finds the best number."""
+    timeout_s: float
+    """The longest silence, in seconds."""
+    max_rpm: int | None
+    """Requests a minute, at most."""
+    max_tpm: int | None
+    """Tokens a minute, at most."""
+
+
 def open_teacher(
     spec: str,
     *,
     device: str = "auto",
     batch_size: int | None = None,
-    concurrency: int | None = None,
-    timeout_s: float = 300.0,
-    max_rpm: int | None = None,
-    max_tpm: int | None = None,
-    model: str | None = None,
     offline: bool = False,
+    **server: Unpack[ServerOptions],
 ) -> Teacher:
     """Open `pocket`, `https://HOST/v1`, `hf:ORG/NAME`, a checkpoint folder or a `.gguf` file.
 
     Several servers of one model are one spec: `http://a/v1,http://b/v1`. `device` and `batch_size` are for models in
-    this process. For servers are `concurrency` (requests at once; None finds the best number), `timeout_s` (the
-    longest silence, in seconds), `max_rpm` and `max_tpm` (requests and tokens a minute) and `model` (its name there).
+    this process, `server` is for servers: see `ServerOptions`.
 
     Raises:
-        UsageError: the spec is none of these, or needs the network and `offline` is set.
+        UsageError: `code` "no-such-model", or "offline" if the spec needs the network.
         ModelError: the model cannot be loaded here.
         TeacherError: the server is down or refuses.
     """
     if urlsplit(spec).scheme in ("http", "https"):
-        return _open_endpoint(
-            spec,
-            offline,
-            concurrency=concurrency,
-            timeout_s=timeout_s,
-            max_rpm=max_rpm,
-            max_tpm=max_tpm,
-            model=model,
-        )
+        return _open_endpoint(spec, offline, server)
     path = Path(spec)
     if spec.endswith(".gguf"):
         if not path.is_file():
-            raise ModelError(f"no GGUF file at {spec}")
+            raise ModelError(f"there is no GGUF file at {spec}", "check the path", code="no-such-model")
         from .gguf import GGUFTeacher
 
         return GGUFTeacher(path, n_parallel=batch_size)
     if not spec or (spec != "pocket" and not spec.startswith("hf:") and not path.is_dir()):
-        raise UsageError(f"no model {spec!r}", _FORMS)
+        raise UsageError(f"there is no model {spec!r}", _FORMS, code="no-such-model")
     try:
         from .huggingface.teacher import TransformersTeacher
     except ImportError as error:
-        raise ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'") from error
+        raise _needs(spec, error) from error
     if spec == "pocket":
         return TransformersTeacher(pocket_dir(), name="pocket", backend="pocket", device=device, batch_size=batch_size)
     if spec.startswith("hf:"):
@@ -74,12 +76,18 @@ def open_teacher(
     return TransformersTeacher(path, name=path.resolve().name, device=device, batch_size=batch_size)
 
 
-def _open_endpoint(spec: str, offline: bool, **settings: Any) -> Teacher:
+def _open_endpoint(spec: str, offline: bool, server: ServerOptions) -> Teacher:
     try:
         from .endpoint.teacher import EndpointTeacher, split_addresses
     except ImportError as error:
-        raise ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'") from error
+        raise _needs(spec, error) from error
     for host in (urlsplit(address).hostname for address in split_addresses(spec)):
         if offline and host not in ("localhost", "127.0.0.1", "::1"):
-            raise UsageError(f"--offline forbids the teacher at {host}", "leave it out, or give a local teacher")
-    return EndpointTeacher(spec, **settings)
+            raise UsageError(
+                f"--offline forbids the teacher at {host}", "leave it out, or give a local teacher", code="offline"
+            )
+    return EndpointTeacher(spec, **server)
+
+
+def _needs(spec: str, error: ImportError) -> ModelError:
+    return ModelError(f"{spec} needs {error.name}", "pip install 'deepdistill[teach]'", code="not-installed")

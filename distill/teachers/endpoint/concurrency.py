@@ -1,8 +1,8 @@
 """How much to ask of servers: how many requests at once, found by trying, and how many requests and tokens a minute.
 
-The level doubles, then goes to the middle between what paid and what did not, for as long as each step brings its share
-of tokens a second. Where a server pushes back (429, 5xx) it halves. Halving is taken back if it cost throughput without
-making the errors rarer: then they do not come from the load, and that share of them is put up with from then on.
+The level doubles, then moves to the middle between what paid and what did not, as long as each step brings its share of
+tokens a second. Where a server pushes back (429, 5xx) the level halves. Halving is undone if it cost throughput without
+making errors rarer: then the load does not cause them, and that share of errors is tolerated from then on.
 
 The idea of AIMD is from Jacobson, "Congestion Avoidance and Control" (1988), the search for the level between two known
 ones from BIC (Xu, Harfoush, Rhee 2004). Left out on purpose: latency as a signal, which says nothing where answers
@@ -18,16 +18,16 @@ from dataclasses import dataclass
 
 _START = 8
 _MOST = 512  # connections; many systems let a process open 1024 files
-_PAYS = 0.1  # of the tokens a second that a step would bring if the server had nothing else to do
-_COSTS = 0.75  # of the tokens a second from before; fewer after halving say that the server was not overloaded
-_ANSWERS, _PIECES = 1, 8  # for each place, either of them: until then a rate is mere chance
-# Windows until a level is tried again that brought nothing, which costs nothing, or that was pushed back, which does.
+_PAYS = 0.1  # share of the tokens a second that a step would bring if the server had nothing else to do
+_COSTS = 0.75  # share of the earlier tokens a second: less after halving means that the server was not overloaded
+_ANSWERS, _PIECES = 1, 8  # for each request at once, either of them: with fewer a rate is chance
+# Windows until a level is tried again: one that brought nothing, which costs nothing, or was pushed back, which does.
 _PATIENCE, _LONG_PATIENCE = 5, 30
 
 
 @dataclass(frozen=True)
 class _Window:
-    """What a time at one level came to: tokens/s, attempts, and how many of them were pushed back."""
+    """A time at one level: its tokens/s, its attempts, and how many of them were pushed back."""
 
     level: int
     rate: float
@@ -40,13 +40,16 @@ class _Window:
         return self.n_pushed / self.n_tried if self.n_tried else 0.0
 
     def is_pushed_more_than(self, share: float) -> bool:
-        """Whether more attempts were pushed back than by chance where that share of them fails anyway."""
+        """Say whether more attempts were pushed back than chance explains where that share of them fails anyway."""
         usual = share * self.n_tried
         return self.n_pushed > usual + 2 * math.sqrt(usual)
 
 
-class Pace:
-    """The number of requests at once: `level`. A fixed one stays as it is."""
+class AdaptiveConcurrency:
+    """The number of requests at once: `level`. A fixed one never changes.
+
+    `window_s` is the time, in seconds, over which a level is judged.
+    """
 
     def __init__(
         self,
@@ -56,42 +59,47 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.level = fixed or _START
-        self._fixed, self._window_s, self._clock = fixed is not None, window_s, clock
+        self.is_fixed, self._window_s, self._clock = fixed is not None, window_s, clock
         self._last: _Window | None = None
-        self._good, self._ceiling = 1, 0  # the highest level known to do, the lowest known to be too high (0: none)
+        self._good, self._ceiling = 1, 0  # the highest level known to work, the lowest known to be too high (0: none)
         self._tolerated, self._n_waited, self._patience = 0.0, 0, _PATIENCE
         self._begin(fresh=True)
 
+    @property
+    def look_every_s(self) -> float:
+        """How often to call `look`, in seconds."""
+        return self._window_s / 8
+
     def _begin(self, fresh: bool) -> None:
-        """Begin to count. A fresh level has a window to take effect, which does not count."""
+        """Start a count. A fresh level gets a window to take effect, which does not count."""
         self._since, self._fresh = self._clock(), fresh
         self._n_tokens = self._n_pieces = self._n_answers = self._n_accepted = self._n_pushed = 0
 
     def heard(self, n_tokens: int) -> None:
-        """Take notice that a piece of so many tokens has arrived."""
+        """Count a piece of an answer, of n tokens."""
         self._n_tokens += n_tokens
         self._n_pieces += 1
 
     def answered(self) -> None:
-        """Take notice that an answer is whole."""
+        """Count a whole answer."""
         self._n_answers += 1
 
     def accepted(self) -> None:
-        """Take notice that a server has taken a request."""
+        """Count a request that a server has accepted."""
         self._n_accepted += 1
 
     def pushed_back(self) -> None:
-        """Take notice of a 429 or 5xx."""
+        """Count a 429 or 5xx."""
         self._n_pushed += 1
 
     def look(self, n_open: int, was_full: bool) -> None:
-        """Change the level if the time has come; to be called a few times in a window.
+        """Change the level if it is time to; called a few times in a window.
 
-        `n_open` requests are under way; `was_full` says that more were held back since the last look. Only a time with
-        the level reached and kept tells anything.
+        `n_open` requests are under way; `was_full` says that more were held back since the last call. Only a time in
+        which the level was reached and kept tells anything.
         """
         elapsed = self._clock() - self._since
-        if self._fixed:
+        if self.is_fixed:
             return
         if not was_full or n_open > self.level:
             self._begin(fresh=True)
@@ -104,7 +112,7 @@ class Pace:
 
     @property
     def _is_telling(self) -> bool:
-        """Whether enough has been counted to compare: a rate over few answers, or parts of them, is chance."""
+        """Whether enough was counted to compare: a rate over few answers, or few pieces, is chance."""
         return self._n_answers >= _ANSWERS * self.level or self._n_pieces >= _PIECES * self.level
 
     def _next_level(self, now: _Window) -> int:
@@ -128,7 +136,7 @@ class Pace:
         return self._higher(now.level)
 
     def _higher(self, level: int) -> int:
-        """Return the next level to try; the same one where the ceiling is reached, for a while."""
+        """Return the next level to try: for a while the same one, where the ceiling is reached."""
         if level < self._good:
             return self._good
         if self._ceiling <= level:
@@ -142,7 +150,7 @@ class Pace:
 
 
 class RateLimit:
-    """Spreads an amount evenly over time, `per_minute` of it; None: without limit."""
+    """Spreads requests or tokens evenly over time, `per_minute` of them; None sets no limit."""
 
     def __init__(self, per_minute: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_s = per_minute / 60 if per_minute else None
@@ -150,7 +158,7 @@ class RateLimit:
 
     @property
     def wait_s(self) -> float:
-        """How long to wait before anything more may be taken, in seconds."""
+        """How long to wait before more may be taken, in seconds."""
         return max(0.0, self._free_at - self._clock())
 
     def take(self, amount: float) -> None:
@@ -159,6 +167,6 @@ class RateLimit:
             self._free_at = max(self._clock(), self._free_at) + amount / self._per_s
 
     def correct(self, more: float) -> None:
-        """Count what was taken more, or (negative) less, than had been expected."""
+        """Count what was taken beyond (or, negative, short of) the amount expected."""
         if self._per_s:
             self._free_at += more / self._per_s

@@ -1,7 +1,7 @@
-"""Ask one request of an endpoint until there is an answer or no hope of one: limits, servers, retries, logprobs.
+"""Ask an endpoint for one answer until it comes or there is no hope of it: limits, servers, retries, log-probabilities.
 
-What can succeed later is tried again with growing pauses, or after as long as the server asks for; what never can fails
-that request alone; what no request can survive raises.
+A request that can succeed later is tried again, with growing pauses or when the server says. One that never can fails
+alone. An error that no request can survive is raised.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -20,17 +20,16 @@ import tenacity
 from ....errors import TeacherError
 from ....localrun.core.generation import Completion, Message, Sampling
 from ...records import Request
-from .concurrency import Pace, RateLimit
+from .concurrency import AdaptiveConcurrency, RateLimit
 from .server import Refused, Retryable, Server, least_busy
 from .stream import StreamedReply
 
 # Where 40 % of all attempts fail, 16 of them fail in a row for one request in two million.
 ATTEMPTS = 16
-FIRST_ATTEMPTS = 3  # until the server has answered once: it may simply not be there
-_FIRST_REFUSALS = 10  # likewise, of one that is there: about two minutes, in which a model may get ready
-_TELL_AFTER, _TELL_EVERY_S = 6, 60.0  # failures of one request in a row; chance alone seldom gives as many
+FIRST_ATTEMPTS = 3  # until the server has answered once: it may not exist
+_FIRST_REFUSALS = 10  # likewise, if it exists: about two minutes, in which a model may get ready
+_TELL_AFTER, _TELL_EVERY_S = 6, 60.0  # failures of one request in a row: chance alone seldom gives as many
 _LONGEST_WAIT_S = 600.0
-_LOOK_S = 0.25
 _TOKENS_A_CHARACTER = 0.3  # of English, Source: https://api-docs.deepseek.com/quick_start/token_usage
 
 # Ways to ask for log-probabilities, each for servers that refuse the one before: as many as wanted, with vLLM's switch
@@ -40,24 +39,29 @@ _LOGPROBS_FORMS: tuple[tuple[int, bool], ...] = ((1 << 16, True), (20, True), (2
 
 @dataclass
 class Endpoint:
-    """What the calls of one teacher share: whom to ask for what, how much at once, and what was learned of them."""
+    """What the calls of one teacher share: servers and model, how much to ask at once, what was learned so far."""
 
     servers: Sequence[Server]
     model: str
-    pace: Pace
+    concurrency: AdaptiveConcurrency
     rpm: RateLimit
     tpm: RateLimit
     timeout_s: float
     max_backoff_s: float
     n_answers: int = 0
-    n_tokens: int = 0  # of those answers, without their prompts
+    n_tokens: int = 0  # in those answers, without their prompts
+
+    @property
+    def hosts(self) -> str:
+        """The servers' hosts, in words."""
+        return ", ".join(server.host for server in self.servers)
 
 
 class Asker:
     """Answers the requests of one call, each by `answer`. Everything here runs on one event loop: it needs no lock."""
 
     def __init__(
-        self, endpoint: Endpoint, sampling: Sampling, top_logprobs: int, on_note: Callable[[str], None]
+        self, endpoint: Endpoint, sampling: Sampling, *, top_logprobs: int, on_note: Callable[[str], None]
     ) -> None:
         self.stopped = asyncio.Event()
         """No new attempts, and no more waiting; what is in flight may end."""
@@ -81,12 +85,11 @@ class Asker:
             await asyncio.wait_for(self.stopped.wait(), seconds)
 
     async def answer(self, client: httpx.AsyncClient, request: Request) -> Completion | None:
-        """Return the answer, or a failure that is for good; None if the run stopped meanwhile.
+        """Return the answer, or a failure that is final; None if the run stopped meanwhile.
 
         Raises:
-            TeacherError: no request can succeed any more.
+            TeacherError: `code` "server-down", "server-keeps-failing" or "server-refuses": no request can succeed.
         """
-        endpoint, started = self._endpoint, time.monotonic()
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Retryable),
             stop=lambda state: self.stopped.is_set() or self._is_enough(state),
@@ -95,31 +98,38 @@ class Asker:
             before_sleep=self._tell,
             reraise=True,
         )
-        n_prompt, broken = estimate_tokens(request.messages), list[StreamedReply]()
+        one = _Request(request, estimate_tokens(request.messages), time.monotonic())
         try:
-            reply: StreamedReply = await retry(self._attempt, client, request, n_prompt, broken)
+            reply: StreamedReply = await retry(self._attempt, client, one)
         except Retryable as error:
             if self.stopped.is_set():
                 return None
-            self._n_given_up += 1
-            if error.down and not endpoint.n_answers:
-                raise is_absent(endpoint.servers[0], str(error)) from None
-            if self._n_given_up >= max(4, endpoint.pace.level):
-                hosts = ", ".join(server.host for server in endpoint.servers)
-                raise TeacherError(
-                    f"{hosts} gave up {self._n_given_up} requests in a row, the last with: {error}",
-                    "what was answered is kept; run the same command again when it is well",
-                ) from None
-            reason = f"after {retry.statistics['attempt_number']} attempts: {error}"
-            return _failed(reason, time.monotonic() - started, broken, n_prompt)
+            self._give_up(error)
+            return one.failed(f"after {retry.statistics['attempt_number']} attempts: {error}")
         except Refused as error:
-            return _failed(str(error), time.monotonic() - started, broken, n_prompt)
+            return one.failed(str(error))
         self._n_given_up = 0
-        completion = reply.completion(time.monotonic() - started, n_prompt)
-        completion = replace(completion, lost_tokens=_lost(broken, n_prompt)) if broken else completion
-        endpoint.n_answers += 1
-        endpoint.n_tokens += completion.completion_tokens
+        completion = one.completion(reply)
+        self._endpoint.n_answers += 1
+        self._endpoint.n_tokens += completion.completion_tokens
         return completion
+
+    def _give_up(self, error: Retryable) -> None:
+        """Count a request that was given up.
+
+        Raises:
+            TeacherError: the server was never there, or too many were given up in a row.
+        """
+        endpoint = self._endpoint
+        self._n_given_up += 1
+        if error.down and not endpoint.n_answers:
+            raise is_absent(endpoint.servers[0], str(error)) from None
+        if self._n_given_up >= max(4, endpoint.concurrency.level):
+            raise TeacherError(
+                f"{endpoint.hosts} failed {self._n_given_up} requests in a row, the last with: {error}",
+                "every earlier answer is kept; run the same command again when the server works",
+                code="server-keeps-failing",
+            ) from None
 
     def _is_enough(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
@@ -129,47 +139,35 @@ class Asker:
         return state.attempt_number >= (FIRST_ATTEMPTS if never_there else _FIRST_REFUSALS)
 
     def _tell(self, state: tenacity.RetryCallState) -> None:
-        """Say, now and then, why nothing seems to happen."""
+        """Tell the user, now and then, why nothing seems to happen."""
         error = state.outcome.exception() if state.outcome else None
         enough = _TELL_AFTER if self._endpoint.n_answers else FIRST_ATTEMPTS
         if error and state.attempt_number >= enough and time.monotonic() - self._told_at >= _TELL_EVERY_S:
             self._told_at = time.monotonic()
-            hosts = ", ".join(server.host for server in self._endpoint.servers)
-            self._on_note(f"{hosts}: {error}; asking again")
+            self._on_note(f"{self._endpoint.hosts}: {error}; asking again")
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
-        """Return how long to wait for the next attempt: not as long as one server asks for while another is well."""
+        """Return how long to wait for the next attempt: less than a server asks for while another one works."""
         longest_s = self._endpoint.max_backoff_s
         others = any(server.may_be_asked for server in self._endpoint.servers)
         return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
 
-    async def _attempt(
-        self, client: httpx.AsyncClient, request: Request, n_prompt: int, broken: list[StreamedReply]
-    ) -> StreamedReply:
-        """Ask once the limits allow it, the server that is least busy then. What breaks off goes to `broken`."""
+    async def _attempt(self, client: httpx.AsyncClient, one: _Request) -> StreamedReply:
+        """Ask once the limits allow it, the server that is least busy then. Replies that break off go to `one`."""
         endpoint = self._endpoint
-        expected = n_prompt + self._expected_tokens()
-        async with self._gate:
-            await self.until(lambda: sum(s.n_in_flight for s in endpoint.servers) < endpoint.pace.level)
-            while (wait := max(endpoint.rpm.wait_s, endpoint.tpm.wait_s)) > 0 and not self.stopped.is_set():
-                await self._pause(min(wait, 1.0))  # answers that end meanwhile may have shortened it
-            if self.stopped.is_set():
-                raise Retryable("the run has stopped")
-            endpoint.rpm.take(1)
-            endpoint.tpm.take(expected)
-            server = least_busy(endpoint.servers)
-            server.n_in_flight += 1
+        expected = one.n_prompt + self._expected_tokens()
+        server = await self._next_server(expected)
         used = 0
         try:
-            reply = await self._ask(client, server, request)
-            used = reply.n_total(n_prompt)
+            reply = await self._ask(client, server, one.request)
+            used = reply.n_total(one.n_prompt)
             server.has_answered()
-            endpoint.pace.answered()
+            endpoint.concurrency.answered()
             return reply
         except (Refused, Retryable) as error:
             if error.reply and error.reply.n_tokens:
-                used = error.reply.n_total(n_prompt)
-                broken.append(error.reply)
+                used = error.reply.n_total(one.n_prompt)
+                one.broken.append(error.reply)
             if isinstance(error, Retryable):
                 self._note_failure(server, error)
             raise
@@ -178,39 +176,54 @@ class Asker:
             server.n_in_flight -= 1
             self.changed.set()
 
+    async def _next_server(self, n_tokens: float) -> Server:
+        """Wait until the limits allow a request of so many tokens, and return the server to ask.
+
+        Raises:
+            Retryable: the run has stopped.
+        """
+        endpoint = self._endpoint
+        async with self._gate:
+            await self.until(lambda: sum(s.n_in_flight for s in endpoint.servers) < endpoint.concurrency.level)
+            while (wait := max(endpoint.rpm.wait_s, endpoint.tpm.wait_s)) > 0 and not self.stopped.is_set():
+                await self._pause(min(wait, 1.0))  # answers that end meanwhile may have shortened it
+            if self.stopped.is_set():
+                raise Retryable("the run has stopped")
+            endpoint.rpm.take(1)
+            endpoint.tpm.take(n_tokens)
+            server = least_busy(endpoint.servers)
+            server.n_in_flight += 1
+        return server
+
     def _note_failure(self, server: Server, error: Retryable) -> None:
         was_down = server.is_down
         server.has_failed(error)
         if error.status:
-            self._endpoint.pace.pushed_back()
+            self._endpoint.concurrency.pushed_back()
         if server.is_down and not was_down and len(self._endpoint.servers) > 1:
-            self._on_note(f"{server.host} is down ({error}): the others go on, and it is tried again now and then")
+            self._on_note(f"{server.host} is down ({error}): the others continue, and it is tried again now and then")
 
     def _expected_tokens(self) -> float:
-        """Return how many tokens an answer may take: as those before on average, at first the most that are allowed."""
+        """Return how many tokens an answer may take: the average of earlier ones, at first the limit."""
         endpoint = self._endpoint
         return endpoint.n_tokens / endpoint.n_answers if endpoint.n_answers else self._sampling.max_tokens
 
     async def _ask(self, client: httpx.AsyncClient, server: Server, request: Request) -> StreamedReply:
-        """Ask with as many log-probabilities as are wanted, then with what the server takes."""
-        pace, k = self._endpoint.pace, self._top_logprobs
+        """Ask with as many log-probabilities as are wanted, then with as many as the server accepts."""
+        k = self._top_logprobs
         refused: Refused | Retryable | None = None
-        asked: dict[str, Any] | None = None
-        first = server.logprobs_form
-        for form, (most, with_ids) in enumerate(_LOGPROBS_FORMS[first:], first) if k else [(first, (0, False))]:
-            body = self._body(request, min(k, most), with_ids)
-            if body == asked:
-                continue
-            if asked is not None:
+        for attempt, (form, body) in enumerate(self._bodies(server, request)):
+            if attempt:
                 self._endpoint.rpm.take(1)
-            asked = body
             try:
-                reply = await server.ask(client, body, self._endpoint.timeout_s, pace.accepted, pace.heard)
+                reply = await server.ask(
+                    client, body, timeout_s=self._endpoint.timeout_s, concurrency=self._endpoint.concurrency
+                )
             except Refused as error:
                 refused = refused or error
                 continue
             except Retryable as error:
-                # mlx-lm hangs up on numbers that it does not like.
+                # mlx-lm hangs up on numbers that it does not accept.
                 if not (k and error.hung_up) or server.logprobs_taken:
                     raise
                 refused = refused or error
@@ -218,10 +231,19 @@ class Asker:
             server.logprobs_taken = server.logprobs_taken or k > 0
             if form > server.logprobs_form:
                 server.logprobs_form = form
-                self._on_note(_logprobs_note(server, k, min(k, most), with_ids))
+                self._on_note(_logprobs_note(server, k))
             return reply
         assert refused is not None
         raise refused
+
+    def _bodies(self, server: Server, request: Request) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (form, body) for each way to ask for log-probabilities from the one that the server accepted on."""
+        k, first, last = self._top_logprobs, server.logprobs_form, None
+        for form, (most, with_ids) in enumerate(_LOGPROBS_FORMS[first:], first) if k else [(first, (0, False))]:
+            body = self._body(request, min(k, most), with_ids)
+            if body != last:
+                yield form, body
+            last = body
 
     def _body(self, request: Request, n_logprobs: int, with_ids: bool) -> dict[str, Any]:
         sampling = self._sampling
@@ -235,7 +257,7 @@ class Asker:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        # Not part of OpenAI's API: only for who asks for them.
+        # These are not part of OpenAI's API: they are sent only if somebody sets them.
         body |= {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
         body |= {"min_p": sampling.min_p} if sampling.min_p > 0 else {}
         body |= {"logprobs": True, "top_logprobs": n_logprobs} if n_logprobs else {}
@@ -256,30 +278,48 @@ def backoff(longest_s: float, *, heed_server: bool = True) -> Callable[[tenacity
 
 
 def is_absent(server: Server, reason: str) -> TeacherError:
-    """Return what to say of a server that never answered."""
-    return TeacherError(f"no answer from {server.url}: {reason}", "is the server running, and is this its address?")
+    """Return the error for a server that never answered."""
+    return TeacherError(
+        f"no answer from {server.url}: {reason}",
+        "is the server running, and is this its address?",
+        code="server-down",
+    )
 
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
-    """Return about how many tokens a conversation takes, for where the server does not say it."""
+    """Return about how many tokens a conversation takes, where the server does not report it."""
     return round(_TOKENS_A_CHARACTER * sum(len(text) for message in messages for text in message.values()))
 
 
-def _logprobs_note(server: Server, wanted: int, given: int, with_ids: bool) -> str:
-    if not given:
-        return f"{server.host} refuses log-probabilities: it is asked without them"
+def _logprobs_note(server: Server, wanted: int) -> str:
+    most, with_ids = _LOGPROBS_FORMS[server.logprobs_form]
+    if not most:
+        return f"{server.host} refuses log-probabilities: deepdistill asks without them"
     if not with_ids:
-        return f"{server.host} names no token ids: log-probabilities without them are not kept"
-    return f"{server.host} gives {given} log-probabilities a token, not {wanted}"
+        return f"{server.host} names no token ids: its log-probabilities cannot be kept"
+    return f"{server.host} gives {min(wanted, most)} log-probabilities a token, not {wanted}"
 
 
-def _failed(error: str, seconds: float, broken: Sequence[StreamedReply], n_prompt: int) -> Completion:
-    """Return a failure, with what its attempts brought: it may have to be paid for."""
-    lost = _lost(broken, n_prompt)
-    return Completion("", None, None, "error", 0, 0, 0, seconds, error=error, lost_tokens=lost)
+@dataclass
+class _Request:
+    """One request on its way: the estimated size of its prompt in tokens, and the replies that broke off."""
 
+    request: Request
+    n_prompt: int
+    started: float
+    broken: list[StreamedReply] = field(default_factory=list)
 
-def _lost(broken: Sequence[StreamedReply], n_prompt: int) -> tuple[int, int]:
-    """Return the tokens of prompt and completion that attempts brought before they broke off."""
-    n_completion = sum(reply.n_tokens for reply in broken)
-    return sum(reply.n_total(n_prompt) for reply in broken) - n_completion, n_completion
+    def completion(self, reply: StreamedReply) -> Completion:
+        """Return the answer."""
+        return replace(reply.completion(time.monotonic() - self.started, self.n_prompt), lost_tokens=self._lost_tokens)
+
+    def failed(self, error: str) -> Completion:
+        """Return a failure, with the tokens that its attempts brought: they may have to be paid for."""
+        seconds = time.monotonic() - self.started
+        return Completion("", None, None, "error", 0, 0, 0, seconds, error=error, lost_tokens=self._lost_tokens)
+
+    @property
+    def _lost_tokens(self) -> tuple[int, int]:
+        """Tokens of prompt and completion in replies that broke off."""
+        n_completion = sum(reply.n_tokens for reply in self.broken)
+        return sum(reply.n_total(self.n_prompt) for reply in self.broken) - n_completion, n_completion

@@ -1,6 +1,6 @@
-"""One address of a teacher: how it is asked, what its answers mean, and whether it is well.
+"""One server of a teacher: how it is asked, what its answers mean, and whether it works.
 
-The key comes from the environment alone and appears in no file, message or log.
+The API key comes from the environment alone and appears in no file, message or log.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from urllib.parse import urlsplit
 import httpx
 
 from ....errors import TeacherError, UsageError
+from .concurrency import AdaptiveConcurrency
 from .stream import BrokenReply, RefusedReply, StreamedReply, read_reply
 
 CONNECT_S = 5.0
 _STRIKES = 8  # failures in a row until an address counts as down
 _LONGEST_REST_S = 60.0
 _FATAL = {
-    401: "set DEEPDISTILL_API_KEY (or DEEPSEEK_API_KEY / OPENAI_API_KEY for those hosts) to a key that it accepts",
-    402: "the account has no credit left",
-    403: "the key may not use this model",
+    401: "set DEEPDISTILL_API_KEY (or DEEPSEEK_API_KEY, OPENAI_API_KEY for those hosts) to a key that it accepts",
+    402: "add credit to the account",
+    403: "use a key that may use this model",
     404: "check the address (it usually ends in /v1) and the model's name",
 }
 
@@ -34,9 +35,9 @@ _FATAL = {
 class Retryable(Exception):
     """May succeed later.
 
-    `status` is the HTTP status of a server that refused to begin, `retry_after` how long it wants to be left alone, in
-    seconds; `down` says that nobody is there, `hung_up` that it closed the connection without a word; `reply` is what
-    it sent until it broke off.
+    `status` is the HTTP status of a server that refused to begin, `retry_after` the seconds after which it wants to be
+    asked again; `down` says that nothing listens there, `hung_up` that it closed the connection without a word; `reply`
+    is what it sent until it broke off.
     """
 
     def __init__(
@@ -69,25 +70,29 @@ class Server:
         """Check the address, without asking it.
 
         Raises:
-            UsageError: it is none, or it holds a password.
+            UsageError: `code` "bad-address" or "password-in-address".
         """
         try:
             parts = urlsplit(base_url)
             httpx.URL(base_url)
         except (ValueError, httpx.InvalidURL):
-            raise UsageError(f"not an address of a server: {base_url!r}", "write https://HOST/v1") from None
+            raise _bad_address(base_url) from None
         if parts.username or parts.password:
-            raise UsageError("the address holds a password", "put the key in DEEPDISTILL_API_KEY instead")
+            raise UsageError(
+                "the address contains a password",
+                "put the key in DEEPDISTILL_API_KEY instead",
+                code="password-in-address",
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"not an address of a server: {base_url!r}", "write https://HOST/v1")
+            raise _bad_address(base_url)
         self.url, self.host = base_url.rstrip("/").removesuffix("/chat/completions"), parts.netloc
         self._key = api_key(parts.hostname)
         self.headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self.n_in_flight = 0
         self.logprobs_form = 0
-        """Which way of asking for log-probabilities it takes: an index into those that the caller knows."""
+        """Which way of asking for log-probabilities it accepts: an index into the caller's list."""
         self.logprobs_taken = False
-        """Whether it has answered when asked that way."""
+        """Whether it has answered a request for log-probabilities in that way."""
         self._clock, self._heard_at = clock, clock()
         self._n_failed, self._rests_until, self._rest_s = 0, 0.0, 1.0
 
@@ -98,12 +103,12 @@ class Server:
 
     @property
     def may_be_asked(self) -> bool:
-        """Whether it is well, or its rest is over: then one request may try it."""
+        """Whether it works, or its rest is over: then one request may try it."""
         rested = self._clock() >= self._rests_until
         return rested and (not self.is_down or self.n_in_flight == 0)
 
     def has_failed(self, error: Retryable) -> None:
-        """Take notice that a request failed: an address that is down rests, longer each time."""
+        """Count a failed request: a server that is down rests, longer each time."""
         self._n_failed += _STRIKES if error.down else error.status != 429
         now, rest = self._clock(), error.retry_after or 0.0
         if self.is_down and now >= self._rests_until:  # those that fail together lengthen its rest once
@@ -112,15 +117,15 @@ class Server:
         self._rests_until = max(self._rests_until, now + rest)
 
     def has_answered(self) -> None:
-        """Take notice that a request succeeded."""
+        """Count a request that succeeded."""
         self._n_failed, self._rest_s = 0, 1.0
 
     def list_models(self) -> list[str]:
-        """Return the names of the models that it serves; empty if it does not say.
+        """Return the names of the models that it serves; empty if it does not list them.
 
         Raises:
             Retryable: it is down or busy.
-            TeacherError: it refuses the key.
+            TeacherError: `code` "server-refuses": it refuses the key.
         """
         try:
             response = httpx.get(
@@ -142,17 +147,12 @@ class Server:
             return []
 
     async def ask(
-        self,
-        client: httpx.AsyncClient,
-        body: Mapping[str, Any],
-        timeout_s: float,
-        on_accepted: Callable[[], None],
-        on_tokens: Callable[[int], None],
+        self, client: httpx.AsyncClient, body: Mapping[str, Any], *, timeout_s: float, concurrency: AdaptiveConcurrency
     ) -> StreamedReply:
         """Send one request and read its answer to the end, or until it has run away.
 
         `timeout_s` is the longest time between two events that bring something: a comment that keeps the connection
-        alive does not count.
+        alive does not count. `concurrency` counts what arrives.
 
         Raises:
             Retryable: the same request may succeed later.
@@ -168,26 +168,25 @@ class Server:
                 if response.status_code != 200:
                     await response.aread()
                     self._refuse(response)
-                on_accepted()
+                concurrency.accepted()
 
                 def heard(n_tokens: int) -> None:
                     deadline.reschedule(loop.time() + timeout_s)
                     self._heard_at = self._clock()
-                    on_tokens(n_tokens)
+                    concurrency.heard(n_tokens)
 
-                await read_reply(response, reply, int(body["max_tokens"]), heard)
+                await read_reply(response, reply, max_tokens=int(body["max_tokens"]), on_tokens=heard)
         except RefusedReply as error:
             raise Refused(self._redact(str(error)), reply) from None
         except (TimeoutError, httpx.RequestError, BrokenReply) as error:
-            if reply.finish_reason in ("stop", "length"):  # it is all there, but for the usage
-                return reply
-            raise self._retryable(error, started, reply) from None
+            if reply.finish_reason not in ("stop", "length"):  # otherwise only the usage is missing
+                raise self._retryable(error, started, reply) from None
         return reply
 
     def _retryable(self, error: Exception, started: float, reply: StreamedReply) -> Retryable:
-        """Say what went wrong, and whether the address is down.
+        """Return what went wrong, and whether the server is down.
 
-        It is if nobody can connect, or if nobody has heard anything from it for as long as this request waited.
+        It is if nobody can connect, or if it sent nothing to anybody for as long as this request waited.
         """
         if isinstance(error, TimeoutError):
             return Retryable("the server fell silent", down=self._heard_at < started, reply=reply)
@@ -208,29 +207,33 @@ class Server:
 
     def _fatal(self, status: int, text: str) -> TeacherError:
         text = " ".join(self._redact(text).split())[:200]
-        return TeacherError(f"{self.host} answers HTTP {status}: {text}", _FATAL[status])
+        return TeacherError(f"{self.host} answers HTTP {status}: {text}", _FATAL[status], code="server-refuses")
 
     def reason_of(self, error: httpx.RequestError) -> str:
-        """Say what went wrong with a connection, without the key."""
+        """Return what went wrong with a connection, without the key."""
         return self._redact(_reason(error))
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
 
+def _bad_address(base_url: str) -> UsageError:
+    return UsageError(f"{base_url!r} is not the address of a server", "write https://HOST/v1", code="bad-address")
+
+
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Return the certificates that servers are checked with: reading them takes longer than many a request."""
+    """Return the certificates to check servers with, read once: reading takes longer than many requests."""
     return httpx.create_ssl_context()
 
 
 def least_busy(servers: Sequence[Server]) -> Server:
-    """Return the server with the fewest requests in flight among those that are well; among all if none is."""
+    """Return the server with the fewest requests in flight among those that work; among all if none does."""
     return min([s for s in servers if s.may_be_asked] or servers, key=lambda s: s.n_in_flight)
 
 
 def api_key(host: str) -> str | None:
-    """Return the key for a host: a vendor's own key goes to that vendor alone, ours to whoever the user names."""
+    """Return the key for a host: a vendor's own key goes to that vendor alone, ours to any host that the user names."""
     key = os.environ.get("DEEPDISTILL_API_KEY")
     for domain, variable in (("openai.com", "OPENAI_API_KEY"), ("deepseek.com", "DEEPSEEK_API_KEY")):
         if not key and (host == domain or host.endswith(f".{domain}")):
@@ -264,7 +267,7 @@ def _error_text(response: httpx.Response) -> str:
 
 
 def _reason(error: httpx.RequestError) -> str:
-    """Say what went wrong with a connection: httpx leaves some of its errors without a text."""
+    """Return what went wrong with a connection: some of httpx's errors have no text."""
     kind = {"ReadTimeout": "the server fell silent", "ConnectTimeout": "no connection in time"}.get(
         type(error).__name__
     )

@@ -1,7 +1,8 @@
-"""Read one chat completion off a server: the stream's events, and the three places where servers put the reasoning.
+"""Read one chat completion off a server: the stream's events, the reasoning, the token ids and log-probabilities.
 
-A stream is cut where it has become worthless: past `max_tokens` on a server that ignores it, or in a loop. What was
-received until then is the completion; leaving the connection tells the server to stop.
+Servers put the reasoning in `reasoning_content`, in `reasoning` or, between tags, in the content. A stream is cut where
+it has become worthless: past `max_tokens` on a server that ignores it, or in a loop. What was received until then is
+the completion; leaving the connection tells the server to stop.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WORD = re.compile(r" ?[^\W\d_\u3040-\u9fff]{1,32}| ?\d{1,3}|(.)\1{0,15}", re.DO
 
 
 class BrokenReply(Exception):
-    """The reply broke off or makes no sense; the same request may get a whole one."""
+    """The reply broke off or makes no sense; the same request may get a whole one next time."""
 
 
 class RefusedReply(Exception):
@@ -53,7 +54,7 @@ class LoopWatch:
 
 @dataclass
 class StreamedReply:
-    """What has been read so far. `n_pieces` counts text events, the token count of a server that reports no usage."""
+    """What was read so far. `n_pieces` counts text events, the token count of a server that reports no usage."""
 
     reasoning: list[str] = field(default_factory=list)
     content: list[str] = field(default_factory=list)
@@ -69,7 +70,7 @@ class StreamedReply:
         reasoning = part.get("reasoning_content") or part.get("reasoning") or ""
         content = part.get("content") or ""
         if not isinstance(reasoning, str) or not isinstance(content, str):
-            raise BrokenReply("a message that is no text")
+            raise BrokenReply("the server sent a message that is not text")
         if reasoning:
             self.reasoning.append(reasoning)
         if content:
@@ -82,68 +83,73 @@ class StreamedReply:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens received: what the server says, else what can be counted, at least."""
+        """Tokens received: what the server reports, or else as many as can be counted."""
         return _count(self.usage, "completion_tokens") or max(self.n_pieces, len(self.logprobs))
 
     def n_total(self, n_prompt: int) -> int:
-        """Return the tokens of prompt and answer; `n_prompt` of the prompt where the server does not say it."""
+        """Return the tokens of prompt and answer; `n_prompt` of the prompt where the server does not report it."""
         return self.n_tokens + (_count(self.usage, "prompt_tokens") or n_prompt)
 
     def runs_away(self, piece: str, max_tokens: int) -> Literal["length", "loop"] | None:
-        """Return why nothing is to be expected of the rest, now that this piece has come; None if it may be good."""
+        """Return why the rest would be worthless, now that this piece has come; None if it may be good."""
         if self._loops.add(piece):
             return "loop"
         return "length" if self.n_tokens > max_tokens + _SLACK else None
 
     def completion(self, seconds: float, n_prompt: int) -> Completion:
-        """Return the finished answer. `n_prompt` is the prompt's size in tokens where the server does not say it.
-
-        Where the server counts no reasoning tokens, they are its share of the text's characters.
-        """
-        text, reasoning, closed = "".join(self.content), "".join(self.reasoning) or None, None
-        finish: FinishReason = "stop"
-        if self.finish_reason in ("length", "loop"):
-            finish = "length" if self.finish_reason == "length" else "loop"
-        if reasoning is not None:
-            # The server took the tags out: thinking was closed if anything came after it.
-            reasoning, content = reasoning.strip("\n"), text.lstrip("\n")
-            closed = bool(content) or finish == "stop"
-        else:
-            # A template that opens the thinking itself leaves only the closing tag in the text.
-            starts_inside = CLOSE in text and OPEN not in text.partition(CLOSE)[0]
-            reasoning, content, closed = split_thinking(text, starts_inside)
+        """Return the finished answer. `n_prompt` is the prompt's size in tokens where the server does not report it."""
+        reasoning, content, closed = self._parts()
         n_completion = self.n_tokens
-        details = self.usage.get("completion_tokens_details")
-        counts = details if isinstance(details, dict) else self.usage  # SGLang has it in the usage itself
-        n_reasoning = _count(counts, "reasoning_tokens")
-        if not n_reasoning and reasoning:
-            n_reasoning = round(n_completion * len(reasoning) / max(1, len(reasoning) + len(content)))
-        # The token that ends a turn has no entry on some servers. Where more is missing, nobody knows which.
+        # The token that ends a turn has no entry on some servers. Where more are missing, nobody knows which.
         is_whole = len(self.logprobs) >= n_completion - 1
         token_ids, logprobs = read_logprobs(self.logprobs) if is_whole else (None, None)
         return Completion(
             content=content,
             reasoning_content=reasoning,
             closed=closed,
-            finish_reason=finish,
+            finish_reason=self._finish,
             prompt_tokens=_count(self.usage, "prompt_tokens") or n_prompt,
             completion_tokens=n_completion,
-            reasoning_tokens=n_reasoning,
+            reasoning_tokens=self._n_reasoning(reasoning, content),
             seconds=seconds,
             token_ids=token_ids,
             logprobs=logprobs,
         )
 
+    @property
+    def _finish(self) -> FinishReason:
+        return "length" if self.finish_reason == "length" else "loop" if self.finish_reason == "loop" else "stop"
+
+    def _parts(self) -> tuple[str | None, str, bool | None]:
+        """Return (reasoning, content, whether thinking was closed)."""
+        text, reasoning = "".join(self.content), "".join(self.reasoning) or None
+        if reasoning is None:
+            # A template that opens the thinking itself leaves only the closing tag in the text.
+            starts_inside = CLOSE in text and OPEN not in text.partition(CLOSE)[0]
+            return split_thinking(text, starts_inside)
+        # The server took the tags out: thinking was closed if anything came after it.
+        content = text.lstrip("\n")
+        return reasoning.strip("\n"), content, bool(content) or self._finish == "stop"
+
+    def _n_reasoning(self, reasoning: str | None, content: str) -> int:
+        """Return the reasoning tokens that the server reports, or else their share of the text's characters."""
+        details = self.usage.get("completion_tokens_details")
+        counts = details if isinstance(details, dict) else self.usage  # SGLang has it in the usage itself
+        n_reasoning = _count(counts, "reasoning_tokens")
+        if not n_reasoning and reasoning:
+            n_reasoning = round(self.n_tokens * len(reasoning) / max(1, len(reasoning) + len(content)))
+        return n_reasoning
+
 
 async def read_reply(
-    response: httpx.Response, reply: StreamedReply, max_tokens: int, on_tokens: Callable[[int], None]
+    response: httpx.Response, reply: StreamedReply, *, max_tokens: int, on_tokens: Callable[[int], None]
 ) -> None:
     """Read a streamed reply, or a whole one from a server that does not stream, to its end or until it runs away.
 
-    `on_tokens` is told of each event, with how many tokens it brought. If this raises, `reply` holds what came.
+    `on_tokens` is called for each event with the number of its tokens. If this raises, `reply` holds what came.
 
     Raises:
-        BrokenReply: it is cut short, no JSON, or an error event.
+        BrokenReply: it is cut short, not JSON, or an error event.
         RefusedReply: it ended with a content filter or a tool call.
     """
     if "event-stream" in response.headers.get("content-type", ""):
@@ -190,7 +196,7 @@ def _parsed(data: bytes) -> Any:
 def _take(reply: StreamedReply, event: Any, part: str) -> str:
     """Add an event to the reply and return the text that it brought."""
     if not isinstance(event, dict):
-        raise BrokenReply("the server sent JSON that is no object")
+        raise BrokenReply("the server sent JSON that is not an object")
     if event.get("error"):
         error = event["error"]
         message = error.get("message", error) if isinstance(error, dict) else error
@@ -201,7 +207,7 @@ def _take(reply: StreamedReply, event: Any, part: str) -> str:
     if not choices:
         return ""
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
-        raise BrokenReply("the server sent a choice that is no object")
+        raise BrokenReply("the server sent a choice that is not an object")
     n_reasoning, n_content = len(reply.reasoning), len(reply.content)
     reply.add(choices[0], choices[0].get(part) or {})
     return "".join(reply.reasoning[n_reasoning:] + reply.content[n_content:])
@@ -213,7 +219,13 @@ def _count(usage: dict[str, Any], name: str) -> int:
 
 
 def read_logprobs(entries: Sequence[Any]) -> tuple[tuple[int, ...] | None, TopLogprobs | None]:
-    """Return the ids and the log-probabilities that a server's entries, one a token, hold; None where it gave none.
+    """Return the token ids `[T]` and log-probabilities `[T, k]` in a server's entries, one a token; None without any.
+
+    OpenAI's format has the tokens as text alone. llama-server adds an `id`; vLLM, asked for
+    `return_tokens_as_token_ids`, writes `token_id:123` instead of the text. Text does not say which token it was: two
+    tokens may read alike, and half a character reads as nothing. So without ids nothing is kept. mlx-lm gives ids too,
+    but at each place only those of the most probable tokens, not of the one that it chose: its entries, which have no
+    `bytes`, do not count.
 
     Where a position has fewer than the others, the missing ones have the id -1 and the log-probability -inf.
     """
@@ -233,7 +245,11 @@ def read_logprobs(entries: Sequence[Any]) -> tuple[tuple[int, ...] | None, TopLo
 
 
 def _id(entry: Any) -> int:
-    """Return the token id of an entry; a KeyError or ValueError says that it has none."""
+    """Return the token id of an entry.
+
+    Raises:
+        KeyError, ValueError: it has none.
+    """
     if "id" in entry and "bytes" in entry:
         return int(entry["id"])
     token = entry["token"]

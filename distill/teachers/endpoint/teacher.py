@@ -1,12 +1,11 @@
 """A teacher behind any OpenAI-compatible server: vLLM, SGLang, llama-server, `transformers serve`, the DeepSeek API.
 
-Answers stream, so that a connection cut in the middle is noticed and asked again instead of being taken for a short
-answer, and a runaway answer can be cut. What can succeed later is tried again, with growing pauses or as long as the
-server asks for; what cannot fails that request alone; what no request can survive (a refused key, a server that is
-down) stops the teacher, after the requests in flight have ended: what was paid for is handed over.
+Answers stream, so that a connection cut in the middle is noticed and asked again instead of passing for a short answer,
+and a runaway answer can be cut. An error that no request can survive (a refused key, a server that is down) stops the
+teacher after the requests in flight have ended: every answer that was paid for is handed over.
 
-The requests of a call are coroutines on an event loop in a thread of its own. A place is free again once its answer has
-been taken by the caller, so that no more is drawn than the caller has seen the answers of.
+The requests of a call are coroutines on an event loop in a thread of their own. A place is free again once the caller
+has taken its answer, so that a teacher never draws more requests than the caller needs.
 """
 
 from __future__ import annotations
@@ -23,22 +22,22 @@ import tenacity
 
 from ....errors import TeacherError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from ....localrun.core.text import listed
 from ...records import Request
 from ..base import Teacher
-from .concurrency import Pace, RateLimit
+from .concurrency import AdaptiveConcurrency, RateLimit
 from .retry import FIRST_ATTEMPTS, Asker, Endpoint, backoff, is_absent
 from .scoring import Scorer
 from .server import CONNECT_S, Retryable, Server, tls_context
 
 _SCORED_AT_ONCE = 16  # requests, unless the user fixes how many
-_LOOK_S = 0.25
 
 
 class EndpointTeacher(Teacher):
-    """One model on one or more servers: `http://a/v1,http://b/v1`. Each request goes to the least busy that is well.
+    """One model on one or more servers: `http://a/v1,http://b/v1`. Each request goes to the least busy one that works.
 
-    `concurrency` fixes the number of requests at once; None finds the best one. `timeout_s` is the longest silence of
-    a server, in seconds; `max_rpm` and `max_tpm` are requests and tokens a minute, to all servers together.
+    `concurrency` fixes the number of requests at once; None finds the best number. `timeout_s` is the longest silence
+    of a server, in seconds; `max_rpm` and `max_tpm` limit requests and tokens a minute, to all servers together.
     """
 
     backend = "endpoint"
@@ -48,8 +47,8 @@ class EndpointTeacher(Teacher):
         addresses: str,
         *,
         model: str | None = None,
-        concurrency: int | None = None,
-        timeout_s: float = 300.0,
+        concurrency: int | AdaptiveConcurrency | None = None,
+        timeout_s: float = 600.0,
         max_rpm: int | None = None,
         max_tpm: int | None = None,
         max_backoff_s: float = 60.0,
@@ -57,34 +56,34 @@ class EndpointTeacher(Teacher):
         """Find the servers and their model.
 
         Raises:
-            TeacherError: nobody answers there, the key is refused, or the model is not clear.
-            UsageError: an address or a number is off.
+            TeacherError: `code` "server-down", "server-refuses", "models-not-listed" or "model-unclear".
+            UsageError: `code` "bad-address" or "number-out-of-range".
         """
         for name, number in (("concurrency", concurrency), ("max_rpm", max_rpm), ("max_tpm", max_tpm)):
-            if number is not None and number < 1:
-                raise UsageError(f"{name} is at least 1, not {number}")
+            if isinstance(number, int) and number < 1:
+                raise UsageError(f"{name} is at least 1, not {number}", code="number-out-of-range")
+        if not isinstance(concurrency, AdaptiveConcurrency):
+            concurrency = AdaptiveConcurrency(concurrency)
         servers = [Server(address) for address in split_addresses(addresses)]
         self.model = _find_model(servers, model)
         self.name = f"{self.model} at {', '.join(server.host for server in servers)}"
         self._endpoint = Endpoint(
-            servers=servers,
-            model=self.model,
-            pace=Pace(concurrency),
-            rpm=RateLimit(max_rpm),
-            tpm=RateLimit(max_tpm),
-            timeout_s=timeout_s,
-            max_backoff_s=max_backoff_s,
+            servers, self.model, concurrency, RateLimit(max_rpm), RateLimit(max_tpm), timeout_s, max_backoff_s
         )
-        self.n_parallel = self._endpoint.pace.level
         self._scorers = [Scorer(server, self.model, timeout_s) for server in servers]
-        self._n_scored_at_once = concurrency or _SCORED_AT_ONCE
+        self._n_scored_at_once = concurrency.level if concurrency.is_fixed else _SCORED_AT_ONCE
+
+    @property
+    def n_parallel(self) -> int:  # type: ignore[override]
+        """Requests at once, as found so far."""
+        return self._endpoint.concurrency.level
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as answers arrive. Closing the iterator drops what is in flight."""
-        run = EndpointRun(self._endpoint, requests, sampling, top_logprobs)
-        # A daemon: an iterable that never returns must not hold up the end of the program.
+        run = _EndpointRun(self._endpoint, requests, sampling=sampling, top_logprobs=top_logprobs)
+        # A daemon thread: an iterable that never returns must not hold up the end of the program.
         threading.Thread(target=run.work, daemon=True).start()
         fatal: BaseException | None = None
         try:
@@ -94,7 +93,6 @@ class EndpointTeacher(Teacher):
                 elif isinstance(result, BaseException):
                     fatal = fatal or result
                 else:
-                    self.n_parallel = self._endpoint.pace.level
                     yield result
                     run.call(run.taken)
             if fatal is not None:
@@ -104,15 +102,15 @@ class EndpointTeacher(Teacher):
             run.ended.wait(1.0)
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Return the token ids of a text; None if the server does not tell them."""
+        """Return the token ids of a text; None if the server does not give them."""
         try:
             return self._scorers[0].tokens_of(text)
         except TeacherError:
             return None
 
     def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
-        """Return the `top_logprobs` most probable tokens at the place of each of the answer's, where it is vLLM."""
-        return self._scorers[0].score(messages, answer, top_logprobs)
+        """Return the `top_logprobs` most probable tokens at each place of the answer, if the server is vLLM."""
+        return self._scorers[0].score(messages, answer, k=top_logprobs)
 
     def score_many(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
@@ -120,7 +118,7 @@ class EndpointTeacher(Teacher):
         """Yield (index, scores) as they come, several requests at once, the addresses in turn."""
         with ThreadPoolExecutor(self._n_scored_at_once) as pool:
             asked = {
-                pool.submit(self._scorers[i % len(self._scorers)].score, messages, answer, top_logprobs): i
+                pool.submit(self._scorers[i % len(self._scorers)].score, messages, answer, k=top_logprobs): i
                 for i, (messages, answer) in enumerate(conversations)
             }
             try:
@@ -137,64 +135,82 @@ class EndpointTeacher(Teacher):
 
 
 def split_addresses(spec: str) -> list[str]:
-    """Return the addresses of a spec, each once: they are separated by commas."""
+    """Return the addresses in a spec, which commas separate, each once."""
     return list(dict.fromkeys(address.strip() for address in spec.split(",") if address.strip())) or [spec]
 
 
-def _is_listless(server: Server, error: Retryable) -> TeacherError:
-    """Return what to say of a server that is there and cannot say what it serves."""
-    what = f"{server.host} cannot list its models: {error}"
-    return TeacherError(what, "try again when it is well, or name the model with --model")
-
-
 def _find_model(servers: Sequence[Server], wanted: str | None) -> str:
-    """Return the model to ask for: the one wanted, else the only one that the servers list.
+    """Return the model to ask for: the one wanted, or else the only one that the servers list.
 
-    A server that is down is left out, if another answers.
+    A server that is down is left out if another answers.
     """
-
-    def is_vital(error: BaseException) -> bool:
-        """Say whether the list is worth waiting for: what a server serves that is there may be known."""
-        return isinstance(error, Retryable) and (error.down or not wanted)
-
     names: set[str] = set()
-    absent: list[TeacherError] = []
+    errors: list[TeacherError] = []
     for server in servers:
-        retry = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_vital),
-            stop=tenacity.stop_after_attempt(FIRST_ATTEMPTS),
-            wait=backoff(1.0),
-            reraise=True,
-        )
         try:
-            names.update(retry(server.list_models))
-        except Retryable as error:
-            if is_vital(error):
-                server.has_failed(error)
-                absent.append(is_absent(server, str(error)) if error.down else _is_listless(server, error))
-    if len(absent) == len(servers):
-        raise absent[0]
+            names.update(_listed_models(server, is_vital=not wanted))
+        except TeacherError as error:
+            if error.code == "server-refuses":
+                raise
+            errors.append(error)
+    if len(errors) == len(servers):
+        raise errors[0]
     if wanted:
         return wanted
     if len(names) == 1:
         return names.pop()
-    hosts, is_one = ", ".join(server.host for server in servers), len(servers) == 1
-    listed = ", ".join(sorted(names)[:20]) + (", …" if len(names) > 20 else "")
-    if names:
-        what = f"{hosts} {'serves' if is_one else 'serve'} {len(names)} models: {listed}"
-    else:
-        what = f"{hosts} {'does' if is_one else 'do'} not list {'its' if is_one else 'their'} models"
-    raise TeacherError(what, "name one with --model")
+    hosts = listed(server.host for server in servers)
+    models = f"{len(names)} models, {listed(sorted(names), most=20)}" if names else "no list of models"
+    raise TeacherError(
+        f"{hosts} {'has' if len(servers) == 1 else 'have'} {models}", "name one with --model", code="model-unclear"
+    )
 
 
-class EndpointRun:
-    """The requests of one call. `results` gets completions, notes, what ended the run before its time, at last None."""
+def _listed_models(server: Server, *, is_vital: bool) -> list[str]:
+    """Return the models that a server lists. A server that is busy is worth waiting for only if the list is vital.
 
-    def __init__(self, endpoint: Endpoint, requests: Iterable[Request], sampling: Sampling, top_logprobs: int) -> None:
+    Raises:
+        TeacherError: `code` "server-down", "server-refuses" or "models-not-listed".
+    """
+
+    def is_worth_waiting(error: BaseException) -> bool:
+        return isinstance(error, Retryable) and (error.down or is_vital)
+
+    retry = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(is_worth_waiting),
+        stop=tenacity.stop_after_attempt(FIRST_ATTEMPTS),
+        wait=backoff(1.0),
+        reraise=True,
+    )
+    try:
+        return retry(server.list_models)
+    except Retryable as error:
+        if not is_worth_waiting(error):
+            return []
+        server.has_failed(error)
+        if error.down:
+            raise is_absent(server, str(error)) from None
+        raise TeacherError(
+            f"{server.host} cannot list its models: {error}",
+            "try again when it works, or name the model with --model",
+            code="models-not-listed",
+        ) from None
+
+
+class _EndpointRun:
+    """One `generate` call: draws requests as places come free, has them answered on an event loop, hands answers over.
+
+    `results` gets completions, notes for the user, the error that ended the run early, and at last None. What the
+    caller's thread says comes back by `call`.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, requests: Iterable[Request], *, sampling: Sampling, top_logprobs: int
+    ) -> None:
         self.results: queue.SimpleQueue[tuple[int, Completion] | str | BaseException | None] = queue.SimpleQueue()
         self.ended = threading.Event()
         self._endpoint, self._requests = endpoint, enumerate(requests)
-        self._asker = Asker(endpoint, sampling, top_logprobs, self.results.put)
+        self._asker = Asker(endpoint, sampling, top_logprobs=top_logprobs, on_note=self.results.put)
         self._loop = asyncio.new_event_loop()
         self._n_open = 0  # drawn and not taken by the caller
         self._was_full = False
@@ -202,7 +218,7 @@ class EndpointRun:
     # Called from the caller's thread.
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have the loop call a function, if it still runs."""
+        """Call a function on the loop, if it still runs."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(function)
 
@@ -212,7 +228,7 @@ class EndpointRun:
             task.cancel()
 
     def taken(self) -> None:
-        """Take notice that the caller is done with an answer: its place is free."""
+        """Free the place of an answer that the caller is done with."""
         self._n_open -= 1
         self._asker.changed.set()
 
@@ -231,7 +247,7 @@ class EndpointRun:
 
     async def _work(self) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        # How long a server may be silent is for `Server.ask` to watch: httpx would take a comment for a sign of life.
+        # `Server.ask` watches how long a server is silent: httpx would take a comment for a sign of life.
         timeout = httpx.Timeout(None, connect=min(CONNECT_S, self._endpoint.timeout_s))
         async with httpx.AsyncClient(limits=limits, timeout=timeout, verify=tls_context()) as client:
             watcher = asyncio.create_task(self._watch())
@@ -245,8 +261,8 @@ class EndpointRun:
     async def _drawn(self) -> AsyncIterator[tuple[int, Request]]:
         """Yield (index, request) as places come free, until there are no more or the run stops."""
         while True:
-            self._was_full = self._was_full or self._n_open >= self._endpoint.pace.level
-            await self._asker.until(lambda: self._n_open < self._endpoint.pace.level)
+            self._was_full = self._was_full or self._n_open >= self._endpoint.concurrency.level
+            await self._asker.until(lambda: self._n_open < self._endpoint.concurrency.level)
             if self._asker.stopped.is_set():
                 return
             try:
@@ -260,11 +276,12 @@ class EndpointRun:
             yield drawn
 
     async def _watch(self) -> None:
-        """Let the pace look at how it goes, now and then."""
+        """Have the number of requests at once adapted now and then."""
+        concurrency = self._endpoint.concurrency
         while True:
-            await asyncio.sleep(_LOOK_S)
-            self._endpoint.pace.look(self._n_open, self._was_full)
-            self._was_full = self._n_open >= self._endpoint.pace.level
+            await asyncio.sleep(concurrency.look_every_s)
+            concurrency.look(self._n_open, self._was_full)
+            self._was_full = self._n_open >= concurrency.level
             self._asker.changed.set()
 
     def _stop(self, error: BaseException) -> None:

@@ -1,4 +1,4 @@
-"""The pace of requests against simulated servers, on a clock of the test's own."""
+"""The number of requests at once against simulated servers, on a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from deepdistill.distill.teachers.endpoint.concurrency import Pace, RateLimit
+from deepdistill.distill.teachers.endpoint.concurrency import AdaptiveConcurrency, RateLimit
 
 
 class Clock:
@@ -24,17 +24,17 @@ class SimulatedServer:
         self.capacity, self.refuses, self.faulty, self.rng = capacity, refuses, faulty, random.Random(0)
         self.n_answered = self.n_refused = 0
 
-    def serve(self, pace: Pace, seconds: float) -> None:
-        for _ in range(self.whole(min(pace.level, self.capacity) * 5 * seconds)):
+    def serve(self, concurrency: AdaptiveConcurrency, seconds: float) -> None:
+        for _ in range(self.whole(min(concurrency.level, self.capacity) * 5 * seconds)):
             if self.rng.random() < self.faulty:
-                pace.pushed_back()
+                concurrency.pushed_back()
                 continue
-            pace.accepted()
+            concurrency.accepted()
             for _ in range(10):
-                pace.heard(1)
+                concurrency.heard(1)
             self.n_answered += 1
-        for _ in range(self.whole(max(0, pace.level - self.capacity) * 2 * seconds) if self.refuses else 0):
-            pace.pushed_back()
+        for _ in range(self.whole(max(0, concurrency.level - self.capacity) * 2 * seconds) if self.refuses else 0):
+            concurrency.pushed_back()
             self.n_refused += 1
 
     def whole(self, number: float) -> int:
@@ -43,12 +43,12 @@ class SimulatedServer:
 
 def levels_over(server: SimulatedServer, seconds: float) -> list[int]:
     clock = Clock()
-    pace, levels = Pace(clock=clock), []
+    concurrency, levels = AdaptiveConcurrency(clock=clock), []
     while clock.now < seconds:
         clock.now += 0.25
-        server.serve(pace, 0.25)
-        pace.look(pace.level, was_full=True)
-        levels.append(pace.level)
+        server.serve(concurrency, 0.25)
+        concurrency.look(concurrency.level, was_full=True)
+        levels.append(concurrency.level)
     return levels
 
 
@@ -78,36 +78,36 @@ def test_errors_that_do_not_come_from_the_load_do_not_hold_it_down() -> None:
 
 def test_it_follows_a_server_that_takes_less_than_before() -> None:
     server, clock = SimulatedServer(64), Clock()
-    pace, levels = Pace(clock=clock), []
+    concurrency, levels = AdaptiveConcurrency(clock=clock), []
     for step in range(1200):
         server.capacity = 64 if step < 600 else 10
         clock.now += 0.25
-        server.serve(pace, 0.25)
-        pace.look(pace.level, was_full=True)
-        levels.append(pace.level)
+        server.serve(concurrency, 0.25)
+        concurrency.look(concurrency.level, was_full=True)
+        levels.append(concurrency.level)
     assert max(levels[:600]) >= 60
     assert max(levels[900:]) <= 14
 
 
 def test_a_fixed_level_stays() -> None:
-    pace = Pace(5)
+    concurrency = AdaptiveConcurrency(5)
     for _ in range(100):
-        pace.pushed_back()
-        pace.look(5, was_full=True)
-    assert pace.level == 5
+        concurrency.pushed_back()
+        concurrency.look(5, was_full=True)
+    assert concurrency.level == 5
 
 
 @pytest.mark.parametrize(("n_open", "was_full"), [(3, False), (20, True)], ids=["nobody waits", "more than allowed"])
 def test_a_level_that_was_not_kept_says_nothing(n_open: int, was_full: bool) -> None:
     clock = Clock()
-    pace = Pace(clock=clock)
+    concurrency = AdaptiveConcurrency(clock=clock)
     for _ in range(100):
         clock.now += 0.5
-        pace.accepted()
+        concurrency.accepted()
         for _ in range(50):
-            pace.heard(1)
-        pace.look(n_open, was_full)
-    assert pace.level == 8
+            concurrency.heard(1)
+        concurrency.look(n_open, was_full)
+    assert concurrency.level == 8
 
 
 def test_no_more_than_the_limit_in_any_minute() -> None:

@@ -213,7 +213,7 @@ def read(data: bytes, size: int) -> tuple[Completion, list[int]]:
     """Read a stream; return the answer and how many tokens were heard of as it came."""
     response = httpx.Response(200, headers={"content-type": "text/event-stream"}, stream=Pieces(data, size))
     reply, heard = StreamedReply(), list[int]()
-    asyncio.run(read_reply(response, reply, 100, heard.append))
+    asyncio.run(read_reply(response, reply, max_tokens=100, on_tokens=heard.append))
     return reply.completion(1.0, n_prompt=999), heard
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_server import (
+    Failure,
+    FakeServer,
+    Handler,
+    answer_one,
+    ask,
+    delta,
+    stream,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.teachers.endpoint.stream import LoopWatch, StreamedReply, read_logprobs
+from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
+from deepdistill.localrun.core.generation import Sampling
 
 
 def found_after(text: str, sizes: list[int]) -> int | None:
@@ -111,3 +125,103 @@ def test_reasoning_tokens_stand_in_the_usage_or_in_its_details() -> None:
             reasoning=["a"], content=["b"], finish_reason="stop", usage={"completion_tokens": 10, **usage}
         )
         assert reply.completion(0, 0).reasoning_tokens == 6
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [{"reasoning_content": "12+30"}, {"reasoning_content": "=42\n"}, {"content": "\n\n4"}, {"content": "2"}],
+        [{"reasoning": "12+30=42"}, {"content": "42"}],
+        [{"content": "<thi"}, {"content": "nk>\n12+30=42\n</thi"}, {"content": "nk>\n\n42"}],
+        [{"content": "12+30=42\n</think>\n\n42"}],
+        [{"role": "assistant", "content": None}, {"reasoning_content": "12+30=42", "content": ""}, {"content": "42"}],
+    ],
+    ids=["reasoning_content", "reasoning", "tags", "closing_tag_alone", "nulls"],
+)
+def test_the_reasoning_is_found_wherever_it_stands(
+    server: FakeServer, teacher: EndpointTeacher, parts: list[dict[str, Any]]
+) -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 15}}
+    answer = answer_one(server, teacher, stream(*parts, usage=usage))
+    assert (answer.reasoning_content, answer.content, answer.closed) == ("12+30=42", "42", True)
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens) == (9, 20, 15)
+
+
+def test_answers_without_thinking_and_without_an_end(server: FakeServer, teacher: EndpointTeacher) -> None:
+    plain = answer_one(server, teacher, stream({"content": "42"}, usage={"prompt_tokens": 1, "completion_tokens": 3}))
+    assert (plain.reasoning_content, plain.content, plain.closed, plain.reasoning_tokens) == (None, "42", None, 0)
+    cut_off = answer_one(server, teacher, stream({"reasoning_content": "12+"}, finish="length"))
+    assert (cut_off.content, cut_off.closed, cut_off.finish_reason) == ("", False, "length")
+    assert cut_off.reasoning_tokens == cut_off.completion_tokens == 7
+    filtered = answer_one(server, teacher, stream({"content": "I can"}, finish="content_filter"))
+    assert filtered.finish_reason == "error"
+    assert "content_filter" in (filtered.error or "")
+
+
+def test_a_server_that_does_not_stream(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def whole(handler: Handler, _: str) -> None:
+        message = {"role": "assistant", "content": "42", "reasoning_content": "40+2"}
+        handler.send(200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}})
+
+    answer = answer_one(server, teacher, whole)
+    assert (answer.reasoning_content, answer.content, answer.closed) == ("40+2", "42", True)
+
+
+def endless(pieces: Callable[[int], dict[str, Any]], ended: threading.Event) -> Failure:
+    """Stream without end, until the client hangs up: then `ended` is set."""
+
+    def answer(handler: Handler, _: str) -> None:
+        try:
+            handler.events(delta(role="assistant", content=""))
+            for i in range(1_000_000):
+                handler.wfile.write(f"data: {json.dumps(delta(**pieces(i)))}\n\n".encode())
+        except OSError:
+            ended.set()
+
+    return answer
+
+
+def test_a_server_that_ignores_the_limit_is_cut_and_what_came_is_kept(
+    server: FakeServer, teacher: EndpointTeacher
+) -> None:
+    ended = threading.Event()
+    number = endless(lambda i: {"content": f"{i} "} if i >= 10 else {"reasoning_content": f"{i} "}, ended)
+    server.failures["question 0"] = [number]
+    ((_, answer),) = teacher.generate(ask(1), Sampling(max_tokens=40))
+    assert (answer.finish_reason, answer.error) == ("length", None)
+    assert answer.reasoning_content == "0 1 2 3 4 5 6 7 8 9 "
+    assert answer.content.split() == [str(i) for i in range(10, 10 + len(answer.content.split()))]
+    assert 40 < answer.completion_tokens == 10 + len(answer.content.split()) < 60
+    assert 0 < answer.prompt_tokens < 10, "estimated, since the usage never came"
+    assert ended.wait(5), "the connection is closed, which tells the server to stop"
+    assert len(server.requests) == 1
+
+
+def test_a_loop_is_cut_while_it_streams(server: FakeServer, teacher: EndpointTeacher) -> None:
+    ended = threading.Event()
+    words = ["But", "wait,", "is", "that", "right?", "Let", "me", "check", "it", "again.", ""]
+    server.failures["question 0"] = [endless(lambda i: {"reasoning_content": words[i % len(words)] + " "}, ended)]
+    ((_, answer),) = teacher.generate(ask(1), Sampling(max_tokens=100_000))
+    assert (answer.finish_reason, answer.content, answer.closed) == ("loop", "", False)
+    assert (answer.reasoning_content or "").startswith("But wait, is that right?")
+    assert 3 * len(words) <= answer.completion_tokens < 100
+    assert answer.reasoning_tokens == answer.completion_tokens
+    assert ended.wait(5)
+
+
+def test_an_answer_whose_usage_never_comes_is_not_asked_again(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def without_end(handler: Handler, _: str) -> None:
+        handler.events(delta(content="4"), delta("stop", content="2"), "{broken")
+
+    answer = answer_one(server, teacher, without_end)
+    assert (answer.content, answer.finish_reason, answer.completion_tokens) == ("42", "stop", 2)
+    assert len(server.requests) == 1
+
+
+def test_any_character_may_stand_in_the_stream(server: FakeServer, teacher: EndpointTeacher) -> None:
+    text = "a\u2028b\u0085c\x1cd ✓ 😀"
+
+    def raw(handler: Handler, _: str) -> None:
+        handler.events(json.dumps(delta("stop", content=text), ensure_ascii=False))
+
+    assert answer_one(server, teacher, raw).content == text
