@@ -34,7 +34,7 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.lora import load_base
-from deepdistill.distill.training.losses import LOSSES, projected_loss
+from deepdistill.distill.training.losses import LOSSES, Head, projected_loss
 from deepdistill.distill.training.packing import pad
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.student import student_dir
@@ -82,7 +82,12 @@ def kl_of(student: Path, rows: list[Row]) -> tuple[float, float]:
     pupil, teacher = load_base(student, torch.float32), load_base(pocket_dir(), torch.float32)
     batch = pad(rows, tokenizer.pad_token_id)
     hidden = pupil.get_decoder()(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)[batch.positions]
-    sparse = projected_loss(hidden, pupil.lm_head.weight, batch.targets, batch.segments, LOSSES) / batch.weight
+    sparse = (
+        projected_loss(
+            hidden, Head(pupil.lm_head.weight), targets=batch.targets, segments=batch.segments, losses=LOSSES
+        )
+        / batch.weight
+    )
     p, q = (
         F.log_softmax(model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].float(), -1)
         for model in (teacher, pupil)

@@ -1,8 +1,8 @@
 """The training objective as the model's own forward: `model(**batch.inputs())` is the summed loss of a batch.
 
-It stands in the model's `forward`, so that whatever wraps a model to train it on several devices (DDP, FSDP) sees an
-ordinary call. The states come from the fastest pass that is exact for the student: `fast` (see `fast.model`), `packed`
-(the model's own layers, attention by rows), or `padded`.
+It is the model's `forward`, so that whatever wraps a model to train it on several devices (DDP, FSDP) sees an ordinary
+call. The states come from the fastest pass that is exact for the student: `fast` (see `fast.model`), `packed` (the
+model's own layers, attention by rows), or `padded`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from ...errors import ModelError
 from .fast.interface import use_row_attention
 from .fast.model import FastDecoder, fast_decoder
-from .losses import LOSSES, Segment, Targets, projected_loss, token_scores
-from .packing import Layout, pack, pad
+from .losses import LOSSES, Head, projected_loss, token_scores
+from .packing import Batch, Layout, pack, pad
 from .rows import Row
 
 _PROBE = [Row([1 + (7 * i + 3 * j) % 11 for i in range(5 + j)], 1) for j in range(3)]
@@ -31,12 +31,12 @@ class Objective:
     """A student's objective; `pass_` says how its states are computed."""
 
     def __init__(self, model: Any, longest: int) -> None:
-        """Take over the forward of a causal language model, or of peft's around one, that stands on its device.
+        """Replace the forward of a causal language model, or of the one inside peft's, once it is on its device.
 
-        longest: tokens of the longest row; a sliding window shorter than it leaves only the padded pass.
+        longest: tokens of the longest row; with a sliding window shorter than that only the padded pass is exact.
 
         Raises:
-            ModelError: the model makes its logits in a way that the losses do not know.
+            ModelError: `code` "unknown-logits": the model makes its logits in a way that the losses do not know.
         """
         self._model = model
         self.causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -57,14 +57,14 @@ class Objective:
         return "packed" if can_pack(self.causal_lm) else "padded"
 
     def collator(self, pad_token_id: int) -> Callable[[Sequence[Row]], dict[str, Any]]:
-        """Return what makes a batch of rows for this pass; another process can be handed it."""
+        """Return the function that makes this pass's batches; it can be sent to another process."""
         return partial(_padded, pad_token_id) if self.pass_ == "padded" else _packed
 
     @torch.no_grad()
     def scores(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return log q of each target `[N]` and whether it is the model's first choice `[N]`.
 
-        It is a call of the whole model, as a step is: only so a sharded one gathers its weights.
+        It calls the whole model, as a step does: a sharded one gathers its weights only then.
         """
         moved = {name: inputs[name].to(self.causal_lm.device) for name in ("input_ids", "positions")}
         scored: tuple[Tensor, Tensor] = self._model(**inputs | moved, is_scored=True)
@@ -84,28 +84,22 @@ def _packed(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _forward(
-    causal_lm: Any,
-    fast: FastDecoder | None,
-    *,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    layout: Layout | None,
-    positions: Tensor,
-    targets: Targets,
-    segments: Sequence[Segment],
-    is_scored: bool = False,
-    **_: Any,
+    causal_lm: Any, fast: FastDecoder | None, *, is_scored: bool = False, **inputs: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    states = states_of(causal_lm, fast, input_ids, position_ids, layout).index_select(0, positions)
-    head, config, targets = causal_lm.get_output_embeddings(), causal_lm.config, targets.to(states.device)
-    softcap, scale = getattr(config, "final_logit_softcapping", None), logit_scale(config)
+    """Return a batch's summed loss, or with `is_scored` what `token_scores` says of its targets."""
+    batch = Batch(**{name: inputs[name] for name in Batch.__dataclass_fields__})  # peft adds arguments of its own
+    states = states_of(causal_lm, fast, input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout)
+    states, targets = states.index_select(0, batch.positions), batch.targets.to(states.device)  # [N, H]
+    projection, config = causal_lm.get_output_embeddings(), causal_lm.config
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = Head(projection.weight, projection.bias, softcap, logit_scale(config))
     if is_scored:
-        return token_scores(states, head.weight, targets.ids, bias=head.bias, softcap=softcap, scale=scale)
-    return projected_loss(states, head.weight, targets, segments, LOSSES, bias=head.bias, softcap=softcap, scale=scale)
+        return token_scores(states, head, targets.ids)
+    return projected_loss(states, head, targets=targets, segments=batch.segments, losses=LOSSES)
 
 
 def states_of(
-    causal_lm: Any, fast: FastDecoder | None, input_ids: Tensor, position_ids: Tensor, layout: Layout | None
+    causal_lm: Any, fast: FastDecoder | None, *, input_ids: Tensor, position_ids: Tensor, layout: Layout | None
 ) -> Tensor:
     """Return the decoder's last states, flat `[T, H]`; a layout needs `can_pack`, or the fast pass."""
     layout = layout.to(input_ids.device) if layout is not None else None
@@ -118,7 +112,7 @@ def states_of(
 
 @torch.no_grad()
 def can_pack(causal_lm: Any) -> bool:
-    """Let a model attend by rows if it then has the states of separate rows; say whether it has."""
+    """Let a model attend by rows if its states are then those of separate rows; say whether they are."""
     decoder, before = causal_lm.get_decoder(), causal_lm.config._attn_implementation
     batch, was_training = pack(_PROBE), causal_lm.training
     assert batch.layout is not None
@@ -127,12 +121,13 @@ def can_pack(causal_lm: Any) -> bool:
     try:
         plain = decoder(input_ids=ids[0][layout.gather], use_cache=False).last_hidden_state
         if use_row_attention(causal_lm):
-            found = states_of(causal_lm, None, ids, batch.position_ids, batch.layout)
+            position_ids = batch.position_ids
+            found = states_of(causal_lm, None, input_ids=ids, position_ids=position_ids, layout=batch.layout)
             wanted = batch.positions.to(causal_lm.device)
             if _near(found[wanted], plain.flatten(0, 1)[layout.scatter][wanted]):
                 return True
     except (TypeError, ValueError, RuntimeError):
-        pass  # it does not take what it is given, or does not hand it on
+        pass  # the model does not accept a layout, or does not pass it on to its attention
     finally:
         causal_lm.train(was_training)
     causal_lm.config._attn_implementation = before
@@ -141,7 +136,7 @@ def can_pack(causal_lm: Any) -> bool:
 
 @torch.no_grad()
 def _check_head(causal_lm: Any) -> None:
-    """See that the logits are what `projected_loss` computes of the last states."""
+    """Check that the model's logits are those that `projected_loss` computes of its last states."""
     was_training, config = causal_lm.training, causal_lm.config
     causal_lm.eval()
     try:
@@ -156,8 +151,9 @@ def _check_head(causal_lm: Any) -> None:
     finally:
         causal_lm.train(was_training)
     raise ModelError(
-        f"the student ({type(causal_lm).__name__}) makes its logits in a way that training does not know",
+        f"the student ({type(causal_lm).__name__}) makes its logits in a way that deepdistill cannot train",
         "deepdistill trains models whose logits are a product with their last states, scaled or capped",
+        code="unknown-logits",
     )
 
 
@@ -180,5 +176,5 @@ def window_of(config: Any) -> float:
 
 
 def logit_scale(config: Any) -> float:
-    """Return what the model multiplies its logits by: Granite divides them, Cohere scales them."""
+    """Return the factor of a model's logits: Granite divides them, Cohere multiplies them."""
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -1,15 +1,14 @@
-"""Rows as one batch: packed end to end without padding, what rows have in common only once.
+"""Rows as one batch: packed end to end without padding, and common beginnings computed once.
 
-The flat tokens of all rows go through the linear layers. Attention alone sees rows: `gather` lays each row's tokens
-out `[n, L]`, padded on the right, where a causal model never looks, and `scatter` brings the results back. So rows are
-apart as they are in a padded batch, without a mask.
+The flat tokens of all rows go through the linear layers. Only attention sees rows: `gather` lays each row's tokens out
+`[n, L]`, padded on the right, where a causal model never looks, and `scatter` brings the results back. So rows do not
+see each other, as in a padded batch, without a mask.
 
-Rows that begin alike share the beginning: the states of equal tokens behind equal beginnings are equal, so they are
-computed once and gathered for each row, and their gradients add up by themselves. Loss and gradient are those of
-separate rows; only the work is less.
+Rows that begin alike share the beginning: equal tokens after equal beginnings have equal states, so these are computed
+once and gathered for each row, and their gradients add up. Loss and gradient are those of separate rows, for less work.
 
-Sizes come in few steps: some tokens without meaning stand behind the shortest row, where nothing looks back at them.
-oneDNN compiles a matrix product for each new shape, and that takes ten times as long as the product itself.
+Sizes come in few steps: a few meaningless tokens are put behind the shortest row, where nothing looks at them. oneDNN
+compiles a matrix product for each new shape, which takes ten times as long as the product itself.
 """
 
 from __future__ import annotations
@@ -29,38 +28,39 @@ from .rows import Row
 
 @dataclass(frozen=True)
 class Layout:
-    """How T packed tokens stand in n rows of at most L."""
+    """Where T packed tokens are in n rows of at most L."""
 
     gather: Tensor  # [n, L], the flat index of each row's tokens; 0 in the padding
-    scatter: Tensor  # [T], where in [n * L] each flat token stands, in the first row that has it
-    shared: Tensor  # [U], the flat tokens that several rows have
-    again: Tensor  # [M], where in [n * L] the later rows have them
-    again_of: Tensor  # [M], which of the U each of those is
+    scatter: Tensor  # [T], where in [n * L] each flat token is, in the first row that has it
+    shared: Tensor  # [U], the flat tokens that are in several rows
+    copies: Tensor  # [M], where in [n * L] the later of these rows have them
+    copy_of: Tensor  # [M], which of the U each copy is
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
         """Return the same layout on another device."""
         return Layout(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
 
     def pin_memory(self) -> Layout:
-        """Return the same layout where a GPU can fetch it while it computes."""
+        """Return the same layout in page-locked memory, from which a GPU copies while it computes."""
         return Layout(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def sum_back(self, rows: Tensor) -> Tensor:
-        """Return for each flat token the sum of what stands in its places: `[T, C]` of rows `[n * L, C]`.
+        """Return for each flat token the sum over its places in the rows: `[T, C]` of `[n * L, C]`.
 
-        It is the gradient of gathering. The few tokens of several rows are summed in fp32.
+        This is the gradient of gathering.
         """
         flat = rows.index_select(0, self.scatter)
         if len(self.shared):
+            # in fp32: a prompt's gradient is the sum of as many terms as rows begin with it
             sums = flat.index_select(0, self.shared).float()
-            sums.index_add_(0, self.again_of, rows.index_select(0, self.again).float())
+            sums.index_add_(0, self.copy_of, rows.index_select(0, self.copies).float())
             flat.index_copy_(0, self.shared, sums.to(flat.dtype))
         return flat
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step computes. `n_tokens` counts the tokens of the rows, shared beginnings in each of them."""
+    """What one pass computes. `n_tokens` counts the rows' tokens, a shared beginning in each of its rows."""
 
     input_ids: Tensor  # [1, T] packed, or [n, L] padded
     position_ids: Tensor  # the same shape
@@ -78,35 +78,38 @@ class Batch:
 
 def pack(rows: Sequence[Row]) -> Batch:
     """Return the rows packed end to end, common beginnings once."""
-    ordered = sorted(rows, key=lambda row: (row.losses, list(row.input_ids)))  # neighbours have the most in common
+    # by losses, which makes few segments; then by tokens, which makes neighbours of rows that begin alike
+    ordered = sorted(rows, key=lambda row: (row.losses, list(row.input_ids)))
     n_shared = [0, *(_n_shared(a.input_ids, b.input_ids) for a, b in pairwise(ordered))]
-    n_flat = sum(len(row.input_ids) for row in ordered) - sum(n_shared)
-    shortest = min(range(len(ordered)), key=lambda i: len(ordered[i].input_ids))
-    end, n_fill = len(ordered[shortest].input_ids), rounded_up(n_flat) - n_flat
-    width = rounded_up(max(end + n_fill, *(len(row.input_ids) for row in ordered)))
+    lengths = [len(row.input_ids) for row in ordered]
+    n_flat = sum(lengths) - sum(n_shared)
+    # the filling goes behind the shortest row, where it widens the rows least; no token of a row looks that way
+    shortest, n_fill = lengths.index(min(lengths)), rounded_up(n_flat) - n_flat
+    end = lengths[shortest]
+    width = rounded_up(max(end + n_fill, *lengths))  # L
     gather = np.zeros((len(ordered), width), np.int64)
-    flat: list[int] = []
-    flat_positions: list[int] = []
-    scatter: list[int] = []
-    again: list[int] = []
+    flat, positions, scatter, copies = list[int](), list[int](), list[int](), list[int]()
     for i, (row, shared) in enumerate(zip(ordered, n_shared, strict=True)):
-        ids = row.input_ids
-        start = len(flat)
-        gather[i, :shared] = gather[i - 1, :shared]
-        gather[i, shared : len(ids)] = np.arange(start, start + len(ids) - shared)
-        flat += ids[shared:]
-        flat_positions += range(shared, len(ids))
-        again += range(i * width, i * width + shared)
-        scatter += range(i * width + shared, i * width + len(ids))
+        start, length, first = len(flat), lengths[i], i * width
+        gather[i, :shared] = gather[i - 1, :shared]  # the very tokens of the row before
+        gather[i, shared:length] = np.arange(start, start + length - shared)
+        flat += row.input_ids[shared:]
+        positions += range(shared, length)
+        copies += range(first, first + shared)
+        scatter += range(first + shared, first + length)
     gather[shortest, end : end + n_fill] = np.arange(n_flat, n_flat + n_fill)
-    flat += [0] * n_fill
-    flat_positions += [0] * n_fill
     scatter += range(shortest * width + end, shortest * width + end + n_fill)
-    predicted_from = [gather[i, row.n_prompt - 1 : len(row.input_ids) - 1] for i, row in enumerate(ordered)]
-    several, again_of = np.unique(gather.ravel()[again], return_inverse=True)
-    places = (gather, np.array(scatter), several, np.array(again, np.int64), again_of)
-    layout = Layout(*(torch.from_numpy(place) for place in places))
-    return _batch(ordered, torch.tensor([flat]), torch.tensor([flat_positions]), layout, predicted_from)
+    flat, positions = [*flat, *[0] * n_fill], [*positions, *[0] * n_fill]
+    several, copy_of = np.unique(gather.ravel()[copies], return_inverse=True)
+    places = (gather, np.array(scatter), several, np.array(copies, np.int64), copy_of)
+    return _batch(
+        ordered,
+        torch.tensor([flat]),
+        position_ids=torch.tensor([positions]),
+        layout=Layout(*(torch.from_numpy(place) for place in places)),
+        # the state at a token predicts the next one
+        predicted_from=[gather[i, row.n_prompt - 1 : lengths[i] - 1] for i, row in enumerate(ordered)],
+    )
 
 
 def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
@@ -123,12 +126,13 @@ def pad(rows: Sequence[Row], pad_token_id: int) -> Batch:
         np.arange(i * width + row.n_prompt - 1, i * width + len(row.input_ids) - 1) for i, row in enumerate(ordered)
     ]
     position_ids = torch.arange(width).expand(len(ordered), width)
-    return _batch(ordered, input_ids, position_ids, None, predicted_from)
+    return _batch(ordered, input_ids, position_ids=position_ids, layout=None, predicted_from=predicted_from)
 
 
 def _batch(
     rows: Sequence[Row],
     input_ids: Tensor,
+    *,
     position_ids: Tensor,
     layout: Layout | None,
     predicted_from: Sequence[np.ndarray[Any, Any]],
@@ -147,16 +151,18 @@ def _batch(
 
 
 def rounded_up(n: int) -> int:
-    """Return the next size that shapes come in: a multiple of 16, of more above 511, a sixteenth of n at most."""
+    """Return the next size that shapes come in: a multiple of 16, of 32 from 512 on, and so on, n / 16 at most."""
     step = max(16, 1 << max(0, n.bit_length() - 5))
     return -(-n // step) * step
 
 
 def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return with how many equal tokens both begin."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
+    """Return the runs of targets that carry the same losses."""
     found: list[Segment] = []
     start = 0
     for row in rows:
@@ -170,7 +176,7 @@ def _segments(rows: Sequence[Row]) -> tuple[Segment, ...]:
 
 
 def _targets(rows: Sequence[Row]) -> Targets:
-    def flat(name: str, missing: float) -> Tensor | None:
+    def flat(name: str, missing: float) -> Tensor | None:  # [N]
         if all(getattr(row, name) is None for row in rows):
             return None
         each = [getattr(row, name) or [missing] * row.n_targets for row in rows]

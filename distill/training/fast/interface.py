@@ -29,23 +29,19 @@ def use_row_attention(causal_lm: Any) -> bool:
 
 
 def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    layout: Layout,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
+    module: Any, *given: Any, layout: Layout, scaling: float | None = None, dropout: float = 0.0, **_: Any
 ) -> tuple[Tensor, None]:
-    """Return attention `[1, T, h, d]` of query `[1, h, T, d]` and keys and values `[1, h_kv, T, d]`."""
+    """Return attention `[1, T, h, d]` of query `[1, h, T, d]` and keys and values `[1, h_kv, T, d]`.
+
+    given: query, key, value and a mask, as transformers calls every attention; the rows take the mask's place.
+    """
+    query, key, value, _mask = given
     flat = [part[0].transpose(0, 1).flatten(1) for part in (query, key, value)]  # each [T, h * d]
     n_heads, n_kv_heads, d = query.shape[1], key.shape[1], value.shape[-1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if dropout == 0.0 and query.shape[-1] == d:
-        out = row_attention(torch.cat(flat, dim=1), None, layout, n_heads, n_kv_heads, scale)
+        qkv = torch.cat(flat, dim=1)
+        out = row_attention(qkv, layout, cos_sin=None, heads=(n_heads, n_kv_heads), scale=scale)
         return out.view(1, -1, n_heads, d), None
     n, length = layout.gather.shape
     heads = (n_heads, n_kv_heads, n_kv_heads)

@@ -30,7 +30,7 @@ class _Adapter:
     scale: float
     outputs: slice  # of the O
     ranks: slice  # of the R
-    a_place: Tensor  # [r, I], a's own in the joint matrix
+    a_place: Tensor  # [r, I], where the joint matrix holds a
     b_place: Tensor  # [o, r]
 
 
@@ -69,39 +69,49 @@ class Linears:
         """Return what learns, as `backward` orders its gradients."""
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
-    def room(self, like: Tensor) -> Tensor:
+    def buffer(self, like: Tensor) -> Tensor:
         """Return an empty `[T, I + R]`, whose first I columns are to be filled with the input."""
-        return like.new_empty(like.shape[0], self.n_inputs + self.n_ranks)
+        return _empty(like, self.n_inputs, self.n_ranks)
 
-    def room_back(self, like: Tensor) -> Tensor:
+    def grad_buffer(self, like: Tensor) -> Tensor:
         """Return an empty `[T, O + R]`, whose first O columns are to be filled with the gradient of y."""
-        return like.new_empty(like.shape[0], self.n_outputs + self.n_ranks)
+        return _empty(like, self.n_outputs, self.n_ranks)
 
-    def forward(self, room: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return (y `[T, O]`, x A^T `[T, R]` to be kept) of a filled `room`; residual `[T, O]` is added."""
+    def forward(self, buffer: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return (y `[T, O]`, x A^T `[T, R]` to be kept) of a filled `buffer`; residual `[T, O]` is added."""
         inner = None
         if self.adapters:
-            inner = F.linear(room[:, : self.n_inputs], self._a)
-            room[:, self.n_inputs :] = inner
+            inner = F.linear(buffer[:, : self.n_inputs], self._a)
+            buffer[:, self.n_inputs :] = inner
         if residual is None:
-            return F.linear(room, self._weight, self._bias), inner
-        y = torch.addmm(residual, room, self._weight_t)
+            return F.linear(buffer, self._weight, self._bias), inner
+        y = torch.addmm(residual, buffer, self._weight_t)
         return (y if self._bias is None else y.add_(self._bias)), inner
 
     def backward(
-        self, room: Tensor, x: Tensor, inner: Tensor | None, with_input: bool = True
+        self, buffer: Tensor, x: Tensor, inner: Tensor | None, with_input: bool = True
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """Return (the gradient of x `[T, I]`, the adapters' gradients in fp32) of a filled `room_back`."""
+        """Return (the gradient of x `[T, I]`, the adapters' gradients in fp32) of a filled `grad_buffer`."""
         gradients: list[Tensor] = []
         if inner is not None:
-            dy, d_inner = room[:, : self.n_outputs], room[:, self.n_outputs :]
+            dy, d_inner = buffer[:, : self.n_outputs], buffer[:, self.n_outputs :]
             d_inner.copy_(dy @ self._b)  # [T, R]
             d_a = (d_inner.T @ x).float()  # [R, I]
             d_b = dy.T @ inner  # [O, R], of which each adapter has its block
             for adapter in self.adapters:
                 gradient = d_b[adapter.outputs, adapter.ranks].float()
                 gradients += [d_a[adapter.ranks], gradient if adapter.scale == 1.0 else gradient.mul_(adapter.scale)]
-        return (room @ self._back if with_input else None), gradients
+        return (buffer @ self._back if with_input else None), gradients
+
+
+def _empty(like: Tensor, n: int, n_ranks: int) -> Tensor:
+    """Return an uninitialised `[T, n + n_ranks]` whose first n columns may be a factor of a product."""
+    buffer = like.new_empty(like.shape[0], n + n_ranks)
+    # Where n is no multiple of 32, oneDNN's bf16 kernels (AMX) read a few values past each row's end and multiply them
+    # by zero: whatever is in memory there, it must not be NaN or infinite.
+    if n % 32 and like.device.type == "cpu":
+        buffer[:, n:] = 0
+    return buffer
 
 
 @torch.no_grad()

@@ -28,7 +28,6 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._norms = [getattr(layer, name) for name in _NORMS]
-        self._eps = [norm.variance_epsilon for norm in self._norms]
         self._qkv = Linears([attention.q_proj, attention.k_proj, attention.v_proj])
         self._o = Linears([attention.o_proj])
         self._gate_up = Linears([mlp.gate_proj, mlp.up_proj])
@@ -41,11 +40,14 @@ class _Layer:
         linears = (self._qkv, self._o, self._gate_up, self._down)
         self.adapters = [adapter for each in linears for adapter in each.adapters]
 
-    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def __call__(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         """Return the layer's output `[T, H]`."""
-        qkv = normed_linears(x, self._norms[0].weight, self._eps[0], self._qkv)
-        x = linear_onto(x, row_attention(qkv, turn, layout, *self._heads, self._scale), self._o)
-        return gated_mlp_onto(x, self._norms[1].weight, self._eps[1], self._gate_up, self._down)
+        before_attention, before_mlp = self._norms
+        qkv = normed_linears(x, self._qkv, norm=before_attention.weight, eps=before_attention.variance_epsilon)
+        attention = row_attention(qkv, layout, cos_sin=cos_sin, heads=self._heads, scale=self._scale)
+        x = linear_onto(x, attention, self._o)
+        eps = before_mlp.variance_epsilon
+        return gated_mlp_onto(x, norm=before_mlp.weight, eps=eps, gate_up=self._gate_up, down=self._down)
 
 
 class FastDecoder:
@@ -60,9 +62,9 @@ class FastDecoder:
         """Return the states `[T, H]` of packed ids `[1, T]`."""
         self.refresh()
         x: Tensor = self._decoder.embed_tokens(input_ids)[0]
-        turn = self.turn(x, layout)
+        cos_sin = self.cos_sin(x, layout)
         for layer in self.layers:
-            x = layer(x, turn, layout)
+            x = layer(x, cos_sin, layout)
         states: Tensor = self._decoder.norm(x)
         return states
 
@@ -70,7 +72,7 @@ class FastDecoder:
         """Take over the adapters as the optimizer left them."""
         refresh(self._adapters)
 
-    def turn(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """Return the cos and sin `[L, d]` of the rows' places."""
         places = torch.arange(layout.gather.shape[1], device=x.device)[None]
         cos, sin = self._decoder.rotary_emb(x, places)
@@ -89,21 +91,22 @@ def fast_decoder(causal_lm: Any) -> FastDecoder | None:
     batch = pack(rows)
     fast = FastDecoder(decoder)
     with torch.no_grad():
-        return fast if _agrees(fast, decoder, batch, next(causal_lm.parameters()).device) else None
+        return fast if _agrees(fast, decoder, batch) else None
 
 
-def _agrees(fast: FastDecoder, decoder: Any, batch: Batch, device: torch.device) -> bool:
+def _agrees(fast: FastDecoder, decoder: Any, batch: Batch) -> bool:
     """Say whether each layer changes the plain decoder's states as the plain layer does, up to rounding."""
     assert batch.layout is not None
+    device = next(decoder.parameters()).device
     layout = batch.layout.to(device)
     padded = batch.input_ids[0].to(device)[layout.gather]  # [n, L], each row by itself
     plain = decoder(input_ids=padded, use_cache=False, output_hidden_states=True).hidden_states
     states = [state.flatten(0, 1)[layout.scatter] for state in plain]  # after each layer; after the norm at last
-    turn = fast.turn(states[0], layout)
+    cos_sin = fast.cos_sin(states[0], layout)
     fast.refresh()
     tolerance = 1e-4 if states[0].dtype == torch.float32 else 3e-2
     for i, (layer, before, after) in enumerate(zip(fast.layers, states, states[1:], strict=False)):
-        found = layer(before, turn, layout)
+        found = layer(before, cos_sin, layout)
         if i == len(fast.layers) - 1:
             found, before = decoder.norm(found), torch.zeros_like(before)
         # what a layer adds, token by token, beside what rounding the states takes; a few tokens may hold huge values

@@ -1,8 +1,7 @@
-"""What a target may cost: one loss a file, each a function of the logits that also gives its gradient by them.
+"""The losses of a target: one a file, each a function of the logits that also returns its gradient by them.
 
 A loss takes (logits `[N, V]` in fp32, `Targets`) and returns (loss of each target `[N]`, its gradient by that target's
-logits `[N, V]`). `projected.projected_loss` calls them piece by piece, so that no piece of
-the vocabulary's width outlives its chunk.
+logits `[N, V]`). `projected_loss` calls it chunk by chunk, so that nothing as wide as the vocabulary outlives a chunk.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from .cross_entropy import cross_entropy
 from .forward_kl import forward_kl
 from .policy_gradient import policy_gradient
-from .projected import Loss, Segment, projected_kl, projected_loss, token_scores
+from .projected import Head, Loss, Segment, projected_kl, projected_loss, token_scores
 from .reverse_kl import reverse_kl
 from .targets import Targets
 from .unlikelihood import unlikelihood
@@ -26,6 +25,7 @@ LOSSES: dict[str, Loss] = {
 
 __all__ = [
     "LOSSES",
+    "Head",
     "Loss",
     "Segment",
     "Targets",

@@ -1,4 +1,4 @@
-"""Top-k forward KL with a tail: the student's distribution should cover the teacher's, of which the k best are known.
+"""Top-k forward KL with a tail: the student's distribution should cover the teacher's, whose k best tokens are known.
 
 The vocabulary falls into k + 1 buckets: each of the teacher's k tokens, and all the others together. KL between the
 teacher's and the student's buckets is a lower bound of the full KL, exact as k grows, and it knows the tail's mass,
@@ -18,7 +18,7 @@ _LEAST = 1e-9  # of a bucket's probability: the logarithm of a smaller one is ro
 
 
 def forward_kl(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """Return sum_b P_b log(P_b / Q_b) over the buckets b `[N]` and its gradient `[N, V]`."""
+    """Return sum_b P_b log(P_b / Q_b) over the buckets b `[N]`, and its gradient `[N, V]` by logits `[N, V]`."""
     known, at, teacher, teacher_tail = teacher_buckets(targets)
     student = torch.log_softmax(logits, dim=-1)  # [N, V], log q
     log_q = student.gather(1, at)  # [N, k]
@@ -34,10 +34,10 @@ def forward_kl(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def teacher_buckets(targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return which of the k are there `[N, k]`, their ids, the teacher's probabilities, and its tail's `[N]`."""
+    """Return which of the k tokens are known, their ids, the teacher's probabilities `[N, k]`, and its tail's `[N]`."""
     assert targets.top_ids is not None, "the rows carry no log-probabilities"
     assert targets.top_logprobs is not None
-    known = targets.top_ids >= 0
+    known = targets.top_ids >= 0  # rows with fewer than k, or none, are filled up with -1
     teacher = torch.where(known, targets.top_logprobs.exp(), 0.0)
     tail = (1 - teacher.sum(1)).clamp(min=0.0)
     return known, targets.top_ids.clamp(min=0), teacher, tail

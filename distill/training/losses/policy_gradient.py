@@ -1,8 +1,8 @@
-"""Policy gradient: a token that the student sampled becomes more probable as its advantage says, or less.
+"""Policy gradient: a token that the student sampled becomes more or less probable, as its advantage says.
 
 With `old_logprobs`, those of the sampling, the importance ratio is clipped as PPO does (arXiv 1707.06347); without them
-the sample counts as fresh. The advantage may be a grader's, or the teacher's log-probability less the student's:
-reverse KL from one sample a token, as in on-policy distillation.
+the sample counts as fresh (a ratio of 1). The advantage may be a grader's, or the teacher's log-probability minus the
+student's: reverse KL from one sample a token, as in on-policy distillation.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ def policy_gradient(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
     if targets.old_logprobs is None:
         losses, scale = -advantages * log_q, advantages
     else:
+        # where a row has no old log-probabilities (NaN) the ratio is 1
         old = torch.where(targets.old_logprobs.isnan(), log_q, targets.old_logprobs)
         ratio = (log_q - old).exp()
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
         losses = -torch.minimum(ratio * advantages, clipped * advantages)
-        is_free = ratio * advantages <= clipped * advantages  # elsewhere the clip holds and nothing moves
+        is_free = ratio * advantages <= clipped * advantages  # elsewhere the clip is active: no gradient
         scale = torch.where(is_free, ratio * advantages, 0.0)
+    # d(-A log q_t)/dz_i = A (q_i - onehot_i); through the ratio r, dr = r d(log q), so A becomes r A
     gradient.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=gradient.dtype))
     return losses, gradient.mul_(scale[:, None])

@@ -1,4 +1,4 @@
-"""What N positions are taught: the token, and what else the losses of their rows read."""
+"""The N targets of a batch: the token that should follow, and whatever else the losses of its row need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """Flat tensors of the N targets of a batch; what no row of the batch has is None.
+    """Flat tensors of the N targets of a batch; None for what no row of the batch has.
 
     `top_ids` is -1 where the teacher gave fewer than k. Where a row lacks what others have, advantages are 0 and old
     log-probabilities NaN.
@@ -35,7 +35,7 @@ class Targets:
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Targets:
-        """Return the same targets where a GPU can fetch them while it computes."""
+        """Return the same targets in page-locked memory, from which a GPU copies while it computes."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:

@@ -89,7 +89,8 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
         batch = pack([given[i] for i in order])
         with _own_attention(model), self.accelerator.autocast():
             use_row_attention(model)
-            states = states_of(model, None, batch.input_ids.to(device), batch.position_ids, batch.layout)
+            input_ids, position_ids = batch.input_ids.to(device), batch.position_ids
+            states = states_of(model, None, input_ids=input_ids, position_ids=position_ids, layout=batch.layout)
             states, ids = states[batch.positions.to(device)], batch.targets.ids.to(device)
             scored = _of_tokens(states, ids, model.get_output_embeddings(), self.temperature)
         row, place = there[order, -n_kept:].nonzero(as_tuple=True)

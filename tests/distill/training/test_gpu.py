@@ -12,7 +12,7 @@ from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import messages_of
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.training.curves import read_curve
-from deepdistill.distill.training.losses import LOSSES, Segment, Targets, projected_loss
+from deepdistill.distill.training.losses import LOSSES, Head, Segment, Targets, projected_loss
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.train import TrainSettings, train
 from deepdistill.localrun.core.generation import Sampling
@@ -35,7 +35,12 @@ def test_the_projected_loss_and_its_gradient_are_those_of_the_cpu() -> None:
         states = hidden.clone().to(device).requires_grad_()
         segments = [Segment(0, n, (("cross_entropy", 1.0),))]
         loss = projected_loss(
-            states, projection.to(device), targets.to(device), segments, LOSSES, chunk_bytes=4 * 64 * vocabulary
+            states,
+            Head(projection.to(device)),
+            targets=targets.to(device),
+            segments=segments,
+            losses=LOSSES,
+            chunk_bytes=4 * 64 * vocabulary,
         )
         loss.backward()
         assert states.grad is not None

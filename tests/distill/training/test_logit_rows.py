@@ -22,7 +22,7 @@ from deepdistill.distill.teachers.vocabulary import is_same, of_tokenizer
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.logit_rows import add_logits, mixture, why_no_logits
-from deepdistill.distill.training.losses import LOSSES, projected_loss
+from deepdistill.distill.training.losses import LOSSES, Head, projected_loss
 from deepdistill.distill.training.packing import pad
 from deepdistill.distill.training.rows import Row, make_row
 from deepdistill.errors import ArtifactError
@@ -62,7 +62,12 @@ def test_the_offline_loss_is_the_dense_online_one(traces: Path, pocket_student: 
     batch = pad(rows, tokenizer.pad_token_id)
     with torch.no_grad():
         hidden = student.get_decoder()(input_ids=batch.input_ids).last_hidden_state.flatten(0, 1)[batch.positions]
-        sparse = projected_loss(hidden, student.lm_head.weight, batch.targets, batch.segments, LOSSES) / batch.weight
+        sparse = (
+            projected_loss(
+                hidden, Head(student.lm_head.weight), targets=batch.targets, segments=batch.segments, losses=LOSSES
+            )
+            / batch.weight
+        )
         p, q = (
             F.log_softmax(model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].float(), -1)
             for model in (teacher, student)

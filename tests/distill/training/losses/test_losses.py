@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deepdistill.distill.training.losses import LOSSES, Segment, Targets, projected_kl, projected_loss, token_scores
+from deepdistill.distill.training.losses import (
+    LOSSES,
+    Head,
+    Segment,
+    Targets,
+    projected_kl,
+    projected_loss,
+    token_scores,
+)
 
 N, H, V, K = 23, 16, 101, 5
 
@@ -98,13 +106,10 @@ def test_a_loss_and_its_gradients_equal_the_naive_ones(name: str, with_head: str
     wanted = torch.autograd.grad(expected, leaves)
     loss = projected_loss(
         hidden,
-        projection,
-        targets,
-        [Segment(0, N, ((name, 1.0),))],
-        LOSSES,
-        bias=None if plain else bias,
-        softcap=softcap,
-        scale=scale,
+        Head(projection, None if plain else bias, softcap, scale),
+        targets=targets,
+        segments=[Segment(0, N, ((name, 1.0),))],
+        losses=LOSSES,
         chunk_bytes=4 * V * 16,  # two chunks
     )
     found = torch.autograd.grad(3 * loss, leaves)
@@ -124,7 +129,7 @@ def test_rows_of_several_losses_add_up_each_with_its_share() -> None:
     expected = 0.25 * each["cross_entropy"][:9].sum() + 0.75 * each["forward_kl"][:9].sum()
     expected = expected + 2 * each["unlikelihood"][9:].sum()
     (wanted,) = torch.autograd.grad(expected, hidden)
-    loss = projected_loss(hidden, projection, targets, segments, LOSSES)
+    loss = projected_loss(hidden, Head(projection), targets=targets, segments=segments, losses=LOSSES)
     (found,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -149,7 +154,9 @@ def test_with_every_token_known_the_bucketed_kls_are_the_full_ones() -> None:
 def test_no_target_at_all_is_a_loss_of_zero_with_a_gradient_of_zero(name: str) -> None:
     hidden = torch.randn(4, H, requires_grad=True)
     none = Targets(ids=torch.zeros(0, dtype=torch.long), weights=torch.zeros(0))
-    loss = projected_loss(hidden[:0], torch.randn(V, H), none, [Segment(0, 0, ((name, 1.0),))], LOSSES)
+    loss = projected_loss(
+        hidden[:0], Head(torch.randn(V, H)), targets=none, segments=[Segment(0, 0, ((name, 1.0),))], losses=LOSSES
+    )
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad is not None
@@ -162,7 +169,9 @@ def test_targets_that_count_nothing_cost_nothing(name: str) -> None:
     targets = _targets(generator)
     targets.weights.zero_()
     hidden = torch.randn(N, H, requires_grad=True)
-    loss = projected_loss(hidden, torch.randn(V, H), targets, [Segment(0, N, ((name, 1.0),))], LOSSES)
+    loss = projected_loss(
+        hidden, Head(torch.randn(V, H)), targets=targets, segments=[Segment(0, N, ((name, 1.0),))], losses=LOSSES
+    )
     loss.backward()
     assert loss.item() == 0
     assert hidden.grad is not None
@@ -192,7 +201,7 @@ def test_token_scores_are_the_log_softmax_and_its_best() -> None:
     hidden, projection = torch.randn(N, H, generator=generator), torch.randn(V, H, generator=generator)
     ids = torch.randint(V, (N,), generator=generator)
     ids[:5] = (hidden @ projection.T).argmax(-1)[:5]
-    logprobs, is_best = token_scores(hidden, projection, ids)
+    logprobs, is_best = token_scores(hidden, Head(projection), ids)
     naive = torch.log_softmax(hidden @ projection.T, -1)
     torch.testing.assert_close(logprobs, naive[torch.arange(N), ids])
     assert is_best.tolist() == (naive.argmax(-1) == ids).tolist()
@@ -217,6 +226,6 @@ def test_token_scores_scale_and_cap_as_the_model_does() -> None:
     generator = torch.Generator().manual_seed(4)
     hidden, projection = torch.randn(7, 16, generator=generator), torch.randn(60, 16, generator=generator)
     ids = torch.arange(7)
-    logprobs, _ = token_scores(hidden, projection, ids, softcap=3.0, scale=0.125)
+    logprobs, _ = token_scores(hidden, Head(projection, softcap=3.0, scale=0.125), ids)
     wanted = (3 * torch.tanh(0.125 * hidden @ projection.T / 3)).log_softmax(-1)
     assert torch.allclose(logprobs, wanted[torch.arange(7), ids], atol=1e-5)
