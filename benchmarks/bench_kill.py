@@ -55,7 +55,12 @@ def trace_of(index: int, completion: Completion) -> Trace:
     """Return the trace of a problem."""
     problem = Problem(f"p{index}", f"question {index}?", None, "made", "none")
     return Trace.make(
-        problem, completion, Grade(None, "unknown", "none", None), TeacherInfo("t", "gguf"), "t", Sampling()
+        problem,
+        completion,
+        grade=Grade(None, "unknown", "none", None),
+        info=TeacherInfo("t", "gguf"),
+        teacher="t",
+        sampling=Sampling(),
     )
 
 

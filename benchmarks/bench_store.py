@@ -35,7 +35,14 @@ def make(index: int) -> Trace:
     """Return a trace of about 2 KB whose id is that of its index."""
     problem = Problem(f"{index:016x}", f"What is 47 + 85 + {index}?", str(132 + index), "made", "math")
     completion = Completion(f"It is {132 + index}.", THOUGHT, True, "stop", 20, 700, 650, 12.5)
-    return Trace.make(problem, completion, Grade(str(132 + index), "right", "grader", 1.0), INFO, "t", Sampling())
+    return Trace.make(
+        problem,
+        completion,
+        grade=Grade(str(132 + index), "right", "grader", 1.0),
+        info=INFO,
+        teacher="t",
+        sampling=Sampling(),
+    )
 
 
 def write(path: Path, n: int) -> None:

@@ -80,7 +80,7 @@ def _export_traces(
         raise UsageError("which traces?", "give a traces.jsonl or a run folder")
     source = Path(path) / "traces.jsonl" if Path(path).is_dir() else Path(path)
     target = out or source.with_name(f"{source.stem}-{to}.{'parquet' if to == 'parquet' else 'jsonl'}")
-    n_rows = export_traces(source, target, to, reasoning=reasoning, include="all" if all_traces else "accepted")
+    n_rows = export_traces(source, target, to=to, reasoning=reasoning, include="all" if all_traces else "accepted")
     print(f"{target}: {n_rows:,} rows")
     if json_output:
         print(json.dumps({"path": str(target), "rows": n_rows}))

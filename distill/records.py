@@ -1,6 +1,6 @@
-"""What the rooms hand to each other: problems, requests, verdicts and traces.
+"""The records that the rooms hand to each other: problems, requests, verdicts and traces.
 
-A record is a frozen dataclass without behaviour of its own room: how it is read, asked, graded or stored stands there.
+A record is a frozen dataclass without behaviour: the rooms read, ask, grade and store it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from ..localrun.core.generation import Completion, FinishReason, Message, Sampling
 
-NONE = "none"  # problems without an answer: nothing to grade by
+NONE = "none"  # the grader of a problem that has no answer
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Problem:
 
 
 def messages_of(problem: Problem) -> list[dict[str, str]]:
-    """Return the conversation that asks a problem: the question alone, to teacher, student and base model alike."""
+    """Return the conversation that asks a problem: the same for teacher, student and base model."""
     return [{"role": "user", "content": problem.question}]
 
 
@@ -38,9 +38,9 @@ Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "wor
 
 @dataclass(frozen=True)
 class TeacherInfo:
-    """Who answered: what a trace keeps of its teacher.
+    """The teacher of a trace.
 
-    `revision` is a commit or a hash of the weights, `vocabulary` the fingerprint of its tokens, where they are known.
+    `revision` is a commit or a hash of the weights, `vocabulary` the fingerprint of its tokens, if known.
     """
 
     name: str
@@ -65,9 +65,9 @@ VerdictBy = Literal["grader", "vote", "judge", "none"]
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict on one answer, and the reason where it is `unknown`.
+    """A verdict on one answer, and the reason if it is `unknown`.
 
-    `score` is the grader's own, in [0, 1]; `right` takes exactly 1.0.
+    `score` is the grader's, in [0, 1]; `right` means exactly 1.0.
     """
 
     answer: str | None
@@ -79,7 +79,7 @@ class Grade:
 
 @dataclass(frozen=True)
 class Usage:
-    """Counts in tokens; `reasoning` is a part of `completion`."""
+    """Token counts; `completion` includes `reasoning`."""
 
     prompt: int
     completion: int
@@ -88,7 +88,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a teacher said to one problem, and whether it was right. Reasoning and content stand apart, without tags."""
+    """A teacher's answer to one problem, and whether it was right. Reasoning and content are apart, without tags."""
 
     id: str
     problem_id: str
@@ -109,32 +109,29 @@ class Trace:
     sample: int = 0
     """Which sample of its problem, from 0."""
     n_logprobs: int = 0
-    """The k of its log-probabilities in the sidecar; 0: there are none."""
+    """How many log-probabilities a token has in the sidecar; 0 if there are none."""
     agreement: float | None = None
-    """The share of the samples that gave this answer, or the judge's."""
+    """The share of the samples that gave this answer, or the judge's score as a share."""
     created: float | None = None
-    """When it ended, in seconds since 1970 (UTC)."""
+    """When it ended, in Unix seconds."""
 
     @classmethod
     def make(
         cls,
         problem: Problem,
         completion: Completion,
+        *,
         grade: Grade,
         info: TeacherInfo,
         teacher: str,
         sampling: Sampling,
-        sample_index: int = 0,
-        *,
-        messages: Sequence[Message] | None = None,
-        cost_usd: float | None = None,
-        created: float | None = None,
+        sample: int = 0,
     ) -> Trace:
-        """Put together what was asked (by default the question alone), what came back and the verdict."""
+        """Return the trace of an answer to a problem. `teacher` is the string that the user gave (see `trace_id`)."""
         return cls(
-            id=trace_id(problem.id, teacher, sampling, sample_index),
+            id=trace_id(problem.id, teacher, sampling=sampling, sample=sample),
             problem_id=problem.id,
-            messages=list(messages) if messages else [{"role": "user", "content": problem.question}],
+            messages=messages_of(problem),
             reasoning_content=completion.reasoning_content,
             content=completion.content,
             answer=grade.answer,
@@ -145,30 +142,28 @@ class Trace:
             teacher=info,
             sampling=sampling,
             seconds=completion.seconds,
-            cost_usd=cost_usd,
             source=problem.source,
-            sample=sample_index,
-            created=created,
+            sample=sample,
         )
 
 
-def trace_id(problem_id: str, teacher: str, sampling: Sampling, sample_index: int) -> str:
+def trace_id(problem_id: str, teacher: str, *, sampling: Sampling, sample: int) -> str:
     """Return the hash that names one sample of one problem: the same request has the same id in every run.
 
-    `teacher` is the string that the user gave, so that a resumed run knows what it has before it opens the teacher.
+    `teacher` is the string that the user gave, so that a resumed run knows its traces before it opens the teacher.
     """
-    key = [problem_id, teacher, asdict(sampling), sample_index]
+    key = [problem_id, teacher, asdict(sampling), sample]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def sample_seed(trace_id: str) -> int:
-    """Return the seed of a sample: a resumed run samples what the interrupted one would have."""
+    """Return the seed of a sample, so that a resumed run samples as the interrupted one would have."""
     return int(trace_id[:7], 16)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What samples of one problem, or a judge, say of a trace once it is stored: `none` takes an earlier one back."""
+    """A later verdict on a stored trace, by vote or by a judge; `none` takes an earlier one back."""
 
     id: str
     verdict_by: Literal["vote", "judge", "none"]
@@ -176,7 +171,7 @@ class Judgement:
 
 
 class GradesAnswers(Protocol):
-    """What is needed of a `Grader`."""
+    """The part of a `Grader` that grades one answer."""
 
     def grade(self, problem: Problem, content: str) -> Grade:
         """Return the verdict on a content."""
@@ -184,5 +179,5 @@ class GradesAnswers(Protocol):
 
 
 def has_answer(problem: Problem) -> bool:
-    """Say whether a grader can tell right from wrong answers to this problem."""
+    """Say whether a grader can tell right answers to this problem from wrong ones."""
     return problem.grader != NONE

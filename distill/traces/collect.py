@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...localrun.core.generation import Completion, Sampling
@@ -75,7 +75,7 @@ class Ledger:
 
     def id_of(self, problem: Problem, sample: int) -> str:
         """Return the id of a sample's trace."""
-        return trace_id(problem.id, self.settings.teacher, self.settings.sampling, sample)
+        return trace_id(problem.id, self.settings.teacher, sampling=self.settings.sampling, sample=sample)
 
     def wanted(self) -> Iterator[tuple[Problem, int]]:
         """Yield each (problem, sample) to ask for, as things are when it is drawn. This changes nothing.
@@ -195,15 +195,13 @@ class _Samples:
             trace = Trace.make(
                 problem,
                 completion,
-                grade,
-                self._teacher,
-                settings.teacher,
-                settings.sampling,
-                sample,
-                cost_usd=cost_usd,
-                created=round(time.time(), 3),
+                grade=grade,
+                info=self._teacher,
+                teacher=settings.teacher,
+                sampling=settings.sampling,
+                sample=sample,
             )
-            self._store.append(trace, completion)
+            self._store.append(replace(trace, cost_usd=cost_usd, created=round(time.time(), 3)), completion)
             self._ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
         if time.monotonic() - self._told_at > _TELL_EVERY_S:
             self.tell()

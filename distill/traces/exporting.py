@@ -1,19 +1,19 @@
-"""Traces as other trainers load them: a row of `messages` a trace, as JSONL or Parquet, the reasoning kept.
+"""Traces as rows for other trainers: `messages` with the reasoning kept, as JSONL or Parquet.
 
-The reasoning goes to `reasoning_content` of the last message, which the chat templates of reasoning models render, or
-into its content between `<think>` tags, for trainers that look at nothing else. docs/traces.md says who wants which.
+The reasoning goes to `reasoning_content` of the last message, which chat templates of reasoning models render, or into
+its content between `<think>` tags, for trainers that read nothing else. docs/traces.md says which trainer needs which.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError
+from ...localrun.core.atomic import replacing_file
 from ...localrun.core.generation import Message
 from ...localrun.families.thinking import CLOSE, OPEN
 from ..records import Trace
@@ -26,46 +26,42 @@ _ROWS_A_GROUP = 1000
 def export_traces(
     path: Path,
     out: Path,
-    to: Literal["messages", "parquet"] = "messages",
     *,
+    to: Literal["messages", "parquet"] = "messages",
     reasoning: Reasoning = "field",
     include: Literal["accepted", "all"] = "accepted",
 ) -> int:
     """Write the traces of a file as training rows and return how many there are.
 
-    `accepted` are the finished ones that a grader calls right, or that a vote or a judge favours.
+    `accepted` traces are finished, and right or favoured by a vote or a judge.
 
     Raises:
-        ArtifactError: the traces cannot be read, there is none to export, or `out` cannot be written.
+        ArtifactError: `code` "file-unreadable" or "line-broken" for the traces, "no-traces" if there is none to export,
+            "write-failed" for `out`.
     """
-    traces = (trace for trace in TraceStore.read(path) if include == "all" or is_accepted(trace))
-    rows = (row_of(trace, reasoning) for trace in traces)
-    temporary = out.with_name(f".{out.name}.partial")
+    traces = (trace for trace in TraceStore.read(path) if include == "all" or _is_accepted(trace))
+    rows = (_row(trace, reasoning) for trace in traces)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        n_rows = _write_parquet(rows, temporary) if to == "parquet" else _write_lines(rows, temporary)
-        if n_rows:
-            os.replace(temporary, out)
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    if not n_rows:
-        hint = "no trace is right, or favoured by a vote or a judge: export all of them" if include != "all" else ""
-        raise ArtifactError(f"no trace to export in {path}", hint)
+        raise ArtifactError(
+            f"cannot write {out}: {error.strerror or error}", "choose another place", code="write-failed"
+        ) from error
+    with replacing_file(out) as temporary:
+        n_rows = _write_parquet(rows, temporary) if to == "parquet" else _write_lines(rows, temporary)
+        if not n_rows:
+            all_hint = "none is right or favoured by a vote or a judge: --all exports every trace"
+            hint = all_hint if include == "accepted" else "the file is empty"
+            raise ArtifactError(f"there is no trace to export in {path}", hint, code="no-traces")
     return n_rows
 
 
-def is_accepted(trace: Trace) -> bool:
-    """Say whether a trace is finished, and right or favoured by a vote or a judge."""
+def _is_accepted(trace: Trace) -> bool:
     return trace.finish_reason == "stop" and (trace.verdict == "right" or trace.verdict_by in ("vote", "judge"))
 
 
-def row_of(trace: Trace, reasoning: Reasoning) -> dict[str, Any]:
-    """Return a trace as one training row: `messages`, which ends with the answer, and where it comes from.
-
-    Every message has the same keys, so that a loader sees one type.
-    """
+def _row(trace: Trace, reasoning: Reasoning) -> dict[str, Any]:
+    """Return a training row: `messages` up to the answer, all with the same keys for loaders, and their origin."""
     answer = {"role": "assistant", "content": trace.content, "reasoning_content": trace.reasoning_content or ""}
     return {
         "messages": [_message_of(message, reasoning) for message in [*trace.messages, answer]],
@@ -91,7 +87,7 @@ def _message_of(message: Message, reasoning: Reasoning) -> Message:
 
 
 def _valid(text: str) -> str:
-    """Return a text that every reader takes: half a surrogate pair becomes a question mark."""
+    """Return a text that every reader accepts: half a surrogate pair becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 

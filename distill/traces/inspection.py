@@ -28,7 +28,11 @@ def find_trace(path: Path, which: str) -> Trace:
     if len(which) >= 4:
         # Our lines begin with the id, so that the others need no parsing.
         lines = ((number, line) for number, line in whole_lines(path) if which.encode() in line[:200])
-        ids = {t.id for t in (parse_line(Trace, path, *line) for line in lines) if t.id.startswith(which)}
+        ids = {
+            t.id
+            for t in (parse_line(Trace, line, path=path, number=number) for number, line in lines)
+            if t.id.startswith(which)
+        }
         if len(ids) > 1:
             names = ", ".join(sorted(ids)[:3])
             raise UsageError(

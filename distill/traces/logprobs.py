@@ -1,10 +1,10 @@
 """Token ids and top-k log-probabilities of traces: a binary file beside traces.jsonl, one checksummed record a trace.
 
-A token takes 5 + 5 k bytes (325 at k = 64): its id, the log of the probability that the top k leave over, and for each
-of the k its id in 24 bits and its log-probability as a float16. docs/traces.md has the layout.
+A token takes 5 + 5 k bytes (325 at k = 64): its id, the log of the probability outside the top k, and for each of the k
+its id in 24 bits and its log-probability as a float16. docs/traces.md describes the layout.
 
-Sixteen bits round a probability of 0.5 by up to 1e-4, which is more than the tail often holds. So the tail is stored
-by itself, and reading shifts each position's values (by no more than their rounding) until both add up to one again.
+Sixteen bits round a probability of 0.5 by up to 1e-4, which is often more than the whole tail. So the tail is stored
+separately, and reading shifts each position's values, by no more than their rounding, until both sum to one again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from ...errors import ArtifactError
 from ...localrun.core.append_file import AppendFile, id_key
+from ...localrun.core.closes import Closes
 from ...localrun.core.generation import TopLogprobs
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 _MAGIC = b"DDLP"
 _VERSION = 1
 _HEADER = struct.Struct("<4sHHI16sII")  # magic, version, k, T, trace key, CRC-32 of the payload, of what precedes it
-_NO_TOKEN = 0xFFFFFF  # stands for -1, where a server gave fewer than k
+_NO_TOKEN = 0xFFFFFF  # means -1: the server gave fewer than k
 
 
 def logprobs_path(traces_path: Path) -> Path:
-    """Return where the log-probabilities of a traces file stand."""
+    """Return the path of a traces file's log-probabilities."""
     return traces_path.with_name(f"{traces_path.stem}.logprobs.bin")
 
 
@@ -88,7 +89,7 @@ def _decode(payload: bytes, n_tokens: int, k: int) -> tuple[npt.NDArray[np.int32
 
 
 class _Record(NamedTuple):
-    """Where a record begins and ends in the file, and what its header says."""
+    """A record's place in the file and its header."""
 
     start: int
     end: int
@@ -99,25 +100,25 @@ class _Record(NamedTuple):
 
     @classmethod
     def read(cls, file: BinaryIO, start: int, path: Path) -> Self | None:
-        """Return the record that begins there, or None where the file ends within its header."""
+        """Return the record that begins at `start`, or None if the file ends within its header."""
         file.seek(start)
         head = file.read(_HEADER.size)
         if len(head) < _HEADER.size:
             return None
-        magic, version, k, n_tokens, key, crc, own_crc = _HEADER.unpack(head)
-        if magic != _MAGIC or version != _VERSION or zlib.crc32(head[:-4]) != own_crc:
-            raise ArtifactError(f"{path} is broken at byte {start}", "move it away: the traces are whole without it")
+        magic, version, k, n_tokens, key, crc, head_crc = _HEADER.unpack(head)
+        if magic != _MAGIC or version != _VERSION or zlib.crc32(head[:-4]) != head_crc:
+            raise _broken(path, start)
         return cls(start, start + _HEADER.size + n_tokens * (5 + 5 * k), k, n_tokens, key, crc)
 
     def payload(self, file: BinaryIO) -> bytes | None:
-        """Return the payload if its checksum holds."""
+        """Return the payload, or None if its checksum is wrong."""
         file.seek(self.start + _HEADER.size)
         data = file.read(self.end - self.start - _HEADER.size)
         return data if zlib.crc32(data) == self.crc else None
 
 
 def _whole_records(file: BinaryIO, path: Path) -> Iterator[_Record]:
-    """Yield the records from their headers alone; a last one that a kill left without its end is left out."""
+    """Yield the records, reading their headers alone; a torn last one is left out."""
     size = file.seek(0, 2)
     record = _Record.read(file, 0, path)
     while record is not None and record.end <= size:
@@ -127,9 +128,10 @@ def _whole_records(file: BinaryIO, path: Path) -> Iterator[_Record]:
 
 @dataclass(frozen=True)
 class StoredTop:
-    """What a teacher thought at each of n targets, in a record on the disk until it is read.
+    """A teacher's top-k distribution at n targets, which stays on the disk until it is read.
 
-    `place` says which of the record's tokens each target is; -1: none, and the target stands there alone and certain.
+    `place` is the index of each target among the record's tokens, or -1 for a target that is not among them: its
+    distribution has the target alone, with probability 1.
     """
 
     path: Path
@@ -143,7 +145,7 @@ class StoredTop:
         """Return the distribution `[n, k]` at the targets `[n]`.
 
         Raises:
-            ArtifactError: the file is gone, or its record broken.
+            ArtifactError: `code` "file-unreadable" or "logprobs-broken".
         """
         import numpy as np
 
@@ -153,8 +155,8 @@ class StoredTop:
         ids: npt.NDArray[np.int32] = np.full((len(place), top.ids.shape[1]), -1, np.int32)
         values: npt.NDArray[np.float32] = np.full(ids.shape, -np.inf, np.float32)
         ids[:, 0], values[:, 0] = targets, 0.0
-        said = place >= 0
-        ids[said], values[said] = top.ids[place[said]], top.values[place[said]]
+        has_place = place >= 0
+        ids[has_place], values[has_place] = top.ids[place[has_place]], top.values[place[has_place]]
         return TopLogprobs(ids, values)
 
 
@@ -162,30 +164,37 @@ def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
+        raise ArtifactError(
+            f"cannot read {path}: {error.strerror or error}", "check the path", code="file-unreadable"
+        ) from error
+
+
+def _broken(path: Path, start: int) -> ArtifactError:
+    hint = "move it away: the traces are valid without it"
+    return ArtifactError(f"{path} is broken at byte {start}", hint, code="logprobs-broken")
 
 
 def _read(file: BinaryIO, start: int, path: Path) -> tuple[npt.NDArray[np.int32], TopLogprobs]:
     record = _Record.read(file, start, path)
     payload = record.payload(file) if record else None
     if record is None or payload is None:
-        raise ArtifactError(f"{path} is broken at byte {start}: its checksum is off")
+        raise _broken(path, start)
     return _decode(payload, record.n_tokens, record.k)
 
 
-class Logprobs:
-    """The log-probabilities of a traces file, by trace. Close it, or use it as a context manager."""
+class Logprobs(Closes):
+    """The log-probabilities of a traces file, by trace. Close it, or use it in a `with` block."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.path, self._file = path, file
-        self._starts = {record.key: record.start for record in _whole_records(file, path)}  # the last of a key counts
+        self._starts = {record.key: record.start for record in _whole_records(file, path)}  # of a key the last counts
 
     @classmethod
     def open(cls, path: Path) -> Self:
         """Open the file (see `logprobs_path`).
 
         Raises:
-            ArtifactError: it is missing or broken.
+            ArtifactError: `code` "file-unreadable" or "logprobs-broken".
         """
         file = _open(path)
         try:
@@ -197,16 +206,16 @@ class Logprobs:
     def get(self, trace_id: str) -> tuple[npt.NDArray[np.int32], TopLogprobs] | None:
         """Return (token ids [T], top-k log-probabilities [T, k]) of a trace; None if it has none.
 
-        In each position the probabilities sum to one less what the teacher gave to all other tokens.
+        At each position the probabilities sum to one minus the teacher's probability of all other tokens.
 
         Raises:
-            ArtifactError: the record is broken.
+            ArtifactError: `code` "logprobs-broken".
         """
         start = self._starts.get(id_key(trace_id))
         return None if start is None else _read(self._file, start, self.path)
 
     def stored(self, trace_id: str, place: Sequence[int]) -> StoredTop:
-        """Return what a trace that has log-probabilities has at some of its tokens, unread (see `StoredTop`)."""
+        """Return the distributions at some tokens of a trace without reading them yet (see `StoredTop`)."""
         return StoredTop(self.path, self._starts[id_key(trace_id)], array("i", place))
 
     def __contains__(self, trace_id: str) -> bool:
@@ -219,24 +228,19 @@ class Logprobs:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 class LogprobsWriter(AppendFile):
-    """The same file to add to, under the lock of the traces. Opening it repairs its end.
+    """The same file for appending, under the lock of the traces.
 
-    What is cut off (`cut_bytes`): a torn record, and a last one whose trace was never written.
+    Opening it cuts off a torn record, and a last record whose trace was never written; `n_cut_bytes` says how long
+    they were.
     """
 
     def __init__(self, path: Path, stored: set[bytes]) -> None:
-        """Open or create the file. `stored` are the keys of the traces that there are.
+        """Open or create the file. `stored` has the keys of the traces in the store.
 
         Raises:
-            ArtifactError: it cannot be opened, or is broken elsewhere than at its end.
+            ArtifactError: `code` "write-failed", or "logprobs-broken" if it is broken before its end.
         """
         super().__init__(path)
         try:
@@ -245,8 +249,8 @@ class LogprobsWriter(AppendFile):
                 end = last.end if last else 0
                 if last and (last.key not in stored or last.payload(file) is None):
                     end = last.start
-            self.cut_bytes = self.size - end
-            if self.cut_bytes:
+            self.n_cut_bytes = self.size - end
+            if self.n_cut_bytes:
                 self.truncate(end)
         except BaseException:
             self.close()

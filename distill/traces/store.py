@@ -1,10 +1,7 @@
-"""Traces, and the file that keeps them: a JSON line each, appended in one write, valid after `kill -9` at any byte.
+"""The store of traces: an append-only file of JSON lines that stays valid after `kill -9` at any byte.
 
-A process that dies while it writes leaves at most a last line without its newline; opening the store cuts that line
-off and says so. A broken line anywhere else is no accident of ours: it is named, and nothing is overwritten.
-
-Two files may stand beside traces.jsonl: traces.verdicts.jsonl with what was judged later (a line never changes once it
-is written), and traces.logprobs.bin with token ids and log-probabilities. docs/traces.md has all three formats.
+A line never changes once it is written, so later verdicts go to a file beside it, traces.verdicts.jsonl. Token ids and
+log-probabilities go to traces.logprobs.bin. docs/traces.md describes all three formats.
 """
 
 from __future__ import annotations
@@ -15,29 +12,30 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
 
 from ...errors import ArtifactError
 from ...localrun.core.append_file import WriterLock, id_key
+from ...localrun.core.closes import Closes
 from ...localrun.core.generation import Completion
 from ...localrun.core.record_log import R, RecordLog, parse_line, read_records, whole_lines
 from ..records import Judgement, Trace, VerdictBy
 from .logprobs import LogprobsWriter, encode, logprobs_path
 
 
-class TraceStore:
-    """An append-only file of traces. One writer at a time; close it, or use it as a context manager.
+class TraceStore(Closes):
+    """An append-only file of traces for one writer at a time. Close it, or use it in a `with` block.
 
-    A killed process loses nothing that `append` returned from. A loss of power takes at most the last `sync_every_s`
-    seconds (0: nothing), which the next run then asks for again. `repairs` says what was mended on opening.
+    A killed process loses no trace that `append` returned from. A loss of power loses at most the last `sync_every_s`
+    seconds (0: nothing), which the next run asks for again. `repairs` says what opening has mended.
     """
 
     def __init__(self, path: Path, *, sync_every_s: float = 5.0) -> None:
         """Open or create the file.
 
         Raises:
-            ArtifactError: another process writes it, it cannot be opened, or a line other than a torn last one is
-                broken. Lines are checked by their ends, the first and the last one wholly; reading checks the rest.
+            ArtifactError: `code` "file-locked" if another process writes it, "write-failed" if it cannot be opened,
+                "line-broken" or "logprobs-broken". The first and the last line are parsed; of the others only the ends
+                are checked, until they are read.
         """
         self.path, self.sync_every_s = path, sync_every_s
         self.repairs: list[str] = []
@@ -54,13 +52,13 @@ class TraceStore:
             self._opened = opened.pop_all()
 
     def append(self, trace: Trace, completion: Completion | None = None) -> None:
-        """Add a trace, in the file before this returns; one whose id is already there is left out.
+        """Add a trace to the file, unless its id is there already.
 
-        If the completion it was made from holds log-probabilities, they go to the sidecar, on the disk before the
-        trace's own line is written; `n_logprobs` of the stored trace says so.
+        If its completion has log-probabilities, they go to the sidecar, and the disk has them before the trace's own
+        line is written; the stored trace's `n_logprobs` says how many a token has.
 
         Raises:
-            ArtifactError: the disk is full or the file cannot be written; what was there before is still valid.
+            ArtifactError: `code` "write-failed" or "file-changed"; the traces stored before are still valid.
         """
         key = id_key(trace.id)
         with self._guard:
@@ -76,10 +74,10 @@ class TraceStore:
             self._sync_soon()
 
     def append_judgements(self, judgements: Iterable[Judgement]) -> None:
-        """Add what was judged of stored traces, in the file before this returns; the last one of a trace counts.
+        """Add later verdicts on stored traces; the last one of a trace counts.
 
         Raises:
-            ArtifactError: the disk is full or the file cannot be written.
+            ArtifactError: `code` "write-failed" or "file-changed".
         """
         with self._guard:
             if self._verdicts is None:
@@ -100,12 +98,10 @@ class TraceStore:
 
     @staticmethod
     def read(path: Path) -> Iterator[Trace]:
-        """Yield the distinct traces of a file with what was judged later, without touching it.
-
-        One at a time is in memory; a torn last line is left out.
+        """Yield the distinct traces of a file with their later verdicts, one at a time, without changing the file.
 
         Raises:
-            ArtifactError: the file is missing, or a line other than a torn last one is broken.
+            ArtifactError: `code` "file-unreadable" or "line-broken".
         """
         judged = read_judgements(verdicts_path(path))
         seen: set[bytes] = set()
@@ -116,17 +112,11 @@ class TraceStore:
                 yield _with_judgement(trace, *judged[key]) if key in judged else trace
 
     def close(self) -> None:
-        """Sync, close and let others write. More than one call does no harm."""
+        """Sync, close and release the lock. Calling it again does no harm."""
         with self._guard:
             if self._timer is not None:
                 self._timer.cancel()
             self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open_log(self, path: Path, cls: type[R], opened: ExitStack) -> RecordLog[R]:
         log = opened.enter_context(RecordLog(path, cls))
@@ -137,12 +127,12 @@ class TraceStore:
     def _open_logprobs(self, opened: ExitStack) -> LogprobsWriter:
         writer = LogprobsWriter(logprobs_path(self.path), self._ids)
         opened.callback(writer.close)
-        if writer.cut_bytes:
-            self.repairs.append(f"{writer.path.name}: cut off {writer.cut_bytes} bytes that belong to no trace")
+        if writer.n_cut_bytes:
+            self.repairs.append(f"{writer.path.name}: cut off {writer.n_cut_bytes} bytes that belong to no trace")
         return writer
 
     def _append(self, trace: Trace, completion: Completion | None) -> None:
-        """Write the log-probabilities, if there are any, then the line; neither is there if either fails."""
+        """Write the log-probabilities, if there are any, then the line; if either fails, neither is written."""
         if completion is None or completion.logprobs is None or completion.token_ids is None:
             self._file.append(replace(trace, n_logprobs=0) if trace.n_logprobs else trace)
             return
@@ -167,7 +157,7 @@ class TraceStore:
             self._timer.start()
 
     def _sync_later(self) -> None:
-        with self._guard, suppress(ArtifactError):  # the file remembers it, and the next append says so
+        with self._guard, suppress(ArtifactError):  # the file remembers the failure, and the next append raises it
             self._timer = None
             self._sync()
 
@@ -178,7 +168,7 @@ class TraceStore:
 
 
 def _scan_ids(path: Path) -> set[bytes]:
-    """Return the keys of the traces in a file, parsing only the lines that do not begin and end as ours do."""
+    """Return the keys of a file's traces, parsing only lines that do not begin and end as ours do."""
     ids: set[bytes] = set()
     last, number = b"", 0
     for number, line in whole_lines(path):
@@ -189,32 +179,32 @@ def _scan_ids(path: Path) -> set[bytes]:
                 continue
             except ValueError:
                 pass
-        ids.add(id_key(parse_line(Trace, path, number, line).id))
+        ids.add(id_key(parse_line(Trace, line, path=path, number=number).id))
     if number > 1:
-        parse_line(Trace, path, number, last)
+        parse_line(Trace, last, path=path, number=number)
     return ids
 
 
 def _with_judgement(trace: Trace, verdict_by: VerdictBy, agreement: float | None) -> Trace:
-    """Merge a judgement in: no vote unsays what a grader said."""
+    """Merge a later verdict in; it never replaces a grader's."""
     by = trace.verdict_by if trace.verdict_by == "grader" else verdict_by
     return replace(trace, verdict_by=by, agreement=agreement)
 
 
 def verdicts_path(traces_path: Path) -> Path:
-    """Return where the later judgements of a traces file stand."""
+    """Return the path of a traces file's later verdicts."""
     return traces_path.with_name(f"{traces_path.stem}.verdicts.jsonl")
 
 
 def read_judgements(path: Path) -> dict[bytes, tuple[VerdictBy, float | None]]:
-    """Return (verdict_by, agreement) by the key of the trace, each from its last line; no file: none.
+    """Return the last (verdict_by, agreement) of each trace by its key; an empty dict if there is no file.
 
     Raises:
-        ArtifactError: a line other than a torn last one is broken.
+        ArtifactError: `code` "line-broken".
     """
     judged: dict[bytes, tuple[VerdictBy, float | None]] = {}
-    shared: dict[tuple[VerdictBy, float | None], tuple[VerdictBy, float | None]] = {}  # a million take few values
+    shared: dict[tuple[VerdictBy, float | None], tuple[VerdictBy, float | None]] = {}  # a million lines, few values
     for judgement in read_records(path, Judgement, missing_ok=True):
-        said = (judgement.verdict_by, judgement.agreement)
-        judged[id_key(judgement.id)] = shared.setdefault(said, said)
+        pair = (judgement.verdict_by, judgement.agreement)
+        judged[id_key(judgement.id)] = shared.setdefault(pair, pair)
     return judged

@@ -13,10 +13,11 @@ import json
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ...errors import ArtifactError
 from .append_file import AppendFile
+from .closes import Closes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -56,7 +57,7 @@ def read_records(path: Path, cls: type[R], *, missing_ok: bool = False, skip_bro
         return
     for number, line in whole_lines(path):
         try:
-            yield parse_line(cls, path, number, line)
+            yield parse_line(cls, line, path=path, number=number)
         except ArtifactError:
             if not skip_broken:
                 raise
@@ -80,7 +81,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def parse_line(cls: type[R], path: Path, number: int, line: bytes) -> R:
+def parse_line(cls: type[R], line: bytes, *, path: Path, number: int) -> R:
     """Return the record that a line of a file holds.
 
     Raises:
@@ -96,11 +97,11 @@ def parse_line(cls: type[R], path: Path, number: int, line: bytes) -> R:
         ) from error
 
 
-class RecordLog(Generic[R]):
+class RecordLog(Closes, Generic[R]):
     """A JSON Lines file that only grows. A record that `append` returned from survives `kill -9`.
 
-    Opening cuts off a torn last line; `n_cut_bytes` says how long it was. Close the log, or use it as a context
-    manager. It does not keep other writers out: take a `WriterLock` for that.
+    Opening cuts off a torn last line; `n_cut_bytes` says how long it was. Close the log, or use it in a `with` block.
+    It does not keep other writers out: take a `WriterLock` for that.
     """
 
     def __init__(self, path: Path, cls: type[R]) -> None:
@@ -147,12 +148,6 @@ class RecordLog(Generic[R]):
     def close(self) -> None:
         """Sync and close. Calling it again does no harm."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _line(record: DataclassInstance) -> bytes:

@@ -33,7 +33,16 @@ def store(folder: Path, n: int, *, right: bool = True) -> None:
     with TraceStore(folder / "traces.jsonl") as traces:
         for problem in PROBLEMS[:n]:
             info = TeacherInfo("t", "endpoint")
-            traces.append(Trace.make(problem, done, grade, info, SETTINGS.teacher, SETTINGS.teacher_sampling()))
+            traces.append(
+                Trace.make(
+                    problem,
+                    done,
+                    grade=grade,
+                    info=info,
+                    teacher=SETTINGS.teacher,
+                    sampling=SETTINGS.teacher_sampling(),
+                )
+            )
 
 
 def test_before_anything_is_there_every_answer_takes_its_limit(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def is_loop_to_the_endpoint(tokens: Sequence[int], path: Path) -> bool:
 def trace_of(content: str, verdict: Verdict = "right") -> Trace:
     problem, grade = Problem("7", "6 * 7 =", "42", "s", "number"), Grade("42", verdict, "grader", 1.0)
     done = replace(DONE, content=content, reasoning_content=None)
-    return Trace.make(problem, done, grade, TeacherInfo("t", "gguf"), "t", Sampling())
+    return Trace.make(problem, done, grade=grade, info=TeacherInfo("t", "gguf"), teacher="t", sampling=Sampling())
 
 
 USERS = [

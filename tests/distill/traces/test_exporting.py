@@ -20,7 +20,14 @@ from deepdistill.localrun.core.generation import Completion, Sampling
 def make(index: int) -> Trace:
     problem = Problem(f"p{index}", f"question {index}?", "42", "test", "math")
     done = Completion("**42** – naïve", f"40+2={index}", True, "stop", 10, 5, 3, 0.5)
-    return Trace.make(problem, done, Grade("42", "right", "grader", 1.0), TeacherInfo("t", "gguf"), "t", Sampling())
+    return Trace.make(
+        problem,
+        done,
+        grade=Grade("42", "right", "grader", 1.0),
+        info=TeacherInfo("t", "gguf"),
+        teacher="t",
+        sampling=Sampling(),
+    )
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def traces(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("to", ["messages", "parquet"])
 def test_accepted_traces_with_their_reasoning(traces: Path, tmp_path: Path, to: str) -> None:
     out = tmp_path / "new" / f"rows.{to}"
-    assert export_traces(traces, out, to) == 2  # type: ignore[arg-type]
+    assert export_traces(traces, out, to=to) == 2  # type: ignore[arg-type]
     if to == "parquet":
         rows = pyarrow.parquet.read_table(out).to_pylist()
     else:
@@ -72,7 +79,7 @@ def test_thinking_in_the_content_and_everything(traces: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("reasoning", ["field", "think"])
 def test_what_is_exported_can_be_imported(traces: Path, tmp_path: Path, to: str, reasoning: str) -> None:
     out = tmp_path / f"rows.{'parquet' if to == 'parquet' else 'jsonl'}"
-    export_traces(traces, out, to, reasoning=reasoning, include="all")  # type: ignore[arg-type]
+    export_traces(traces, out, to=to, reasoning=reasoning, include="all")  # type: ignore[arg-type]
     back = [trace for _, trace in import_traces(out)]
     assert [(t.reasoning_content, t.content) for t in back] == [
         (t.reasoning_content, t.content) for t in TraceStore.read(traces)
@@ -84,7 +91,7 @@ def test_many_rows_take_several_groups(tmp_path: Path) -> None:
     with TraceStore(path) as store:
         for index in range(2100):
             store.append(make(index))
-    assert export_traces(path, out, "parquet") == 2100
+    assert export_traces(path, out, to="parquet") == 2100
     with pyarrow.parquet.ParquetFile(out) as file:
         assert file.num_row_groups == 3
         assert [row["problem_id"] for row in file.read().to_pylist()] == [f"p{index}" for index in range(2100)]
@@ -96,7 +103,7 @@ def test_half_a_surrogate_pair_hurts_no_loader(tmp_path: Path) -> None:
         store.append(replace(make(0), content="a \ud83d b"))
     assert [trace.content for trace in TraceStore.read(path)] == ["a \ud83d b"]
     for to in ("messages", "parquet"):
-        assert export_traces(path, tmp_path / to, to) == 1  # type: ignore[arg-type]
+        assert export_traces(path, tmp_path / to, to=to) == 1  # type: ignore[arg-type]
     assert "a ? b" in (tmp_path / "messages").read_text(encoding="utf-8")
 
 
@@ -104,7 +111,7 @@ def test_nothing_to_export(tmp_path: Path) -> None:
     path = tmp_path / "traces.jsonl"
     with TraceStore(path) as store:
         store.append(replace(make(0), verdict="wrong"))
-    with pytest.raises(ArtifactError, match="no trace to export"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "no-traces" and "--all" in error.hint):
         export_traces(path, tmp_path / "rows.jsonl")
     assert not (tmp_path / "rows.jsonl").exists()
 
@@ -113,7 +120,7 @@ def test_nothing_to_export(tmp_path: Path) -> None:
 def test_datasets_loads_it(traces: Path, tmp_path: Path, to: str) -> None:
     datasets = pytest.importorskip("datasets")
     out = tmp_path / f"rows.{'parquet' if to == 'parquet' else 'jsonl'}"
-    export_traces(traces, out, to)  # type: ignore[arg-type]
+    export_traces(traces, out, to=to)  # type: ignore[arg-type]
     kind = "parquet" if to == "parquet" else "json"
     rows = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     assert rows[0]["messages"][1]["reasoning_content"] == "40+2=0"
@@ -129,7 +136,7 @@ def test_trl_trains_on_it(traces: Path, tmp_path: Path, pocket_student: Path, to
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / f"rows.{'parquet' if to == 'parquet' else 'jsonl'}"
-    export_traces(traces, out, to, reasoning=reasoning)  # type: ignore[arg-type]
+    export_traces(traces, out, to=to, reasoning=reasoning)  # type: ignore[arg-type]
     kind = "parquet" if to == "parquet" else "json"
     rows = datasets.load_dataset(kind, data_files=str(out), split="train", cache_dir=str(tmp_path / "cache"))
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)

@@ -24,7 +24,8 @@ def make(index: int) -> Trace:
     problem = Problem(f"p{index}", f"question {index}?", "42", f"source {index % 2}", "math")
     done = Completion("**42**", f"40+2={index}", True, "stop", 10, 5 * (index + 1), 3, 0.5)
     info = TeacherInfo("t", "gguf")
-    return Trace.make(problem, done, Grade("42", "right", "grader", 1.0), info, "t", Sampling(), cost_usd=0.25)
+    grade = Grade("42", "right", "grader", 1.0)
+    return replace(Trace.make(problem, done, grade=grade, info=info, teacher="t", sampling=Sampling()), cost_usd=0.25)
 
 
 @pytest.fixture

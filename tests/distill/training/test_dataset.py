@@ -25,7 +25,10 @@ def traces_of(n: int, samples: int = 1) -> list[Trace]:
         done = Completion(str(i + 1), f"{i}+1={i + 1}", True, "stop", 0, 0, 0, 0.0)
         grade = Grade(str(i + 1), "right", "grader", 1.0)
         info = TeacherInfo("t", "gguf")
-        made += [Trace.make(problem, done, grade, info, "t", Sampling(), k) for k in range(samples)]
+        made += [
+            Trace.make(problem, done, grade=grade, info=info, teacher="t", sampling=Sampling(), sample=k)
+            for k in range(samples)
+        ]
     return made
 
 

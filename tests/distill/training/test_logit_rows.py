@@ -38,7 +38,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory, chain_sum: str) -> Path:
         requests = [Request(messages_of(problem), i) for i, problem in enumerate(problems)]
         for i, done in teacher.generate(requests, sampling, top_logprobs=64):
             grade = grader.grade(problems[i], done.content)
-            store.append(Trace.make(problems[i], done, grade, teacher.info, "pocket", sampling), done)
+            store.append(
+                Trace.make(problems[i], done, grade=grade, info=teacher.info, teacher="pocket", sampling=sampling), done
+            )
     return path
 
 
