@@ -223,12 +223,14 @@ class _Decision:
         by_first = np.argsort(firsts)
         order, firsts = asked[by_first], np.flatnonzero(self.stays)[firsts[by_first]]
         questions = [self.survey.questions[i] for i in order]
-        signatures, has_own = sign_questions(questions)
+        signatures, is_distinctive = sign_questions(questions)
         numbers = np.array([numbers_in(words) for words in questions], np.uint64)
         texts = np.array([digest(words) for words in questions], np.uint64)
 
         def may_match(i: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-            return self._is_alike(i, others, texts, (numbers[others] == numbers[i]) & has_own[others] & has_own[i])
+            return self._is_alike(
+                i, others, texts, (numbers[others] == numbers[i]) & is_distinctive[others] & is_distinctive[i]
+            )
 
         repeated = near_duplicates(signatures, self.settings.similarity, may_match)
         like = np.full(len(self.survey.questions), -1, np.int64)

@@ -1,9 +1,8 @@
 """Which texts say the same: near-duplicates by MinHash, overlap with evaluation questions, repetition within a text.
 
-A text is the array of its words' hashes (`word_hashes`), so that a million of them fit in memory and every answer is
-the same in every process. Two things keep problems made from a template apart, which plain n-gram overlap would all
-call the same: n-grams that a good part of the questions have in common say nothing about any of them, and texts with
-different numbers are different problems.
+A text is an array of its words' hashes (`word_hashes`), so that a million texts fit in memory and every process gets
+the same result. Plain n-gram overlap would call all problems of one template the same. Two rules keep them apart:
+n-grams that many questions share say nothing about any of them, and texts with different numbers are different.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ import numpy.typing as npt
 from .split import normalise_question
 
 Words: TypeAlias = npt.NDArray[np.uint32]
-"""Hashes of a text's words in order; the lowest bit says that the word holds a digit."""
+"""Hashes of a text's words in order, [W]; the lowest bit says that the word has a digit."""
 Grams: TypeAlias = npt.NDArray[np.uint64]
 
 N_HASHES = 64  # a similarity is off by 0.05 (one standard deviation) at 0.8
-_ROWS = 4  # of a band; 16 bands find a pair of similarity 0.8 with a probability of 99.98 %
-_BUCKET = 50  # texts of one bucket that the next is compared with, at most
+_BUCKET = 50  # texts of one bucket that the next text is compared with, at most
 _SHINGLE = 3  # words
 _NUMBER = np.uint32(1)
 _PUNCTUATION = ".,;:?\"'`“”‘’«»$…"
@@ -37,18 +35,18 @@ _FACTORS, _OFFSETS = np.frombuffer(
 
 
 def word_hashes(text: str) -> Words:
-    """Return the hashes of a text's words: normalised as the split does, punctuation at their ends left out."""
+    """Return the hashes of a text's words, [W], normalised as for the split and without punctuation at their ends."""
     return np.fromiter(map(_hash_word, normalise_question(text).split()), np.uint32)
 
 
 @lru_cache(1 << 17)
 def _hash_word(word: str) -> int:
-    word = word.strip(_PUNCTUATION) or word  # a dot that stands alone may be a cell of a board
+    word = word.strip(_PUNCTUATION) or word  # a dot alone may be a cell of a board
     return zlib.crc32(word.encode("utf-8", "surrogatepass")) & ~1 | (re.search(r"\d", word) is not None)
 
 
 def numbers_in(words: Words) -> int:
-    """Return a hash of the words that hold a digit, whatever their order: the same numbers have the same hash."""
+    """Return a hash of the words that have a digit, in any order: the same numbers have the same hash."""
     return digest(np.sort(words[words & _NUMBER == 1]))
 
 
@@ -58,19 +56,19 @@ def digest(words: Words) -> int:
 
 
 def ngrams(words: Words, n: int) -> Grams:
-    """Return the hashes of every n words in a row; of a shorter text the one hash of all its words."""
+    """Return the hash of every n words in a row, [W - n + 1]; of a shorter text, one hash of all its words."""
     if not len(words):
         return np.zeros(0, np.uint64)
     n = min(n, len(words))
     grams = np.full(len(words) - n + 1, n, np.uint64)
-    for i in range(n):
+    for i in range(n):  # multiply by 2**64 / golden ratio and mix the high bits down: every word changes every bit
         grams = (grams ^ words[i : i + len(grams)]) * np.uint64(0x9E3779B97F4A7C15)
         grams ^= grams >> np.uint64(29)
     return grams
 
 
 def repeated_share(words: Words, n: int = 8) -> float:
-    """Return the share of a text's n-grams that stood in it before.
+    """Return the share of a text's n-grams that occur earlier in it.
 
     Source: seq-rep-n, Welleck et al., Neural text generation with unlikelihood training, arXiv 1908.04319.
     """
@@ -79,38 +77,39 @@ def repeated_share(words: Words, n: int = 8) -> float:
 
 
 def minhash(grams: Grams) -> npt.NDArray[np.uint16]:
-    """Return a text's signature, [64]: two texts agree in as many places as their n-grams overlap (Jaccard).
+    """Return a text's signature, [64]: the share of places where two agree estimates their n-grams' Jaccard overlap.
 
     Source: Broder, On the resemblance and containment of documents, 1997; 16 bits of each minimum are kept, after
     Li and König, b-bit minwise hashing, 2010.
     """
+    # Multiply-shift: the high half of a·x + b with odd a is a fresh random order of the n-grams for each (a, b).
     least: npt.NDArray[np.uint64] = ((_FACTORS * grams + _OFFSETS) >> np.uint64(32)).min(axis=1)
     return (least & np.uint64(0xFFFF)).astype(np.uint16)
 
 
 def sign_texts(words: Words) -> npt.NDArray[np.uint16]:
-    """Return the signature of a text's three-word shingles; a text without words has that of nothing else."""
+    """Return the signature of a text's three-word shingles, [64]; that of a text without words is all zeros."""
     return minhash(ngrams(words, _SHINGLE)) if len(words) else np.zeros(N_HASHES, np.uint16)
 
 
 def sign_questions(questions: Sequence[Words]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
-    """Return signatures [N, 64] of what is each question's own, and which questions have anything of their own.
+    """Return signatures of the questions' distinctive shingles, [N, 64], and which questions have any, [N].
 
-    Shingles that stand in more than 1 % of the questions (and in more than 10) are left out: the words of a template.
+    Shingles in more than 1 % of the questions (and in more than 10) are the words of a template, and left out.
     """
-    counts = np.zeros(1 << 22, np.uint32)  # shingles share counters: far fewer than the bound fall together
+    counts = np.zeros(1 << 22, np.uint32)  # shingles share counters: a few collisions stay far below the bound
     slots = np.uint64(len(counts) - 1)
     for words in questions:
         counts[np.unique(ngrams(words, _SHINGLE) & slots)] += 1
     too_many = max(10, len(questions) // 100)
     signatures = np.zeros((len(questions), N_HASHES), np.uint16)
-    has_own = np.zeros(len(questions), np.bool_)
+    is_distinctive = np.zeros(len(questions), np.bool_)
     for i, words in enumerate(questions):
         shingles = ngrams(words, _SHINGLE)
-        own = shingles[counts[shingles & slots] <= too_many]
-        if len(own):
-            signatures[i], has_own[i] = minhash(own), True
-    return signatures, has_own
+        rare = shingles[counts[shingles & slots] <= too_many]
+        if len(rare):
+            signatures[i], is_distinctive[i] = minhash(rare), True
+    return signatures, is_distinctive
 
 
 def near_duplicates(
@@ -118,10 +117,10 @@ def near_duplicates(
     threshold: float,
     may_match: Callable[[int, npt.NDArray[np.int64]], npt.NDArray[np.bool_]],
 ) -> npt.NDArray[np.int64]:
-    """Return for each text the earlier one that it repeats, -1 for those that stay; [N].
+    """Return for each text the index of the earlier one that it repeats, -1 for those that stay; [N].
 
-    Texts repeat each other if their signatures agree in at least `threshold` of the places and `may_match(i, others)`,
-    which looks at what the signatures do not hold, agrees. A text is compared with those that stay alone.
+    A text repeats another if their signatures agree in at least `threshold` of the places and `may_match(i, others)`,
+    which knows more than the signatures, agrees. It is compared only with texts that stay.
     """
     n = len(signatures)
     repeats = np.full(n, -1, np.int64)
@@ -145,8 +144,9 @@ def near_duplicates(
 
 
 def _shared_bands(signatures: npt.NDArray[np.uint16]) -> npt.NDArray[np.int32]:
-    """Return [N, bands]: the number of the group of texts that agree in a band, -1 for one that is alone in it."""
-    bands = np.ascontiguousarray(signatures).view(np.uint64)  # _ROWS x 16 bits
+    """Return the group of texts that agree in a band, by number, or -1 for a text alone in it; [N, 16]."""
+    # Bands of four places: 16 of them find a pair of similarity 0.8 with a probability of 99.98 %.
+    bands = np.ascontiguousarray(signatures).view(np.uint64)  # [N, 16]
     groups = np.empty(bands.shape, np.int32)
     for band in range(bands.shape[1]):
         _, group, count = np.unique(bands[:, band], return_inverse=True, return_counts=True)
@@ -155,15 +155,15 @@ def _shared_bands(signatures: npt.NDArray[np.uint16]) -> npt.NDArray[np.int32]:
 
 
 def contaminated(questions: Sequence[Words], evaluation: Sequence[Words], n: int = 8) -> npt.NDArray[np.int64]:
-    """Return for each question the index of an evaluation question that stands in it, else -1; [N].
+    """Return for each question the index of an evaluation question that it contains, else -1; [N].
 
-    It does if the two are the same once normalised, or share n words in a row. Words in a row that with their numbers
-    masked are found in more than 1 % of the evaluation questions (and in more than 2) or in more than 5 % of the
-    questions (and in more than 10) do not count. An evaluation question of which such words make up a fifth was made
-    from a template: half of its other n words in a row have to be found, and at least n of them.
+    It contains one if both are the same once normalised, or share a distinctive n-gram of words. An n-gram is common,
+    and does not count, if with numbers masked it is in more than 1 % of the evaluation questions (and in more than 2)
+    or in more than 5 % of the questions (and in more than 10). If common n-grams make up a fifth of an evaluation
+    question, it comes from a template: then half of its distinctive n-grams must be shared, and at least n.
     """
     whole = {digest(words): i for i, words in reversed(list(enumerate(evaluation))) if len(words)}
-    index = _OwnGrams({i: evaluation[i] for i in sorted(whole.values())}, questions, n)
+    index = _DistinctiveGrams({i: evaluation[i] for i in sorted(whole.values())}, questions, n)
     found = np.full(len(questions), -1, np.int64)
     for i, words in enumerate(questions):
         same = whole.get(digest(words), -1)
@@ -171,27 +171,27 @@ def contaminated(questions: Sequence[Words], evaluation: Sequence[Words], n: int
     return found
 
 
-class _OwnGrams:
-    """The n-grams that are an evaluation question's own, and how many of each have to be found."""
+class _DistinctiveGrams:
+    """The distinctive n-grams of evaluation questions, and how many of each question's must be found."""
 
     def __init__(self, evaluation: dict[int, Words], questions: Sequence[Words], n: int) -> None:
         self.n = n
         long = {i: words for i, words in evaluation.items() if len(words) >= n}
         common = _common(list(long.values()), questions, n)
-        short = max(1, n // 2)  # a template's words may stand in fewer than n at once
+        short = max(1, n // 2)  # a template may have fewer than n words in a row
         common_short = _common(list(long.values()), questions, short)
-        own = {i: np.unique(ngrams(w, n)[~np.isin(ngrams(_masked(w), n), common)]) for i, w in long.items()}
+        rare = {i: np.unique(ngrams(w, n)[~np.isin(ngrams(_masked(w), n), common)]) for i, w in long.items()}
         self._needed = {
-            i: max(n, (len(own[i]) + 1) // 2) if np.isin(ngrams(_masked(w), short), common_short).mean() >= 0.2 else 1
+            i: max(n, (len(rare[i]) + 1) // 2) if np.isin(ngrams(_masked(w), short), common_short).mean() >= 0.2 else 1
             for i, w in long.items()
         }
-        grams = np.concatenate([np.zeros(0, np.uint64), *own.values()])
+        grams = np.concatenate([np.zeros(0, np.uint64), *rare.values()])
         order = np.argsort(grams, kind="stable")
         self._grams = grams[order]
-        self._owners = np.repeat(np.array(list(own), np.int64), [len(grams) for grams in own.values()])[order]
+        self._owners = np.repeat(np.array(list(rare), np.int64), [len(grams) for grams in rare.values()])[order]
 
     def find(self, words: Words) -> int:
-        """Return the first evaluation question of which enough is found, else -1."""
+        """Return the first evaluation question with enough n-grams in the text, else -1."""
         grams = np.unique(ngrams(words, self.n))
         first, last = np.searchsorted(self._grams, grams), np.searchsorted(self._grams, grams, "right")
         found = np.flatnonzero(first < last)
@@ -200,7 +200,7 @@ class _OwnGrams:
 
 
 def _common(evaluation: Sequence[Words], questions: Sequence[Words], n: int) -> Grams:
-    """Return the n-grams, numbers masked, that too many questions share for them to tell one from another."""
+    """Return the n-grams, with numbers masked, that are common: too many questions share them."""
     each = [np.unique(ngrams(_masked(words), n)) for words in evaluation]
     known, in_evaluation = np.unique(np.concatenate([np.zeros(0, np.uint64), *each]), return_counts=True)
     in_questions = np.zeros(len(known), np.int64)

@@ -1,7 +1,7 @@
 """The one split that every seed, source and command agrees on: a fixed hash of the question.
 
-A question's bucket depends on nothing but its words, so a training set can never contain a question of an evaluation,
-whatever seed, file or order either was drawn with. The pocket teacher was trained on the `train` bucket too.
+A question's bucket depends on its words alone, so a training set never contains a question of an evaluation, whatever
+the seed, file or order of either. The pocket teacher was trained on the `train` bucket too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _TRAIN_SHARE, _VALIDATION_SHARE = 80, 5  # per cent; the rest is `test`
 
 
 def normalise_question(question: str) -> str:
-    """Return the question as the split sees it: NFKC, lower case, every run of white space one space."""
+    """Return the question in the form that is hashed: NFKC, lower case, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", question).lower().split())
 
 

@@ -234,7 +234,7 @@ def _landlock(scratch: Path, readable: Sequence[Path]) -> bool:
     try:
         read = 1 << 2 | 1 << 3
         allowed = [*((path, read) for path in readable), (scratch, everything & ~1)]  # all but running programs
-        if not all(_allow(libc, rules, path, rights=rights & everything) for path, rights in allowed):
+        if not all(_allow(libc, path, rules=rules, rights=rights & everything) for path, rights in allowed):
             return False
         if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
             return False
@@ -243,7 +243,7 @@ def _landlock(scratch: Path, readable: Sequence[Path]) -> bool:
         os.close(rules)
 
 
-def _allow(libc: ctypes.CDLL, rules: int, path: Path, *, rights: int) -> bool:
+def _allow(libc: ctypes.CDLL, path: Path, *, rules: int, rights: int) -> bool:
     """Add a rule that allows these rights under a path; say whether the kernel took it."""
     if path == Path("/dev/null"):
         rights |= 1 << 1  # write
