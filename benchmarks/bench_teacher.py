@@ -33,7 +33,7 @@ import transformers
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import messages_of
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
-from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, Row
+from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, SequenceState
 from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
 from deepdistill.distill.training.student import student_dir
@@ -183,14 +183,14 @@ def sparse_config(tiny: bool, n_bytes: int) -> Any:
     )  # fmt: skip
 
 
-def make_rows(n: int, n_vocab: int, tiny: bool) -> list[Row]:
+def make_rows(n: int, n_vocab: int, tiny: bool) -> list[SequenceState]:
     """Return prompts of mixed length, each with a number of tokens to make: most short, some long."""
     rng = random.Random(0)
     scale = 16 if tiny else 1
     rows = []
     for index in range(n):
         prompt = [rng.randrange(10, n_vocab) for _ in range(rng.randint(32, 512) // scale)]
-        rows.append(Row(index, prompt, min(1024, 32 + int(rng.expovariate(1 / 200))) // scale))
+        rows.append(SequenceState(index, prompt, min(1024, 32 + int(rng.expovariate(1 / 200))) // scale))
     return rows
 
 

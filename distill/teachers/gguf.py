@@ -15,7 +15,7 @@ from .base import Teacher
 from .vocabulary import of_gguf
 
 _PARALLEL = 16
-_MOST_CTX = 16384  # tokens for all sequences together, unless one alone needs more: the KV cache is memory
+_MOST_CTX = 16384  # tokens for all sequences together, unless one alone needs more: the KV cache takes memory
 _BLOCK_BYTES = 1 << 20
 
 _Prompt = tuple[int, str, int]
@@ -27,37 +27,42 @@ class GGUFTeacher(Teacher):
 
     backend = "gguf"
 
-    def __init__(self, path: Path, *, n_parallel: int | None = None) -> None:
-        """Open the file.
+    def __init__(self, path: Path, *, n_parallel: int | None = None, n_ctx: int | None = None) -> None:
+        """Open the file, at first with a context of `n_ctx` tokens for all sequences together.
 
         Raises:
             ModelError: it is broken, or llama.cpp cannot run it.
         """
         self.n_parallel = n_parallel or _PARALLEL
         self.name = path.name
-        self._engine = Engine(path, n_seq=self.n_parallel)
+        self._engine = Engine(path, n_ctx=n_ctx, n_seq=self.n_parallel)
         self.revision, self.vocabulary = _file_hash(path), of_gguf(path)
+
+    @property
+    def n_ctx(self) -> int:
+        """The context in tokens, of all sequences together, as far as it has grown."""
+        return self._engine.n_ctx
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_logprobs: int = 0
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index, completion) as sequences end. A request that needs a larger context waits for those before it.
 
-        What the first n_parallel requests need decides the context.
+        The first n_parallel requests decide the context.
         """
         source = ((i, self._engine.render(list(r.messages)), r.seed) for i, r in enumerate(requests))
         ahead: deque[_Prompt] = deque()
         while ahead := deque([*ahead, *islice(source, self.n_parallel - len(ahead))]):
             self._make_room(max(self._n_tokens(text, sampling) for _, text, _ in ahead), len(ahead))
             asked: list[int] = []  # the request's index for each that the engine was given
-            texts, seeds = tee(self._that_fit(ahead, source, sampling, asked))
+            texts, seeds = tee(self._fitting(ahead, source, sampling=sampling, asked=asked))
             for i, completion in self._engine.generate_many(
                 (text for _, text, _ in texts), sampling, seeds=(seed for *_, seed in seeds), top_logprobs=top_logprobs
             ):
                 yield asked[i], completion
 
-    def _that_fit(
-        self, ahead: deque[_Prompt], source: Iterator[_Prompt], sampling: Sampling, asked: list[int]
+    def _fitting(
+        self, ahead: deque[_Prompt], source: Iterator[_Prompt], *, sampling: Sampling, asked: list[int]
     ) -> Iterator[_Prompt]:
         """Yield prompts until one needs a larger context, which goes back to `ahead`."""
         while prompt := ahead.popleft() if ahead else next(source, None):
@@ -68,7 +73,7 @@ class GGUFTeacher(Teacher):
             yield prompt
 
     def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
-        """Return the `top_logprobs` most probable tokens at the place of each of the answer's."""
+        """Return the `top_logprobs` most probable tokens at each place of the answer."""
         prompt = self._engine.tokenize(self._engine.render(list(messages)))
         tokens = self._engine.model.tokenize(answer, whole=False) if isinstance(answer, str) else list(answer)
         self._make_room(len(prompt) + len(tokens), 1)
@@ -79,7 +84,7 @@ class GGUFTeacher(Teacher):
         return self._engine.model.tokenize(text, whole=False)
 
     def _n_tokens(self, prompt: str, sampling: Sampling) -> int:
-        """Return the context that an answer may take; none where the prompt alone is more than the model can read."""
+        """Return the context that an answer may take: 0 if the prompt alone is more than the model can read."""
         n_prompt, most = len(self._engine.tokenize(prompt)), self._engine.n_ctx_train or _MOST_CTX
         return min(n_prompt + sampling.max_tokens, most) if n_prompt < most else 0
 

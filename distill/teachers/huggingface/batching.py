@@ -1,10 +1,10 @@
-"""Batched decoding with a causal transformers model: rows leave the batch as they end, waiting ones take their place.
+"""Batched decoding with a causal transformers model: rows leave the batch as they end, and others take their place.
 
 `model.generate` keeps every row until the slowest has ended, pays for its general machinery at each token, and copies
 the whole KV cache to append to it. Here a step is one forward pass over the live rows with logits for the last position
 alone, the cache grows in place, and prompts are drawn in windows and start longest first, so that rows of a length run
-together and the last ones in the batch are short. What the first window's prompts begin with (a system prompt, a
-question's fixed words) is computed once; a later prompt that begins otherwise does not look at it.
+together and the last ones in the batch are short. What all prompts of the first window begin with (a system prompt, a
+question's fixed words) is computed once; a later prompt that begins differently does not attend to it.
 
 Left out on purpose: beam search, penalties, and refilling for models with sliding-window or recurrent layers, whose
 caches cannot be cut by row and column: those run batch after batch.
@@ -32,22 +32,22 @@ _LEAST_PREFIX = 8  # tokens; a shorter shared prefix is not worth a pass of its 
 
 
 @dataclass
-class Row:
-    """One request on its way: `tokens` grows until an end-of-turn token or `max_new` tokens."""
+class SequenceState:
+    """One request on its way, a row of the batch: `tokens` grows to an end-of-turn token or to `max_new` tokens."""
 
     index: int
     prompt: list[int]
     max_new: int
     uniforms: torch.Tensor | None = None  # [max_new]
     n_shared: int = 0
-    """Of the prompt's tokens, those in the cache's shared prefix."""
+    """How many of the prompt's tokens are in the cache's shared prefix."""
     top: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Ids and log-probabilities `[k]` of the most probable tokens at each of `tokens`, if asked for."""
     tokens: list[int] = field(default_factory=list)
     started: float = 0.0
     seconds: float = 0.0
     ended: bool = False
-    """The model ended its turn itself."""
+    """Whether the model ended its turn itself."""
 
     @property
     def done(self) -> bool:
@@ -56,17 +56,17 @@ class Row:
 
     @property
     def length(self) -> int:
-        """Tokens that stand in the cache: all but the newest, which the next step puts in."""
+        """Tokens in the cache: all but the newest, which the next step adds."""
         return len(self.prompt) + max(0, len(self.tokens) - 1)
 
     @property
-    def n_own(self) -> int:
-        """Columns of the cache that are this row's alone."""
+    def n_unshared(self) -> int:
+        """Columns of the cache that belong to this row alone."""
         return self.length - self.n_shared
 
     @property
     def logprobs(self) -> TopLogprobs | None:
-        """What `top` holds, `[T, k]`."""
+        """The most probable tokens, `[T, k]`."""
         if not self.top:
             return None
         ids, values = (torch.stack(part).numpy() for part in zip(*self.top, strict=True))
@@ -81,9 +81,9 @@ class BatchDecoder:
         self.batch_size = batch_size
         self.eos_ids = eos_ids
         self.pad_id = pad_id
-        self.rows: list[Row] = []
+        self.rows: list[SequenceState] = []
         self.cache: Any = None
-        self.mask = torch.empty(0)  # [B, capacity] int64: 0 where padding stands
+        self.mask = torch.empty(0)  # [B, capacity] int64: 0 for padding
         self.width = 0  # columns of the cache in use, of which the first n_prefix hold the shared prefix
         self.shared: list[int] = []  # the prefix's tokens
         self.prefix: list[tuple[torch.Tensor, torch.Tensor]] = []  # a layer's keys and values, [1, H, n_prefix, D]
@@ -96,9 +96,11 @@ class BatchDecoder:
         """Tokens of the shared prefix."""
         return len(self.shared)
 
-    def run(self, requests: Iterable[Row], sampling: Sampling, top_logprobs: int = 0) -> Iterator[Row]:
-        """Yield the rows of `requests` as they end; those that are over when they are drawn come back at once."""
-        source, waiting = iter(requests), list[Row]()  # taken from its end: the longest first
+    def run(
+        self, requests: Iterable[SequenceState], sampling: Sampling, top_logprobs: int = 0
+    ) -> Iterator[SequenceState]:
+        """Yield the rows of `requests` as they end; those that are done when they are drawn come back at once."""
+        source, waiting = iter(requests), list[SequenceState]()  # taken from its end: the longest first
         self.rows, self.cache, self.width, self.n_top = [], None, 0, top_logprobs
         self.shared, self.prefix, is_first = [], [], True
         while True:
@@ -108,7 +110,7 @@ class BatchDecoder:
                 yield from self._step(sampling)
                 continue
             self._keep_live()
-            new: list[Row] = []
+            new: list[SequenceState] = []
             while len(self.rows) + len(new) < self.batch_size:
                 if not waiting:
                     window = list(islice(source, _WINDOW * self.batch_size))
@@ -126,7 +128,7 @@ class BatchDecoder:
                 self.cache, self.prefix = None, []
                 return
 
-    def _step(self, sampling: Sampling) -> list[Row]:
+    def _step(self, sampling: Sampling) -> list[SequenceState]:
         """Generate one token for every live row and return those that ended with it."""
         device = self.mask.device
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=device)  # [B, 1]
@@ -135,44 +137,51 @@ class BatchDecoder:
         if self.width > self.mask.shape[1]:
             self.mask = F.pad(self.mask, (0, self.width), value=1)
         with self.latent.one_token():
-            logits = self._forward(last, self.mask[:, : self.width], positions, self.cache)
+            logits = self._forward(last, self.cache, mask=self.mask[:, : self.width], positions=positions)
         return self._take(self.rows, logits, sampling)
 
-    def _join(self, new: list[Row], sampling: Sampling) -> list[Row]:
+    def _join(self, new: list[SequenceState], sampling: Sampling) -> list[SequenceState]:
         """Prefill new rows, take their first token, and put them into the batch."""
-        device, started, n_prefix = self.model.device, time.monotonic(), self.n_prefix
+        started, n_prefix = time.monotonic(), self.n_prefix
         for row in new:
+            row.started = started
             row.n_shared = n_prefix if n_prefix < len(row.prompt) and row.prompt[:n_prefix] == self.shared else 0
+        logits, mask, cache = self._prefill(new)
+        ended = self._take(new, logits, sampling)
+        if self.cache is None:
+            self.rows, self.cache, self.mask, self.width = list(new), cache, mask, mask.shape[1]
+        else:
+            self._merge(new, cache, mask)
+        return ended
+
+    def _prefill(self, new: list[SequenceState]) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Compute the prompts of new rows: return (logits `[B, V]`, mask `[B, n_prefix + T]`, their cache)."""
+        device, n_prefix = self.model.device, self.n_prefix
         # Several answers to one prompt: it is computed once.
         place: dict[tuple[int, ...], int] = {}
-        firsts: list[Row] = []
+        firsts: list[SequenceState] = []
         for row in new:
             if place.setdefault(tuple(row.prompt), len(firsts)) == len(firsts) or not self.by_row:
                 firsts.append(row)
-        width = max(row.n_own for row in new)
-        own = [[self.pad_id] * (width - row.n_own) + row.prompt[row.n_shared :] for row in firsts]
+        width = max(row.n_unshared for row in new)
+        unshared = [[self.pad_id] * (width - row.n_unshared) + row.prompt[row.n_shared :] for row in firsts]
         n_shared = torch.tensor([[row.n_shared] for row in firsts])
-        is_own = (torch.arange(width)[None] >= torch.tensor([[width - row.n_own] for row in firsts])).long()  # [B, T]
-        positions = (n_shared + is_own.cumsum(-1) - 1).clamp(min=0).to(device)  # [B, T]
-        mask = torch.cat([(n_shared > 0).long().expand(-1, n_prefix), is_own], 1).to(device)  # [B, n_prefix + T]
+        n_padding = torch.tensor([[width - row.n_unshared] for row in firsts])
+        is_token = (torch.arange(width)[None] >= n_padding).long()  # [B, T]
+        # Padding is on the left: positions count tokens alone, after those of the shared prefix.
+        positions = (n_shared + is_token.cumsum(-1) - 1).clamp(min=0).to(device)  # [B, T]
+        mask = torch.cat([(n_shared > 0).long().expand(-1, n_prefix), is_token], 1).to(device)  # [B, n_prefix + T]
         cache = self._new_cache(len(firsts))
-        logits = self._forward(torch.tensor(own, device=device), mask, positions, cache)
+        logits = self._forward(torch.tensor(unshared, device=device), cache, mask=mask, positions=positions)
         if len(firsts) < len(new):
             index = torch.tensor([place[tuple(row.prompt)] for row in new], device=device)
             logits, mask = logits.index_select(0, index), mask.index_select(0, index)
             for layer in cache.layers:
                 layer.keep(index, torch.arange(n_prefix + width, device=device))
-        for row in new:
-            row.started = started
-        ended = self._take(new, logits, sampling)
-        if self.cache is None:
-            self.rows, self.cache, self.mask, self.width = list(new), cache, mask, n_prefix + width
-        else:
-            self._merge(new, cache, mask, n_prefix + width)
-        return ended
+        return logits, mask, cache
 
-    def _prefill_shared(self, requests: Sequence[Row]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Compute the cache of what all prompts begin with; every prompt keeps a token of its own."""
+    def _prefill_shared(self, requests: Sequence[SequenceState]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Compute the cache of what all prompts begin with, short of any prompt's last token."""
         prompts = [row.prompt for row in requests]
         n_shared = _n_shared(prompts) if len(prompts) > 1 else 0
         self.shared = prompts[0][:n_shared] if n_shared >= _LEAST_PREFIX else []
@@ -180,7 +189,8 @@ class BatchDecoder:
             return []
         ids = torch.tensor([self.shared], device=self.model.device)
         cache: Any = DynamicCache(config=self.model.config)
-        self._forward(ids, torch.ones_like(ids), torch.arange(n_shared, device=ids.device)[None], cache)
+        positions = torch.arange(n_shared, device=ids.device)[None]
+        self._forward(ids, cache, mask=torch.ones_like(ids), positions=positions)
         return [(layer.keys, layer.values) for layer in cache.layers]
 
     @torch.inference_mode()
@@ -194,8 +204,8 @@ class BatchDecoder:
         return cache
 
     @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Return the last position's logits `[B, V]`."""
+    def _forward(self, ids: torch.Tensor, cache: Any, *, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[B, V]` at the last of the tokens `ids` `[B, T]`."""
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -207,14 +217,14 @@ class BatchDecoder:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def _take(self, rows: Sequence[Row], logits: torch.Tensor, sampling: Sampling) -> list[Row]:
+    def _take(self, rows: Sequence[SequenceState], logits: torch.Tensor, sampling: Sampling) -> list[SequenceState]:
         """Give every live row its next token and return the rows that ended with it."""
         uniforms = None
         if sampling.temperature > 0:
             uniforms = torch.stack([_uniform(row) for row in rows]).to(logits.device)
         top = zip(*(x.cpu() for x in top_of(logits, self.n_top)), strict=True) if self.n_top else repeat(None)
-        ended: list[Row] = []
-        for row, token, best in zip(rows, choose(logits, sampling, uniforms).tolist(), top, strict=False):
+        ended: list[SequenceState] = []
+        for row, token, best in zip(rows, choose(logits, sampling, uniforms=uniforms).tolist(), top, strict=False):
             if row.done:
                 continue
             row.top += [best] if best else []
@@ -227,14 +237,14 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def _keep_live(self) -> None:
-        """Drop the rows that ended, and the columns that were padding to all who stay."""
+        """Drop the rows that ended, and the columns that are padding in all the others."""
         keep = [i for i, row in enumerate(self.rows) if not row.done]
         self.rows = [self.rows[i] for i in keep]
         if not keep:
             self.cache = None
             return
         index = torch.tensor(keep, device=self.mask.device)
-        width = self.n_prefix + max(row.n_own for row in self.rows)
+        width = self.n_prefix + max(row.n_unshared for row in self.rows)
         columns = [*range(self.n_prefix), *range(self.width - width + self.n_prefix, self.width)]
         taken = torch.tensor(columns, device=self.mask.device)
         for layer in self.cache.layers:
@@ -243,27 +253,27 @@ class BatchDecoder:
         self.width = width
 
     @torch.inference_mode()
-    def _merge(self, new: list[Row], cache: Any, mask: torch.Tensor, width: int) -> None:
+    def _merge(self, new: list[SequenceState], cache: Any, mask: torch.Tensor) -> None:
         """Put prefilled rows under the live ones, both aligned at the newest column."""
-        wide = max(width, self.width)
+        width = max(mask.shape[1], self.width)
         for layer, other in zip(self.cache.layers, cache.layers, strict=True):
-            layer.put_under(other, wide, self.n_prefix)
+            layer.put_under(other, width, self.n_prefix)
         both = (self.mask[:, None, : self.width, None], mask[:, None, :, None])
-        self.mask = stack_rows(*both, wide, self.n_prefix)[:, 0, :, 0]
-        self.rows, self.width = [*self.rows, *new], wide
+        self.mask = stack_rows(*both, width=width, n_prefix=self.n_prefix)[:, 0, :, 0]
+        self.rows, self.width = [*self.rows, *new], width
 
 
-def make_row(index: int, prompt: list[int], max_new: int, sampling: Sampling, seed: int) -> Row:
-    """Return the row of request `index`, with the random numbers that its own seed gives."""
-    return Row(index, prompt, max_new, draw_uniforms(sampling, seed, max_new))
+def new_sequence(index: int, prompt: list[int], *, max_new: int, sampling: Sampling, seed: int) -> SequenceState:
+    """Return the row of request `index`, with the random numbers of its seed."""
+    return SequenceState(index, prompt, max_new, draw_uniforms(sampling, seed, max_new))
 
 
-def _uniform(row: Row) -> torch.Tensor:
+def _uniform(row: SequenceState) -> torch.Tensor:
     assert row.uniforms is not None
     return row.uniforms[min(len(row.tokens), row.max_new - 1)]
 
 
-def _prefill_chunks(rows: list[Row]) -> Iterator[list[Row]]:
+def _prefill_chunks(rows: list[SequenceState]) -> Iterator[list[SequenceState]]:
     """Cut rows, longest first, into groups of at most `_PREFILL_TOKENS` tokens with their padding."""
     start = 0
     while start < len(rows):

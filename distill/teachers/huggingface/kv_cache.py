@@ -1,6 +1,13 @@
-"""A KV cache that grows in place and can be cut and stacked by row and column.
+"""KV caches for decoding: one that grows in place and is cut by row and column, and attention to cached latents.
 
-Columns are `[shared prefix | padding | own prompt and answer]`.
+A row's columns are `[shared prefix | padding | the rest of its prompt and its answer]`.
+
+Multi-head latent attention: DeepSeek's cache holds a compressed latent of each token, and transformers expands all of
+them to keys and values again at every step. The matrices that expand them can be multiplied into the query and the
+output instead ("absorbed"): then a step reads the latents as they are, and all heads share them as in multi-query
+attention.
+
+Source: DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
 """
 
 from __future__ import annotations
@@ -16,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 _NAME = "deepdistill_latent"
-_ROOM = 64  # columns added beyond what is needed
+_SPARE = 64  # columns added beyond what is needed
 
 
 class GrowingLayer(DynamicLayer):
@@ -25,7 +32,7 @@ class GrowingLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.n = 0
-        self.room: tuple[torch.Tensor, torch.Tensor] | None = None  # two of [B, H, capacity, D]
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, [B, H, capacity, D] each
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -34,11 +41,11 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.n + key_states.shape[-2]
-        if self.room is None:
-            self.room = (_with_capacity(key_states, end + _ROOM), _with_capacity(value_states, end + _ROOM))
-        elif end > self.room[0].shape[-2]:
-            self.room = (_with_capacity(self.room[0], 2 * end), _with_capacity(self.room[1], 2 * end))
-        keys, values = self.room
+        if self.buffers is None:
+            self.buffers = (_with_capacity(key_states, end + _SPARE), _with_capacity(value_states, end + _SPARE))
+        elif end > self.buffers[0].shape[-2]:
+            self.buffers = (_with_capacity(self.buffers[0], 2 * end), _with_capacity(self.buffers[1], 2 * end))
+        keys, values = self.buffers
         keys[..., self.n : end, :] = key_states
         values[..., self.n : end, :] = value_states
         self.n = end
@@ -48,8 +55,8 @@ class GrowingLayer(DynamicLayer):
     @property
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values in use, `[B, H, T, D]`."""
-        assert self.room
-        keys, values = self.room
+        assert self.buffers
+        keys, values = self.buffers
         return keys[..., : self.n, :], values[..., : self.n, :]
 
     def keep(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
@@ -60,15 +67,15 @@ class GrowingLayer(DynamicLayer):
     def put_under(self, other: GrowingLayer, width: int, n_prefix: int) -> None:
         """Add the rows of another layer, both aligned at the newest column of `width`."""
         pairs = zip(self.states, other.states, strict=True)
-        self._replace(*(stack_rows(above, below, width, n_prefix) for above, below in pairs))
+        self._replace(*(stack_rows(above, below, width=width, n_prefix=n_prefix) for above, below in pairs))
 
     def _replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.n = keys.shape[-2]
-        self.room = (_with_capacity(keys, self.n + _ROOM), _with_capacity(values, self.n + _ROOM))
+        self.buffers = (_with_capacity(keys, self.n + _SPARE), _with_capacity(values, self.n + _SPARE))
         self.keys, self.values = self.states
 
 
-def stack_rows(above: torch.Tensor, below: torch.Tensor, width: int, n_prefix: int) -> torch.Tensor:
+def stack_rows(above: torch.Tensor, below: torch.Tensor, *, width: int, n_prefix: int) -> torch.Tensor:
     """Stack two `[B, H, T, D]` by row, padded after the prefix to one width; with zeros, as NaN would pass a mask."""
     stacked = above.new_zeros(len(above) + len(below), above.shape[1], width, above.shape[3])
     for part, rows in ((above, stacked[: len(above)]), (below, stacked[len(above) :])):
@@ -80,32 +87,32 @@ def stack_rows(above: torch.Tensor, below: torch.Tensor, width: int, n_prefix: i
 def _with_capacity(states: torch.Tensor, capacity: int) -> torch.Tensor:
     """Return a buffer `[B, H, capacity, D]` that begins with the states."""
     batch, heads, n, size = states.shape
-    room = states.new_empty(batch, heads, capacity, size)
-    room[..., :n, :] = states
-    return room
+    buffer = states.new_empty(batch, heads, capacity, size)
+    buffer[..., :n, :] = states
+    return buffer
 
 
 class LatentAttention:
-    """Lets a model whose cache holds latents attend to them; other models go on as they do."""
+    """Lets a model whose cache holds latents attend to them; other models work as usual."""
 
     def __init__(self, model: Any) -> None:
         modules = [module for module in model.modules() if hasattr(module, "expand_kv")]
         self._config = model.config
-        # an adapter's or a quantized weight is another matrix than `weight`
+        # An adapter's or a quantized layer multiplies with another matrix than `weight`.
         self._modules = modules if all(type(module.kv_b_proj) is nn.Linear for module in modules) else []
         AttentionInterface.register(_NAME, _attend)
         AttentionMaskInterface.register(_NAME, sdpa_mask)
 
     @contextmanager
     def one_token(self) -> Iterator[None]:
-        """Take the absorbed matrices for passes of one new token a row, the only ones that they make faster."""
+        """Use the absorbed matrices in passes of one new token a row, the only ones that they make faster."""
         if not self._modules:
             yield
             return
         attention = self._config._attn_implementation
         self._config._attn_implementation = _NAME
         for module in self._modules:
-            module.expand_kv = _as_they_are
+            module.expand_kv = _unexpanded
         try:
             yield
         finally:
@@ -114,7 +121,7 @@ class LatentAttention:
                 del module.expand_kv
 
 
-def _as_they_are(latents: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+def _unexpanded(latents: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     return latents, k_rot
 
 

@@ -1,4 +1,4 @@
-"""Load a Hugging Face checkpoint: its tokenizer and its weights, in the right format and place, or one line on why not.
+"""Load a Hugging Face checkpoint, its tokenizer and its weights, in the right format and place, or say why not.
 
 No code from a checkpoint is ever run.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -27,24 +28,30 @@ def check_folder(path: Path) -> None:
     """Return if a folder holds a config, a tokenizer and weights.
 
     Raises:
-        ModelError: it does not, or it is a LoRA adapter.
+        ModelError: `code` "no-such-model", "lora-adapter" or "model-incomplete".
     """
     if not path.is_dir():
-        raise ModelError(f"no model folder at {path}")
+        raise ModelError(f"there is no model folder at {path}", "check the path", code="no-such-model")
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first")
+        raise ModelError(
+            f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first", code="lora-adapter"
+        )
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} is not a model folder: it has no config.json")
+        raise ModelError(
+            f"{path} is not a model folder: it has no config.json", "check the path", code="model-incomplete"
+        )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(
-            f"{path} has no tokenizer", "copy tokenizer.json and tokenizer_config.json from the base model"
+            f"{path} has no tokenizer",
+            "copy tokenizer.json and tokenizer_config.json from the base model",
+            code="model-incomplete",
         )
     if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path} has no weights", "it needs model.safetensors or its shards")
+        raise ModelError(f"{path} has no weights", "add model.safetensors or its shards", code="model-incomplete")
 
 
 def weights_hash(path: Path) -> str:
-    """Return a short hash of a checkpoint: the configs whole, of each weight file its size and 16 spread blocks."""
+    """Return a short hash of a checkpoint: whole configs, and the size and 16 spread blocks of each weight file."""
     digest = hashlib.sha256()
     for file in sorted([*path.glob("*.json"), *path.glob("*.jinja"), *path.glob("*.safetensors")]):
         size = file.stat().st_size
@@ -60,13 +67,13 @@ def load_tokenizer(source: str | Path, offline: bool = True) -> Tokenizer:
     """Return the tokenizer of a checkpoint folder, or of a hub id.
 
     Raises:
-        ModelError: there is none, or it is corrupt.
+        ModelError: there is none, or it is corrupt: see `load_model`.
     """
     quiet_transformers()
     try:
         found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise _model_error(source, "tokenizer", error, offline) from error
+        raise _model_error(error, source, part="tokenizer", offline=offline) from error
     return cast(Tokenizer, found)
 
 
@@ -74,7 +81,8 @@ def load_model(source: str | Path, device: torch.device, offline: bool = True) -
     """Return a causal model in the format that runs fastest on a device; on CUDA over all GPUs if one is too small.
 
     Raises:
-        ModelError: it is not there, incomplete, corrupt, too large, or of an architecture unknown to transformers.
+        ModelError: `code` "no-such-model", "model-incomplete", "model-corrupt", "model-too-large",
+            "architecture-unknown" or "model-unloadable".
     """
     quiet_transformers()
     try:
@@ -87,21 +95,29 @@ def load_model(source: str | Path, device: torch.device, offline: bool = True) -
             **(_placement(source, device, offline) if device.type == "cuda" else {"dtype": "auto"}),
         )
         model, report = loaded
-        missing = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-        if missing:
-            # transformers would fill these with random numbers and carry on.
-            raise ModelError(
-                f"{source} lacks {len(missing)} of its weights, {missing[0]} first", "the checkpoint is incomplete"
-            )
+        _check_complete(source, report)
         if device.type != "cuda":
             model = model.to(device=device, dtype=inference_dtype(model.num_parameters(), device))
         return model.eval()
     except torch.OutOfMemoryError as error:
         raise ModelError(
-            f"{source} does not fit in the memory of {device}", "give --device cpu or a smaller model"
+            f"{source} does not fit in the memory of {device}",
+            "give --device cpu or a smaller model",
+            code="model-too-large",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise _model_error(source, "model", error, offline) from error
+        raise _model_error(error, source, part="model", offline=offline) from error
+
+
+def _check_complete(source: str | Path, report: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers would fill them with random numbers and carry on."""
+    missing = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"{source} lacks {len(missing)} of its weights, {missing[0]} first",
+            "download or copy the whole checkpoint again",
+            code="model-incomplete",
+        )
 
 
 def _placement(source: str | Path, device: torch.device, offline: bool) -> dict[str, Any]:
@@ -121,7 +137,7 @@ def device_map_for(n_bytes: int, free: Mapping[int, int]) -> str | dict[str, int
     """Return where weights of n_bytes go, given the free bytes of each GPU: all on one, or over all of them.
 
     Raises:
-        ModelError: they do not fit; accelerate would put the rest on the CPU, and every token would wait for it.
+        ModelError: `code` "model-too-large": accelerate would put the rest on the CPU, and every token would wait.
     """
     roomiest = max(free, key=lambda index: free[index])
     if n_bytes <= _WEIGHTS_SHARE * free[roomiest]:
@@ -131,23 +147,27 @@ def device_map_for(n_bytes: int, free: Mapping[int, int]) -> str | dict[str, int
     raise ModelError(
         f"the weights take {n_bytes / 2**30:.1f} GiB, and {sum(free.values()) / 2**30:.1f} GiB of GPU memory are free",
         "give a smaller model, or serve this one over more GPUs and give its https://…/v1 as the teacher",
+        code="model-too-large",
     )
 
 
-def _model_error(source: str | Path, part: str, error: Exception, offline: bool) -> ModelError:
+def _model_error(error: Exception, source: str | Path, *, part: str, offline: bool) -> ModelError:
     """Translate what transformers, safetensors and the hub raise into one line and a hint."""
     text = " ".join(str(error).split())
     if isinstance(error, SafetensorError) or ("safetensors" in text.lower() and "header" in text.lower()):
-        return ModelError(f"the weights of {source} are corrupt: {text[:200]}", "copy or download them again")
-    if isinstance(error, (ValueError, KeyError)) and (
-        "model_type" in text or "model type" in text or "Unrecognized" in text
-    ):
+        return ModelError(
+            f"the weights of {source} are corrupt: {text[:200]}", "copy or download them again", code="model-corrupt"
+        )
+    if isinstance(error, (ValueError, KeyError)) and re.search("model_type|model type|Unrecognized", text):
         return ModelError(
             f"transformers {transformers.__version__} does not know the architecture of {source}",
             "a newer transformers may; or serve the model elsewhere and give its https://…/v1 as the teacher",
+            code="architecture-unknown",
         )
     if isinstance(error, OSError) and not Path(source).exists():
         if offline or os.environ.get("HF_HUB_OFFLINE"):
-            return ModelError(f"{source} is not in the local cache", "leave out --offline to download it")
-        return ModelError(f"cannot get {source} from the hub: {text[:200]}", "check the id and the connection")
-    return ModelError(f"cannot load the {part} of {source}: {text[:300]}")
+            what, hint = f"{source} is not in the local cache", "leave out --offline to download it"
+        else:
+            what, hint = f"cannot get {source} from the hub: {text[:200]}", "check the id and the connection"
+        return ModelError(what, hint, code="no-such-model")
+    return ModelError(f"cannot load the {part} of {source}: {text[:300]}", code="model-unloadable")

@@ -2,9 +2,14 @@
 
 Rows join and leave the batch at every token, and the KV cache is cut in pages that any row may take: nothing is padded
 and nothing copied. CUDA graphs and flash attention come with it where they are installed. A row is sampled with its own
-random numbers by a logits processor of ours, which leaves one token to choose from; greedy decoding needs none.
+random numbers by a logits processor that leaves one token to choose from; greedy decoding needs none.
 
-Left out on purpose: log-probabilities (a captured graph hands out tokens alone, so rows that want them run in
+transformers has no public way to sample each row with its own seed, nor to give a row its own numbers: a logits
+processor here subclasses an internal class of its continuous batching, and is put into the manager it makes. Those
+internals changed with nearly every release, so whatever they raise becomes a `PagedCacheError`: the teacher then falls
+back to `BatchDecoder`, slower and never wrong. Without it dense models would generate several times slower on a GPU.
+
+Left out on purpose: log-probabilities (a captured graph returns tokens alone, so rows that want them run in
 `BatchDecoder`), and models with latent attention, whose keys and values differ in size: the paged cache refuses them.
 """
 
@@ -13,6 +18,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,17 +30,17 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ....localrun.core.generation import Sampling
-from .batching import Row
+from .batching import SequenceState
 from .sampling import choose
 
-_AHEAD = 2  # batches handed over, so that a place is filled in the step in which it comes free
+_AHEAD = 2  # batches handed over, so that a place is filled in the same step in which it comes free
 _POLL_S = 1.0
 
 
 class PagedCacheError(Exception):
-    """The paged cache cannot run this model here. `rows` were drawn and are still to be done."""
+    """The paged cache cannot run this model here. `rows` were drawn and are not done."""
 
-    def __init__(self, reason: object, rows: Sequence[Row]) -> None:
+    def __init__(self, reason: object, rows: Sequence[SequenceState]) -> None:
         super().__init__(" ".join(str(reason).split())[:200])
         self.rows = list(rows)
 
@@ -48,26 +54,31 @@ def can_page(model: Any) -> bool:
     return not n_experts and getattr(config, "kv_lora_rank", None) is None and n_devices < 2
 
 
-class PagedDecoder:
-    """Decodes rows with up to `batch_size` in one step. `n_pages` None takes most of the free memory for the cache."""
+@dataclass(frozen=True)
+class Pages:
+    """The size of a paged cache: `n` pages of `size` tokens. With `n` None they take most of the free memory."""
 
-    def __init__(
-        self, model: Any, *, batch_size: int, eos_ids: frozenset[int], n_pages: int | None = None, page_size: int = 256
-    ) -> None:
+    n: int | None = None
+    size: int = 256
+
+
+class PagedDecoder:
+    """Decodes rows with up to `batch_size` in one step."""
+
+    def __init__(self, model: Any, *, batch_size: int, eos_ids: frozenset[int], pages: Pages = Pages()) -> None:
         self.model = model
         self.batch_size = batch_size
         self.eos_ids = eos_ids
-        self.n_pages = n_pages
-        self.page_size = page_size
+        self.pages = pages
 
-    def run(self, requests: Iterable[Row], sampling: Sampling) -> Iterator[Row]:
-        """Yield the rows of `requests` as they end; those that are over when they are drawn come back at once.
+    def run(self, requests: Iterable[SequenceState], sampling: Sampling) -> Iterator[SequenceState]:
+        """Yield the rows of `requests` as they end; those that are done when they are drawn come back at once.
 
         Raises:
             PagedCacheError: transformers refuses, or its cache is too small.
         """
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # what it says is in our error
-        source, live = iter(requests), dict[str, Row]()
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # our error repeats its message
+        source, live = iter(requests), dict[str, SequenceState]()
         attention = self.model.config._attn_implementation  # transformers may switch it to flash attention
         manager: Any = None
         try:
@@ -88,10 +99,7 @@ class PagedDecoder:
                 with _translated(live):
                     output = _next_output(manager)
                 if output is not None:
-                    row = live.pop(output.request_id)
-                    row.tokens, row.ended = output.generated_tokens, output.generated_tokens[-1] in self.eos_ids
-                    row.seconds = output.lifespan[1] - output.lifespan[0]
-                    yield row
+                    yield self._ended(live.pop(output.request_id), output)
         finally:
             if manager is not None:
                 manager.stop(block=True, hard_stop=True)  # also gives the cache's memory back after a crash
@@ -99,11 +107,17 @@ class PagedDecoder:
             if self.model.config._attn_implementation != attention:
                 self.model.set_attn_implementation(attention)
 
+    def _ended(self, row: SequenceState, output: Any) -> SequenceState:
+        """Put what transformers generated into a row."""
+        row.tokens, row.ended = output.generated_tokens, output.generated_tokens[-1] in self.eos_ids
+        row.seconds = output.lifespan[1] - output.lifespan[0]
+        return row
+
     def _open(self, sampling: Sampling) -> Any:
         config = transformers.ContinuousBatchingConfig(
             max_requests_per_batch=self.batch_size,
-            num_blocks=self.n_pages,
-            page_size=self.page_size,
+            num_blocks=self.pages.n,
+            page_size=self.pages.size,
             max_memory_percent=0.8,  # the filters sort copies of the logits
         )
         eos_ids = sorted(self.eos_ids) or -1
@@ -115,19 +129,19 @@ class PagedDecoder:
             manager.logit_processor = processors
         return manager
 
-    def _hand_over(self, manager: Any, row: Row, sampling: Sampling) -> None:
-        own = {"uniforms": row.uniforms, "n_prompt": len(row.prompt)} if sampling.temperature > 0 else {}
+    def _hand_over(self, manager: Any, row: SequenceState, sampling: Sampling) -> None:
+        numbers = {"uniforms": row.uniforms, "n_prompt": len(row.prompt)} if sampling.temperature > 0 else {}
         manager.add_request(
             row.prompt,
             request_id=str(row.index),
             max_new_tokens=row.max_new,
             eos_token_id=sorted(self.eos_ids),
-            **own,
+            **numbers,
         )
 
 
 @contextmanager
-def _translated(live: Mapping[str, Row]) -> Iterator[None]:
+def _translated(live: Mapping[str, SequenceState]) -> Iterator[None]:
     """Turn what transformers raises into a `PagedCacheError`."""
     try:
         yield
@@ -150,10 +164,10 @@ def _next_output(manager: Any) -> Any:
 
 
 class _RowSampler(ContinuousBatchingLogitsProcessor):
-    """Chooses each row's token with the row's own random number, and leaves no other.
+    """Chooses each row's token with the row's own random number, and makes every other token impossible.
 
-    The number's place is the token's place in the text, which also holds where transformers prepares a step before the
-    last one's token is known, or puts a row out of a full cache and computes it again.
+    The number's place is the token's place in the text. That also holds where transformers prepares a step before the
+    token of the last one is known, or evicts a row from a full cache and computes it again.
     """
 
     supported_kwargs: dict[str, type] = {"uniforms": torch.Tensor, "n_prompt": int}  # noqa: RUF012 - the base's form
@@ -171,12 +185,12 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         uniforms = tensor_arg[: len(scores)].view(torch.float32).double()
-        tokens = choose(scores, self.sampling, uniforms, captured=True)
+        tokens = choose(scores, self.sampling, uniforms=uniforms, captured=True)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def _number(state: Any) -> float:
-    """Return the random number for the token after a request's newest one; its position stands behind that already."""
+    """Return the random number for a request's next token: its position already counts the newest one."""
     uniforms = state.logit_processor_kwargs.get("uniforms")
     if uniforms is None:
         return 0.0  # a row that only warms up

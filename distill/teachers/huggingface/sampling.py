@@ -1,7 +1,7 @@
 """Choose the next token of every row: greedy, or by inverse-transform sampling with the row's own random number.
 
-A row's number comes from its own seed, so that a completion does not depend on which rows it shared a batch with
-(but for rounding), and a resumed run samples what the interrupted one would have.
+A row's number comes from its own seed, so that, but for rounding, a completion does not depend on the rows that shared
+its batch, and a resumed run samples what the interrupted one would have.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ....localrun.core.generation import Sampling
 
-_BLOCK = 256  # probabilities that are summed before one of them is looked for
-_NUCLEUS = 1024  # tokens looked at for top-p; where they hold less than p, the whole vocabulary is sorted
+_BLOCK = 256  # probabilities that are summed before one of them is searched
+_NUCLEUS = 1024  # tokens tried for top-p; where they hold less than p, the whole vocabulary is sorted
 
 
 def draw_uniforms(sampling: Sampling, seed: int, n: int) -> torch.Tensor | None:
@@ -24,12 +24,12 @@ def draw_uniforms(sampling: Sampling, seed: int, n: int) -> torch.Tensor | None:
 
 
 def choose(
-    logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None, *, captured: bool = False
+    logits: torch.Tensor, sampling: Sampling, *, uniforms: torch.Tensor | None, captured: bool = False
 ) -> torch.Tensor:
     """Return one token a row `[B]` from logits `[B, V]`; `uniforms` `[B]` in [0, 1) unless greedy.
 
     Filters apply as in llama.cpp and vLLM: top-k, then top-p, then min-p, on the tempered distribution. With `captured`
-    no value is looked at on the host, so that a CUDA graph can hold it.
+    the host reads no value, so that a CUDA graph can capture it.
     """
     if sampling.temperature <= 0 or uniforms is None:
         return logits.argmax(-1)
@@ -58,8 +58,8 @@ def top_with(logits: torch.Tensor, k: int, given: torch.Tensor) -> tuple[torch.T
     logits = logits.float()
     ids, values = top_of(logits, k)
     missing = (ids != given[:, None]).all(1)
-    own = logits.gather(1, given[:, None])[:, 0] - logits.logsumexp(-1)
-    ids[missing, -1], values[missing, -1] = given[missing].int(), own[missing]
+    of_given = logits.gather(1, given[:, None])[:, 0] - logits.logsumexp(-1)
+    ids[missing, -1], values[missing, -1] = given[missing].int(), of_given[missing]
     return ids, values
 
 
@@ -70,21 +70,21 @@ def _sorted_head(probs: torch.Tensor, sampling: Sampling, captured: bool) -> tup
         top = torch.topk(probs, min(sampling.top_k, n_vocab))
         return top.values, top.indices
     if captured:
-        everything = torch.sort(probs, descending=True)
-        return everything.values, everything.indices
+        ordered = torch.sort(probs, descending=True)
+        return ordered.values, ordered.indices
     top = torch.topk(probs, min(_NUCLEUS, n_vocab))
     # What lies beyond the head is dropped anyway if the head holds p, or if min-p drops the head's last token.
     enough = (top.values.sum(-1) >= sampling.top_p) | (top.values[:, -1] < sampling.min_p * top.values[:, 0])
     if bool(enough.all()):
         return top.values, top.indices
-    everything = torch.sort(probs, descending=True)
-    return everything.values, everything.indices
+    ordered = torch.sort(probs, descending=True)
+    return ordered.values, ordered.indices
 
 
 def _invert(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Return the index `[B]` at which the cumulative sum of `probs` `[B, K]` (any scale) passes `uniforms`.
 
-    First the block, then the token in it: to sum a vocabulary up costs far less than all of its cumulative sums.
+    First the block, then the token in it: summing a vocabulary costs far less than all of its cumulative sums.
     """
     n = probs.shape[-1]
     if n <= _BLOCK:
@@ -101,6 +101,6 @@ def _passed(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor
     cumulative = weights.cumsum(-1)
     target = (uniforms * cumulative[:, -1])[:, None]
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
-    own = weights.gather(1, index)
-    inside = (target - cumulative.gather(1, index) + own) / own.clamp(min=torch.finfo(own.dtype).tiny)
-    return index[:, 0], inside[:, 0].clamp(0, 1 - torch.finfo(own.dtype).eps)
+    weight = weights.gather(1, index)
+    inside = (target - cumulative.gather(1, index) + weight) / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+    return index[:, 0], inside[:, 0].clamp(0, 1 - torch.finfo(weight.dtype).eps)  # below 1, or the next would be hit

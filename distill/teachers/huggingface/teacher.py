@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint as a teacher or as the model under evaluation: a folder, a hub id, or the pocket teacher.
+"""A Hugging Face checkpoint, from a folder or the hub, as a teacher or as the model under evaluation.
 
 Prompts are rendered with the checkpoint's own chat template, and generation stops at its own end-of-turn tokens. No
 code from a checkpoint is ever run.
@@ -28,19 +28,22 @@ from ...records import Backend, Request
 from ...tokenizer import Tokenizer
 from ..base import Teacher
 from ..vocabulary import of_tokenizer
-from .batching import BatchDecoder, Row, make_row
+from .batching import BatchDecoder, SequenceState, new_sequence
 from .loading import check_folder, load_model, load_tokenizer, weights_hash
-from .paged import PagedCacheError, PagedDecoder, can_page
+from .paged import PagedCacheError, PagedDecoder, Pages, can_page
 from .sampling import top_with
 from .scoring import score_rows
 
-_USUAL_LENGTH = 1024  # tokens of a row, by which memory is reckoned before its limit is known
+_USUAL_LENGTH = 1024  # tokens of a row, for a first estimate of the memory before its limit is known
 _PROMPT_ROOM = 256  # tokens
-_SCORED_TOKENS = 1024  # in one pass: bounds the memory of their logits
+_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
 
 class TransformersTeacher(Teacher):
     """A causal language model of `transformers`, decoded in batches of `batch_size` rows."""
+
+    pass_tokens = 1024
+    """Tokens of one long text that are scored in one pass: bounds the memory of their logits."""
 
     def __init__(
         self,
@@ -51,15 +54,16 @@ class TransformersTeacher(Teacher):
         device: str = "auto",
         batch_size: int | None = None,
         offline: bool = False,
+        pages: Pages | None = None,
     ) -> None:
-        """Load a folder or a hub id.
+        """Load a folder or a hub id. `pages` asks for a paged cache; without it dense models have one on CUDA.
 
         Raises:
-            ModelError: it is not there, incomplete, corrupt, or of an architecture unknown to transformers.
-            UsageError: there is no such device.
+            ModelError: see `load_model` and `check_folder`.
+            UsageError: `code` "no-such-device" or "number-out-of-range".
         """
         if batch_size is not None and batch_size < 1:
-            raise UsageError(f"a batch holds at least one row, not {batch_size}")
+            raise UsageError(f"a batch holds at least one row, not {batch_size}", code="number-out-of-range")
         self.name, self.backend = name or str(source), backend
         self.device = choose_device(device)
         is_folder = isinstance(source, Path) or Path(source).is_dir()
@@ -67,11 +71,12 @@ class TransformersTeacher(Teacher):
             check_folder(Path(source))
         self.tokenizer = load_tokenizer(source, offline or is_folder)
         self.model = load_model(source, self.device, offline or is_folder)
-        commit = getattr(self.model.config, "_commit_hash", None)
-        self.revision = weights_hash(Path(source)) if is_folder else commit
+        self.revision = weights_hash(Path(source)) if is_folder else getattr(self.model.config, "_commit_hash", None)
         self.eos_ids = _eos_ids(self.model, self.tokenizer)
         self.n_ctx: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self._pages = self.device.type == "cuda" and can_page(self.model)
+        self.pages = pages or (Pages() if self.device.type == "cuda" and can_page(self.model) else None)
+        self.batch_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
+        """Tokens, padding included, of several texts that are scored in one pass."""
         self._batch_size = batch_size
         self.n_parallel = batch_size or self._rows_of(_USUAL_LENGTH)
 
@@ -88,47 +93,56 @@ class TransformersTeacher(Teacher):
             if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
                 raise
             raise ModelError(
-                f"{self.name} ran out of memory with {self.n_parallel} rows", "lower --batch-size"
+                f"{self.name} ran out of memory with {self.n_parallel} rows",
+                "lower --batch-size",
+                code="out-of-memory",
             ) from error
 
-    def _rows(self, requests: Iterable[Request], sampling: Sampling, opened: dict[int, bool]) -> Iterator[Row]:
-        """Yield a row a request; one that cannot be answered has no room for a token."""
+    def _rows(
+        self, requests: Iterable[Request], sampling: Sampling, opened: dict[int, bool]
+    ) -> Iterator[SequenceState]:
+        """Yield a row for each request; one that cannot be answered has no room for a token."""
         for index, request in enumerate(requests):
             prompt = self.render(request.messages)
             ids = self._tokenize(prompt)
             room = sampling.max_tokens if self.n_ctx is None else self.n_ctx - len(ids)
             opened[index] = prompt_opens_thinking(prompt)
             limit = max(0, min(room, sampling.max_tokens)) if ids else 0
-            yield make_row(index, ids, limit, sampling, request.seed)
+            yield new_sequence(index, ids, max_new=limit, sampling=sampling, seed=request.seed)
 
-    def _decode_rows(self, rows: Iterator[Row], sampling: Sampling, top_logprobs: int) -> Iterator[Row]:
-        """Yield rows as they end: out of a paged cache where that is faster, else out of a batch of our own."""
+    def _decode_rows(
+        self, rows: Iterator[SequenceState], sampling: Sampling, top_logprobs: int
+    ) -> Iterator[SequenceState]:
+        """Yield rows as they end, from a paged cache where that is faster, otherwise from `BatchDecoder`."""
         pad = self.tokenizer.pad_token_id
-        if self._pages and not top_logprobs:
+        if self.pages and not top_logprobs:
+            decoder = PagedDecoder(self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pages=self.pages)
             try:
-                yield from PagedDecoder(self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids).run(
-                    rows, sampling
-                )
+                yield from decoder.run(rows, sampling)
                 return
             except PagedCacheError as error:
-                self._pages, rows = False, chain(error.rows, rows)
-                self.on_note(f"transformers' paged cache refuses {self.name} ({error}): rows are batched here instead")
+                self.pages, rows = None, chain(error.rows, rows)
+                self.on_note(f"transformers' paged cache refuses {self.name} ({error}): it is decoded without one")
         longest = min(_PROMPT_ROOM + sampling.max_tokens, self.n_ctx or sys.maxsize)
         n_rows = self._batch_size or min(self.n_parallel, self._rows_of(longest))
-        decoder = BatchDecoder(self.model, batch_size=n_rows, eos_ids=self.eos_ids, pad_id=0 if pad is None else pad)
-        yield from decoder.run(rows, sampling, top_logprobs)
+        batch = BatchDecoder(self.model, batch_size=n_rows, eos_ids=self.eos_ids, pad_id=pad or 0)
+        yield from batch.run(rows, sampling, top_logprobs)
 
     @torch.inference_mode()
     def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
-        """Return the `top_logprobs` most probable tokens at the place of each of the answer's, in bounded passes."""
+        """Return the `top_logprobs` most probable tokens at each place of the answer, in bounded passes."""
         prompt = self._tokenize(self.render(messages))
         ids = [*prompt, *(self._tokenize(answer) if isinstance(answer, str) else answer)]
         if self.n_ctx is not None and len(ids) > self.n_ctx:
-            raise ModelError(f"the text takes {len(ids)} tokens and the context of {self.name} holds {self.n_ctx}")
+            raise ModelError(
+                f"the text takes {len(ids)} tokens and the context of {self.name} holds {self.n_ctx}",
+                "give a shorter text",
+                code="context-too-small",
+            )
         cache, top = DynamicCache(config=self.model.config), []
         following = torch.tensor([*ids[1:], ids[-1]], device=self.model.device)  # nothing follows the last
-        for start in range(0, len(ids), _SCORED_TOKENS):
-            chunk = torch.tensor([ids[start : start + _SCORED_TOKENS]], device=self.model.device)
+        for start in range(0, len(ids), self.pass_tokens):
+            chunk = torch.tensor([ids[start : start + self.pass_tokens]], device=self.model.device)
             end = start + chunk.shape[1]
             n_wanted = max(1, min(chunk.shape[1], end - len(prompt) + 1))  # the prompt's last token begins the answer
             output = self.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=n_wanted)
@@ -143,9 +157,12 @@ class TransformersTeacher(Teacher):
     ) -> Iterator[tuple[int, TopLogprobs]]:
         """Yield (index, what `score` returns), several conversations a pass; a long one goes alone, in parts."""
         rows = [(self._tokenize(self.render(messages)), list(answer)) for messages, answer in conversations]
-        short = [i for i, row in enumerate(rows) if sum(map(len, row)) <= _SCORED_TOKENS]
+        short = [i for i, row in enumerate(rows) if sum(map(len, row)) <= self.pass_tokens]
         pad = self.tokenizer.pad_token_id
-        for i, top in score_rows(self.model, [rows[i] for i in short], top_logprobs, 0 if pad is None else pad):
+        scored = score_rows(
+            self.model, [rows[i] for i in short], k=top_logprobs, pad_id=pad or 0, max_tokens=self.batch_tokens
+        )
+        for i, top in scored:
             yield short[i], top
         for i in sorted(set(range(len(rows))) - set(short)):
             yield i, self.score(*conversations[i], top_logprobs=top_logprobs)
@@ -160,9 +177,9 @@ class TransformersTeacher(Teacher):
         return self._tokenize(text)
 
     def _rows_of(self, length: int) -> int:
-        """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as memory lets."""
+        """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as fit the memory."""
         if self.device.type == "cuda":
-            return 256 if self._pages else 128
+            return 256 if self.pages else 128
         n_numbers, _ = kv_numbers(self.model.config.get_text_config().to_dict())
         row_bytes = length * n_numbers * self.model.dtype.itemsize
         return int(min(256, max(8, psutil.virtual_memory().available // 4 // row_bytes)))
@@ -175,20 +192,26 @@ class TransformersTeacher(Teacher):
         """Return the prompt that the checkpoint's chat template makes of a conversation.
 
         Raises:
-            ModelError: it has no chat template, or the template refuses the conversation.
+            ModelError: `code` "no-chat-template" or "template-refuses".
         """
         if self.tokenizer.chat_template is None:
             raise ModelError(
-                f"{self.name} has no chat template", "use an instruction-tuned model, or add chat_template.jinja to it"
+                f"{self.name} has no chat template",
+                "use an instruction-tuned model, or add chat_template.jinja to it",
+                code="no-chat-template",
             )
         try:
             prompt: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
-            raise ModelError(f"the chat template of {self.name} refuses the conversation: {error}") from error
+            raise ModelError(
+                f"the chat template of {self.name} refuses the conversation: {error}",
+                "change the conversation, or give another model",
+                code="template-refuses",
+            ) from error
         return prompt
 
     def accepts(self, problem_source: str) -> None:
-        """Refuse what the pocket teacher never learned; any other model may try anything."""
+        """Refuse problems that the pocket teacher never learned; any other model may try anything."""
         if self.backend == "pocket":
             check_source(problem_source)
 
@@ -198,7 +221,7 @@ class TransformersTeacher(Teacher):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _completion(self, row: Row, starts_inside: bool) -> Completion:
+    def _completion(self, row: SequenceState, starts_inside: bool) -> Completion:
         if row.max_new < 1:
             return _refused(len(row.prompt), self.n_ctx)
         kept = row.tokens[:-1] if row.ended else row.tokens

@@ -29,7 +29,7 @@ from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
-from ...teachers.huggingface.batching import BatchDecoder, make_row
+from ...teachers.huggingface.batching import BatchDecoder, new_sequence
 from ...tokenizer import Tokenizer
 from ..callback import checkpoints, last_checkpoint
 from ..lora import load_base
@@ -139,7 +139,10 @@ class _Sampler:
         # The seed of a sample follows from the run's and its place in it: a resumed run draws what this one would.
         turn = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
         first = settings.seed * 1_000_003 + turn * len(prompts)
-        rows = [make_row(i, row, settings.max_tokens, sampling, first + i) for i, row in enumerate(ids)]
+        rows = [
+            new_sequence(i, row, max_new=settings.max_tokens, sampling=sampling, seed=first + i)
+            for i, row in enumerate(ids)
+        ]
         decoder = BatchDecoder(
             model, batch_size=len(rows), eos_ids=frozenset([self.tokenizer.eos_token_id]), pad_id=_pad(self.tokenizer)
         )

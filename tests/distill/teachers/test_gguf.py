@@ -50,15 +50,12 @@ def test_the_context_grows_to_what_is_asked(smollm2: Path) -> None:
 
 def test_a_longer_prompt_that_comes_late_makes_the_context_grow(smollm2: Path) -> None:
     conversations = ask("Say hi.", "Say no.", "Say yes.", "word " * 100, "What is 2 + 2?", "word " * 9000, "Say hi.")
-    with open_teacher(str(smollm2), batch_size=2) as teacher:
-        assert isinstance(teacher, GGUFTeacher)
-        teacher._engine.close()
-        teacher._engine = Engine(smollm2, n_ctx=96, n_seq=2)
+    with GGUFTeacher(smollm2, n_parallel=2, n_ctx=96) as teacher:
         done = teacher.generate(iter(conversations), Sampling(max_tokens=4))
         answers = dict(itertools.islice(done, 3))
-        assert (sorted(answers), teacher._engine.n_ctx) == ([0, 1, 2], 96)
+        assert (sorted(answers), teacher.n_ctx) == ([0, 1, 2], 96)
         answers |= dict(done)
-        assert 100 < teacher._engine.n_ctx < 1000, "what nobody can answer takes no room"
+        assert 100 < teacher.n_ctx < 1000, "what nobody can answer takes no room"
     assert [answers[i].error for i in (0, 1, 2, 3, 4, 6)] == [None] * 6
     assert "context" in (answers[5].error or "")
     assert answers[0].content == answers[6].content
