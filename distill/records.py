@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from binascii import unhexlify
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -181,3 +182,12 @@ class GradesAnswers(Protocol):
 def has_answer(problem: Problem) -> bool:
     """Say whether a grader can tell right answers to this problem from wrong ones."""
     return problem.grader != NONE
+
+
+def id_key(id_: str) -> bytes:
+    """Return an id as 16 bytes: its 32 hex digits, or a hash of an id of another form."""
+    try:
+        key = unhexlify(id_)
+    except ValueError:
+        key = b""
+    return key if len(key) == 16 else hashlib.sha256(id_.encode()).digest()[:16]

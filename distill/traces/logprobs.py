@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 from ...errors import ArtifactError
-from ...localrun.core.append_file import AppendFile, id_key
+from ...localrun.core.append_file import AppendFile
 from ...localrun.core.closes import Closes
 from ...localrun.core.generation import TopLogprobs
+from ..records import id_key
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...errors import ArtifactError
-from ...localrun.core.append_file import WriterLock, id_key
+from ...localrun.core.append_file import WriterLock
 from ...localrun.core.closes import Closes
 from ...localrun.core.generation import Completion
 from ...localrun.core.record_log import R, RecordLog, parse_line, read_records, whole_lines
-from ..records import Judgement, Trace, VerdictBy
+from ..records import Judgement, Trace, VerdictBy, id_key
 from .logprobs import LogprobsWriter, encode, logprobs_path
 
 

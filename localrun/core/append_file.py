@@ -7,11 +7,9 @@ of power may take what was not yet on the disk; `sync` returns when it is there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
-from binascii import unhexlify
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -198,15 +196,6 @@ def _holder(lock_path: Path) -> str:
         return f"process {holder['pid']} on {holder['host']} since {since:%Y-%m-%d %H:%M:%S}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
-
-
-def id_key(id_: str) -> bytes:
-    """Return an id as 16 bytes: its 32 hex digits, or a hash of an id of another form."""
-    try:
-        key = unhexlify(id_)
-    except ValueError:
-        key = b""
-    return key if len(key) == 16 else hashlib.sha256(id_.encode()).digest()[:16]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.append_file import id_key
 from ....localrun.core.reporter import Progress, no_progress
-from ...records import Trace
+from ...records import Trace, id_key
 from ...teachers.base import Teacher
 from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
 from ...tokenizer import Tokenizer
