@@ -25,7 +25,7 @@ def bench(
 
     path = find_model(model, offline=offline)
     with bars(quiet) as progress:
-        report = run_bench(path, QUICK if quick else BenchSettings(), n_threads=threads, on_progress=progress)
+        report = run_bench(path, QUICK if quick else BenchSettings(), n_threads=threads, report=progress)
     print_bench(report, console())
     if json_output:
         print(json.dumps(report.to_json()))

@@ -58,7 +58,7 @@ def export(
             memory_mb=memory,
             make=make if run and (run / "student").is_dir() else None,
             offline=offline,
-            on_progress=progress,
+            report=progress,
         )
     print(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000", sep="\n")
     if json_output:

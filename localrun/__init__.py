@@ -1,1 +1,1 @@
-"""Run a GGUF file on this machine: the engine, its thinking, and the chat. Never imports torch or transformers."""
+"""Run a GGUF file on this machine: engine, chat, and files for phones. It never imports torch or transformers."""

@@ -1,9 +1,9 @@
-"""Measure how fast a GGUF runs here, and how near that comes to what the memory's bandwidth allows.
+"""Measure how fast a GGUF runs on this machine, and how near that comes to the limit of the memory's bandwidth.
 
-Prefill reads the weights once for hundreds of tokens, so that arithmetic bounds it. Decoding reads all active weights
-and the sequence's KV cache for every token, so that bandwidth does: a rate's share of that limit says what is left to
-gain. Sequences decoded together share one read of the weights. As in llama-bench the tokens are random and nothing is
-sampled; a warm-up is discarded, and of the trials the median and the spread are told.
+Prefill reads the weights once for hundreds of tokens, so arithmetic limits it. Decoding reads all active weights and
+the sequence's KV cache for every token, so bandwidth limits it: a rate's share of that limit shows how much there is
+left to gain. Sequences decoded together share one read of the weights. As in llama-bench, the tokens are random and
+nothing is sampled; a warm-up is discarded, and the report gives the median of the trials and their spread.
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .core.reporter import Progress, no_progress
+from .core.reporter import SILENT, Reporter
 from .core.text import format_bytes
 from .engine.llama import Context, Entry, Model
 from .machine import hardware
 from .machine.memory import KV_TYPES, N_BATCH, Footprint, fit_context, flash_attention
-
-_PATIENCE = 20.0  # seconds for the trials of one point: a large model gets fewer of them, never none
-
 
 Phase = Literal["prefill", "decode"]
 
@@ -40,14 +37,14 @@ class Point:
     """One measured rate.
 
     `tokens_per_s` counts all sequences together and is the median of the trials; `spread` is (fastest - slowest) over
-    that. `limit_share` is its share of what the bandwidth allows, where that is the bound.
+    that. `limit_share` is its share of what the bandwidth allows, for phases that it limits.
     """
 
     phase: Phase
     kv_type: str
     n_seq: int
-    depth: int  # tokens in each sequence's cache before
-    n_tokens: int  # a trial, in each sequence
+    depth: int  # tokens that each sequence's cache holds before
+    n_tokens: int  # per trial and sequence
     n_trials: int
     tokens_per_s: float
     spread: float
@@ -56,18 +53,18 @@ class Point:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes with one KV type: the cache, this process after using it, and what `fit_context` reckons with."""
+    """Bytes with one KV type: the cache, this process after using it, and the estimate of `fit_context`."""
 
     kv_type: str
     n_ctx: int
     kv_bytes: int
     resident_bytes: int
-    reckoned_bytes: int
+    estimated_bytes: int
 
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What a file does on this machine; times in seconds, sizes in bytes, bandwidth in bytes/s."""
+    """How a file performs on this machine; times in seconds, sizes in bytes, bandwidth in bytes/s."""
 
     path: Path
     file_bytes: int
@@ -76,7 +73,7 @@ class BenchReport:
     bandwidth: float
     load_s: float
     first_token_s: float
-    """From a prompt of `n_prompt` tokens to the first token, the model being loaded."""
+    """From a prompt of `n_prompt` tokens to the first token, with the model in memory."""
     n_prompt: int
     points: tuple[Point, ...]
     memory: tuple[MemoryUse, ...]
@@ -107,17 +104,17 @@ class BenchSettings:
     n_trials: int = 5
 
     def fitted(self, footprint: Footprint) -> tuple[BenchSettings, list[str]]:
-        """Return the settings without what a model cannot do, and a note on each thing left out."""
-        own = footprint.n_ctx_train or max(self.depths) + self.n_prompt
-        n_prompt = min(self.n_prompt, own)
-        n_tokens = min(self.n_tokens, own)
-        depths = tuple(depth for depth in self.depths if depth + max(n_prompt, n_tokens) <= own) or (0,)
+        """Return the settings without what a model cannot do, and a note for each thing left out."""
+        n_ctx = footprint.n_ctx_train or max(self.depths) + self.n_prompt
+        n_prompt = min(self.n_prompt, n_ctx)
+        n_tokens = min(self.n_tokens, n_ctx)
+        depths = tuple(depth for depth in self.depths if depth + max(n_prompt, n_tokens) <= n_ctx) or (0,)
         kv_types = tuple(kv_type for kv_type in self.kv_types if kv_type in footprint.kv_types()) or ("f16",)
         notes = []
         if left_out := [str(depth) for depth in self.depths if depth not in depths]:
-            notes.append(f"depth {', '.join(left_out)} is left out: its context holds {own} tokens")
+            notes.append(f"depth {', '.join(left_out)} is left out: its context holds {n_ctx} tokens")
         if left_out := [kv_type for kv_type in self.kv_types if kv_type not in kv_types]:
-            notes.append(f"{', '.join(left_out)} is left out: its heads' width is no multiple of the block")
+            notes.append(f"{', '.join(left_out)} is left out: its heads' width is not a multiple of the block")
         settings = dataclasses.replace(self, depths=depths, kv_types=kv_types, n_prompt=n_prompt, n_tokens=n_tokens)
         return settings, notes
 
@@ -146,20 +143,22 @@ def bench(
     settings: BenchSettings = BenchSettings(),
     *,
     n_threads: int | None = None,
-    on_progress: Progress = no_progress,
+    patience_s: float = 20.0,
+    report: Reporter = SILENT,
 ) -> BenchReport:
-    """Measure a file; what its context or its heads do not allow is left out, with a note.
+    """Measure a file, leaving out what its context or its heads do not allow, with a note.
 
-    n_threads None measures the thread count anew, and keeps it.
+    n_threads None measures the best thread count again, and keeps it. After `patience_s` seconds a point gets no more
+    trials: a large model has fewer of them, never none.
 
     Raises:
-        ArtifactError, ModelError: the file cannot be run, or there is not enough memory.
+        ArtifactError, ModelError: see `Footprint.of`, `fit_context` and `llama.Model`.
     """
     footprint = Footprint.of(path)
     settings, notes = settings.fitted(footprint)
     for kv_type in settings.kv_types:
         fit_context(footprint, kv_type, wanted=settings.n_ctx)
-    on_progress("bench", 0, settings.n_points, "bandwidth")
+    report.progress("bench", 0, settings.n_points, "bandwidth")
     bandwidth = hardware.memory_bandwidth()
     started = time.monotonic()
     model = Model(path)
@@ -169,11 +168,11 @@ def bench(
         points: list[Point] = []
         memory = []
         for kv_type in settings.kv_types:
-            run = _Run(model, settings, kv_type, n_threads, footprint, bandwidth)
+            run = _Run(model, settings, footprint, kv_type, n_threads, bandwidth, patience_s)
             for point in run.points():
                 points.append(point)
                 rate = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
-                on_progress("bench", len(points), settings.n_points, rate)
+                report.progress("bench", len(points), settings.n_points, rate)
             memory.append(run.memory_use())
     finally:
         model.close()
@@ -192,21 +191,19 @@ def bench(
     )
 
 
+@dataclass
 class _Run:
     """The measurements with one KV type: of one sequence as the engine runs it, then of several in one cache."""
 
-    def __init__(
-        self,
-        model: Model,
-        settings: BenchSettings,
-        kv_type: str,
-        n_threads: int,
-        footprint: Footprint,
-        bandwidth: float,
-    ) -> None:
-        self.settings, self.kv_type, self.footprint, self.bandwidth = settings, kv_type, footprint, bandwidth
-        self.model, self.n_threads = model, n_threads
-        self.resident_bytes = self.n_cells = 0
+    model: Model
+    settings: BenchSettings
+    footprint: Footprint
+    kv_type: str
+    n_threads: int
+    bandwidth: float  # bytes/s
+    patience_s: float
+    resident_bytes: int = 0
+    n_cells: int = 0
 
     def points(self) -> Iterator[Point]:
         with self._opened(1):
@@ -234,15 +231,15 @@ class _Run:
 
     def _prefill_at(self, depth: int) -> Point:
         n = self.settings.n_prompt
-        seconds = self._time(depth, 1, lambda: prefill(self.context, 0, depth, n))
-        return self._point("prefill", 1, depth, n, seconds, None)
+        seconds = self._time(depth, 1, lambda: prefill(self.context, 0, start=depth, n_tokens=n))
+        return self._point("prefill", seconds, n_seq=1, depth=depth, n_tokens=n)
 
     def _decode_at(self, depth: int, n_seq: int) -> Point:
         n = self.settings.n_tokens
-        seconds = self._time(depth, n_seq, lambda: decode(self.context, n_seq, depth, n))
+        seconds = self._time(depth, n_seq, lambda: decode(self.context, n_seq, start=depth, n_tokens=n))
         cached_bytes = n_seq * (depth + n / 2) * self.footprint.kv_bytes_per_token(self.kv_type)
         limit = n_seq * self.bandwidth / (self.footprint.read_bytes + cached_bytes)
-        return self._point("decode", n_seq, depth, n, seconds, limit)
+        return self._point("decode", seconds, n_seq=n_seq, depth=depth, n_tokens=n, limit=limit)
 
     def _time(self, depth: int, n_seq: int, work: Callable[[], None]) -> list[float]:
         """Return the seconds of each trial, every sequence being `depth` tokens long before it."""
@@ -252,17 +249,24 @@ class _Run:
             for sequence in range(self.n_seq):
                 wanted = depth if sequence < n_seq else 0
                 held = self.context.forget(sequence, wanted)
-                prefill(self.context, sequence, held, wanted - held)
+                prefill(self.context, sequence, start=held, n_tokens=wanted - held)
             started = time.monotonic()
             work()
             if trial > 0:
                 seconds.append(time.monotonic() - started)
-            if seconds and time.monotonic() - began > _PATIENCE:
+            if seconds and time.monotonic() - began > self.patience_s:
                 break
         return seconds
 
     def _point(
-        self, phase: Phase, n_seq: int, depth: int, n_tokens: int, seconds: list[float], limit: float | None
+        self,
+        phase: Phase,
+        seconds: list[float],
+        *,
+        n_seq: int,
+        depth: int,
+        n_tokens: int,
+        limit: float | None = None,
     ) -> Point:
         rates = [n_seq * n_tokens / taken for taken in seconds]
         rate = statistics.median(rates)
@@ -280,29 +284,29 @@ class _Run:
         )
 
 
-def prefill(context: Context, sequence: int, start: int, n_tokens: int) -> None:
-    """Put random tokens at a sequence's end, in batches as large as the context takes; want the last one's logits."""
+def prefill(context: Context, sequence: int, *, start: int, n_tokens: int) -> None:
+    """Add random tokens to a sequence, in batches as large as the context takes, and ask for the last one's logits."""
     end = start + n_tokens
     for at in range(start, end, context.n_batch):
         positions = range(at, min(end, at + context.n_batch))
         _run(context, [Entry(_token(context), at, sequence, at == end - 1) for at in positions])
 
 
-def decode(context: Context, n_seq: int, start: int, n_tokens: int) -> None:
-    """Put random tokens at the end of several sequences, one in each at a time."""
+def decode(context: Context, n_seq: int, *, start: int, n_tokens: int) -> None:
+    """Add random tokens to several sequences, one to each at a time."""
     for at in range(start, start + n_tokens):
         _run(context, [Entry(_token(context), at, sequence, True) for sequence in range(n_seq)])
 
 
 def seconds_per_token(model: Model, n_threads: int) -> float:
-    """Return how long one sequence's next token takes: what `hardware.best_threads` chooses a thread count by."""
+    """Return how long one sequence's next token takes: `hardware.best_threads` compares thread counts by it."""
     context = Context(model, 256, n_batch=1)
     context.set_threads(n_threads)
     try:
-        decode(context, 1, 0, 1)  # the first token reads the file and starts the threads
+        decode(context, 1, start=0, n_tokens=1)  # the first token reads the file and starts the threads
         started = time.monotonic()
         for n in range(1, 9):
-            decode(context, 1, n, 1)
+            decode(context, 1, start=n, n_tokens=1)
             if time.monotonic() - started > 1:  # a large model, or threads that wait for one another
                 break
         return (time.monotonic() - started) / n
@@ -312,9 +316,9 @@ def seconds_per_token(model: Model, n_threads: int) -> float:
 
 def _run(context: Context, entries: list[Entry]) -> None:
     is_room = context.decode(entries)
-    assert is_room, "the context was made large enough"
+    assert is_room, "the context is too small for the measurement"
     if entries[-1].wanted:
-        context.logits(len(entries) - 1)  # waits until the device is done
+        context.logits(len(entries) - 1)  # waits until the device has finished
 
 
 def _token(context: Context) -> int:
@@ -329,9 +333,9 @@ def print_bench(report: BenchReport, console: Console) -> None:
     facts.add_row("model", Text(f"{report.path.name}, {format_bytes(report.file_bytes)}"))
     threads = f"{report.n_threads} thread{'s' if report.n_threads > 1 else ''}"
     facts.add_row("machine", Text(f"{report.cpu}, {threads}, reads {report.bandwidth / 1e9:.1f} GB/s"))
-    facts.add_row("to load", f"{report.load_s:.2f} s")
+    facts.add_row("loading", f"{report.load_s:.2f} s")
     facts.add_row("first token", f"{report.first_token_s:.2f} s after a prompt of {report.n_prompt} tokens")
-    facts.add_row("memory", f"{format_bytes(report.peak_bytes)} at most, this program's own included")
+    facts.add_row("memory", f"{format_bytes(report.peak_bytes)} at most, including this program's own")
     console.print(facts)
     console.print()
     console.print(_rates(report))
@@ -341,7 +345,7 @@ def print_bench(report: BenchReport, console: Console) -> None:
     for note in report.notes:
         console.print(Text(f"note: {note}"))
     explained = (
-        "limit: what the bandwidth allows, all active weights and the cache being read for each step of decoding"
+        "limit: the share of the rate at which the bandwidth reads all active weights and the cache for every token"
     )
     console.print(Text(f"\n{explained}", style="dim"))
 

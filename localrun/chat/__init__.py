@@ -1,1 +1,1 @@
-"""Talking to a model in a terminal."""
+"""Talk to a model in a terminal."""

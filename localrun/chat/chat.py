@@ -1,6 +1,6 @@
 """Talk to a GGUF: a conversation in the terminal, or one question with `-p`, in pipes and into files.
 
-What no longer fits the context is announced, and nothing is dropped from a conversation in silence.
+When a conversation outgrows the context, the chat says so: it never silently drops anything.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from ..find import find_model
 from .conversations import Conversation, Store
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
-
-__all__ = ["ChatSettings", "chat", "find_model"]
 
 _MOST_LISTED = 20
 
@@ -98,18 +96,15 @@ def chat(
 ) -> int:
     """Chat in the terminal, or answer once if there is a prompt, a pipe or no terminal to write to; return 0.
 
-    `model` is what `find_model` takes; None is the resumed conversation's model, or else the newest run's.
+    `model` is a spec for `find_model`; None is the resumed conversation's model, or else the newest run's.
 
     Raises:
         ArtifactError, ModelError: the file cannot be run, or the question does not fit the context.
-        UsageError: there is nothing to ask.
+        UsageError: code "no-question", "needs-question" or "no-such-conversation".
     """
     piped = not is_terminal(sys.stdin)
     once = prompt is not None or piped or not is_terminal(sys.stdout)
-    if json_output and not once:
-        raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in")
-    if settings.tools and not once:
-        raise UsageError("--tools answers one question: nobody is there to run a call", "add -p 'QUESTION'")
+    _check_once(settings, once=once, json_output=json_output)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer
@@ -121,60 +116,79 @@ def chat(
     with _loading(model_path):
         session = Session(open_engine(model_path))
     try:
-        if session.engine.n_ctx > session.engine.n_ctx_train > 0:
-            own = f"{session.engine.n_ctx_train:,} tokens of context"
-            print(f"note: the model was trained for {own}: past them it may lose the thread", file=sys.stderr)
+        _warn_of_long_context(session.engine)
         session.adopt(conversation)
         settings.override(session)
         images = tuple(str(image.absolute()) for image in settings.images)
-        if not once:
-            from .repl import Dialogue, converse  # not for a pipe: it loads what draws and reads keys
+        if once:
+            if path:
+                store.load_state(path, session.engine)
+            answer_once(session, Question(question, images=images), json_output=json_output, folded=settings.fold)
+            if path and settings.keep:
+                store.write(path, session.record(conversation.created))
+                store.save_state(path, session.engine, session.n_used())
+        else:
+            from .dialogue import Dialogue  # not for a pipe: these load what draws and reads keys
+            from .repl import converse
 
-            talk = Dialogue(
+            dialogue = Dialogue(
                 session,
                 open_engine=open_engine,
                 store=store if settings.keep else None,
                 folded=settings.fold,
                 offline=settings.offline,
             )
-            converse(talk, (path, conversation) if path else None, images)
-            return 0
-        if path:
-            store.load_state(path, session.engine)
-        answer_once(session, Question(question, images=images), json_output=json_output, folded=settings.fold)
-        if path and settings.keep:
-            store.write(path, session.record(conversation.created))
-            store.save_state(path, session.engine, session.n_used())
+            converse(dialogue, (path, conversation) if path else None, images)
     finally:
         session.engine.close()
     return 0
 
 
+def _check_once(settings: ChatSettings, *, once: bool, json_output: bool) -> None:
+    """Refuse what only works with one question."""
+    if json_output and not once:
+        raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in", code="needs-question")
+    if settings.tools and not once:
+        raise UsageError(
+            "--tools answers one question: deepdistill itself runs no tool",
+            "add -p 'QUESTION'",
+            code="needs-question",
+        )
+
+
+def _warn_of_long_context(engine: Engine) -> None:
+    if engine.n_ctx > engine.n_ctx_train > 0:
+        trained = f"the model was trained for {engine.n_ctx_train:,} tokens of context"
+        print(f"note: {trained}: beyond them its answers may get worse", file=sys.stderr)
+
+
 def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Conversation]:
-    """Return the kept conversation that is meant: the newest, or one picked by its number in a list."""
+    """Return a kept conversation: the newest, or one that the user picks from a list."""
     kept = list(islice(store.newest_first(), 1 if which == "newest" else _MOST_LISTED))
     if not kept:
-        raise ArtifactError("no conversation is kept yet", "chat without --continue: it is kept after the first answer")
+        hint = "chat without --continue first: a conversation is kept after its first answer"
+        raise ArtifactError("there is no kept conversation yet", hint, code="no-such-conversation")
     if which == "newest":
         return kept[0]
     for i, (_, conversation) in enumerate(kept, 1):
         print(f"{i:>2}  {conversation.when}  {conversation.title}", file=sys.stderr)
     print("number (Enter for 1): ", end="", file=sys.stderr, flush=True)
     buffer = getattr(sys.stdin, "buffer", sys.stdin)
-    picked = buffer.readline()
-    number = (picked.decode("utf-8", "replace") if isinstance(picked, bytes) else picked).strip() or "1"
+    line = buffer.readline()
+    number = (line.decode("utf-8", "replace") if isinstance(line, bytes) else line).strip() or "1"
     if not number.isdecimal() or not 0 < int(number) <= len(kept):
-        raise UsageError(f"there is no conversation {number}", f"give a number from 1 to {len(kept)}")
+        hint = f"give a number from 1 to {len(kept)}"
+        raise UsageError(f"there is no conversation {number}", hint, code="no-such-conversation")
     return kept[int(number) - 1]
 
 
 @contextmanager
 def _loading(path: Path) -> Iterator[None]:
-    """Show on a terminal that a file is being loaded, which can take a minute, for as long as it is."""
+    """Show on a terminal that a file is being loaded, which can take a minute."""
     if not is_terminal(sys.stderr):
         yield
         return
-    name = ascii(path.name)[1:-1]  # so that its width is known, and it steers nothing
+    name = ascii(path.name)[1:-1]  # its width is known, and it cannot steer the terminal
     text = f"loading {name} ..."[: shutil.get_terminal_size().columns - 1]
     print(end=text, file=sys.stderr, flush=True)
     try:
@@ -192,7 +206,7 @@ def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:
 
     try:
         return load(mmproj_path=find_mmproj(path))
-    except ModelError:  # what lies beside it may be another model's
+    except ModelError:  # the projector beside it may be another model's
         if settings.images:
             raise
         return load()
@@ -204,6 +218,8 @@ def _model_path(model: str | Path | None, conversation: Conversation, offline: b
     path = Path(conversation.model)
     if not path.is_file():
         raise ArtifactError(
-            f"this conversation's model is gone: {path}", "name another: deepdistill chat MODEL --continue"
+            f"this conversation's model is gone: {path}",
+            "name another: deepdistill chat MODEL --continue",
+            code="no-such-model",
         )
     return path

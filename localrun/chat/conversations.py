@@ -1,7 +1,7 @@
-"""Conversations on disk: one JSON file each in the user's data folder, and what the KV cache held of it beside it.
+"""Conversations on disk: a JSON file for each in the user's data folder, with its KV cache in a file beside it.
 
-The JSON is written after every turn. The state is worth its size only for a conversation that goes on another day, so
-it is written when one is left. It is a cache: the engine refuses one of another model, and then it is deleted.
+The JSON is written after every turn. The KV cache is large, and only worth keeping for a conversation that is resumed
+another day, so it is written when the user leaves. If the engine refuses it, as one of another model, it is deleted.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...errors import ArtifactError
+from ..core.atomic import write_text
 from ..core.generation import Message, Sampling
+from ..core.text import shorten
 from ..engine.engine import Engine
 from ..families.thinking import Think
 
 DEFAULT_SAMPLING = Sampling(max_tokens=2048)
-_MAX_STATE_BYTES = 1 << 30  # of all states together
-_WORTH_A_STATE = 256  # tokens; less is computed as fast as it is read
-_MAX_TITLE = 60
+_LEAST_TOKENS = 256  # in a state: fewer are computed as fast as they are read
+_MAX_TITLE = 60  # characters
+_HINT = "give a file that /save or /export json wrote"
 
 
 def data_dir() -> Path:
@@ -34,7 +36,7 @@ def data_dir() -> Path:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is kept of a conversation. `messages` begins with the system message, if there is one; times are UTC."""
+    """A conversation as it is kept. `messages` begins with the system message, if there is one; times are UTC."""
 
     messages: list[Message]
     model: str = ""
@@ -57,27 +59,25 @@ class Conversation:
 
     @property
     def title(self) -> str:
-        """The first question's first line, cut to fit a list."""
+        """The beginning of the first question, short enough for a list."""
         asked = next((turn for turn in self.turns if turn["role"] == "user"), None)
-        words = asked.get("typed", asked["content"]).split() if asked else []
-        text = "".join(c if c.isprintable() else "?" for c in " ".join(words))
-        return text if len(text) <= _MAX_TITLE else text[: _MAX_TITLE - 1] + "…"
+        return shorten(asked.get("typed", asked["content"]) if asked else "", _MAX_TITLE)
 
     @property
     def when(self) -> str:
-        """When it was last written, for a list: this place's time."""
+        """The local time when it was last written, for a list."""
         try:
             return f"{datetime.fromisoformat(self.updated).astimezone():%Y-%m-%d %H:%M}"
         except ValueError:  # another program's file
             return " " * 16
 
     def to_json(self) -> str:
-        """Return the record as the JSON text of its file."""
+        """Return the JSON text of its file."""
         record = {"title": self.title} | {field.name: getattr(self, field.name) for field in fields(self)}
         return json.dumps(record | {"sampling": asdict(self.sampling)}, ensure_ascii=False, indent=2) + "\n"
 
     def to_markdown(self) -> str:
-        """Return the conversation to read: who said what, thinking as quotes."""
+        """Return the conversation as Markdown, with the thinking as quotes."""
         blocks = [f"# {self.title or 'A conversation'}", f"with {Path(self.model).name}"]
         for message in self.messages:
             blocks.append(f"**{message['role']}**")
@@ -88,20 +88,20 @@ class Conversation:
 
 
 def read_conversation(path: Path) -> Conversation:
-    """Return the conversation that a file holds: one of ours, or any JSON object with `messages`.
+    """Return the conversation in a file: one of ours, or any JSON object with `messages`.
 
     Raises:
-        ArtifactError: it cannot be read, or holds no conversation.
+        ArtifactError: code "file-unreadable" or "conversation-broken".
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
     except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON", "give a file that /save or /export json wrote") from error
+        raise ArtifactError(f"{path} is not JSON", _HINT, code="conversation-broken") from error
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list) or not _are_messages(messages):
-        raise ArtifactError(f"{path} holds no conversation", "give a file that /save or /export json wrote")
+        raise ArtifactError(f"{path} is not a conversation", _HINT, code="conversation-broken")
     names = ("model", "model_hash", "created", "updated")
     texts = {name: record[name] for name in names if isinstance(record.get(name), str)}
     think, budget = record.get("think"), record.get("think_budget")
@@ -115,7 +115,7 @@ def read_conversation(path: Path) -> Conversation:
 
 
 def _are_messages(messages: list[Any]) -> bool:
-    """Say whether these are messages: an optional system message, then questions and answers in turn."""
+    """Return whether these are messages: an optional system message, then questions and answers in turn."""
     if not all(isinstance(m, dict) and all(isinstance(text, str) for text in m.values()) for m in messages):
         return False
     roles = [m.get("role") for m in messages]
@@ -131,57 +131,48 @@ def _sampling(record: Any) -> Sampling:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet.
+    """Write a new file.
 
     Raises:
-        ArtifactError: there is a file already, or it cannot be written.
+        ArtifactError: code "already-exists" or "write-failed".
     """
     if path.exists():
-        raise ArtifactError(f"{path} is there already", "give another name; nothing was overwritten")
-    _write(path, text, 0o666)
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    """Write beside the place and rename: a half-written file is never seen."""
-    half_written = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(os.open(half_written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-            file.write(text)
-        half_written.replace(path)
-    except OSError as error:
-        half_written.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {path}: {error.strerror}") from error
+        raise ArtifactError(
+            f"{path} already exists", "give another name; nothing was overwritten", code="already-exists"
+        )
+    write_text(path, text)
 
 
 class Store:
     """The folder of kept conversations."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or data_dir() / "conversations"
+    def __init__(self, folder: Path | None = None, *, max_state_bytes: int = 1 << 30) -> None:
+        """Keep conversations in a folder, by default the user's, and at most so many bytes of states."""
+        self.folder, self._max_state_bytes = folder or data_dir() / "conversations", max_state_bytes
 
     def new_path(self) -> Path:
-        """Return where a new conversation is to be kept; names sort by time."""
+        """Return the path for a new conversation; names sort by time."""
         return self.folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}.json"
 
     def newest_first(self) -> Iterator[tuple[Path, Conversation]]:
-        """Yield the conversations that can be read, the last one that was written first."""
+        """Yield the readable conversations, the last one written first."""
         for path in sorted(self.folder.glob("*.json"), key=_written_at, reverse=True):
             try:
                 yield path, read_conversation(path)
             except ArtifactError:
-                continue  # another program's, or broken: it does not keep the others from being found
+                continue  # another program's, or broken: the others are still found
 
     def write(self, path: Path, conversation: Conversation) -> None:
-        """Write a conversation to its place, readable to its user alone.
+        """Write a conversation to its file, readable to its user alone.
 
         Raises:
-            ArtifactError: it cannot be written.
+            ArtifactError: code "folder-unwritable" or "write-failed".
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise ArtifactError(f"cannot make {self.folder}: {error.strerror}") from error
-        _write(path, conversation.to_json(), 0o600)
+            raise ArtifactError(f"cannot create {self.folder}: {error.strerror}", code="folder-unwritable") from error
+        write_text(path, conversation.to_json(), mode=0o600)
 
     def delete(self, path: Path) -> None:
         """Delete a conversation, with its state."""
@@ -189,14 +180,13 @@ class Store:
         path.with_suffix(".state").unlink(missing_ok=True)
 
     def save_state(self, path: Path, engine: Engine, n_used: int) -> None:
-        """Keep what the engine's KV cache holds of a conversation of n_used tokens, if that is worth its room.
+        """Save the engine's KV cache of a conversation of n_used tokens, if that saves time later.
 
         Raises:
-            ArtifactError: it cannot be written.
+            ArtifactError: code "write-failed".
         """
-        if n_used >= _WORTH_A_STATE and path.exists():
+        if n_used >= _LEAST_TOKENS and path.exists():
             engine.save_state(path.with_suffix(".state"))
-            path.with_suffix(".state").chmod(0o600)
             self._bound_states()
 
     def load_state(self, path: Path, engine: Engine) -> int:
@@ -208,8 +198,8 @@ class Store:
         return n
 
     def _bound_states(self) -> None:
-        """Delete states without a conversation, then the oldest, until the others are small enough together."""
-        room = _MAX_STATE_BYTES
+        """Delete states without a conversation, and the oldest beyond the limit."""
+        room = self._max_state_bytes
         for state in sorted(self.folder.glob("*.state"), key=_written_at, reverse=True):
             room -= state.stat().st_size
             if room < 0 or not state.with_suffix(".json").exists():

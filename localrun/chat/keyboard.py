@@ -1,4 +1,4 @@
-"""The chat's keyboard: where a message is typed, with history and completion, and the keys that an answer obeys."""
+"""The chat's keyboard: a line editor with history and completion, and the keys pressed during an answer."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _MENU = {
     "scrollbar.button": "noinherit reverse",
 }
 FOLD_KEY = b"\x14"  # Ctrl-T
-_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # of a key such as an arrow
+_SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # what a key such as an arrow sends
 
 
 class Suggests(Protocol):
-    """What can be typed where, for completion."""
+    """What completion offers."""
 
     def commands(self) -> Iterable[tuple[str, str]]:
-        """Return each command's name and what it does."""
+        """Return each command with its help."""
 
     def arguments(self, command: str) -> Iterable[str] | None:
-        """Return what may follow a command; None if that is a path."""
+        """Return the arguments of a command; None if it takes a path."""
 
 
 def reader(
     suggests: Suggests | None = None, *, on_fold: Callable[[], None] = lambda: None, keeps_history: bool = True
 ) -> Callable[[str], str]:
-    """Return a function that reads one message, given what already stands in the line.
+    """Return a function that reads one message, given the text that the line begins with.
 
-    Enter sends; Alt-Enter or a trailing backslash begins a new line; Ctrl-T calls `on_fold`. It raises EOFError on
-    Ctrl-D and KeyboardInterrupt on Ctrl-C.
+    Enter sends; Alt-Enter or a trailing backslash begins a new line; Ctrl-T calls `on_fold`. The function raises
+    EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.application import get_app
@@ -68,7 +68,7 @@ def reader(
 
     def read(default: str = "") -> str:
         text = session.prompt(default=default)
-        return text.encode("utf-8", "replace").decode()  # a terminal can send bytes that are no characters
+        return text.encode("utf-8", "replace").decode()  # a terminal can send invalid UTF-8
 
     return read
 
@@ -104,7 +104,7 @@ def _completer(suggests: Suggests) -> Completer:
     from prompt_toolkit.document import Document
 
     class Slash(Completer):
-        """Completes commands and what follows them."""
+        """Completes commands and their arguments."""
 
         def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
             text = document.text_before_cursor
@@ -126,9 +126,9 @@ def _completer(suggests: Suggests) -> Completer:
 
 
 class Keys:
-    """What is typed while an answer streams: read without echo, so that it does not land in the middle of the text.
+    """Keys typed while an answer streams: read without echo, so that they do not appear in the middle of the text.
 
-    Ctrl-C stays a signal. Where there is no POSIX terminal to read from, nothing is read.
+    Ctrl-C stays a signal. Without a POSIX terminal nothing is read.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class Keys:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn echo and line editing off for a while."""
+        """Turn echo and line editing off while the block runs."""
         if os.name != "posix" or sys.stdin is None or not sys.stdin.isatty():
             yield
             return
@@ -156,14 +156,14 @@ class Keys:
             termios.tcsetattr(fd, termios.TCSANOW, before)
 
     def folds(self) -> bool:
-        """Say whether the folding key was pressed since this was last asked."""
+        """Return whether the folding key was pressed, and not pressed again, since the last call."""
         self._read()
         n = self._typed.count(FOLD_KEY)
         self._typed = self._typed.replace(FOLD_KEY, b"")
         return n % 2 == 1
 
     def typed(self) -> str:
-        """Return, once, the text that was typed."""
+        """Return the text that was typed, and forget it."""
         text, self._typed = _SEQUENCE.sub("", self._typed.decode("utf-8", "ignore")).replace("\r", "\n"), b""
         return "".join(character for character in text if character.isprintable() or character == "\n")
 
@@ -176,12 +176,12 @@ class Keys:
 
 
 def history_path() -> Path:
-    """Return the file that keeps what was typed, in the user's data folder."""
+    """Return the path of the input history, in the user's data folder."""
     return data_dir() / "history"
 
 
 def _history(is_kept: bool) -> History:
-    """Return the history on disk; one in memory where nothing is to be kept, or the folder cannot be written."""
+    """Return the history on disk, or one in memory if nothing is to be kept or the folder is read-only."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = history_path()

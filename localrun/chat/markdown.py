@@ -1,12 +1,12 @@
-r"""Show Markdown while it is being written: each word once, in its final look and place, and never drawn again.
+r"""Show Markdown as it streams: each word once, in its final style and place, and never redrawn.
 
-Redrawing a block under way goes wrong once its first lines have scrolled away or the window is resized, and it
-flickers over a slow line. So a word is shown as soon as no later character can change it. What has to wait: an
-emphasis, a code span or a link for its end, though not for ever; the first characters of a line for what they mean; a
-line of code for its end; a table for its last row.
+Redrawing an unfinished block fails once its first lines have scrolled away or the window is resized, and it flickers
+over a slow connection. So a word is shown as soon as no later character can change it. An emphasis, a code span or a
+link waits for its end, up to a limit; the first characters of a line wait until their meaning is clear; a line of code
+waits for its end, and a table for its last row.
 
-The grammar is CommonMark's where models mean it. Elsewhere nothing is lost: a newline stays one, backslashes stay
-(`\(x\)` is mathematics), `2*3*4` is a product, `__init__` a name, and HTML is text.
+The grammar is CommonMark's as models use it. Nothing else is lost: a newline stays a newline, backslashes stay (`\(x\)`
+is mathematics), `2*3*4` is a product, `__init__` a name, and HTML is text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SPAN = re.compile(
     r"|(?<!\\)!?\[(?P<label>[^\[\]]*)\]\((?P<url>[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)\)"
 )
 _STYLES = {"both": "bold italic", "strong": "bold", "em": "italic", "em_": "italic", "strike": "strike"}
-# What may begin a span whose end is still to come.
+# What may begin a span that has not ended yet.
 _OPENER = re.compile(
     r"`|(?<![\w*\\])\*{1,3}(?=[^\s*]|$)|(?<![\w\\])_(?=[^\s_]|$)|~~(?=[^\s~]|$)|~$"
     r"|(?<!\\)!?\[[^\[\]]*(?:\](?:\((?:[^()]|\([^()]*\)?)*)?)?$"
@@ -56,25 +56,25 @@ class Markdown:
     def __init__(self, flow: Flow) -> None:
         self._flow = flow
         self._held = ""
-        self._in_line = False  # behind a line's marker, which is written
-        self._style, self._before = "", ""  # of the line under way: its style, and the character before what is held
-        self._is_parted = False  # a blank line is due
+        self._in_line = False  # the line's marker has been written
+        self._style, self._before = "", ""  # the current line's style, and the character before the held text
+        self._is_parted = False  # a blank line comes first
         self._code: _Code | None = None
         self._rows: list[str] = []
 
     @property
     def n_rows(self) -> int:
-        """How many rows of a table wait for its end."""
+        """How many rows of an unfinished table are held."""
         return len(self._rows)
 
     def feed(self, text: str) -> None:
-        """Write what the new text settles."""
+        """Write all that no later text can change."""
         self._held += text
         while "\n" in self._held:
             line, _, self._held = self._held.partition("\n")
             self._end_line(line)
         if self._held:
-            self._go_on()
+            self._write_settled()
 
     def end(self) -> None:
         """Write what was held back, at the end of the answer."""
@@ -84,7 +84,7 @@ class Markdown:
         self._code, self._is_parted = None, False
 
     def _end_line(self, line: str) -> None:
-        """Write the rest of a line, now that it is complete."""
+        """Write the rest of a line that is complete."""
         if not self._in_line:
             if self._take_block_line(line):
                 return
@@ -93,8 +93,8 @@ class Markdown:
         self._flow.newline()
         self._in_line = False
 
-    def _go_on(self) -> None:
-        """Write what is settled of the line under way."""
+    def _write_settled(self) -> None:
+        """Write the part of the current line that no later text can change."""
         if not self._in_line:
             if self._code or _UNDECIDED.fullmatch(self._held):
                 return
@@ -105,7 +105,7 @@ class Markdown:
         self._held = self._held[n:]
 
     def _take_block_line(self, line: str) -> bool:
-        """Write, or keep, a whole line that is no text; return False if it is text."""
+        """Write or hold a line that is not plain text; return False if it is plain text."""
         if self._code:
             ends = self._code.is_end(line)
             self._flow.line(Text(line, "dim") if ends else self._code.add(line))
@@ -129,7 +129,7 @@ class Markdown:
         return True
 
     def _begin_line(self, line: str) -> str:
-        """Write a line's marker; return the text behind it."""
+        """Write a line's marker; return the text after it."""
         self._in_line, self._style, self._before = True, "", ""
         margin = ""
         if quote := _QUOTE.match(line):
@@ -146,7 +146,7 @@ class Markdown:
         return text
 
     def _begin(self, first: str, rest: str | None = None) -> None:
-        """Begin a line behind a margin; the lines that it wraps into stand as far in."""
+        """Begin a line with a margin; the rows that it wraps into are indented as far."""
         if self._is_parted:
             self._flow.begin("", "")
             self._flow.newline()
@@ -154,12 +154,12 @@ class Markdown:
         self._flow.begin(first, first if rest is None else rest.ljust(len(first)))
 
     def _put(self, text: str) -> None:
-        for piece, style in _spans(text, self._style, self._before, keep_ticks=self._flow.console.no_color):
+        for piece, style in _spans(text, self._style, before=self._before, keep_ticks=self._flow.console.no_color):
             self._flow.write(piece, style)
         self._before = text[-1:] or self._before
 
     def _put_table(self) -> None:
-        """Write the rows that waited: as they are, if they are no table."""
+        """Write the held rows, as plain lines if they are not a table."""
         rows, self._rows = self._rows, []
         if len(rows) >= 2 and _DELIMITERS.fullmatch(rows[1]):
             self._begin("")
@@ -173,12 +173,12 @@ class Markdown:
 
 
 def _n_settled(text: str, before: str) -> int:
-    """Return how many characters of an unfinished line no later character can change."""
+    """Return how many characters of an unfinished line are final."""
     line, start = before + text, len(before)
     for span in _SPAN.finditer(line, start):
         if (opener := _waiting(line, start, span.start())) is not None:
             return opener - len(before)
-        if span.end() == len(line):  # the next character may make it something else
+        if span.end() == len(line):  # the next character may change its meaning
             return span.start() - len(before)
         start = span.end()
     opener = _waiting(line, start, len(line))
@@ -186,13 +186,13 @@ def _n_settled(text: str, before: str) -> int:
 
 
 def _waiting(line: str, start: int, end: int) -> int | None:
-    """Return where a span may have begun that still waits for its end."""
+    """Return where an unfinished span may begin."""
     openers = (found.start() for found in _OPENER.finditer(line, start, end))
     return next((at for at in openers if len(line) - at <= _MAX_HELD), None)
 
 
-def _spans(text: str, style: str, before: str = "", *, keep_ticks: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield (text, style) for a piece of a line; `before` is the character that stands before it."""
+def _spans(text: str, style: str, *, before: str = "", keep_ticks: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield (text, style) for a piece of a line; `before` is the character before it."""
     line, start = before + text, len(before)
     for span in _SPAN.finditer(line, start):
         yield line[start : span.start()], style
@@ -209,7 +209,7 @@ def _spans(text: str, style: str, before: str = "", *, keep_ticks: bool = False)
 
 
 def _unpadded(code: str) -> str:
-    """Return a code span without the spaces that part it from backticks of its own."""
+    """Return a code span without the spaces that separate it from backticks in it."""
     return code[1:-1] if code[0] == code[-1] == " " and code.strip() else code
 
 
@@ -219,7 +219,7 @@ def _cells(row: str) -> list[Text]:
 
 
 class _Code:
-    """A block of code under way."""
+    """An unfinished block of code."""
 
     def __init__(self, fence: str, language: str) -> None:
         self._fence, self._text = fence, ""
@@ -230,11 +230,11 @@ class _Code:
             self._syntax = Syntax("", language, theme="ansi_dark")
 
     def is_end(self, line: str) -> bool:
-        """Say whether a line closes the block."""
+        """Return whether a line closes the block."""
         return len(mark := line.strip()) >= len(self._fence) and set(mark) == {self._fence[0]}
 
     def add(self, line: str) -> Text:
-        """Return a line highlighted as what it is after the lines before it."""
+        """Return a line, highlighted in the context of the lines before it."""
         if self._syntax is None:
             return Text(line)
         self._text += line + "\n"

@@ -1,4 +1,4 @@
-"""One question, one answer, as a tool among others: pipes in and out, nothing but the answer on standard output."""
+"""Answer one question, as a filter in a pipeline: only the answer goes to standard output."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def read_question(prompt: str | None, read_stdin: bool) -> str:
-    """Return the prompt, then what standard input holds.
+    """Return the prompt, followed by the text piped in.
 
     Raises:
-        UsageError: there is nothing in either.
+        UsageError: code "no-question": both are empty.
     """
     piped = ""
     if read_stdin and sys.stdin is not None:
@@ -33,21 +33,20 @@ def read_question(prompt: str | None, read_stdin: bool) -> str:
     given = (prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # an argument is bytes too
     question = "\n\n".join(text for text in (given, piped.strip("\n")) if text.strip())
     if not question:
-        raise UsageError("there is nothing to ask", "give -p 'QUESTION', or pipe one in")
+        raise UsageError("there is nothing to ask", "give -p 'QUESTION', or pipe one in", code="no-question")
     return question
 
 
 def answer_once(session: Session, question: Question, *, json_output: bool = False, folded: bool = False) -> None:
-    """Answer on standard output: drawn on a terminal, plain elsewhere, one JSON line if asked.
+    """Answer on standard output: with Markdown drawn on a terminal, plain elsewhere, as one JSON line if asked.
 
-    Where tools were offered the answer comes once it is whole, and after it a JSON line for each call.
-
-    The thinking goes beside a plain answer, to standard error, if a terminal shows it.
+    Where tools were offered, the answer is printed once it is complete, followed by a JSON line for each call. The
+    thinking goes to standard error, if that is a terminal.
 
     Raises:
         ModelError: the question does not fit the context.
     """
-    whole = json_output or bool(session.tools)  # a call is none before it is whole
+    whole = json_output or bool(session.tools)  # a call can only be read whole
     on_screen = is_terminal(sys.stdout) and not whole
     screen = _screen(on_screen, folded) if on_screen or is_terminal(sys.stderr) else None
     last: Step | None = None
@@ -66,7 +65,7 @@ def answer_once(session: Session, question: Question, *, json_output: bool = Fal
     assert last is not None
     content, calls = _split_calls(session, text["answer"])
     if json_output:
-        record = _answer_record(session, last, text["thinking"], content) | {"notes": notes}
+        record = _answer_record(session, last, thinking=text["thinking"], answer=content) | {"notes": notes}
         print(json.dumps(record | ({"tool_calls": calls} if session.tools else {}), ensure_ascii=False))
     elif whole:
         print(*([content] if content.strip() else []), *map(json.dumps, calls), sep="\n")
@@ -77,7 +76,7 @@ def answer_once(session: Session, question: Question, *, json_output: bool = Fal
 
 
 def _split_calls(session: Session, answer: str) -> tuple[str, list[ToolCall]]:
-    """Return what an answer says, and the tools that it calls."""
+    """Return an answer's text without its tool calls, and the calls."""
     if not session.tools:
         return answer, []
     from ..families.tool_calls import parse_tool_calls
@@ -92,7 +91,7 @@ def _screen(on_screen: bool, folded: bool) -> Screen:
     return Screen(new_console(stderr=not on_screen), folded=folded, show_answer=on_screen)
 
 
-def _answer_record(session: Session, last: Step, thinking: str, answer: str) -> dict[str, object]:
+def _answer_record(session: Session, last: Step, *, thinking: str, answer: str) -> dict[str, object]:
     return {
         "model": str(session.engine.path),
         "content": answer,
@@ -107,12 +106,10 @@ def _answer_record(session: Session, last: Step, thinking: str, answer: str) -> 
 
 
 def why_cut(session: Session, last: Step) -> list[str]:
-    """Return why an answer is not whole; nothing if it is."""
+    """Return why an answer was cut off; nothing if it is complete."""
     if last.finish_reason != "length":
         return []
     where = "thinking" if last.part == "thinking" else "answer"
     if last.n_generated >= session.sampling.max_tokens:
-        return [f"the {where} was cut at {last.n_generated} tokens; --max-tokens allows more"]
-    return [
-        f"the {where} was cut where the context of {session.engine.n_ctx} tokens is full; --context makes it larger"
-    ]
+        return [f"the {where} was cut off after {last.n_generated} tokens; --max-tokens allows more"]
+    return [f"the {where} was cut off: the context of {session.engine.n_ctx} tokens is full; --context makes it larger"]

@@ -1,4 +1,4 @@
-"""Where thinking and answer stream: the thinking dim and apart or folded into a line, the answer's Markdown drawn."""
+"""Shows an answer as it streams: its thinking dim, or folded into one line, and its Markdown drawn."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..families.thinking import Part
 from .markdown import Markdown
 from .wrap import Flow, is_drawable
 
-_BAR = "│ "  # before every row of thinking, for those who see no colour
+_BAR = "│ "  # before every row of thinking, for terminals without colour
 
 
 @dataclass(frozen=True)
 class Thought:
-    """A turn's thinking: its text, tokens, and seconds, which nobody knows of another day's."""
+    """A turn's thinking: its text, its tokens, and its seconds, which a resumed conversation does not have."""
 
     text: str
     n_tokens: int
@@ -34,7 +34,7 @@ class Screen:
     """Shows one answer while it streams."""
 
     def __init__(self, console: Console, *, folded: bool = False, show_answer: bool = True) -> None:
-        """Write to a console; without show_answer only the thinking, for an answer that goes elsewhere."""
+        """Write to a console; without show_answer only the thinking, for an answer printed elsewhere."""
         self.folded, self._show_answer = folded, show_answer
         self._flow = Flow(console)
         self._markdown = Markdown(self._flow) if is_drawable(console) else None
@@ -49,11 +49,11 @@ class Screen:
         return Thought(text, self._n_thought, self._seconds) if text.strip() else None
 
     def wait(self) -> None:
-        """Say that the prompt is being read, until the first token."""
+        """Show that the model reads the prompt, until the first token."""
         self._flow.status("reading …")
 
     def show(self, step: Step) -> None:
-        """Show what a step let out."""
+        """Show a step's text."""
         self._n_thought = step.n_reasoning
         if step.part == "thinking":
             self._think(printable(step.text))
@@ -63,7 +63,7 @@ class Screen:
                 self._answer(printable(step.text))
 
     def toggle(self) -> None:
-        """Fold the thinking under way, or unfold it."""
+        """Fold the current thinking, or unfold it."""
         self.folded = not self.folded
         if self._part == "thinking" and self._thought:
             if self.folded:
@@ -72,7 +72,7 @@ class Screen:
                 self._open_thought("".join(self._thought))
 
     def end(self) -> None:
-        """Finish the last line, wherever the answer was stopped."""
+        """Finish the last line, wherever the answer ended."""
         self._close_thinking()
         if self._markdown:
             self._markdown.end()
@@ -80,13 +80,13 @@ class Screen:
         self._part = None
 
     def show_again(self, thought: Thought) -> None:
-        """Show thinking that was folded away."""
+        """Show thinking that was folded."""
         self._open_thought(thought.text)
         self._flow.end()
         self._flow.line(Text(f"╰ {thought}", "dim"))
 
     def show_text(self, text: str) -> None:
-        """Show an answer that is complete."""
+        """Show a complete answer."""
         self._answer(printable(text))
         self.end()
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: its turns, what is asked next, and what becomes of an answer that was stopped."""
+"""A conversation with a model: its turns, the next question, and what is kept of a stopped answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .conversations import DEFAULT_SAMPLING, Conversation
 
 
 class Question(NamedTuple):
-    """What a user typed, and what stands before it in the message: text files, fenced, and images."""
+    """What a user typed, and what precedes it in the message: attached text files and images."""
 
     typed: str
     attached: str = ""
@@ -24,14 +24,14 @@ class Question(NamedTuple):
 
     @property
     def message(self) -> Message:
-        """The message as it is kept: `typed` if there is more in the content, `images` as paths, one a line."""
+        """The message as it is kept: with `typed` if the content holds more, and `images` as paths, one a line."""
         message: Message = {"role": "user", "content": self.attached + self.typed}
         message |= {"typed": self.typed} if self.attached else {}
         return message | ({"images": "\n".join(self.images)} if self.images else {})
 
     @classmethod
-    def of(cls, message: Message) -> Self:
-        """Return the question that a kept message is."""
+    def from_message(cls, message: Message) -> Self:
+        """Return the question of a kept message."""
         typed = message.get("typed", message["content"])
         images = tuple(message.get("images", "").splitlines())
         return cls(typed, message["content"].removesuffix(typed), images)
@@ -57,13 +57,13 @@ class Session:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation as the template takes it."""
+        """The conversation as the chat template takes it."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + list(map(_as_shown, self.turns))
 
     def ask(self, question: Question) -> Generator[Step]:
-        """Yield the answer's steps; the turn is kept once there is an answer, whole or stopped half way.
+        """Yield the answer's steps. The turn is kept if there is an answer, complete or stopped.
 
-        A turn that fails, or is stopped before its answer began, is taken back: the model never sees it.
+        A turn that fails, or is stopped before its answer begins, is removed: the model never sees it.
 
         Raises:
             ModelError: the conversation does not fit the context.
@@ -71,39 +71,39 @@ class Session:
         asked = question.message
         prompt = self.engine.prompt([*self.messages, _as_shown(asked)], self.think, self.tools)
         images = [Path(image) for turn in [*self.turns, asked] for image in turn.get("images", "").splitlines()]
-        said = {"thinking": "", "answer": ""}
+        texts = {"thinking": "", "answer": ""}
         opened, finished = False, False
         try:
             for step in self.engine.stream(prompt, self.sampling, guidance=self.guidance, images=images):
-                said[step.part] += step.text
+                texts[step.part] += step.text
                 opened = opened or step.closed is not None
                 finished = step.finish_reason is not None
                 yield step
         finally:
-            if finished or said["answer"].strip():
-                answer: Message = {"role": "assistant", "content": said["answer"]}
-                self.turns += [asked, answer | ({"reasoning_content": said["thinking"]} if opened else {})]
+            if finished or texts["answer"].strip():
+                answer: Message = {"role": "assistant", "content": texts["answer"]}
+                self.turns += [asked, answer | ({"reasoning_content": texts["thinking"]} if opened else {})]
 
     def undo(self) -> Question | None:
-        """Take back the last turn; return what was asked, None if there is no turn."""
+        """Remove the last turn; return its question, None if there is no turn."""
         if not self.turns:
             return None
         asked = self.turns[-2]
         del self.turns[-2:]
-        return Question.of(asked)
+        return Question.from_message(asked)
 
     def reseed(self) -> None:
-        """Let the next answer be another one, if it is sampled."""
+        """Take another seed, so that the next answer differs if it is sampled."""
         self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)
 
     def adopt(self, conversation: Conversation) -> None:
-        """Go on with a conversation as it was held."""
+        """Continue a conversation with its settings."""
         self.turns, self.system = list(conversation.turns), conversation.system
         self.think, self.sampling = conversation.think, conversation.sampling
         self.guidance = replace(self.guidance, think_budget=conversation.think_budget)
 
     def record(self, created: str = "") -> Conversation:
-        """Return what is to be kept of the conversation; `created` is empty for one that begins now."""
+        """Return the conversation to keep; `created` is empty for one that begins now."""
         now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return Conversation(
@@ -118,23 +118,23 @@ class Session:
         )
 
     def reset(self) -> None:
-        """Begin a new conversation under the same system message, with a new seed so that it may go differently."""
+        """Begin a new conversation with the same system message, and a new seed so that it may differ."""
         self.turns.clear()
         self.reseed()
 
     def n_used(self) -> int:
-        """Return how many tokens of the context the next question will find taken."""
+        """Return how many tokens of the context the conversation uses."""
         turns = self.messages
         return len(self.engine.tokenize(self.engine.prompt(turns, self.think))) if turns else 0
 
     def knows_thinking_switch(self) -> bool:
-        """Say whether thinking can be turned on and off: by the model's template, or by its tags."""
+        """Return whether thinking can be turned on and off, by the model's template or its tags."""
         turn: list[Message] = [{"role": "user", "content": "?"}]
         return self.engine.prompt(turn, "on") != self.engine.prompt(turn, "off")
 
 
 def _as_shown(turn: Message) -> Message:
-    """Return a kept message as the template takes it, with the marks of its images."""
+    """Return a kept message as the chat template takes it, with the markers of its images."""
     message = {key: text for key, text in turn.items() if key not in ("typed", "images")}
     if "images" in turn:
         from ..engine.vision import with_images

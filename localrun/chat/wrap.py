@@ -1,7 +1,7 @@
-"""Text that streams to a terminal a word at a time, wrapped at the width that the window has at that moment.
+"""Stream text to a terminal word by word, wrapped at the current width of the window.
 
-Words are written once, at their final place. Only the line under way is ever written again, and only while it is a
-status line: lines that scrolled away, a resized window, a slow connection and a screen reader all get the same text.
+Each word is written once, in its final place. Only a status line is ever written again. So the text is right after
+lines have scrolled away, in a resized window, over a slow connection and in a screen reader.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from rich.segment import ControlType
 from rich.text import Text
 
 _WIDE = re.compile(r"([\u1100-\u115f\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60\uffe0-\uffe6])")
-_STATUS_PER_S = 10  # a status line is drawn again at most that often: ssh may be slow
+_STATUS_PER_S = 10  # how often a status line is redrawn, at most: ssh may be slow
 
 
 def is_drawable(console: Console) -> bool:
-    """Say whether a console is a terminal that knows styles and can write a line again."""
+    """Return whether a console is a terminal that can style text and rewrite a line."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 class Flow:
-    """Writes text a word at a time behind a margin, each word once; a word longer than a line is cut."""
+    """Writes text word by word behind a margin, each word once; a word longer than a line is cut."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._margin = ""  # before every row of the line under way
+        self._margin = ""  # before every row of the current line
         self._out = Text()  # for the next write to the console
         self._word, self._space = Text(), ""
-        self._is_cut = False  # the word under way is longer than a row
-        self._column = 0  # in cells, without the margin
+        self._is_cut = False  # the current word is longer than a row
+        self._column = 0  # in cells, not counting the margin
         self._is_fresh = True  # this row's margin is still to be written
         self._has_status, self._status_at = False, 0.0
 
     def begin(self, first: str, rest: str) -> None:
-        """Begin a line behind a margin; what it wraps into stands behind another of the same width."""
+        """Begin a line with the margin `first`; the rows that it wraps into get `rest`, of the same width."""
         self._out.append(first, "dim")
         self._margin, self._column, self._is_fresh = rest, 0, False
 
     def write(self, text: str, style: str = "") -> None:
-        """Write text. The word under way is shown once it ends: by a space, `newline` or `end`."""
+        """Write text. The last word is shown once it is complete: after a space, `newline` or `end`."""
         for piece in re.split(r"(\s)", text):
             if piece == "\n":
                 self.newline()
@@ -52,7 +52,7 @@ class Flow:
                 self._space, self._is_cut = self._space + piece, False
             else:
                 for part in filter(None, _WIDE.split(piece)):
-                    is_wide = _WIDE.fullmatch(part)  # beside such a character a line may always be broken
+                    is_wide = _WIDE.fullmatch(part)  # a line may break before and after such a character
                     if is_wide:
                         self._put_word()
                         self._is_cut = False
@@ -65,7 +65,7 @@ class Flow:
         self._show()
 
     def newline(self) -> None:
-        """End the line; the next one stands behind the same margin, unless it begins with another."""
+        """End the line; the next one has the same margin, unless `begin` sets another."""
         self._put_word()
         self._begin_row()
         self._out.append("\n")
@@ -73,13 +73,13 @@ class Flow:
         self._show()
 
     def line(self, text: Text) -> None:
-        """Write a line without a margin that the terminal itself wraps, so that it is copied as it was."""
+        """Write a line without a margin and let the terminal wrap it, so that a user can copy it unchanged."""
         self._out.append_text(text)
         self._is_fresh = False
         self.newline()
 
     def table(self, rows: list[list[Text]]) -> None:
-        """Write a table, its first row the heading, as wide as the window lets it be."""
+        """Write a table, its first row the heading, as wide as the window allows."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
@@ -94,7 +94,7 @@ class Flow:
         self._is_fresh = True
 
     def end(self) -> None:
-        """End the line under way, if there is one, its margin, and the status."""
+        """End the current line, its margin, and the status."""
         self._put_word()
         if self._column or not self._is_fresh:
             self.newline()
@@ -125,7 +125,7 @@ class Flow:
             self._is_fresh = False
 
     def status(self, text: str) -> None:
-        """Write a passing line at the start of a row: the next text, or status, takes its place."""
+        """Write a temporary line at the start of a row: the next text or status replaces it."""
         now = time.monotonic()
         if not is_drawable(self.console) or (self._has_status and now - self._status_at < 1 / _STATUS_PER_S):
             return

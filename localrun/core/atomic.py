@@ -18,8 +18,10 @@ from ...errors import ArtifactError
 
 
 @contextlib.contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
+def replacing_file(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """Yield the path of an empty file beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    `mode` gives its permissions, less the umask.
 
     Raises:
         ArtifactError: `code` "write-failed": the disk is full, or the folder cannot be written.
@@ -33,7 +35,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's are private
+            temporary.chmod(mode & ~_umask())  # mkstemp's are private
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -57,13 +59,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a UTF-8 text file, whole or not at all.
 
     Raises:
         ArtifactError: see `replacing_file`.
     """
-    with replacing_file(path) as temporary:
+    with replacing_file(path, mode=mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back: the two records that every backend shares."""
+"""The records of a generation that all backends share: sampling, guidance, log-probabilities, completion."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Guidance:
-    """What a turn is held to beyond sampling; by default nothing, so that a model is measured as it is.
+    """Constraints on a turn beyond sampling; by default none, so that a model is measured as it is.
 
-    With a budget or the guard, thinking ends early enough that an answer fits, and there always is one.
+    With a budget or the guard, thinking ends early enough to leave room for an answer, and there always is one.
     """
 
     think_budget: int | None = None
-    """Tokens of thinking, at most; before they are spent a short hint is put there, then the closing tag."""
+    """Tokens of thinking, at most; before they run out, a short hint and then the closing tag are inserted."""
     loop_guard: bool = False
-    """Notice text that goes in circles: DRY sampling first, then the thinking is wound down, or the answer ended."""
+    """Detect loops: use DRY sampling first, then end the thinking or the answer."""
     grammar: str | None = None
-    """GBNF with a `root`, which holds once the thinking has closed."""
+    """GBNF with a `root`, which constrains the text after the thinking."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer and are not part of it; in the thinking they mean nothing."""
+    """Strings that end the answer and are not part of it; they have no effect in the thinking."""
     speculate: bool = False
-    """Draft tokens from what was said before, or with the draft model, and check them in one batch."""
+    """Draft tokens from the text so far, or with the draft model, and check them in one batch."""
     dry_multiplier: float = 0.0
     repeat_penalty: float = 1.0
 
@@ -89,6 +89,6 @@ class Completion:
     token_ids: tuple[int, ...] | None = None
     error: str | None = None
     logprobs: TopLogprobs | None = None
-    """Of each of `token_ids`, where they were asked for and the backend gives them."""
+    """One row for each of `token_ids`, if asked for and the backend has them."""
     lost_tokens: tuple[int, int] = (0, 0)
-    """Of prompt and completion, in attempts that broke off before this one: paid for, and not counted above."""
+    """Prompt and completion tokens of attempts that broke off before this one: paid for, but not counted above."""

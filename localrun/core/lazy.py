@@ -1,7 +1,8 @@
-"""Let a package give what one of its modules holds without running all of the package.
+"""Import one module of a package without running the rest of the package.
 
-Both packages that every chat needs import numpy, and more that a chat never uses, before they give a constant or a C
-function: gguf its readers and writers, llama_cpp its high-level class. That was a third of a second chat's start.
+Both packages that every chat needs import numpy, and more that a chat never uses, before they offer a constant or a C
+function: gguf its readers and writers, llama_cpp its high-level class. That took a third of a chat's start, once the
+file was cached.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 
 def import_part(package: str, part: str) -> None:
-    """Make `import package` give the public names of `package.part`; any other name loads the package as a whole.
+    """Make `import package` offer the public names of `package.part`; any other name loads the whole package.
 
-    Nothing happens where the package is imported already, or cannot be found: the import itself says so then.
+    This does nothing if the package is already imported or cannot be found: the import itself reports that.
 
     Raises:
         ImportError, OSError, RuntimeError: what the part raises.

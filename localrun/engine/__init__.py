@@ -1,1 +1,1 @@
-"""llama.cpp behind one engine: loading, sampling, batching, grammars, images."""
+"""llama.cpp behind one engine: load, sample, batch, follow a grammar, see images."""

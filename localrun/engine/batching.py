@@ -1,11 +1,11 @@
 """Answer many prompts in one llama.cpp batch: sequences are decoded together and replaced as they end.
 
 Each round runs one batch: the newest token of every sequence that generates, then as much of the waiting prompts as
-there is room for. Sequences are admitted as long as their prompts fit. When the shared KV cache runs full, the youngest
-sequence gives up its cells and is computed again later from what it had said (recompute preemption, as in vLLM, arXiv
+fits. Sequences are admitted as long as their prompts fit. When the shared KV cache runs full, the youngest
+sequence gives up its cells and is recomputed later (recompute preemption, as in vLLM, arXiv
 2309.06180): answers are mostly far shorter than their limit, so reserving the limit would leave the batch half empty.
-Prompts are drawn as places come free, the first n_seq at once: what those begin with in common is computed once, and
-later prompts that begin with it use it too.
+Prompts are drawn as slots come free, the first n_seq at once: their common beginning is computed once, and later
+prompts that begin with it use it too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .logprobs import stack_rows, top_of
 from .turn import Turn
 
 if TYPE_CHECKING:
-    from .logprobs import Row
+    from .logprobs import TopRow
 
 _LEAST_PREFIX = 16  # tokens; a shorter shared prefix is not worth a pass of its own
 
@@ -35,7 +35,7 @@ _Refused = tuple[int, Completion]
 
 @dataclass
 class _Request:
-    """One prompt and what was said to it."""
+    """One prompt and its answer so far."""
 
     index: int
     tokens: list[int]  # of the prompt, then generated
@@ -43,7 +43,7 @@ class _Request:
     turn: Turn
     started: float = field(default_factory=time.monotonic)
     n_cached: int = 0  # of its tokens, in the KV cache
-    top: list[Row] = field(default_factory=list)  # of each generated token, if asked for
+    top: list[TopRow] = field(default_factory=list)  # of each generated token, if asked for
 
     @property
     def n_pending(self) -> int:

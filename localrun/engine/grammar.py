@@ -1,4 +1,4 @@
-"""GBNF, the grammars that llama.cpp samples under: the check of one, and the expressions that JSON is made of.
+"""GBNF, the grammars that llama.cpp samples under: check one, and build the expressions that JSON is made of.
 
 Source: https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md
 """
@@ -20,9 +20,9 @@ from ...errors import UsageError
 from .library import clear_log, llama_cpp, logged_reason, start_library
 from .llama import Model
 
-MOST_TIMES = 2000  # repetitions that llama.cpp counts: more are no bound at all to it
+MOST_TIMES = 2000  # llama.cpp counts no further: it takes a larger bound for none
 _MOST_NESTED = 1000  # parentheses: its parser recurses
-_N_DIGITS = 16  # of a number without a bound: a double holds no more
+_N_DIGITS = 16  # of an unbounded number: a double holds no more
 _HINT = 'GBNF: rules like  root ::= "yes" | "no"'
 
 PRIMITIVES = {  # name: (rule, the rules that it needs)
@@ -48,59 +48,63 @@ PRIMITIVES = {  # name: (rule, the rules that it needs)
 
 
 def check_grammar(gbnf: str, model: Model | None = None) -> None:
-    """Let llama.cpp parse a grammar; one that names tokens, as in `<think>`, needs the model that has them.
+    """Let llama.cpp parse a grammar; one that names tokens, such as `<think>`, needs the model that has them.
 
     Raises:
-        UsageError: it does not parse, or has no `root`; the reason is llama.cpp's own.
+        UsageError: code "grammar-broken": it does not parse, or has no `root`; the reason is llama.cpp's own.
     """
     nesting = accumulate(1 if bracket == "(" else -1 for bracket in re.findall("[()]", gbnf))
     if max(nesting, default=0) > _MOST_NESTED:
-        raise UsageError("the grammar does not parse: its parentheses go too deep", _HINT)
+        raise _broken("its parentheses are nested too deeply")
     if "\0" in gbnf:
-        raise UsageError("the grammar does not parse: a NUL character ends it", _HINT)
+        raise _broken("it holds a NUL character")
     start_library()
     clear_log()
     with _stderr_kept() as kept:
         text = gbnf.strip() or "nothing"  # without a text llama.cpp makes a sampler that allows everything
         sampler = llama_cpp.llama_sampler_init_grammar(model and model.vocab, text.encode("utf-8", "replace"), b"root")
         kept.seek(0)
-        said = re.search(r"error parsing grammar: (.{1,100})", kept.read().decode("utf-8", "replace"))
+        found = re.search(r"error parsing grammar: (.{1,100})", kept.read().decode("utf-8", "replace"))
     if not sampler:
-        reason = re.sub(r" at$", " at the end of a line", said[1].strip()) if said else logged_reason()
-        raise UsageError(f"the grammar does not parse: {reason}", _HINT)
+        reason = re.sub(r" at$", " at the end of a line", found[1].strip()) if found else logged_reason()
+        raise _broken(reason)
     llama_cpp.llama_sampler_free(sampler)
 
 
+def _broken(reason: str) -> UsageError:
+    return UsageError(f"the grammar does not parse: {reason}", _HINT, code="grammar-broken")
+
+
 def literal(value: Any) -> str:
-    """Return a value as the JSON text that stands for it, quoted."""
+    """Return a value's JSON text as a quoted literal of the grammar."""
     text = json.dumps(value, ensure_ascii=False)
     escaped = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
 def times(low: int, high: int | None) -> str:
-    """Return the suffix of what is repeated low to high times."""
+    """Return the suffix that repeats an expression low to high times."""
     return f"{{{low},{'' if high is None else high}}}"
 
 
 def separated(item: str, space: str, *, low: int, high: int | None) -> str:
-    """Return low to high items with commas between them; high is more than 0."""
+    """Return an expression for low to high items with commas between them; high is at least 1."""
     more = times(max(low - 1, 0), None if high is None else high - 1)
     return f'({item} ("," {space} {item}){more}){"" if low else "?"}'
 
 
 def whole_numbers(low: int | None, high: int | None) -> str:
-    """Return the integers from low to high."""
+    """Return an expression for the integers from low to high."""
     return _signed(_naturals, 1, low=low, high=high)
 
 
 def decimal_numbers(low: int | None, high: int | None) -> str:
-    """Return the decimal numbers from low to high."""
+    """Return an expression for the decimal numbers from low to high."""
     return _signed(_decimals, 0, low=low, high=high)
 
 
 def _signed(magnitudes: Callable[[int, int], str], smallest: int, *, low: int | None, high: int | None) -> str:
-    """Return the numbers from low to high; `smallest` is the least magnitude that a minus may stand before."""
+    """Return the numbers from low to high; `smallest` is the least magnitude that may follow a minus."""
     most = 10 ** max(_N_DIGITS, *(len(str(bound)) for bound in (low, high))) - 1
     low, high = -most if low is None else low, most if high is None else high
     negative = [f'"-" {magnitudes(max(-high, smallest), -low)}'] if low < 0 else []
@@ -115,14 +119,14 @@ def _decimals(low: int, high: int) -> str:
 
 
 def _naturals(low: int, high: int) -> str:
-    """Return the natural numbers from one to another, those of each length apart."""
+    """Return the natural numbers from low to high, one alternative for each number of digits."""
     lengths = range(len(str(low)), len(str(high)) + 1)
     spans = [(max(low, 10 ** (n - 1) if n > 1 else 0), min(high, 10**n - 1)) for n in lengths]
     return f"({' | '.join(_same_length(str(first), str(last)) for first, last in spans)})"
 
 
 def _same_length(low: str, high: str) -> str:
-    """Return the digit strings from one to another of the same length."""
+    """Return the digit strings from low to high, which have the same length."""
     n = len(low)
     if low == high:
         return f'"{low}"'
@@ -146,7 +150,7 @@ _capturing = threading.Lock()
 
 @contextmanager
 def _stderr_kept() -> Iterator[BinaryIO]:
-    """Send what C code writes to stderr into a file: the parser's reason goes nowhere else."""
+    """Redirect what C code writes to stderr into a file: the parser tells its reason nowhere else."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as kept, _capturing:
         saved = os.dup(2)

@@ -1,12 +1,12 @@
 """Hold an answer to a JSON schema: the schema becomes a grammar (GBNF) that llama.cpp samples under.
 
-What a grammar cannot hold is refused with its place, never ignored: an answer that comes out of the grammar validates.
-The grammar is narrower than the schema where that costs nothing: properties come in the schema's order, an object that
-lists its properties has no others, and white space is that of usual printing. Annotations, `format` among them, hold
-nothing, as the standard has it.
+A keyword that a grammar cannot enforce is refused, with its place, and never ignored: every answer that the grammar
+allows validates. The grammar is narrower than the schema where that costs nothing: properties come in the schema's
+order, an object that lists its properties has no others, and white space is what printers usually write. Annotations,
+`format` among them, restrict nothing, as the standard says.
 
-llama-cpp-python's own converter is not used: its strings may hold raw newlines, its constants lose their backslashes,
-references that end alike are one to it, and it drops bounds in silence.
+We do not use llama-cpp-python's own converter: it lets raw newlines into strings, loses the backslashes of constants,
+confuses references that end alike, and silently drops bounds.
 
 Source: JSON Schema 2020-12, https://json-schema.org/draft/2020-12/json-schema-validation
 """
@@ -23,7 +23,7 @@ from ...errors import UsageError
 from .grammar import MOST_TIMES, PRIMITIVES, decimal_numbers, literal, separated, times, whole_numbers
 
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-_IMPLIED = {  # a schema without a type is of the type that its keywords speak of
+_IMPLIED = {  # a schema without a type has the type that its keywords belong to
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "prefixItems", "additionalItems", "minItems", "maxItems"},
     "string": {"minLength", "maxLength"},
@@ -43,46 +43,48 @@ def grammar_of_schema(schema: dict[str, Any] | str) -> str:
     """Return the GBNF, with its `root`, of a JSON schema or of its text.
 
     Raises:
-        UsageError: it is no schema, or says what a grammar cannot hold.
+        UsageError: code "schema-unsupported": it is not a schema, or has a keyword that a grammar cannot enforce.
     """
     try:
         document = json.loads(schema) if isinstance(schema, str) else schema
         rules = _Rules(document)
-        root = rules.of(document, "#")
+        root = rules.expression(document, "#")
     except RecursionError as error:
-        raise UsageError("the JSON schema goes too deep, or in circles") from error
+        raise UsageError(
+            "the JSON schema is nested too deeply, or refers to itself", code="schema-unsupported"
+        ) from error
     except ValueError as error:
-        raise UsageError(f"the JSON schema is not JSON: {error}") from error
+        raise UsageError(f"the JSON schema is not JSON: {error}", code="schema-unsupported") from error
     return "".join(f"{name} ::= {rule}\n" for name, rule in {"root": root, **rules.rules}.items())
 
 
 class _Rules:
-    """What each part of a schema is in GBNF, and the rules that it takes; `at` is the part's place, for errors."""
+    """Writes each part of a schema in GBNF, with the rules that this needs; `at` is the part's place, for errors."""
 
     def __init__(self, document: Any) -> None:
         self.rules: dict[str, str] = {}
         self._document = document
         self._references: dict[str, str] = {}  # reference to rule
 
-    def of(self, schema: Any, at: str) -> str:
+    def expression(self, schema: Any, at: str) -> str:
         """Return a schema as an expression that can stand in a sequence."""
         if schema is True:
             return self._primitive("value")
         if not isinstance(schema, dict):
-            raise _refused(at, "allows nothing" if schema is False else "is no schema")
+            raise _refused(at, "allows nothing" if schema is False else "is not a schema")
         for keyword in _NOT_HELD & schema.keys():
             if schema[keyword] is not False:
-                raise _refused(at, f"says {keyword!r}, which a grammar cannot hold")
+                raise _refused(at, f"says {keyword!r}, which a grammar cannot enforce")
         held = {keyword: value for keyword, value in schema.items() if keyword in _HELD}
         if held.keys() == {"$ref"}:
-            return self._reference(_get(held, "$ref", str, "", at), at)
+            return self._reference(_get(held, "$ref", str, default="", at=at), at)
         if held.keys() & {"$ref", "allOf"}:
-            return self.of(self._flat(held, at), at)
+            return self.expression(self._flat(held, at), at)
         for keyword in ("anyOf", "oneOf"):
             if keyword in held:
                 return self._any_of(held, keyword, at)
         if "const" in held or "enum" in held:
-            values = [held["const"]] if "const" in held else _get(held, "enum", list, [], at)
+            values = [held["const"]] if "const" in held else _get(held, "enum", list, default=[], at=at)
             return _either([literal(value) for value in values], at)
         if "type" not in held:
             implied = [kind for kind, keywords in _IMPLIED.items() if keywords & held.keys()]
@@ -93,9 +95,9 @@ class _Rules:
     def _any_of(self, schema: dict[str, Any], keyword: str, at: str) -> str:
         rest = {key: value for key, value in schema.items() if key != keyword}
         expressions = []
-        for i, one in enumerate(_get(schema, keyword, list, [], at)):
+        for i, one in enumerate(_get(schema, keyword, list, default=[], at=at)):
             place = f"{at}/{keyword}/{i}"
-            expressions.append(self.of(_merged(rest, self._flat(one, place), place) if rest else one, place))
+            expressions.append(self.expression(_merged(rest, self._flat(one, place), place) if rest else one, place))
         return _either(expressions, at)
 
     def _of_type(self, kind: Any, schema: dict[str, Any], at: str) -> str:
@@ -106,27 +108,27 @@ class _Rules:
         if kind == "array" and schema.keys() & _IMPLIED["array"]:
             return self._array(schema, at)
         if kind == "string" and schema.keys() & _IMPLIED["string"]:
-            low, high = _counts(schema, "minLength", "maxLength", at)
+            low, high = _counts(schema, "minLength", "maxLength", at=at)
             return rf'"\"" {self._primitive("char")}{times(low, high)} "\""'
         if kind in ("integer", "number") and schema.keys() & _IMPLIED["number"]:
             return _bounded(schema, kind == "number", at)
         return self._primitive(kind)
 
     def _object(self, schema: dict[str, Any], at: str) -> str:
-        properties: dict[str, Any] = dict(_get(schema, "properties", dict, {}, at))
-        required = [str(name) for name in _get(schema, "required", list, [], at)]
+        properties: dict[str, Any] = dict(_get(schema, "properties", dict, default={}, at=at))
+        required = [str(name) for name in _get(schema, "required", list, default=[], at=at)]
         for name in required:
             properties.setdefault(name, True)
         space = self._primitive("space")
         others = schema.get("additionalProperties", True)
         if not properties and others is not False:
-            pair = f'{self._primitive("string")} ":" {space} {self.of(others, f"{at}/additionalProperties")}'
+            pair = f'{self._primitive("string")} ":" {space} {self.expression(others, f"{at}/additionalProperties")}'
             return f'"{{" {space} ({separated(self._rule(pair, "pair"), space, low=1, high=None)} {space})? "}}"'
         pairs = {
-            name: self._rule(f'{literal(name)} ":" {space} {self.of(value, f"{at}/properties/{name}")}', name)
+            name: self._rule(f'{literal(name)} ":" {space} {self.expression(value, f"{at}/properties/{name}")}', name)
             for name, value in properties.items()
         }
-        # No comma stands before the first of those that are there: any up to the first one required may be that.
+        # The first property present has no comma before it: that may be any up to the first required one.
         beginnings = []
         for i, name in enumerate(pairs):
             rest = [f'("," {space} {pairs[after]}){"" if after in required else "?"}' for after in [*pairs][i + 1 :]]
@@ -138,17 +140,17 @@ class _Rules:
         return f'"{{" {space} ({_either(beginnings, at)} {space}){"" if required else "?"} "}}"'
 
     def _array(self, schema: dict[str, Any], at: str) -> str:
-        items, prefix = schema.get("items", True), _get(schema, "prefixItems", list, [], at)
+        items, prefix = schema.get("items", True), _get(schema, "prefixItems", list, default=[], at=at)
         if isinstance(items, list):  # before 2020-12
             items, prefix = schema.get("additionalItems", True), items
-        low, high = _counts(schema, "minItems", "maxItems", at)
+        low, high = _counts(schema, "minItems", "maxItems", at=at)
         space = self._primitive("space")
-        firsts = [self.of(item, f"{at}/prefixItems/{i}") for i, item in enumerate(prefix[:high])]
+        firsts = [self.expression(item, f"{at}/prefixItems/{i}") for i, item in enumerate(prefix[:high])]
         low, high = max(low - len(firsts), 0), None if high is None else high - len(firsts)
         if high == 0 or (low == 0 and (items is False or firsts)):
             rest = ""
         else:
-            item = self._rule(self.of(items, f"{at}/items"), "item")
+            item = self._rule(self.expression(items, f"{at}/items"), "item")
             rest = (
                 separated(item, space, low=low, high=high) if not firsts else f'("," {space} {item}){times(low, high)}'
             )
@@ -158,15 +160,15 @@ class _Rules:
     def _reference(self, reference: str, at: str) -> str:
         if reference not in self._references:
             name = self._references[reference] = self._new_name(reference.rpartition("/")[2])
-            self.rules[name] = ""  # taken, while it may refer to itself
-            self.rules[name] = self.of(self._resolve(reference, at), reference)
+            self.rules[name] = ""  # reserves the name: the schema may refer to itself
+            self.rules[name] = self.expression(self._resolve(reference, at), reference)
         return self._references[reference]
 
     def _resolve(self, reference: str, at: str) -> Any:
         """Return what a JSON pointer points to."""
         found = self._document
         if reference != "#" and not reference.startswith("#/"):
-            raise _refused(at, f"refers to {reference!r}, outside of the document")
+            raise _refused(at, f"refers to {reference!r}, outside the document")
         for part in reference.split("/")[1:]:
             key = part.replace("~1", "/").replace("~0", "~")
             try:
@@ -176,14 +178,14 @@ class _Rules:
         return found
 
     def _flat(self, schema: Any, at: str) -> dict[str, Any]:
-        """Return a schema without `$ref` and `allOf`: what they say becomes its own."""
+        """Return a schema with its `$ref` and `allOf` merged into it."""
         if schema is True:
             return {}
         if not isinstance(schema, dict):
-            raise _refused(at, "allows nothing" if schema is False else "is no schema")
-        parts = list(_get(schema, "allOf", list, [], at))
+            raise _refused(at, "allows nothing" if schema is False else "is not a schema")
+        parts = list(_get(schema, "allOf", list, default=[], at=at))
         if "$ref" in schema:
-            parts.append(self._resolve(_get(schema, "$ref", str, "", at), at))
+            parts.append(self._resolve(_get(schema, "$ref", str, default="", at=at), at))
         flat = {keyword: value for keyword, value in schema.items() if keyword not in ("$ref", "allOf")}
         for part in parts:
             flat = _merged(flat, self._flat(part, at), at)
@@ -215,18 +217,19 @@ class _Rules:
 
 
 def _refused(at: str, what: str) -> UsageError:
-    return UsageError(f"the JSON schema at {at} {what}", "leave it out, and check the answer for it afterwards")
+    hint = "leave it out, and check the answer afterwards"
+    return UsageError(f"the JSON schema at {at} {what}", hint, code="schema-unsupported")
 
 
-def _get(schema: dict[str, Any], keyword: str, kind: type[_T], default: _T, at: str) -> _T:
+def _get(schema: dict[str, Any], keyword: str, kind: type[_T], *, default: _T, at: str) -> _T:
     value = schema.get(keyword, default)
     if not isinstance(value, kind):
-        raise _refused(at, f"has a {keyword} that is no {kind.__name__}")
+        raise _refused(at, f"has a {keyword} that is not a {kind.__name__}")
     return value
 
 
 def _merged(one: dict[str, Any], other: dict[str, Any], at: str) -> dict[str, Any]:
-    """Return the schema of what both allow."""
+    """Return a schema that allows what both allow."""
     merged = one | other
     for keyword in one.keys() & other.keys() & (_HELD | _NOT_HELD):
         a, b = one[keyword], other[keyword]
@@ -254,29 +257,29 @@ def _merged(one: dict[str, Any], other: dict[str, Any], at: str) -> dict[str, An
 def _either(expressions: Iterable[str], at: str) -> str:
     different = list(dict.fromkeys(expressions))
     if not different:
-        raise _refused(at, "leaves nothing to choose from")
+        raise _refused(at, "allows no value")
     return different[0] if len(different) == 1 else f"({' | '.join(different)})"
 
 
-def _counts(schema: dict[str, Any], low_keyword: str, high_keyword: str, at: str) -> tuple[int, int | None]:
-    low = _get(schema, low_keyword, int, 0, at)
-    high = _get(schema, high_keyword, int, 0, at) if high_keyword in schema else None
+def _counts(schema: dict[str, Any], low_keyword: str, high_keyword: str, *, at: str) -> tuple[int, int | None]:
+    low = _get(schema, low_keyword, int, default=0, at=at)
+    high = _get(schema, high_keyword, int, default=0, at=at) if high_keyword in schema else None
     if not 0 <= low <= (MOST_TIMES if high is None else high) <= MOST_TIMES:
         raise _refused(at, f"counts from {low} to {high}: a grammar counts from 0 to {MOST_TIMES:,}")
     return low, high
 
 
 def _bounded(schema: dict[str, Any], fractions: bool, at: str) -> str:
-    """Return the numbers between two bounds; with fractions the bounds themselves are whole."""
+    """Return an expression for the numbers between two bounds, which are whole even where fractions are allowed."""
     bounds: dict[str, int | None] = {"minimum": None, "maximum": None}
     for keyword in _IMPLIED["number"] & schema.keys():
         value = schema[keyword]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise _refused(at, f"has a {keyword} that is no number")
+            raise _refused(at, f"has a {keyword} that is not a number")
         is_low, exclusive = keyword.lower().endswith("minimum"), keyword.startswith("exclusive")
         if fractions and (exclusive or value != int(value)):
             raise _refused(
-                at, f"says {keyword!r} {value}: of numbers with fractions a grammar holds whole bounds, included"
+                at, f"says {keyword!r} {value}: a grammar bounds decimal numbers only by whole, inclusive limits"
             )
         whole = math.ceil(value) if is_low else math.floor(value)
         if exclusive and whole == value:
@@ -286,5 +289,5 @@ def _bounded(schema: dict[str, Any], fractions: bool, at: str) -> str:
         bounds[name] = whole if before is None else max(before, whole) if is_low else min(before, whole)
     low, high = bounds["minimum"], bounds["maximum"]
     if low is not None and high is not None and low > high:
-        raise _refused(at, f"has no number from {low} to {high}")
+        raise _refused(at, f"allows no number: {low} is above {high}")
     return decimal_numbers(low, high) if fractions else whole_numbers(low, high)

@@ -90,7 +90,7 @@ class KVCache:
             ArtifactError: code "write-failed".
         """
         header = json.dumps(key | {"tokens": self.tokens}).encode()
-        with replacing_file(path) as temporary, temporary.open("wb") as file:
+        with replacing_file(path, mode=0o600) as temporary, temporary.open("wb") as file:  # it holds a conversation
             file.write(_MAGIC + struct.pack("<Q", len(header)) + header)
             file.write(self.context.read_state(0))
 

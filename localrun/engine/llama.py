@@ -54,11 +54,11 @@ class Model:
     """A loaded GGUF: its weights, vocabulary and metadata."""
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
-        """Load a file; `writable` keeps its weights as they stand in the file, in memory of their own.
+        """Load a file; `writable` keeps its weights as the file has them, in memory of their own.
 
         Raises:
-            ArtifactError: it is missing, cut short, corrupt or no GGUF.
-            ModelError: this llama.cpp cannot run it; the reason is its own.
+            ArtifactError: code "no-such-model", "not-gguf" or "gguf-broken".
+            ModelError: code "load-failed": this llama.cpp cannot run it; the reason is its own.
         """
         check_file(path)
         start_library()
@@ -105,13 +105,13 @@ class Model:
 
     @cached_property
     def is_recurrent(self) -> bool:
-        """Whether a part of its state cannot be cut or shared, as in Mamba and hybrids of it."""
+        """Whether part of its state cannot be cut or shared, as in Mamba and its hybrids."""
         return bool(llama_cpp.llama_model_is_recurrent(self.handle) or llama_cpp.llama_model_is_hybrid(self.handle))
 
     def tokenize(self, text: str, whole: bool = True) -> list[int]:
         """Return the tokens of a rendered prompt: special tokens parsed, BOS put first where the file asks for it.
 
-        A text that is not `whole` goes on after another: it gets no BOS.
+        A text that is not `whole` continues another one, so it gets no BOS.
         """
         data = text.encode("utf-8", "replace")
         tokens = self._tokenize(data, len(data) + 8)
@@ -135,7 +135,7 @@ class Model:
         if token not in self._pieces:
             if not 0 <= token < self.n_vocab:
                 raise ModelError(
-                    f"{self.path} has no token {token}: its vocabulary holds {self.n_vocab}", code="no-token"
+                    f"{self.path} has no token {token}: its vocabulary holds {self.n_vocab}", code="no-such-token"
                 )
             self._pieces[token] = self._read_piece(token, 64)
         return self._pieces[token]
@@ -158,7 +158,7 @@ class Model:
 
 
 class Context:
-    """A KV cache that all sequences share, and one batch that is used again and again."""
+    """A KV cache that all sequences share, and one batch, allocated once."""
 
     def __init__(
         self,
@@ -179,10 +179,10 @@ class Context:
 
         Raises:
             ModelError: code "no-cache": not enough memory, or the model cannot have such a cache.
-            UsageError: code "no-kv-type": there is no such type of cache.
+            UsageError: code "no-such-kv-type": there is no such type of cache.
         """
         if kv_type not in KV_TYPES:
-            raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}", code="no-kv-type")
+            raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}", code="no-such-kv-type")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max = n_ctx, n_seq
         params.n_batch = params.n_ubatch = n_batch
@@ -235,6 +235,7 @@ class Context:
             raise ModelError(
                 f"llama.cpp cannot decode (code {code}): {logged_reason()}",
                 "give a smaller --context, or free some memory",
+                code="decode-failed",
             )
         return bool(code == 0)
 
@@ -307,19 +308,19 @@ def _text_of(call: Any, handle: Any, index: int) -> str:
 
 
 def check_file(path: Path) -> None:
-    """Tell a missing or foreign file apart before llama.cpp reads it.
+    """Refuse a missing or foreign file before llama.cpp reads it.
 
     Raises:
-        ArtifactError: code "no-model": there is no such file; "not-gguf": it is another file.
+        ArtifactError: code "no-such-model": there is no such file; "not-gguf": it is another file.
     """
     hint = "deepdistill quantize makes one from a checkpoint folder"
     if not path.is_file():
-        raise ArtifactError(f"no GGUF file at {path}", hint, code="no-model")
+        raise ArtifactError(f"no GGUF file at {path}", hint, code="no-such-model")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="unreadable") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
     if magic != b"GGUF":
         raise ArtifactError(f"{path} is not a GGUF file", hint, code="not-gguf")
 

@@ -1,4 +1,4 @@
-"""The k most probable tokens of a row of logits, fast enough to be taken at every token."""
+"""The k most probable tokens of a row of logits, fast enough to compute at every token."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
+    TopRow = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 _BLOCK = 64
 
 
-def top_of(logits: npt.NDArray[np.float32], k: int) -> Row:
+def top_of(logits: npt.NDArray[np.float32], k: int) -> TopRow:
     """Return the ids `[k]` and log-probabilities `[k]` of the k highest logits `[V]`, the highest first.
 
     The k-th highest of the maxima of blocks bounds the k-th highest logit from below, so that only a few candidates are
@@ -37,8 +37,8 @@ def top_of(logits: npt.NDArray[np.float32], k: int) -> Row:
     return ids.astype(np.int32), (logits[ids] - total).astype(np.float32)
 
 
-def top_with(logits: npt.NDArray[np.float32], k: int, given: int) -> Row:
-    """Return `top_of`, where a given token that is not among the k takes the last place."""
+def top_with(logits: npt.NDArray[np.float32], k: int, given: int) -> TopRow:
+    """Return `top_of`, but with the given token in the last place if it is not among the k."""
     import numpy as np
 
     ids, values = top_of(logits, k)
@@ -49,7 +49,7 @@ def top_with(logits: npt.NDArray[np.float32], k: int, given: int) -> Row:
     return ids, values
 
 
-def stack_rows(rows: Sequence[Row], k: int) -> TopLogprobs:
+def stack_rows(rows: Sequence[TopRow], k: int) -> TopLogprobs:
     """Return the rows of T tokens as one record, `[T, k]`."""
     import numpy as np
 

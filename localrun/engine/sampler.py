@@ -1,4 +1,4 @@
-"""Choose the next token with llama.cpp's own samplers, none of which Python sees a token of.
+"""Choose the next token with llama.cpp's own samplers, so that no logit passes through Python.
 
 The chain is [penalties, DRY, top-k, top-p, min-p, temperature, a seeded draw], or greedy after the first two. A grammar
 is checked against the chosen token first and applied to the whole vocabulary only if it refuses that.
@@ -49,14 +49,16 @@ class Sampler:
             stages += [llama_cpp.llama_sampler_init_top_p(sampling.top_p, 1)] if sampling.top_p < 1 else []
             stages += [llama_cpp.llama_sampler_init_min_p(sampling.min_p, 1)] if sampling.min_p > 0 else []
             stages += [llama_cpp.llama_sampler_init_temp(sampling.temperature)]
-            stages += [llama_cpp.llama_sampler_init_dist(self._seed % 0xFFFFFFFF)]  # 0xFFFFFFFF itself is random
+            stages += [
+                llama_cpp.llama_sampler_init_dist(self._seed % 0xFFFFFFFF)
+            ]  # 0xFFFFFFFF would mean a random seed
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         for stage in stages:
             llama_cpp.llama_sampler_chain_add(chain, stage)
         return chain
 
     def fight_loops(self, history: Sequence[int]) -> None:
-        """Turn DRY on, or up, knowing what was said; a draw at a temperature goes on with other numbers."""
+        """Turn DRY on, or up, with the history of the text; random draws continue with another seed."""
         llama_cpp.llama_sampler_free(self._chain)
         self._dry, self._seed = self._dry + _DRY_AGAINST_LOOPS, self._seed + 1
         self._chain = self._make_chain()
@@ -64,10 +66,10 @@ class Sampler:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
     def constrain(self, grammar: str, after_thinking: bool) -> None:
-        """Hold what comes to a grammar that was checked; the blank line after the thinking may come first."""
+        """Hold the rest of the text to a grammar, checked before; the blank line after the thinking may come first."""
         text, root = f"{_ROOT} ::= [\\n]? [\\n]? root\n{grammar}", _ROOT if after_thinking else "root"
         self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), root.encode())
-        assert self._grammar, "the grammar was checked before"
+        assert self._grammar, "the grammar was not checked"
 
     def sample(self, context: Context, index: int, banned: Collection[int] = ()) -> int:
         """Return the token chosen from one entry's logits of the last batch; `accept` it if it is taken."""
@@ -100,7 +102,7 @@ class Sampler:
         return bool(np.isfinite(candidate["logit"][0]))
 
     def accept(self, token: int) -> None:
-        """Take notice of a token that joined the sequence. `sample` has done so for what it returned."""
+        """Record a token that joined the sequence; `sample` has recorded the one that it returned."""
         llama_cpp.llama_sampler_accept(self._chain, token)
         if self._grammar is not None:
             llama_cpp.llama_sampler_accept(self._grammar, token)
@@ -116,7 +118,7 @@ class Sampler:
 def _penalties(n_vocab: int, repeat: float) -> Any:
     arguments = (n_vocab, _PENALIZED, repeat, 0.0, 0.0)
     make = llama_cpp.llama_sampler_init_penalties
-    return make(*arguments[-len(make.argtypes) :])  # older releases do not ask for n_vocab
+    return make(*arguments[-len(make.argtypes) :])  # older releases take no n_vocab
 
 
 def _as_array(candidates: Any) -> Any:

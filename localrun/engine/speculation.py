@@ -1,8 +1,8 @@
 """Guess the next tokens, so that the model checks several in one batch instead of making them one by one.
 
-Guesses never change what is said, but for rounding: each is compared with the token that the sampler chooses there
-(arXiv 2211.17192, for a draft that is certain of itself). They cost time where they are wrong, so a latch measures
-whether they pay and turns them off where they do not.
+Guesses never change the text, but for rounding: each is compared with the token that the sampler chooses there (arXiv
+2211.17192, for a draft that puts all probability on one token). Wrong guesses cost time, so a latch measures whether
+they pay, and turns them off while they do not.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 Propose = Callable[[Sequence[int], int], list[int]]
 """From the tokens so far and a number, at most so many tokens that may come next."""
 
-_GRAMS = (4, 3)  # tokens looked up, the longest first; pairs are found everywhere and tell little
+_GRAMS = (4, 3)  # lengths looked up, the longest first; pairs occur everywhere and predict little
 _FIRST, _LEAST, _MOST = 4, 2, 16  # tokens in a draft
-_MEASURED = 3  # tokens made one by one before the first draft, to know what one costs
+_MEASURED = 3  # tokens generated one by one before the first draft, to know their cost
 _TRIED = 4  # drafts before the first judgement
 _PROFIT = 1.02  # times as fast as without, or drafting stops
 _SHORT_PAUSE, _LONG_PAUSE = 32, 512  # tokens until it is tried again, doubled each time
 
 
 class NgramDrafts:
-    """Guesses that the text goes on as it did after the latest earlier place with the same last tokens."""
+    """Guesses that the text continues as it did after the last earlier occurrence of its newest tokens."""
 
     def __init__(self) -> None:
-        self._after: dict[tuple[int, ...], int] = {}  # where the text went on after an n-gram
+        self._after: dict[tuple[int, ...], int] = {}  # the position after an n-gram's last occurrence
         self._n_seen = 0
 
     def __call__(self, tokens: Sequence[int], n: int) -> list[int]:
         """Return at most n tokens; none where the last three tokens are new. The text only grows between calls."""
-        for end in range(self._n_seen, len(tokens)):  # the n-grams that end here were not followed by anything before
+        for end in range(self._n_seen, len(tokens)):  # an n-gram at the very end has no continuation yet
             for size in _GRAMS:
                 if end >= size:
                     self._after[tuple(tokens[end - size : end])] = end
@@ -67,7 +67,7 @@ class ModelDrafts:
 
 
 class Latch:
-    """Decides how many tokens to draft, from what drafts cost and brought so far; 0 where they do not pay."""
+    """Decides how many tokens to draft, from what drafts have cost and gained so far; 0 while they do not pay."""
 
     def __init__(self) -> None:
         self._n = _FIRST
@@ -83,7 +83,7 @@ class Latch:
         return self._n
 
     def record(self, n_drafted: int, n_accepted: int, seconds: float) -> None:
-        """Take notice of one batch: of a token with n_drafted guesses after it, of which n_accepted were right."""
+        """Record one batch: a token and n_drafted guesses after it, of which n_accepted were right."""
         self._n_tokens += 1 + n_accepted
         if not n_drafted:
             # The first is slower: it warms the caches.
@@ -98,6 +98,6 @@ class Latch:
         if self._n_tried >= _TRIED and self._gain < _PROFIT:
             self._resume_at = self._n_tokens + self._pause
             self._pause = min(_LONG_PAUSE, 2 * self._pause)
-            self._n_tried = _TRIED - 2  # the next judgement comes after two drafts
+            self._n_tried = _TRIED - 2  # two more drafts decide the next time
         elif self._gain > _PROFIT and self._n_tried > 2 * _TRIED:
             self._pause = _SHORT_PAUSE

@@ -2,7 +2,7 @@
 
 The engine and the batch both drive this, so that a thinking budget, the loop guard, stop strings and grammars mean the
 same in a chat and in an evaluation. Tokens that the model did not choose (the hint and the closing tag) are queued and
-join the sequence like any others: the model has read them when it goes on.
+join the sequence like any others: the model has read them when it continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Turn:
         limit: int,
         tags: Tags | None = None,
     ) -> None:
-        """Begin to answer a rendered prompt with at most `limit` tokens; a grammar was checked before."""
+        """Begin to answer a rendered prompt with at most `limit` tokens; the caller has checked the grammar."""
         self._model, self._guidance, self.limit = model, guidance, limit
         self._tags = tags or THINK
         self.reading = Reading(prompt_opens_thinking(prompt, self._tags), model.piece, self._tags)
@@ -69,7 +69,7 @@ class Turn:
         self._constrain_if_due()
 
     def take_note(self) -> str | None:
-        """Return what the budget or the guard did since this was last asked."""
+        """Return what the budget or the guard did since the last call."""
         note = "; ".join(self._notes) or None
         self._notes.clear()
         return note
@@ -96,7 +96,7 @@ class Turn:
             self._constrain()  # this is answer from its first token on
             token = self._sampler.sample(context, index, banned)
         if token in self._model.eog and self._guidance.ensures_answer and self.reading.part == "thinking":
-            self._close_thinking()  # it would have ended its turn in the middle of the thinking
+            self._close_thinking()  # the model wanted to end its turn in the middle of the thinking
             return self.next_token(context, index)
         return token
 
@@ -166,9 +166,9 @@ class Turn:
         self._queue.extend(self._close)
 
     def _guard(self, token: int) -> None:
-        """Answer a loop: DRY, then the end of the thinking or of the answer.
+        """React to a loop: with DRY first, then by ending the thinking or the answer.
 
-        What DRY makes of a loop may be one pattern in ever new words: that is ended too, in the part that looped.
+        Under DRY a loop may become one pattern in ever new words: that is ended too, in the part that looped.
         """
         assert self._loops
         period, part = self._loops.add(token), self.reading.part
@@ -190,7 +190,7 @@ class Turn:
             self.finish_reason = "loop"
 
     def _constrain_if_due(self) -> None:
-        """Arm the grammar once what comes is answer."""
+        """Start the grammar once the answer begins."""
         if self._guidance.grammar and not self._constrained and self.reading.part == "answer" and self.reading.decided:
             self._constrain()
 
@@ -288,7 +288,7 @@ class StopStrings:
         self.found = False
 
     def feed(self, text: str) -> str:
-        """Return what of the text is surely before any stop string."""
+        """Return the text that certainly comes before any stop string."""
         if self.found:
             return ""
         self._held += text

@@ -1,12 +1,12 @@
-"""Show images to a model: an mmproj file and llama.cpp's multimodal library, libmtmd.
+"""Show images to a model, with an mmproj file and llama.cpp's multimodal library, libmtmd.
 
-A projector turns an image into embeddings of the text model's size, which are decoded where a marker stands in the
-prompt. The marker is put into the user's text, before the question, and the chat template renders it as any other text:
-that works with every template, and libmtmd itself puts the model's own begin and end of an image around it.
+A projector turns an image into embeddings of the text model's size, which are decoded in place of a marker in the
+prompt. We put the marker into the user's text, before the question, and the chat template renders it as any other
+text: that works with every template, and libmtmd adds the model's own begin and end of an image.
 
-What a sequence then holds is told as a list with one number a position, as for text: tokens, and for each position of
-an image one negative number that stands for that image. So a longer prompt that begins with the same text and images
-finds them in the KV cache. (A model with M-RoPE gives an image fewer positions than it takes cells.)
+What a sequence holds is a list with one number a position, as for text: a token, or for each position of an image the
+same negative number, a hash of that image. So a longer prompt that begins with the same text and images finds them in
+the KV cache. (A model with M-RoPE gives an image fewer positions than it takes cells.)
 
 Left out on purpose: sound and video, which the same library reads.
 """
@@ -30,16 +30,21 @@ from .llama import Context, Entry, Model
 MARKER = "<__media__>"
 _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
 _KV_FULL = 1
-_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM")  # others would go to ffmpeg, if there is one
+_MAGIC = (
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"BM",
+)  # libmtmd would hand other files to ffmpeg, if there is one
 
 
 def with_images(text: str, n_images: int) -> str:
-    """Return a user's text with the marks of the images that come before it."""
+    """Return a user's text with the markers of its images in front."""
     return f"{MARKER}\n" * n_images + text
 
 
 def find_mmproj(model_path: Path) -> Path | None:
-    """Return the projector that lies beside a model; of more than one, that whose name is most like the model's."""
+    """Return the projector beside a model; of several, the one whose name is most like the model's."""
     found = sorted(path for path in model_path.parent.glob("*.gguf") if "mmproj" in path.name and path != model_path)
 
     def likeness(path: Path) -> float:
@@ -63,8 +68,8 @@ class Projector:
         """Load a file.
 
         Raises:
-            ArtifactError: it is missing, broken, or no projector.
-            ModelError: it belongs to another model, or this llama.cpp cannot run it.
+            ArtifactError: code "no-such-projector", "not-a-projector", or see `read_gguf`.
+            ModelError: code "projector-mismatch": it belongs to another model; "load-failed": see `llama.Model`.
         """
         _check_projector(path)
         self._library = _library()
@@ -77,7 +82,7 @@ class Projector:
             raise _load_error(path, model.path, logged_reason())
         if not self._library.mtmd_support_vision(self.handle):
             self.close()
-            raise ModelError(f"{path} sees no images: it is a projector for sound")
+            raise ModelError(f"{path} cannot read images: it is a projector for sound", code="not-a-projector")
 
     def evaluate(
         self,
@@ -88,28 +93,29 @@ class Projector:
         cached: Sequence[int] = (),
         sequence: int = 0,
     ) -> tuple[list[int], int]:
-        """Bring a sequence to a prompt, so that generation can go on from its end.
+        """Bring a sequence to a prompt, so that generation can continue from its end.
 
         The prompt holds one `MARKER` for each image, in order; an image is a file or its bytes. `cached` is what the
-        sequence holds before: what the prompt begins with too is not computed again. Returns what the sequence holds
-        then, one number a position, and where the last token's logits stand in the context's last batch. After an
-        error the sequence is empty.
+        sequence holds before the call: a beginning that the prompt shares is not computed again. Returns what the
+        sequence holds after it, one number a position, and the index of the last token's logits in the context's last
+        batch. After an error the sequence is empty.
 
         Raises:
-            ArtifactError: an image is missing or broken.
-            ModelError: the prompt does not fit the context.
-            UsageError: the prompt has more or fewer markers than there are images, or ends in one.
+            ArtifactError: code "no-such-image", "image-broken" or "file-unreadable".
+            ModelError: code "prompt-too-long" or "image-too-large".
+            UsageError: code "images-misplaced": the prompt has more or fewer markers than images, or ends in one.
         """
         try:
             with self._chunks(prompt, images) as chunks:
                 held = [number for chunk in chunks for number in chunk.held]
                 if not held or chunks[-1].is_image:
-                    raise UsageError("the prompt ends in an image", "put text after it")
+                    raise UsageError("the prompt ends in an image", "put text after it", code="images-misplaced")
                 if len(held) >= context.n_ctx:
                     raise ModelError(
                         f"the conversation with its images takes {len(held)} tokens and the context holds "
                         f"{context.n_ctx}",
                         "give a larger --context, or fewer or smaller images",
+                        code="prompt-too-long",
                     )
                 return held, self._run(context, chunks, n_same=_n_same(chunks, cached), sequence=sequence)
         except BaseException:
@@ -117,8 +123,8 @@ class Projector:
             raise
 
     def _run(self, context: Context, chunks: Sequence[_Chunk], *, n_same: int, sequence: int) -> int:
-        """Decode what comes after the first n_same positions; return where the last logits stand."""
-        if context.forget(sequence, n_same) != n_same:  # it cannot be cut there: a recurrent state can only be dropped
+        """Decode what comes after the first n_same positions; return the index of the last logits."""
+        if context.forget(sequence, n_same) != n_same:  # a recurrent state cannot be cut, only dropped
             n_same = context.forget(sequence)
         position = at = 0
         for chunk in chunks:
@@ -138,7 +144,11 @@ class Projector:
         n_tokens = self._library.mtmd_input_chunk_get_n_tokens(chunk.handle)
         at_once = self._library.mtmd_decode_use_non_causal(self.handle, chunk.handle)
         if at_once and n_tokens > context.n_batch:
-            raise ModelError(f"an image takes {n_tokens} tokens at once and a batch holds {context.n_batch}")
+            raise ModelError(
+                f"an image takes {n_tokens} tokens at once and a batch holds {context.n_batch}",
+                "give a smaller image",
+                code="image-too-large",
+            )
         after = ctypes.c_int32(position)
         clear_log()
         code = self._library.mtmd_helper_eval_chunk_single(
@@ -154,15 +164,20 @@ class Projector:
         if code == _KV_FULL:
             raise _full(context)
         if code != 0:
-            raise ModelError(f"{self.path} cannot encode the image (code {code}): {logged_reason()}")
-        assert after.value == position + len(chunk.held), "an image took other positions than it said"
+            raise ModelError(
+                f"{self.path} cannot encode the image (code {code}): {logged_reason()}", code="decode-failed"
+            )
+        assert after.value == position + len(chunk.held), "an image took more or fewer positions than it announced"
 
     @contextmanager
     def _chunks(self, prompt: str, images: Sequence[Path | bytes]) -> Iterator[list[_Chunk]]:
         """Yield a prompt's pieces of text and images."""
         library = self._library
         if prompt.count(MARKER) != len(images):
-            raise UsageError(f"the prompt has places for {prompt.count(MARKER)} images, and there are {len(images)}")
+            raise UsageError(
+                f"the prompt has places for {prompt.count(MARKER)} images, and there are {len(images)}",
+                code="images-misplaced",
+            )
         bos = b"".join(map(self.model.piece, self.model.tokenize(""))).decode("utf-8", "replace")
         data = (prompt if prompt.startswith(bos) else bos + prompt).encode("utf-8", "replace")
         bitmaps, output = [], library.mtmd_input_chunks_init()
@@ -178,7 +193,9 @@ class Projector:
                 len(bitmaps),
             )
             if code != 0:
-                raise ModelError(f"{self.path} cannot take the images (code {code}): {logged_reason()}")
+                raise ModelError(
+                    f"{self.path} cannot take the images (code {code}): {logged_reason()}", code="decode-failed"
+                )
             n_chunks = library.mtmd_input_chunks_size(output)
             yield [self._chunk(library.mtmd_input_chunks_get(output, i)) for i in range(n_chunks)]
         finally:
@@ -196,11 +213,12 @@ class Projector:
         return _Chunk(handle, True, [-1 - int(digest[:15], 16)] * n_positions)
 
     def _read(self, image: Path | bytes) -> Any:
-        """Return an image as a bitmap, which has to be freed."""
+        """Return an image as a bitmap, which the caller has to free."""
         name = str(image) if isinstance(image, Path) else "the image"
         data = _image_bytes(image) if isinstance(image, Path) else image
         if not data.startswith(_MAGIC):
-            raise ArtifactError(f"{name} is not an image that can be read here", "give a PNG, JPEG, GIF or BMP file")
+            hint = "give a PNG, JPEG, GIF or BMP file"
+            raise ArtifactError(f"{name} is not an image that deepdistill can read", hint, code="image-broken")
         buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
         read = self._library.mtmd_helper_bitmap_init_from_buf_wrapper(
             self.handle, buffer, len(data), False, self._library.mtmd_helper_init_opt_default()
@@ -209,7 +227,8 @@ class Projector:
             self._library.mtmd_helper_video_free(read.video_ctx)
             self._library.mtmd_bitmap_free(read.bitmap)
         if read.video_ctx or not read.bitmap:
-            raise ArtifactError(f"{name} is broken or cut short", "open it elsewhere and save it again")
+            hint = "open it in another program and save it again"
+            raise ArtifactError(f"{name} is broken or cut short", hint, code="image-broken")
         return read.bitmap
 
     def close(self) -> None:
@@ -224,7 +243,7 @@ def _library() -> Any:
     """Return the bindings of libmtmd, after checking that they fit it.
 
     Raises:
-        ModelError: they do not, or it is not there.
+        ModelError: code "llama-cpp-mismatch": they do not, or it is missing.
     """
     try:
         from llama_cpp import mtmd_cpp
@@ -239,6 +258,7 @@ def _library() -> Any:
         raise ModelError(
             "the installed llama-cpp-python cannot show images to a model",
             "pip install --upgrade llama-cpp-python (images are tested with 0.3.36)",
+            code="llama-cpp-mismatch",
         )
     start_library()
     mtmd_cpp.mtmd_helper_log_set(keep_log, ctypes.c_void_p(0))
@@ -246,24 +266,28 @@ def _library() -> Any:
 
 
 def _check_projector(path: Path) -> None:
-    """Tell another file apart before it is loaded."""
+    """Refuse any other file before it is loaded."""
     if not path.is_file():
-        raise ArtifactError(f"no projector at {path}", "it comes with the model, as a file named mmproj-….gguf")
+        hint = "it comes with the model, as a file named mmproj-….gguf"
+        raise ArtifactError(f"there is no projector {path}", hint, code="no-such-projector")
     kind = read_gguf(path).metadata.get("general.architecture")
     if kind != "clip":
         raise ArtifactError(
-            f"{path} is no projector: it holds a {kind} model", "give the file named mmproj-….gguf that came with it"
+            f"{path} is not a projector: it holds a {kind} model",
+            "give the file named mmproj-….gguf that came with the model",
+            code="not-a-projector",
         )
 
 
 def _load_error(path: Path, model_path: Path, reason: str) -> ModelError:
     if "mismatch between text model" in reason:
-        return ModelError(f"{path} is the projector of another model than {model_path}: {reason.splitlines()[0]}")
-    return ModelError(f"cannot load {path}: {reason}", "a newer llama-cpp-python may know it")
+        why = reason.splitlines()[0]
+        return ModelError(f"{path} does not belong to {model_path}: {why}", code="projector-mismatch")
+    return ModelError(f"cannot load {path}: {reason}", "a newer llama-cpp-python may be able to", code="load-failed")
 
 
 def _n_same(chunks: Sequence[_Chunk], cached: Sequence[int]) -> int:
-    """Return how many positions need not be computed: never half an image, and never the last one, for its logits."""
+    """Return how many positions need not be computed: never half an image, never the last one, which gives logits."""
     held = [number for chunk in chunks for number in chunk.held][:-1]
     n = next((i for i, (a, b) in enumerate(zip(cached, held, strict=False)) if a != b), min(len(cached), len(held)))
     position = 0
@@ -286,13 +310,13 @@ def _decode_text(context: Context, chunk: _Chunk, *, base: int, start: int, sequ
 
 
 def _full(context: Context) -> ModelError:
-    return ModelError(f"the context of {context.n_ctx} tokens is full", "give a larger --context")
+    return ModelError(f"the context of {context.n_ctx} tokens is full", "give a larger --context", code="context-full")
 
 
 def _image_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise ArtifactError(f"no image at {path}") from None
+        raise ArtifactError(f"there is no image {path}", code="no-such-image") from None
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error

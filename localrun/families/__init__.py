@@ -1,1 +1,1 @@
-"""How a family of models writes what the others also do: thinking, tool calls, chat templates."""
+"""How each family of models writes its thinking, tool calls and chat prompts. Never imports the engine."""

@@ -30,17 +30,17 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     asks: bool = True,
 ) -> str:
-    """Return the prompt that asks for the next assistant turn; without `asks`, the conversation as it stands.
+    """Return the prompt for the next assistant turn; without `asks`, only the conversation.
 
-    `tools` and the messages' `tool_calls` have OpenAI's form. A call's `arguments`, there a JSON text, reach the
-    template as the object that most templates expect; those that expect text get the text, see `_Arguments`.
+    `tools` and the messages' `tool_calls` have OpenAI's form, in which a call's `arguments` are a JSON text. Templates
+    get the object that most expect; those that expect a text get that, see `_Arguments`.
 
     Raises:
-        ModelError: the template is broken or refuses the conversation.
+        ModelError: code "template-refused": the template is broken or refuses the conversation.
     """
     try:
         return _compile(source).render(
-            messages=[_as_templates_want(message) for message in messages],
+            messages=[_as_templates_expect(message) for message in messages],
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=None,
             add_generation_prompt=asks,
@@ -49,7 +49,9 @@ def render(
             eos_token=eos_token,
         )
     except Exception as error:  # a foreign template: whatever it does wrong is the model's fault
-        raise ModelError(f"the model's chat template refuses the conversation: {error}") from error
+        raise ModelError(
+            f"the model's chat template refuses the conversation: {error}", code="template-refused"
+        ) from error
 
 
 class _Arguments(dict[str, Any]):
@@ -65,8 +67,8 @@ class _Arguments(dict[str, Any]):
         return f"{other}{self}"
 
 
-def _as_templates_want(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message with the arguments of its calls as objects, and its thinking under gpt-oss's name for it too."""
+def _as_templates_expect(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message with the arguments of its calls as objects, and its thinking also under gpt-oss's name."""
     calls = [
         dict(call) | {"function": dict(call["function"]) | {"arguments": _arguments(call["function"]["arguments"])}}
         for call in message.get("tool_calls") or ()
@@ -95,7 +97,7 @@ def _compile(source: str) -> Template:
 
 
 class _Generation(Extension):
-    """Accept `{% generation %}` blocks, with which trainers mark the assistant's tokens; here their text is all."""
+    """Accept `{% generation %}` blocks, with which trainers mark the assistant's tokens, and keep only their text."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own interface
 

@@ -1,6 +1,6 @@
-"""Tell a model's thinking from its answer while both stream in, wherever the pieces are cut.
+"""Separate a model's thinking from its answer while both stream in, wherever the pieces are cut.
 
-Tags never reach either text: what could be the start of a tag is held back until it is known not to be one. The newline
+Tags reach neither text: what could be the start of a tag is held back until it turns out not to be one. The newline
 after the opening tag, the one before the closing tag and the blank lines after it belong to the tags.
 """
 
@@ -33,7 +33,7 @@ _KNOWN = (
 
 
 def tags_of(metadata: Mapping[str, str]) -> Tags | None:
-    """Return a GGUF's thinking tags, by its metadata or else its chat template; None if it names none."""
+    """Return a GGUF's thinking tags from its metadata or else its chat template; None if neither names any."""
     named = metadata.get("deepdistill.think_open"), metadata.get("deepdistill.think_close")
     if named[0] and named[1]:
         return Tags(named[0], named[1])
@@ -87,7 +87,7 @@ class ThinkingParser:
 
     @property
     def closed(self) -> bool:
-        """Whether the thinking came to its end."""
+        """Whether the thinking has ended."""
         return self.opened and self._state in ("closed", "answer")
 
     @property
@@ -101,11 +101,11 @@ class ThinkingParser:
         return "thinking" if self.opened and not self.closed else "answer"
 
     def forbid_tags(self) -> None:
-        """Take tags out of the answer too: a model that was interrupted in its thinking may still want to close it."""
+        """Remove tags from the answer too: a model that was interrupted in its thinking may still want to close it."""
         self._forbidden = True
 
     def feed(self, text: str) -> list[tuple[Part, str]]:
-        """Return what the new text lets out, in order, as (part, text) with no empty text."""
+        """Return the text that can be shown now, in order, as (part, text) with no empty text."""
         self._held += text
         out: list[tuple[Part, str]] = []
         if self._state == "start":
@@ -117,8 +117,8 @@ class ThinkingParser:
         if self._state == "closed":
             self._held = self._held.lstrip("\n")
             self._state = "answer" if self._held else "closed"
-        if self._state == "answer" and (said := self._take_answer()):
-            out.append(("answer", said))
+        if self._state == "answer" and (answer := self._take_answer()):
+            out.append(("answer", answer))
         return out
 
     def finish(self) -> list[tuple[Part, str]]:
@@ -143,7 +143,7 @@ class ThinkingParser:
             self._state = "opened" if self.opened else "answer"
 
     def _take_thought(self) -> str:
-        """Take what is surely thinking out of the held text, up to the closing tag if that is there."""
+        """Take what is certainly thinking out of the held text, up to the closing tag if it is complete."""
         close = self._tags.close
         end = self._held.find(close)
         if end >= 0:
@@ -153,10 +153,10 @@ class ThinkingParser:
         return self._take_but(_n_held_back(self._held, close, f"\n{close}"))
 
     def _take_answer(self) -> str:
-        """Take what is surely answer out of the held text."""
+        """Take what is certainly answer out of the held text."""
         if not self._forbidden:
             return self._take_but(0)
-        while any(tag in self._held for tag in self._tags):  # what is left over may join to another tag
+        while any(tag in self._held for tag in self._tags):  # what remains may join into another tag
             for tag in self._tags:
                 self._held = self._held.replace(tag, "")
         return self._take_but(_n_held_back(self._held, *self._tags))

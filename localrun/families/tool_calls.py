@@ -1,7 +1,7 @@
 """Find the tool calls in what a model wrote, and give them OpenAI's form.
 
-Every family of open models was trained to write calls in its own way. A form here is an opener, which text hardly has
-by chance, and a reader of what follows it. What a reader cannot read whole stays in the text: a broken call is shown,
+Every family of open models writes calls in its own way. A form here is an opener, which hardly occurs in text by
+chance, and a reader of what follows it. A call that its reader cannot read completely stays in the text: it is shown,
 never dropped. Left out on purpose: gpt-oss's channels, GLM's and Kimi's forms.
 """
 
@@ -21,7 +21,7 @@ _TOOLS_HINT = 'a list of {"type": "function", "function": {"name": …, "descrip
 
 
 class Function(TypedDict):
-    """What is called; `arguments` is a JSON object, as text."""
+    """The function that is called; `arguments` is the text of a JSON object."""
 
     name: str
     arguments: str
@@ -36,33 +36,37 @@ class ToolCall(TypedDict):
 
 
 def read_tools(text: str) -> tuple[dict[str, Any], ...]:
-    """Return the tools of a JSON text in OpenAI's form; functions alone, or one of either, are taken too.
+    """Return the tools of a JSON text in OpenAI's form; bare functions, and a single tool, are accepted too.
 
     Raises:
-        UsageError: it holds none.
+        UsageError: code "tools-broken".
     """
     try:
         given = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"the tools are no JSON: {error}", _TOOLS_HINT) from error
+        raise _broken(f"the tools are not JSON: {error}") from error
     tools = []
     for item in given if isinstance(given, list) else [given]:
         function = item.get("function", item) if isinstance(item, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UsageError("a tool has no name", _TOOLS_HINT)
+            raise _broken("a tool has no name")
         tools.append({"type": "function", "function": {"description": "", "parameters": {}} | function})
     if not tools:
-        raise UsageError("there is no tool in it", _TOOLS_HINT)
+        raise _broken("the list of tools is empty")
     return tuple(tools)
 
 
+def _broken(message: str) -> UsageError:
+    return UsageError(message, _TOOLS_HINT, code="tools-broken")
+
+
 def parse_tool_calls(content: str, known: Collection[str] | None = None) -> tuple[str, list[ToolCall]]:
-    """Return (the text without its calls, the calls in order); without a call the text comes back as it was.
+    """Return (the text without its calls, the calls in order); a text without a call comes back unchanged.
 
     The forms are those of Hermes, Qwen and SmolLM (`<tool_call>`, with JSON or Qwen3-Coder's XML), Llama 3
     (`<|python_tag|>`, bare JSON, `<function=NAME>`, `[f(a=1)]`), LFM2 (`<|tool_call_start|>`), Mistral
-    (`[TOOL_CALLS]`), DeepSeek (`<｜tool▁call▁begin｜>`) and Gemma (a fence with `tool_code` or JSON). With `known`, the
-    names of the tools that were offered, a call of anything else is text.
+    (`[TOOL_CALLS]`), DeepSeek (`<｜tool▁call▁begin｜>`) and Gemma (a fence with `tool_code` or JSON). Given `known`,
+    the names of the tools that were offered, a call of anything else is text.
     """
     calls: list[ToolCall] = []
     kept: list[str] = []
@@ -82,18 +86,18 @@ def parse_tool_calls(content: str, known: Collection[str] | None = None) -> tupl
     return ("".join(kept).strip() if calls else content), calls
 
 
-_Found = tuple[list[ToolCall], int]  # calls, at least one, and where the text goes on
+_Found = tuple[list[ToolCall], int]  # at least one call, and where the text continues
 
 
 def _read_hermes(text: str, opener: re.Match[str]) -> _Found:
     calls, end = _json_calls(text, opener.end())
-    return calls, _skip(r"\s*(</tool_calls?>|<\|/tool_call\|>)|", text, end)  # a model that stops early forgets it
+    return calls, _skip(r"\s*(</tool_calls?>|<\|/tool_call\|>)|", text, end)  # a model that stops early leaves it out
 
 
 def _read_xml(text: str, opener: re.Match[str]) -> _Found:
     """Read Qwen3-Coder's parameters, or Llama 3.1's JSON.
 
-    Qwen3-Coder writes no types: what reads as JSON, and not as a JSON string, is taken as that; all else is text.
+    Qwen3-Coder writes no types: what reads as JSON, but not as a JSON string, is JSON; all else is text.
     """
     end = _skip(r"\s*", text, opener.end())
     arguments: Any = {}
@@ -115,7 +119,7 @@ def _read_mistral(text: str, opener: re.Match[str]) -> _Found:
     if not opener["mistral_name"]:
         return _json_calls(text, opener.end(), short_id=True)
     arguments, end = _DECODER.raw_decode(text, opener.end())
-    return [_call(opener["mistral_name"], arguments, opener["mistral_id"], short_id=True)], end
+    return [_call(opener["mistral_name"], arguments, call_id=opener["mistral_id"], short_id=True)], end
 
 
 def _read_deepseek(text: str, opener: re.Match[str]) -> _Found:
@@ -189,7 +193,7 @@ def _json_calls(text: str, at: int, *, strict: bool = False, short_id: bool = Fa
 
 
 def _call_of(item: Any, strict: bool, short_id: bool) -> ToolCall:
-    """Return the call that a JSON object means; `strict` refuses one that may be any object with a name."""
+    """Return the call that a JSON object stands for; `strict` refuses what may be any object with a name."""
     if isinstance(item, dict) and isinstance(item.get("function"), dict):
         item = item | item["function"]  # OpenAI's own nesting
         del item["function"]
@@ -200,7 +204,7 @@ def _call_of(item: Any, strict: bool, short_id: bool) -> ToolCall:
         raise ValueError("it may be any object with a name")
     if isinstance(arguments, str):
         arguments = _DECODER.decode(arguments)
-    return _call(item["name"], {} if arguments is None else arguments, item.get("id"), short_id=short_id)
+    return _call(item["name"], {} if arguments is None else arguments, call_id=item.get("id"), short_id=short_id)
 
 
 def _python_calls(code: str) -> list[ToolCall]:
@@ -229,7 +233,7 @@ def _python_call(node: ast.expr) -> ToolCall:
     return _call(name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords})
 
 
-def _call(name: str, arguments: Any, call_id: Any = None, *, short_id: bool = False) -> ToolCall:
+def _call(name: str, arguments: Any, *, call_id: Any = None, short_id: bool = False) -> ToolCall:
     if not name or not isinstance(arguments, dict):
         raise ValueError("a call has a name and an object of arguments")
     if not isinstance(call_id, str) or not call_id:
@@ -257,7 +261,7 @@ def _untyped(text: str) -> Any:
 
 
 def _skip(pattern: str, text: str, at: int) -> int:
-    """Return where the text goes on after a pattern that has to stand there."""
+    """Return where the text continues after a pattern that has to match there."""
     match = re.compile(pattern).match(text, at)
     if match is None:
         raise ValueError("the call is not closed")

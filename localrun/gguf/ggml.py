@@ -1,8 +1,8 @@
-"""ggml's own quantizers, through ctypes: float rows in, the bytes that stand in a GGUF tensor out.
+"""ggml's own quantizers, through ctypes: float rows to the bytes of a GGUF tensor, and back.
 
 The library is the one that the installed llama-cpp-python brings, so a file made here holds byte for byte what
 llama.cpp's quantizer would write. ctypes releases the GIL: rows are quantized on all cores by plain threads.
-ggml aborts the whole process on a bad argument, so everything is checked before it is called.
+ggml aborts the whole process on a bad argument, so every argument is checked before a call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ _HINT = (
     "pip install llama-cpp-python (needs a C++ compiler), or without one: pip install llama-cpp-python "
     "--extra-index-url https://abetlen.github.io/llama-cpp-python/whl/cpu"
 )
-_CHUNK = 1 << 18  # elements a task: long enough to hide Python's overhead, short enough to share among cores
 NEED_IMATRIX = frozenset(
     {
         GGMLQuantizationType.IQ1_S,
@@ -37,9 +36,9 @@ NEED_IMATRIX = frozenset(
         GGMLQuantizationType.IQ3_XXS,
     }
 )
-"""They are useless or refused without an importance matrix."""
+"""Types that are useless, or refused, without an importance matrix."""
 _PLAIN = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2", GGMLQuantizationType.F64: "<f8"}
-# The types that files are written in: their numbers and sizes are checked against the library's once.
+# The types that we write: their numbers and sizes are checked against the library's once.
 _WRITTEN = (
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K",
     "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL",
@@ -122,7 +121,7 @@ def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
         ValueError: a row of this length has no whole number of blocks.
     """
     if n_per_row <= 0 or n_per_row % block_size(type_):
-        raise ValueError(f"a row of {n_per_row} is no multiple of {type_.name}'s block of {block_size(type_)}")
+        raise ValueError(f"a row of {n_per_row} is not a multiple of {type_.name}'s block of {block_size(type_)}")
     return int(ggml_library().ggml_row_size(int(type_), n_per_row))
 
 
@@ -132,10 +131,12 @@ def quantize_rows(
     *,
     imatrix: npt.NDArray[np.float32] | None = None,
     pool: Executor | None = None,
+    n_chunk: int = 1 << 18,
 ) -> npt.NDArray[np.uint8]:
     """Return `[n_rows, row bytes]` of `[n_rows, n_per_row]`, with a weight per column `[n_per_row]` if there is one.
 
-    The bytes do not depend on the pool: rows are quantized one by one.
+    The bytes do not depend on the pool: rows are quantized one by one. A task takes n_chunk elements: enough to hide
+    Python's overhead, few enough to keep all cores busy.
 
     Raises:
         ValueError: the array is not 2-D float32 with whole blocks, not finite, or the type needs an imatrix.
@@ -150,11 +151,12 @@ def quantize_rows(
     out = np.empty((n_rows, row_size(type_, n_per_row)), dtype=np.uint8)
     data = np.ascontiguousarray(data)
     weights = None if imatrix is None else np.ascontiguousarray(imatrix)
-    step = max(1, _CHUNK // n_per_row)
+    step = max(1, n_chunk // n_per_row)
     starts = range(0, n_rows, step)
 
     def run(start: int) -> None:
-        _quantize_into(type_, data[start : start + step], out[start : start + step], weights)
+        rows = slice(start, start + step)
+        _quantize_into(type_, data[rows], out=out[rows], weights=weights)
 
     for _ in map(run, starts) if pool is None or len(starts) == 1 else pool.map(run, starts):
         pass
@@ -164,6 +166,7 @@ def quantize_rows(
 def _quantize_into(
     type_: GGMLQuantizationType,
     rows: npt.NDArray[np.float32],
+    *,
     out: npt.NDArray[np.uint8],
     weights: npt.NDArray[np.float32] | None,
 ) -> None:
@@ -173,7 +176,7 @@ def _quantize_into(
     quantize = ggml_library().ggml_quantize_chunk
     n_bytes = quantize(int(type_), rows.ctypes.data, out.ctypes.data, 0, rows.shape[0], rows.shape[1], pointer)
     if n_bytes != out.nbytes:
-        raise RuntimeError(f"ggml wrote {n_bytes} bytes of {type_.name} where {out.nbytes} were due")
+        raise RuntimeError(f"ggml wrote {n_bytes} bytes of {type_.name} instead of {out.nbytes}")
 
 
 def dequantize_rows(
@@ -182,11 +185,11 @@ def dequantize_rows(
     """Return `[n_rows, n_per_row]` of `[n_rows, row bytes]`.
 
     Raises:
-        ModelError: this ggml has no such function.
-        ValueError: the bytes are no whole rows.
+        ModelError: code "type-unsupported".
+        ValueError: the bytes are not whole rows.
     """
     if data.ndim != 2 or data.dtype != np.uint8 or data.shape[1] != row_size(type_, n_per_row):
-        raise ValueError(f"{data.dtype} {list(data.shape)} holds no rows of {n_per_row} {type_.name}")
+        raise ValueError(f"{data.dtype} {list(data.shape)} does not hold rows of {n_per_row} {type_.name}")
     data = np.ascontiguousarray(data)
     if type_ in _PLAIN:
         return data.view(_PLAIN[type_]).astype(np.float32)
@@ -196,7 +199,7 @@ def dequantize_rows(
     try:
         function = getattr(ggml_library(), f"dequantize_row_{type_name(type_)}")
     except AttributeError as error:
-        raise ModelError(f"the installed ggml cannot dequantize {type_.name}") from error
+        raise ModelError(f"the installed ggml cannot dequantize {type_.name}", code="type-unsupported") from error
     function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     rows = np.empty((len(data), n_per_row), np.float32)
     function(data.ctypes.data, rows.ctypes.data, rows.size)

@@ -1,9 +1,9 @@
-"""Read a GGUF's header back: metadata and where every tensor's bytes stand, without trusting the writer.
+"""Read a GGUF's header back: metadata and where every tensor's bytes are, without trusting the writer.
 
-Every length is held against what is left of the file before anything is made of it, so that a file can neither ask for
-more memory than it is large, nor run in circles, nor name bytes that are not there. Whoever maps or loads a file reads
-it here first. `gguf.GGUFReader` makes numpy views of every token's text, which takes longer than quantizing a small
-model; this reads the header once, front to back.
+Every length is compared with the rest of the file before it is used, so that a file can neither ask for more memory
+than its size, nor loop, nor name bytes that do not exist. Whoever maps or loads a file reads it here first.
+`gguf.GGUFReader` makes numpy views of every token's text, which takes longer than quantizing a small model; this reads
+the header once, front to back.
 
 Source: https://github.com/ggml-org/ggml, docs/gguf.md; stricter than it where llama.cpp is.
 """
@@ -25,10 +25,13 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _SIZES = {kind: struct.calcsize(f"<{form}") for kind, form in _SCALARS.items()} | {8: 8, 9: 12}  # bytes at least
 _STRING, _ARRAY = 8, 9
 _CHUNK = 1 << 20  # bytes read at a time
-# Far above what any model has; a file that asks for more is after the memory.
+# Far above what any model has: a file that asks for more is broken, or attacks our memory.
 _MOST_BYTES, _MOST_ELEMENTS, _MOST_ENTRIES, _MOST_NAME, _DEEPEST = 1 << 28, 1 << 23, 1 << 20, 1 << 16, 4
 _MOST_DIMENSIONS, _MOST_ALIGNMENT = 4, 1 << 16
 _LEAST_ENTRY, _LEAST_TENSOR = 13, 33  # bytes
+
+
+_HINT = "download or quantize it again"
 
 
 class UnknownTypeError(ArtifactError):
@@ -37,7 +40,7 @@ class UnknownTypeError(ArtifactError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a file: numpy shape `[..., n_per_row]`, type, and its bytes' place counted from the file's start."""
+    """A tensor of a file: numpy shape `[..., n_per_row]`, type, and the offset of its bytes from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -55,28 +58,29 @@ class Header:
 
 
 def read_gguf(path: Path) -> Header:
-    """Return a file's header, after checking that all the data it names is in the file, once.
+    """Return a file's header, after checking that all the data it names is in the file and does not overlap.
 
     Raises:
-        ArtifactError: it is no GGUF, broken, or cut short; UnknownTypeError: it may be newer than this program.
+        ArtifactError: code "gguf-broken" or "gguf-cut-short"; UnknownTypeError, code "type-unknown": it may be newer
+            than the installed `gguf`.
     """
     try:
         with path.open("rb") as file:
             return _Reader(file).header()
     except UnknownTypeError as error:
-        raise UnknownTypeError(f"{path}: {error.message}", error.hint) from error
+        raise UnknownTypeError(f"{path}: {error.message}", error.hint, code=error.code) from error
     except _CutShortError as error:
-        raise ArtifactError(f"{path} is cut short: {error}", "download or quantize it again") from error
+        raise ArtifactError(f"{path} is cut short: {error}", _HINT, code="gguf-cut-short") from error
     except (ValueError, struct.error, OSError, OverflowError) as error:
-        raise ArtifactError(f"{path} is no whole GGUF file: {error}", "download or quantize it again") from error
+        raise ArtifactError(f"{path} is not a valid GGUF file: {error}", _HINT, code="gguf-broken") from error
 
 
 class _CutShortError(Exception):
-    """A file's beginning is sound, and its end is missing."""
+    """A file's beginning is valid, and its end is missing."""
 
 
 class _Reader:
-    """A file's beginning, read as far as it is asked for."""
+    """A file's beginning, read only as far as needed."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.data, self.at = file, b"", 0
@@ -96,22 +100,22 @@ class _Reader:
         for _ in range(n_entries):
             name = self.name()
             if name in metadata:
-                raise ValueError(f"{name} is there twice")
+                raise ValueError(f"{name} appears twice")
             metadata[name] = self.value(self.unpack("I")[0])
         alignment = metadata.get("general.alignment", 32)
-        # A power of two; True is none although Python takes it for 1.
+        # A power of two; True is not one, although Python takes it for 1.
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {alignment!r}"[:80])
         tensors: dict[str, StoredTensor] = {}
         for _ in range(n_tensors):
             tensor = self.tensor(alignment)
             if tensor.name in tensors:
-                raise ValueError(f"{tensor.name} is there twice")
+                raise ValueError(f"{tensor.name} appears twice")
             tensors[tensor.name] = tensor
         return Header(metadata, self.placed(tensors, alignment))
 
     def placed(self, tensors: dict[str, StoredTensor], alignment: int) -> dict[str, StoredTensor]:
-        """Return the tensors with offsets from the file's start: all in the file, none over another."""
+        """Return the tensors with offsets from the file's start, after checking that all are in it and none overlap."""
         start = -(-self.at // alignment) * alignment
         found = {name: StoredTensor(name, t.shape, t.type, start + t.offset, t.n_bytes) for name, t in tensors.items()}
         for tensor in found.values():
@@ -120,7 +124,7 @@ class _Reader:
         ordered = sorted(found.values(), key=lambda tensor: tensor.offset)
         for before, after in itertools.pairwise(ordered):
             if before.offset + before.n_bytes > after.offset:
-                raise ValueError(f"{before.name} and {after.name} lie over each other")
+                raise ValueError(f"{before.name} and {after.name} overlap")
         return found
 
     def take(self, n: int) -> bytes:
@@ -143,9 +147,9 @@ class _Reader:
             raise ValueError("it is cut short")
 
     def room(self, n: int, least: int, most: int) -> None:
-        """Check that n things of at least so many bytes each can be there."""
+        """Check that the rest of the file can hold n items of at least so many bytes each."""
         if n > most or n * least > self.size - self.at:
-            raise ValueError(f"it is cut short, or asks for room for {n:,} things")
+            raise ValueError(f"it is cut short, or announces {n:,} items")
 
     def unpack(self, form: str) -> tuple[Any, ...]:
         """Return the next numbers."""
@@ -162,11 +166,11 @@ class _Reader:
         """Return the next string, which names something."""
         name = self.string()
         if not 0 < len(name) < _MOST_NAME:
-            raise ValueError(f"a name of {len(name):,} letters")
+            raise ValueError(f"a name of {len(name):,} characters")
         return name
 
     def strings(self, n: int) -> list[str]:
-        """Return n strings; a vocabulary and its merges hold a hundred thousand, and every chat waits for them."""
+        """Return n strings; fast, as a vocabulary with its merges has 100,000 and every chat waits for them."""
         length_of, found = struct.Struct("<Q").unpack_from, []
         at = self.at
         for _ in range(n):
@@ -191,7 +195,7 @@ class _Reader:
         return self.unpack(_SCALARS[kind])[0]
 
     def array(self, depth: int) -> list[Any]:
-        """Return the next array; one of arrays may not go deep."""
+        """Return the next array; arrays may not be nested deeply."""
         kind, n = self.unpack("IQ")
         if kind not in _SIZES or depth >= _DEEPEST:
             raise ValueError(f"an array of type {kind}, {depth} deep")
@@ -214,7 +218,9 @@ class _Reader:
         try:
             type_ = GGMLQuantizationType(number)
         except ValueError:
-            raise UnknownTypeError(f"{name} has an unknown type, {number}", "pip install -U gguf") from None
+            raise UnknownTypeError(
+                f"{name} has an unknown type, {number}", "pip install -U gguf", code="type-unknown"
+            ) from None
         block, block_bytes = GGML_QUANT_SIZES[type_]
         if not all(shape) or shape[-1] % block:
             raise ValueError(f"{name} is {list(shape)} in {type_.name}")

@@ -1,9 +1,9 @@
 """Cut a GGUF into shards as llama.cpp's gguf-split does: for browsers, which hold no large file, and for hosts' limits.
 
 Every shard is a GGUF of its own; the first one holds all the metadata. llama.cpp, and wllama in a browser, are given
-the first shard and find the others by their names. Bytes are copied as they stand, tensor by tensor.
+the first shard and find the others by their names. Bytes are copied unchanged, tensor by tensor.
 
-Source: llama.cpp's tools/gguf-split for the format. Ours leaves no shard above the size unless one tensor alone is.
+Source: llama.cpp's tools/gguf-split for the format. Ours exceeds the size only where one tensor does.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from ...errors import ArtifactError
 from .header import Header, StoredTensor, read_gguf
 
 MAX_SHARD_BYTES = 64_000_000
-"""Of tensors. A download that breaks off loses one shard, and free hosts take files up to 100 MB."""
+"""Bytes of tensors. A download that breaks off loses one shard, and free hosts take files up to 100 MB."""
 
 _NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
-_UINT16, _INT32 = 2, 5  # GGUF's numbers of value types
+_UINT16, _UINT32, _INT32 = (2, "H"), (4, "I"), (5, "i")  # GGUF's numbers of value types, and struct's letters
 _PIECE = 1 << 22  # bytes in memory at once
 
 
@@ -34,13 +34,13 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
     """Write a file's shards, `NAME-00001-of-00003.gguf` and so on, into a folder that exists; return their paths.
 
     Raises:
-        ArtifactError: the file is no GGUF, broken, or a shard itself.
+        ArtifactError: code "is-shard" or "no-tensors", or see `read_gguf`.
     """
     header = read_gguf(path)
     if any(name.startswith("split.") for name in header.metadata):
-        raise ArtifactError(f"{path} is a part of a split model", "give the whole model in one file")
+        raise ArtifactError(f"{path} is part of a split model", "give the whole model in one file", code="is-shard")
     if not header.tensors:
-        raise ArtifactError(f"{path} holds no tensors", "give a model")
+        raise ArtifactError(f"{path} has no tensors", "give a model", code="no-tensors")
     n_entries, entries = _metadata_bytes(path, header)
     groups = _groups(list(header.tensors.values()), max_bytes)
     alignment = int(header.metadata.get("general.alignment", 32))
@@ -48,30 +48,32 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
     for number, group in enumerate(groups):
         shard = folder / f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
         own = [
-            _entry("split.no", _UINT16, "H", number),
-            _entry("split.count", _UINT16, "H", len(groups)),
-            _entry("split.tensors.count", _INT32, "i", len(header.tensors)),
+            _entry("split.no", _UINT16, number),
+            _entry("split.count", _UINT16, len(groups)),
+            _entry("split.tensors.count", _INT32, len(header.tensors)),
         ]
         if number == 0:
             n, metadata = n_entries + len(own), entries + b"".join(own)
         else:
-            own += [_entry("general.alignment", 4, "I", alignment)] if alignment != 32 else []
+            own += [_entry("general.alignment", _UINT32, alignment)] if alignment != 32 else []
             n, metadata = len(own), b"".join(own)
         with path.open("rb") as source, shard.open("wb") as file:
-            _write_shard(source, file, n, metadata, group, alignment)
+            _write_shard(source, file, n_entries=n, metadata=metadata, tensors=group, alignment=alignment)
         written.append(shard)
     return written
 
 
 def _metadata_bytes(path: Path, header: Header) -> tuple[int, bytes]:
-    """Return how many entries of metadata a file has, and their bytes: all that stands before the table of tensors."""
+    """Return how many metadata entries a file has, and their bytes: all that comes before the table of tensors."""
     data_start = min(tensor.offset for tensor in header.tensors.values())
     with path.open("rb") as file:
         head = file.read(data_start)
     table = b"".join(_table_row(tensor, tensor.offset - data_start) for tensor in header.tensors.values())
     end = head.rfind(table)
     if end < 0:
-        raise ArtifactError(f"{path} is not laid out as a GGUF file is", "write it anew: deepdistill quantize")
+        raise ArtifactError(
+            f"{path} is not laid out as a GGUF file", "write it again: deepdistill quantize", code="gguf-broken"
+        )
     (n_entries,) = struct.unpack_from("<Q", head, 16)
     return n_entries, head[24:end]
 
@@ -90,7 +92,13 @@ def _groups(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[Stored
 
 
 def _write_shard(
-    source: BinaryIO, file: BinaryIO, n_entries: int, metadata: bytes, tensors: Sequence[StoredTensor], alignment: int
+    source: BinaryIO,
+    file: BinaryIO,
+    *,
+    n_entries: int,
+    metadata: bytes,
+    tensors: Sequence[StoredTensor],
+    alignment: int,
 ) -> None:
     file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), n_entries) + metadata)
     at = 0
@@ -113,14 +121,15 @@ def _pieces(source: BinaryIO, n_bytes: int) -> Iterable[bytes]:
 
 
 def _table_row(tensor: StoredTensor, offset: int) -> bytes:
-    """Return what a file's table says of a tensor whose bytes stand so far behind the data's start."""
+    """Return the row of a file's table for a tensor whose bytes start at this offset of the data."""
     dimensions = tensor.shape[::-1]
     row = _string(tensor.name) + struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
     return row + struct.pack("<IQ", tensor.type, offset)
 
 
-def _entry(key: str, type_: int, form: str, value: int) -> bytes:
-    return _string(key) + struct.pack(f"<I{form}", type_, value)
+def _entry(key: str, kind: tuple[int, str], value: int) -> bytes:
+    number, letter = kind
+    return _string(key) + struct.pack(f"<I{letter}", number, value)
 
 
 def _string(text: str) -> bytes:

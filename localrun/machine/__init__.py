@@ -1,1 +1,1 @@
-"""What this machine has, and what a model will take of it."""
+"""What this machine has, and how much of it a model takes."""

@@ -1,4 +1,4 @@
-"""What this machine has to compute with: its cores, how many threads serve a model best, its memory's bandwidth."""
+"""What this machine computes with: its cores, the best number of threads for a model, its memory's bandwidth."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_CPUS = Path("/sys/devices/system/cpu")
-_PROC = Path("/proc")
-_PERFORMANCE = 0.85  # of the highest clock: efficiency cores stay below, the spread among equal cores above
-_CLEARLY = 1.5  # times slower: with still more threads it would be slower still
-_WITHIN = 1.05  # of the fastest: the fewest threads so near to it leave the others to other programs
-_BUSY_S = 600.0  # for how long a thread count is good that was measured on busy cores
-_HEADER = 1 << 20  # bytes that tell a file from another of its size
+from ...errors import ArtifactError
+from ..core.atomic import write_text
+
+ROOT = Path("/")
+"""Where Linux's `proc` and `sys` are read; the tests read them elsewhere."""
+
+_PERFORMANCE = 0.85  # share of the highest clock: efficiency cores are below it, the spread among equal cores above
+_CLEARLY = 1.5  # times slower: more threads would only be slower still
+_WITHIN = 1.05  # times the fastest: the fewest threads within it leave the other cores to other programs
+_BUSY_S = 600.0  # for how long a thread count measured on busy cores is kept
+_HEADER = 1 << 20  # bytes that distinguish files of the same size
 _GPU_TYPES = (1, 2)  # ggml_backend_dev_type: a card of its own, one that shares the system's memory
 
 
 def default_threads() -> int:
-    """Return how many threads to compute with where nothing was measured: one a physical core that we may use.
+    """Return how many threads to compute with before anything was measured: one for each physical core that we may use.
 
     Hyper-threads share the units that llama.cpp keeps busy, and its threads wait for one another actively: one too many
     costs more than one too few. `OMP_NUM_THREADS` lowers the number, as it does for other numeric libraries.
@@ -37,11 +41,11 @@ def default_threads() -> int:
 def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = False) -> int:
     """Return the thread count that runs a file fastest here, measured once and kept in the user's cache.
 
-    `measure(n)` returns the seconds that a fixed amount of work takes with n threads. Asked are one, half, the
-    performance cores and all physical cores, the fewest first, twice each. On a busy or oversubscribed machine two
-    threads can be a hundred times slower than one, which no count of cores tells. `OMP_NUM_THREADS` decides without
-    measuring; `again` measures anew. What is measured while other programs keep the cores busy, as the calls of a
-    script do, is kept for ten minutes.
+    `measure(n)` returns the seconds that a fixed amount of work takes with n threads. It is called twice each for one
+    thread, half the physical cores, the performance cores and all physical cores, the fewest first. On a busy or
+    oversubscribed machine two threads can be a hundred times slower than one, which no count of cores tells.
+    `OMP_NUM_THREADS` decides without measuring; `again` measures even if a result is kept. A result from busy cores,
+    as when a script runs several calls, is kept for ten minutes only.
     """
     cores = physical_cores()
     if _thread_limit() or cores == 1:
@@ -57,7 +61,7 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
 
 
 def _still_good(kept: Any) -> int | None:
-    """Return the thread count of an entry of the cache; None if it has had its time, or is none."""
+    """Return the thread count of an entry of the cache; None if it has expired or is broken."""
     if isinstance(kept, dict):
         until = kept.get("until")
         kept = kept.get("threads") if isinstance(until, int | float) and time.time() < until else None
@@ -65,7 +69,7 @@ def _still_good(kept: Any) -> int | None:
 
 
 def _is_busy(cores: int) -> bool:
-    """Say whether half of the cores or more were taken in the last minute."""
+    """Return whether half of the cores or more were busy in the last minute."""
     import psutil  # type: ignore[import-untyped]
 
     return bool(psutil.getloadavg()[0] >= cores / 2)
@@ -75,26 +79,26 @@ def _measure_threads(candidates: list[int], measure: Callable[[int], float]) -> 
     """Return the fewest threads that are as good as the fastest."""
     seconds: dict[int, float] = {}
     for n in candidates:
-        seconds[n] = min(measure(n), measure(n))  # the faster of two: what else ran only ever slows it down
+        seconds[n] = min(measure(n), measure(n))  # the faster of two: other programs only ever slow it down
         if seconds[n] > _CLEARLY * min(seconds.values()):
             break
     return min(n for n, taken in seconds.items() if taken <= _WITHIN * min(seconds.values()))
 
 
 def bound_spinning() -> None:
-    """Let llama.cpp's threads sleep soon when they wait for one another; call it before its library is loaded.
+    """Make llama.cpp's threads sleep soon when they wait for one another; call this before its library is loaded.
 
-    They meet hundreds of times a token, and GNU OpenMP lets who comes first spin for milliseconds. If other programs
-    keep the last one from its core, the spinning keeps it away still longer: two threads on two busy cores decoded 0.3
-    tokens/s where one decoded 100. 1,000 turns are what OpenMP itself takes when it knows of too few cores; on idle
-    cores that costs nothing, while no spinning at all halves the speed. A user's own setting stays.
+    They meet hundreds of times a token, and GNU OpenMP lets those that arrive first spin for milliseconds. If another
+    program holds the last one's core, the spinning delays it even more: two threads on two busy cores decoded 0.3
+    tokens/s where one decoded 100. OpenMP itself spins 1,000 times when it knows that there are too few cores; on idle
+    cores that costs nothing, while no spinning at all halves the speed. A user's own setting is kept.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be measured or made again."""
+    """Return the folder for what can be measured or downloaded again."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "deepdistill"
 
@@ -113,15 +117,13 @@ def _read_threads() -> dict[str, Any]:
 
 
 def _keep_threads(machine: str, file: str, n: int | dict[str, float]) -> None:
-    """Add one measurement to the cache; without a folder to write to, measuring again is all that is lost."""
+    """Add one measurement to the cache; if it cannot be written, the next call only has to measure again."""
     found = _read_threads()
     known = found.get(machine)
     found[machine] = (known if isinstance(known, dict) else {}) | {file: n}
-    half_written = cache_dir() / f".threads.{os.getpid()}"
-    with suppress(OSError):
+    with suppress(OSError, ArtifactError):
         cache_dir().mkdir(parents=True, exist_ok=True)
-        half_written.write_text(json.dumps(found, indent=1), encoding="utf-8")
-        half_written.replace(cache_dir() / "threads.json")
+        write_text(cache_dir() / "threads.json", json.dumps(found, indent=1))
 
 
 def _thread_limit() -> int | None:
@@ -130,13 +132,24 @@ def _thread_limit() -> int | None:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as its maker writes it, or the architecture where the system does not say."""
+    """Return the processor's name as its maker writes it, or the architecture where the system gives no name."""
+    named = _cpuinfo("model name", "Hardware", "cpu model")
+    return named or platform.processor() or platform.machine() or "unknown processor"
+
+
+def cpu_flags() -> set[str]:
+    """Return Linux's names of the processor's features, empty elsewhere."""
+    return set(_cpuinfo("flags").split())
+
+
+def _cpuinfo(*names: str) -> str:
+    """Return the first value with one of these names."""
     with suppress(OSError):
-        for line in (_PROC / "cpuinfo").read_text().splitlines():
+        for line in (ROOT / "proc" / "cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name.strip() in ("model name", "Hardware", "cpu model") and value.strip():
+            if name.strip() in names and value.strip():
                 return value.strip()
-    return platform.processor() or platform.machine() or "unknown processor"
+    return ""
 
 
 def physical_cores() -> int:
@@ -146,14 +159,14 @@ def physical_cores() -> int:
 
 
 def performance_cores() -> int:
-    """Return how many of the physical cores are fast ones; all of them where the processor has one kind."""
+    """Return how many physical cores are fast ones: all of them where the processor has one kind."""
     clocks = [max(map(_max_clock, cpus)) for cpus in _usable_cores()]
     fast = sum(clock >= _PERFORMANCE * max(clocks) for clock in clocks)
     return max(1, min(fast, physical_cores()))
 
 
 def _usable_cores() -> list[list[int]]:
-    """Return the physical cores that this process may use, each as the logical CPUs that are its threads."""
+    """Return the physical cores that this process may use, each as the list of its logical CPUs."""
     if not hasattr(os, "sched_getaffinity"):  # macOS, Windows
         import psutil
 
@@ -165,26 +178,30 @@ def _usable_cores() -> list[list[int]]:
 
 
 def _core_of(cpu: int) -> tuple[str, str]:
-    """Return the (package, core) that a logical CPU is a thread of; a core of its own if the system does not say."""
+    """Return the (package, core) of a logical CPU; a core of its own where the system does not tell."""
     try:
-        topology = _CPUS / f"cpu{cpu}" / "topology"
+        topology = _cpu_dir(cpu) / "topology"
         return (topology / "physical_package_id").read_text(), (topology / "core_id").read_text()
     except OSError:
         return "", str(cpu)
 
 
+def _cpu_dir(cpu: int) -> Path:
+    return ROOT / "sys" / "devices" / "system" / "cpu" / f"cpu{cpu}"
+
+
 def _max_clock(cpu: int) -> int:
-    """Return a logical CPU's highest clock in kHz; 0 if the system does not say."""
+    """Return a logical CPU's highest clock in kHz; 0 where the system does not tell."""
     try:
-        return int((_CPUS / f"cpu{cpu}" / "cpufreq" / "cpuinfo_max_freq").read_text())
+        return int((_cpu_dir(cpu) / "cpufreq" / "cpuinfo_max_freq").read_text())
     except (OSError, ValueError):
         return 0
 
 
 def _quota() -> int | None:
-    """Return the whole CPUs that a container's limit leaves, or None without a limit."""
+    """Return how many whole CPUs a container may use, None without a limit."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (ROOT / "sys" / "fs" / "cgroup" / "cpu.max").read_text().split()
         return None if quota == "max" else max(1, int(quota) // int(period))
     except (OSError, ValueError):
         return None
@@ -197,11 +214,11 @@ class Gpu:
     name: str
     free_bytes: int
     total_bytes: int
-    shares_memory: bool  # with the system
+    shares_memory: bool  # it has no memory of its own
 
 
 def gpus() -> list[Gpu]:
-    """Return the graphics processors that the installed llama.cpp was built for and finds.
+    """Return the graphics processors that the installed llama.cpp supports and finds.
 
     Raises:
         ImportError, OSError, RuntimeError: llama-cpp-python does not work here.
@@ -228,7 +245,7 @@ def gpus() -> list[Gpu]:
 
 
 def memory_bandwidth(n_bytes: int = 1 << 28, n_threads: int | None = None, n_passes: int = 8) -> float:
-    """Return bytes/s read from memory by all threads together, the best of several passes.
+    """Return the bytes/s that all threads together read from memory, the best of several passes.
 
     Generating a token reads all of a model's weights once, so that this bounds the tokens/s of any file. The maximum of
     a float array is a plain read: numpy computes it with vector instructions and without the interpreter's lock.

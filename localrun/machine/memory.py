@@ -1,6 +1,6 @@
-"""What a GGUF takes of this machine's memory, told from its header before anything is loaded.
+"""How much of this machine's memory a GGUF takes, computed from its header before anything is loaded.
 
-llama.cpp finds out while it allocates, and by then the system swaps or kills the process. The sum here has three terms:
+llama.cpp finds out while it allocates, and by then the system swaps or kills the process. The sum has three terms:
 the weights, the KV cache, which grows with the context, and the buffers of one batch, where the logits weigh most.
 """
 
@@ -16,6 +16,7 @@ from ...errors import ModelError, UsageError
 from ..core.text import format_bytes
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..gguf.header import Header, read_gguf
+from . import hardware
 from .hardware import gpus
 
 KV_TYPES = {
@@ -23,25 +24,24 @@ KV_TYPES = {
     "q8_0": GGMLQuantizationType.Q8_0,
     "q4_0": GGMLQuantizationType.Q4_0,
 }
-"""What the KV cache may be kept in, the most exact first."""
-MAX_DEFAULT_CTX = 8192  # tokens: a model that thinks needs them, more is asked for
+"""Types that the KV cache may have, the most exact first."""
+MAX_DEFAULT_CTX = 8192  # tokens: a model that thinks needs them; a user has to ask for more
 ROOM_PER_SEQUENCE = 512  # tokens of KV cache for each of many sequences, on average
 N_BATCH = 512  # tokens that one call decodes at most
 N_MICRO_BATCH = 128  # of these, tokens computed at once where every attention score is kept
 
 _CELLS = 256  # llama.cpp rounds a KV cache up to a multiple
-_SPARE = 0.1  # of the free memory stays free: other programs grow, and swapping is slower than any shorter context
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_SPARE = 0.1  # share of the free memory to leave: other programs grow, and swapping costs more than a shorter context
 _SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a file asks of memory.
+    """The memory that a file needs.
 
     `kv_rows` holds (heads, head width) of each row that one token adds to the KV cache: a key and a value a layer; with
     latent attention (DeepSeek) one latent row, of which the value is a part. Sliding-window layers count in full: that
-    is how llama.cpp keeps them unless told otherwise, since a window cannot go back to an earlier turn.
+    is how llama.cpp keeps them by default, since a window could not return to an earlier turn.
     """
 
     path: Path
@@ -59,7 +59,7 @@ class Footprint:
         """Read a file's header.
 
         Raises:
-            ArtifactError: it is no GGUF, broken, or cut short.
+            ArtifactError: see `read_gguf`.
         """
         header = header or read_gguf(path)
         about = {
@@ -86,35 +86,36 @@ class Footprint:
         """Return the bytes that one token takes in the KV cache.
 
         Raises:
-            UsageError: there is no such KV type, or the heads' width is no multiple of its block.
+            UsageError: code "no-such-kv-type", or "kv-type-unfit": the heads' width is not a multiple of its block.
         """
         if kv_type not in KV_TYPES:
-            raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}")
+            raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}", code="no-such-kv-type")
         block, block_bytes = GGML_QUANT_SIZES[KV_TYPES[kv_type]]
         for _, width in self.kv_rows:
             if width % block:
                 raise UsageError(
                     f"the KV cache of {self.path.name} cannot be {kv_type}: "
-                    f"its heads are {width} wide, no multiple of {block}",
+                    f"its heads are {width} wide, which is not a multiple of {block}",
                     "keep it in f16",
+                    code="kv-type-unfit",
                 )
         return sum(n_heads * width // block * block_bytes for n_heads, width in self.kv_rows)
 
     def kv_types(self) -> list[str]:
-        """Return the KV types that the heads' width allows, the most exact first."""
+        """Return the KV types that fit the heads' width, the most exact first."""
         blocks = {name: GGML_QUANT_SIZES[type_][0] for name, type_ in KV_TYPES.items()}
         return [name for name, block in blocks.items() if all(width % block == 0 for _, width in self.kv_rows)]
 
     def total_bytes(self, n_ctx: int, kv_type: str = "f16", n_seq: int = 1) -> int:
-        """Return what the model takes with a context of n_ctx tokens for any one of n_seq sequences.
+        """Return the bytes that the model takes with a context of n_ctx tokens for any one of n_seq sequences.
 
-        The batch's buffers are an upper bound with flash attention, which is what llama.cpp takes where it can.
+        The batch's buffers are an upper bound with flash attention, which llama.cpp uses where it can.
         """
         cells = -(-n_cells(n_ctx, n_seq) // _CELLS) * _CELLS
         return self._fixed_bytes(n_seq) + cells * self._bytes_per_cell(kv_type, n_seq)
 
     def score_bytes(self, n_ctx: int) -> int:
-        """Return what one sequence takes more without flash attention: a micro-batch's scores and their softmax."""
+        """Return the extra bytes of one sequence without flash attention: a micro-batch's scores and their softmax."""
         return 2 * 4 * self.n_head * N_MICRO_BATCH * -(-n_ctx // _CELLS) * _CELLS
 
     def max_ctx(self, available: int, kv_type: str = "f16", n_seq: int = 1) -> int:
@@ -146,18 +147,18 @@ def fit_context(
     wanted: int | None = None,
     available: int | None = None,
 ) -> int:
-    """Return the context to run a file with, in tokens: `wanted`, or its own as far as memory allows, at most 8,192.
+    """Return the context to run a file with, in tokens: `wanted`, or the model's own, at most 8,192 and what fits.
 
     Raises:
-        ArtifactError: the file is no GGUF, broken, or cut short.
-        ModelError: not enough memory; the hint says what would fit.
-        UsageError: the KV type is none, or not one for this model.
+        ArtifactError: see `read_gguf`.
+        ModelError: code "not-enough-memory"; the hint tells what would fit.
+        UsageError: see `Footprint.kv_bytes_per_token`.
     """
     footprint = model if isinstance(model, Footprint) else Footprint.of(model)
     available = room_bytes() if available is None else available
     longest = footprint.max_ctx(available, kv_type, n_seq)
     default = min(footprint.n_ctx_train or MAX_DEFAULT_CTX, MAX_DEFAULT_CTX)
-    # Its own context need not be a multiple of llama.cpp's cells: the cells that it is rounded up to have to fit.
+    # The model's context need not be a multiple of llama.cpp's cells, but the rounded number has to fit.
     if -(-(wanted or default) // _CELLS) * _CELLS <= longest:
         return wanted or default
     if wanted is None and longest:
@@ -168,15 +169,16 @@ def fit_context(
         f"{format_bytes(footprint.total_bytes(n_ctx, kv_type, n_seq))}, and there is room for "
         f"{format_bytes(_usable(available))}",
         _what_fits(footprint, n_ctx, kv_type=kv_type, n_seq=n_seq, available=available),
+        code="not-enough-memory",
     )
 
 
 def flash_attention(footprint: Footprint, n_ctx: int, *, kv_type: str, available: int | None = None) -> bool | None:
-    """Return whether one sequence is better off with flash attention; None where llama.cpp decides.
+    """Return whether one sequence should use flash attention; None leaves it to llama.cpp.
 
-    On the processor llama.cpp's takes one cached token of one head at a time, and decodes slower the longer the context
-    is than without it. It saves memory, and a quantized cache needs it. Many sequences in one cache do better with it
-    everywhere, since it skips what the others hold.
+    On the processor llama.cpp's flash attention takes one cached token of one head at a time, so that it decodes slower
+    than plain attention, the more so the longer the context is. But it saves memory, and a quantized cache needs it.
+    Many sequences in one cache are always faster with it, since it skips the cells of the others.
     """
     if kv_type != "f16" or gpus():
         return None
@@ -185,11 +187,11 @@ def flash_attention(footprint: Footprint, n_ctx: int, *, kv_type: str, available
 
 
 def _what_fits(footprint: Footprint, n_ctx: int, *, kv_type: str, n_seq: int, available: int) -> str:
-    """Return a hint: a shorter context, a smaller KV type, fewer sequences, or how small a file would have to be."""
+    """Return a hint: a shorter context, a smaller KV type, fewer sequences, or the largest file that would fit."""
     ways = []
     if longest := footprint.max_ctx(available, kv_type, n_seq):
         own = footprint.n_ctx_train or longest
-        ways.append(f"--context {longest}" if longest <= own else f"--context {own}, all that it was trained for")
+        ways.append(f"--context {longest}" if longest <= own else f"--context {own}, the model's own")
     names = footprint.kv_types()
     for smaller in names[names.index(kv_type) + 1 :]:
         if footprint.max_ctx(available, smaller, n_seq) >= n_ctx:
@@ -210,7 +212,7 @@ def _usable(available: int) -> int:
 
 
 def room_bytes() -> int:
-    """Return the memory that a model can be put into: the system's and that of graphics cards with memory of their own.
+    """Return the bytes of memory for a model: the system's and that of graphics cards with memory of their own.
 
     llama.cpp puts as many layers as fit onto a card, the rest beside the processor.
     """
@@ -218,12 +220,12 @@ def room_bytes() -> int:
 
 
 def available_bytes() -> int:
-    """Return the memory that can be taken without swapping: what the system has, at most what a container leaves."""
+    """Return the bytes that can be allocated without swapping, at most what a container's limit leaves."""
     return min([_system_bytes(), *_cgroup_rooms()])
 
 
 def _system_bytes() -> int:
-    if found := re.search(r"^MemAvailable: +(\d+) kB$", _text(_PROC / "meminfo"), re.M):
+    if found := re.search(r"^MemAvailable: +(\d+) kB$", _text(hardware.ROOT / "proc" / "meminfo"), re.M):
         return int(found[1]) * 1024
     import psutil  # type: ignore[import-untyped]  # macOS, Windows; loading it takes longer than reading a file
 
@@ -231,22 +233,23 @@ def _system_bytes() -> int:
 
 
 def _cgroup_rooms() -> Iterator[int]:
-    """Yield what each limited control group above this process leaves, its page cache counted as free (v1 and v2)."""
+    """Yield what each control group with a limit leaves this process, its page cache counted as free (v1 and v2)."""
     try:
-        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+        lines = (hardware.ROOT / "proc" / "self" / "cgroup").read_text().splitlines()
     except OSError:  # macOS, Windows
         return
+    mount = hardware.ROOT / "sys" / "fs" / "cgroup"
     for line in lines:
         number, controllers, place = line.split(":", 2)
         if number == "0" and not controllers:
-            root, limit, used, prefix = _CGROUP, "memory.max", "memory.current", ""
+            root, limit, used, prefix = mount, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
-            root, limit, used, prefix = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+            root, limit, used, prefix = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
         else:
             continue
         folder = root / place.strip("/")
         for group in (folder, *folder.parents):
-            # In a container the path may be the host's, and the container's own group stands at the root.
+            # In a container the path may be the host's, while the container's own group is at the root.
             if group.is_relative_to(root) and (top := _text(group / limit)).isdigit():
                 stat = dict(line.split()[:2] for line in _text(group / "memory.stat").splitlines())
                 cache = sum(_number(stat.get(f"{prefix}{kind}_file")) for kind in ("active", "inactive"))
@@ -261,7 +264,7 @@ def _text(path: Path) -> str:
 
 
 def _number(value: Any) -> int:
-    """Return a number that a file should hold; 0 if it is missing, or holds something else."""
+    """Return a value as a number; 0 if it is missing or not a number."""
     try:
         return int(value)
     except (TypeError, ValueError):
@@ -269,7 +272,7 @@ def _number(value: Any) -> int:
 
 
 def _most(value: Any) -> int:
-    """Return a number, or the largest of one for each layer."""
+    """Return a number, or the largest of a list with one for each layer."""
     return max(map(_number, value), default=0) if isinstance(value, list) else _number(value)
 
 
@@ -292,7 +295,7 @@ def _kv_rows(about: dict[str, Any]) -> Iterator[tuple[int, int]]:
 
 
 def _read_bytes(tensors: dict[str, int], about: dict[str, Any]) -> int:
-    """Return the bytes of weights that one token reads: not the embedding's other rows, nor the experts it skips."""
+    """Return the bytes of weights that one token reads, without the embedding's other rows and unused experts."""
     n_experts, n_used = _number(about.get("expert_count")), _number(about.get("expert_used_count"))
     share = n_used / n_experts if n_experts else 1.0
     tied = "output.weight" not in tensors  # then the embedding is the output matrix too
@@ -304,7 +307,7 @@ def _read_bytes(tensors: dict[str, int], about: dict[str, Any]) -> int:
 
 
 def _other_parts(path: Path) -> list[Path]:
-    """Return the files that a split model goes on in."""
+    """Return the other files of a split model."""
     if not (found := _SPLIT.search(path.name)):
         return []
     parts = path.parent.glob(f"{path.name[: found.start()]}-*-of-{found[2]}.gguf")

@@ -1,1 +1,1 @@
-"""A folder for phones: the model, the page that runs it in a browser, and cards for apps."""
+"""Export a folder for phones: the model, a page that runs it in a browser, and instructions for apps."""

@@ -1,4 +1,4 @@
-"""What a GGUF says of itself, for people and for Ollama: a card, a Modelfile, and what it takes of memory."""
+"""What a GGUF tells about itself, for people and for Ollama: a README, a Modelfile, and its use of memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from ..gguf.header import Header, read_gguf
 from ..machine.memory import Footprint
 
-MAX_CTX = 4096  # tokens: a phone's memory and patience
+MAX_CTX = 4096  # tokens: a phone has little memory, and its user little patience
 
 _MIN_CTX = 1024
 _FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
-# Found again in what the chat template makes of them.
+# Placeholders, to be found in the rendered chat template.
 _SYSTEM, _USER, _ANSWER = "A-system-message", "A-user-message", "An-answer"
 
 
@@ -35,34 +35,34 @@ class ModelCard:
 
     @classmethod
     def of(cls, path: Path, memory: int) -> ModelCard:
-        """Read a file's header; `n_ctx` is the longest context, at most 4,096 tokens, that so many bytes hold."""
+        """Read a file's header; `n_ctx` is the longest context, at most 4,096 tokens, that fits in so many bytes."""
         header = read_gguf(path)
         footprint = Footprint.of(path, header)
         return cls(path, header, min(footprint.max_ctx(memory), footprint.n_ctx_train or MAX_CTX, MAX_CTX))
 
     @cached_property
     def footprint(self) -> Footprint:
-        """What it asks of memory."""
+        """The memory that it needs."""
         return Footprint.of(self.path, self.header)
 
     @property
     def min_ctx(self) -> int:
-        """The shortest context worth having, in tokens: room for a question, the thinking and an answer."""
+        """The shortest useful context, in tokens: room for a question, the thinking and an answer."""
         return min(_MIN_CTX, self.footprint.n_ctx_train or _MIN_CTX)
 
     @property
     def fits(self) -> bool:
-        """Whether the memory allows that much."""
+        """Whether the memory allows at least that."""
         return self.n_ctx >= self.min_ctx
 
     @property
     def memory_bytes(self) -> int:
-        """What it takes in memory with its context."""
+        """The bytes of memory that it takes with its context."""
         return self.footprint.total_bytes(self.n_ctx)
 
     @property
     def name(self) -> str:
-        """The file's name without its ending, with nothing in it that a URL or a shell would take apart."""
+        """The file's name without its ending, safe in a URL and a shell."""
         return re.sub(r"[^\w.-]+", "-", self.path.stem, flags=re.ASCII).strip(".-") or "model"
 
     @property
@@ -72,7 +72,7 @@ class ModelCard:
 
     @property
     def n_weights(self) -> int:
-        """All tensors' weights."""
+        """The number of weights in all tensors."""
         return sum(
             tensor.n_bytes // GGML_QUANT_SIZES[tensor.type][1] * GGML_QUANT_SIZES[tensor.type][0]
             for tensor in self.header.tensors.values()
@@ -93,7 +93,7 @@ class ModelCard:
 
     @property
     def tags(self) -> Tags | None:
-        """What it writes around its thinking; None if it names nothing."""
+        """The tags around its thinking; None if it names none."""
         return tags_of({key: value for key, value in self.header.metadata.items() if isinstance(value, str)})
 
     def special(self, kind: str) -> str:
@@ -106,16 +106,18 @@ class ModelCard:
         """Return the prompt that its chat template makes of messages.
 
         Raises:
-            ModelError: it has no template, or the template refuses them.
+            ModelError: code "no-chat-template" or "template-refused".
         """
         source = self.header.metadata.get("tokenizer.chat_template")
         if not source:
-            raise ModelError(f"{self.path} has no chat template", "use an instruction-tuned model")
+            raise ModelError(
+                f"{self.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
+            )
         return render(source, messages, thinking=True, bos_token=self.special("bos"), eos_token=self.special("eos"))
 
 
 def about(model: ModelCard) -> str:
-    """Return the page's last line: type, size, origin, licence."""
+    """Return the page's footer: type, size, origin, licence."""
     origin = ", ".join(name for name, _ in _bases(model.header.metadata))
     licence = model.header.metadata.get("general.license")
     parts = [
@@ -133,7 +135,7 @@ def readme(model: ModelCard, n_shards: int) -> str:
     tags = model.tags
     bits = 8 * model.footprint.weight_bytes / model.n_weights
     rows = [
-        ("licence", metadata.get("general.license") or "not named in the file: ask where it came from"),
+        ("licence", metadata.get("general.license") or "not named in the file: ask where you got it"),
         ("made from", bases),
         ("architecture", f"{metadata.get('general.architecture')}, {_count(model.n_weights)} weights"),
         ("file", f"`{file}`, {model.type}, {format_bytes(model.size_bytes)}, {bits:.2f} bits a weight"),
@@ -161,9 +163,9 @@ it works without a network and without the server. Browsers allow that for `http
 From any other address, such as a laptop's in the local network, the page runs too, but more slowly and only while the
 server does. To have it on a phone, put `web/` on any static host that has https, or serve it on the phone (see Termux).
 
-The model lies there in {parts} so that no file is too large for a host or a browser.
-The page needs a browser with WebAssembly SIMD; where 64-bit memory is missing, as on iPhones, it takes a slower build.
-It talks to no other address than its own.
+The model is split into {parts} so that no file is too large for a host or a browser.
+The page needs a browser with WebAssembly SIMD; without 64-bit memory, as on iPhones, it uses a slower build.
+It contacts no other address than its own.
 
 ## In an app
 
@@ -200,14 +202,14 @@ then open http://localhost:8000.
 
     deepdistill chat {file}
 
-## Other people's work in here
+## Third-party software in this folder
 
 `web/wllama/` is [wllama](https://github.com/ngxson/wllama), llama.cpp for browsers, under the MIT licence beside it.
 """
 
 
 def modelfile(model: ModelCard) -> str:
-    """Return an Ollama Modelfile. It has the model's prompt format: Ollama knows only some chat templates by itself."""
+    """Return an Ollama Modelfile with the model's prompt format: Ollama itself knows only some chat templates."""
     lines = [f"FROM ./{model.name}.gguf"]
     if template := _ollama_template(model):
         lines.append(f'TEMPLATE """{template}"""')
@@ -220,12 +222,12 @@ def modelfile(model: ModelCard) -> str:
 
 
 def _ollama_template(model: ModelCard) -> str | None:
-    """Return the prompts with and without a system message as a Go template; None where they cannot be written so."""
+    """Return the prompt with and without a system message as a Go template; None if that cannot be expressed."""
     user = {"role": "user", "content": _USER}
     without = _as_go(model, model.render(user))
     try:
         with_system = _as_go(model, model.render({"role": "system", "content": _SYSTEM}, user))
-    except ModelError:  # a template without a place for it
+    except ModelError:  # the template takes no system message
         with_system = without
     if not without or not with_system:
         return None
@@ -242,7 +244,7 @@ def _after_answer(model: ModelCard, before_question: str) -> str:
 
 
 def _as_go(model: ModelCard, prompt: str) -> str | None:
-    """Return a rendered prompt with Ollama's variables in the messages' places; Ollama puts BOS first by itself."""
+    """Return a rendered prompt with Ollama's variables for the messages; Ollama adds BOS itself."""
     if "{{" in prompt or '"""' in prompt or _USER not in prompt:
         return None
     if model.header.metadata.get("tokenizer.ggml.add_bos_token"):

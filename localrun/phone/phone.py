@@ -1,8 +1,8 @@
 """A GGUF as a folder for phones and browsers: the file, a card, an Ollama Modelfile, and a page that runs it offline.
 
 The page (`../web/`) is static. It runs llama.cpp in WebAssembly (wllama), keeps all its files on the device at the
-first visit, and from then on needs no network. Nothing in the folder names a server, and the page's content security
-policy forbids all others than the one that it came from.
+first visit, and needs no network from then on. Nothing in the folder names a server, and the page's content security
+policy forbids every server but its own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import ArtifactError, ModelError
-from ..core.reporter import Progress, no_progress
+from ..core.atomic import replacing_folder
+from ..core.reporter import SILENT, Reporter
 from ..core.text import format_bytes
 from ..families.thinking import prompt_opens_thinking
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -32,12 +32,12 @@ MAX_TOKENS = 2048  # of one answer, as in the terminal
 _TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")  # to make, the most exact first
 _MAX_WASM_BYTES = 4_000_000_000  # a page's memory, the model and its context together
 _PAGE = Path(__file__).parents[1] / "web"
-_GIVEN = ("./", "files.js")  # what a visit asks for beside the files that files.js lists
+_GIVEN = ("./", "files.js")  # what a visit fetches besides the files that files.js lists
 
 
 @dataclass(frozen=True)
 class PhoneReport:
-    """What was written: `files` has each file's bytes by its path in `folder`; `notes` are for people."""
+    """What was written: `files` has each file's size in bytes by its path in `folder`; `notes` are for people."""
 
     folder: Path
     model: str
@@ -65,60 +65,62 @@ def export_phone(
     memory_mb: int | None = None,
     make: Callable[[str], Path] | None = None,
     offline: bool = False,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> PhoneReport:
-    """Write a folder for phones and browsers from a GGUF, or from a folder's best GGUF for the memory.
+    """Write a folder for phones and browsers from a GGUF, or from the best GGUF of a folder for the memory.
 
-    Of a folder, the largest quantized file that fits is taken. `memory_mb` is what the model and its context may take,
-    2,000 MB if not given. Where no file fits, `make` is called with a file type such as Q4_K_M and returns the path of
-    the file that it made. `offline` takes wllama from the cache alone.
+    From a folder it takes the largest quantized file that fits. `memory_mb` is what the model and its context may take,
+    by default 2,000 MB. If no file fits, `make` is called with a file type such as Q4_K_M and returns the path of the
+    file that it wrote. `offline` takes wllama from the cache only.
 
     Raises:
-        ArtifactError: the folder is there already; or a file is no GGUF, broken, or one part of a split model.
-        ModelError: nothing fits the memory, the model has no chat template, or wllama cannot be fetched.
-        UsageError: `offline`, and wllama is not in the cache.
+        ArtifactError: code "already-exists" or "no-such-model", or see `read_gguf` and `split_gguf`.
+        ModelError: code "not-enough-memory" or "no-chat-template", or see `unpack_wllama`.
+        UsageError: see `unpack_wllama`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ArtifactError(f"{out} is there already", "name another folder with --out, or remove it")
+        raise ArtifactError(
+            f"{out} already exists", "name another folder with --out, or remove it", code="already-exists"
+        )
     model = choose_model(model_path, (memory_mb or DEFAULT_MEMORY_MB) * 1_000_000, make)
     starts_inside = model.tags is not None and prompt_opens_thinking(
         model.render({"role": "user", "content": "?"}), model.tags
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    half_written = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        web = half_written / "web"
-        (web / "wllama").mkdir(parents=True)
-        (web / "model").mkdir()
-        notes = unpack_wllama(web / "wllama", offline=offline, on_progress=on_progress)
-        whole = half_written / f"{model.name}.gguf"
-        on_progress("writing the folder", 0, 2, "copying the model")
-        shutil.copyfile(model.path, whole)
-        on_progress("writing the folder", 1, 2, "splitting the model")
-        shards = split_gguf(whole, web / "model")
-        _write_page(web, model, shards, starts_inside)
-        (half_written / "Modelfile").write_text(modelfile(model), encoding="utf-8")
-        (half_written / "README.md").write_text(readme(model, len(shards)), encoding="utf-8")
-        on_progress("writing the folder", 2, 2, "")
-        half_written.chmod(0o755)  # mkdtemp's are private
+    with replacing_folder(out) as folder:
+        notes = _fill(folder, model, starts_inside=starts_inside, offline=offline, report=report)
         if out.exists():
             out.rmdir()  # it is empty
-        half_written.replace(out)
-    except BaseException:
-        shutil.rmtree(half_written, ignore_errors=True)
-        raise
     if model.path != model_path:
         notes = [f"took {model.path}", *notes]
     if model.memory_bytes > _MAX_WASM_BYTES:
         notes.append(
-            "too large for a browser, whose pages have 4 GB of memory at most: use an app that opens GGUF files"
+            "too large for a browser, which gives a page 4 GB of memory at most: use an app that opens GGUF files"
         )
     files = {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
-    return PhoneReport(out, whole.name, model.n_ctx, model.memory_bytes, files, tuple(notes))
+    return PhoneReport(out, f"{model.name}.gguf", model.n_ctx, model.memory_bytes, files, tuple(notes))
+
+
+def _fill(folder: Path, model: ModelCard, *, starts_inside: bool, offline: bool, report: Reporter) -> list[str]:
+    """Write everything into an empty folder; return notes for people."""
+    web = folder / "web"
+    for name in ("wllama", "model"):
+        (web / name).mkdir(parents=True)
+    notes = unpack_wllama(web / "wllama", offline=offline, report=report)
+    whole = folder / f"{model.name}.gguf"
+    report.progress("writing the folder", 0, 2, "copying the model")
+    shutil.copyfile(model.path, whole)
+    report.progress("writing the folder", 1, 2, "splitting the model")
+    shards = split_gguf(whole, web / "model")
+    _write_page(web, model, shards=shards, starts_inside=starts_inside)
+    (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
+    (folder / "README.md").write_text(readme(model, len(shards)), encoding="utf-8")
+    report.progress("writing the folder", 2, 2)
+    return notes
 
 
 def choose_model(model_path: Path, memory: int, make: Callable[[str], Path] | None) -> ModelCard:
-    """Return the best file for so many bytes of memory: the given one, the folder's best, or one that is made.
+    """Return the best file for so many bytes of memory: the given one, the folder's best, or one that `make` writes.
 
     Raises:
         ArtifactError, ModelError: see `export_phone`.
@@ -131,25 +133,29 @@ def choose_model(model_path: Path, memory: int, make: Callable[[str], Path] | No
     possible = [type_ for type_ in _TYPES if smallest is None or _may_fit(smallest, type_, memory)]
     for type_ in possible if make else ():
         assert make
-        made = ModelCard.of(make(type_), memory)
-        if made.fits:
-            return made
+        written = ModelCard.of(make(type_), memory)
+        if written.fits:
+            return written
     if smallest is None:
-        raise ArtifactError(f"{model_path} holds no GGUF file", "make one: deepdistill quantize")
+        raise ArtifactError(
+            f"there is no GGUF file in {model_path}", "make one: deepdistill quantize", code="no-such-model"
+        )
     needs = smallest.footprint.total_bytes(smallest.min_ctx)
     hints = [f"a smaller type may fit: deepdistill quantize --type {possible[0]}"] if possible and not make else []
     raise ModelError(
         f"{smallest.path.name} with {smallest.min_ctx} tokens of context takes {format_bytes(needs)} of memory, "
-        f"and there are {format_bytes(memory)}, a tenth of it to be left free",
-        "; ".join([*hints, "else give more memory, or take a smaller model"]).removeprefix("else "),
+        f"and only nine tenths of {format_bytes(memory)} may be used",
+        "; ".join([*hints, "or give more memory, or take a smaller model"]).removeprefix("or "),
+        code="not-enough-memory",
     )
 
 
 def _candidates(model_path: Path) -> Iterator[Path]:
-    """Yield the models that a path stands for."""
+    """Yield the models at a path: one file, or those of a folder."""
     if not model_path.is_dir():
         if not model_path.exists():
-            raise ArtifactError(f"no model at {model_path}", "give a .gguf file or a run folder")
+            hint = "give a .gguf file or a run folder"
+            raise ArtifactError(f"there is no model {model_path}", hint, code="no-such-model")
         yield model_path
         return
     for path in sorted(model_path.rglob("*.gguf")):
@@ -158,21 +164,20 @@ def _candidates(model_path: Path) -> Iterator[Path]:
 
 
 def _may_fit(model: ModelCard, type_: str, memory: int) -> bool:
-    """Say whether a model could fit if all its weights had a file type's base type: real files are larger."""
+    """Return whether a model could fit if all its weights had a file type's base type; real files are larger."""
     block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType["_".join(type_.split("_")[:2])]]
     smaller = replace(model.footprint, weight_bytes=model.n_weights // block * block_bytes)
     return smaller.max_ctx(memory) >= model.min_ctx
 
 
-def _write_page(web: Path, model: ModelCard, shards: list[Path], starts_inside: bool) -> None:
-    """Copy the page's own files, and write down for it what it runs and which files it is made of."""
+def _write_page(web: Path, model: ModelCard, *, shards: list[Path], starts_inside: bool) -> None:
+    """Copy the page's own files, and write what it runs and its list of files for it."""
     for path in _PAGE.iterdir():
         shutil.copyfile(path, web / path.name)
     manifest = {"name": model.name, "short_name": model.name, "start_url": "./", "display": "standalone"}
     icon = {"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"}
-    (web / "manifest.webmanifest").write_text(
-        json.dumps(manifest | {"icons": [icon]}, indent=2) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(manifest | {"icons": [icon]}, indent=2) + "\n"
+    (web / "manifest.webmanifest").write_text(text, encoding="utf-8")
     paths = sorted(path for path in web.rglob("*") if path.is_file() and path.name != "LICENCE")
     files = {path.relative_to(web).as_posix(): path.stat().st_size for path in paths}
     facts: dict[str, Any] = {

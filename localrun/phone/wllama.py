@@ -1,7 +1,7 @@
-"""Get wllama, llama.cpp built for browsers: two npm packages of one pinned version, checked against their hashes.
+"""Fetch wllama, llama.cpp built for browsers: two npm packages of one pinned version, checked against their hashes.
 
-They are fetched once into the cache and checked at every use. `wllama` itself runs where browsers have WebAssembly's
-64-bit memory; `wllama-compat` is the build for those that have not, iPhones above all.
+They are fetched once into the cache and checked at every use. `wllama` itself needs a browser with WebAssembly's
+64-bit memory; `wllama-compat` is the build for browsers without it, iPhones above all.
 
 Source: https://github.com/ngxson/wllama (MIT).
 """
@@ -12,14 +12,14 @@ import base64
 import hashlib
 import os
 import tarfile
-import tempfile
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ArtifactError, ModelError, UsageError
-from ..core.reporter import Progress, no_progress
+from ..core.atomic import replacing_file
+from ..core.reporter import SILENT, Reporter
 from ..core.text import format_bytes
 from ..machine.hardware import cache_dir
 
@@ -31,7 +31,7 @@ _TIMEOUT = 30  # seconds without a byte
 
 @dataclass(frozen=True)
 class Package:
-    """An npm package: what its tarball must hash to (as the registry's `dist.integrity`), and which files are used."""
+    """An npm package: the hash of its tarball (the registry's `dist.integrity`), and the files that we use."""
 
     name: str
     sha512: str
@@ -39,7 +39,7 @@ class Package:
 
     @property
     def file_name(self) -> str:
-        """The tarball's, as the registry has it."""
+        """The tarball's name in the registry."""
         return f"{self.name.rpartition('/')[2]}-{VERSION}.tgz"
 
 
@@ -61,13 +61,13 @@ PACKAGES = (
 )
 
 
-def unpack_wllama(folder: Path, *, offline: bool = False, on_progress: Progress = no_progress) -> list[str]:
+def unpack_wllama(folder: Path, *, offline: bool = False, report: Reporter = SILENT) -> list[str]:
     """Write wllama's files into a folder that exists; return a line for each package that was fetched.
 
     Raises:
-        ArtifactError: a package in the cache, or what the registry gave, is not the one that is pinned.
-        ModelError: the registry cannot be reached.
-        UsageError: `offline`, and a package is not in the cache.
+        ArtifactError: code "package-changed": a package in the cache, or from the registry, is not the pinned one.
+        ModelError: code "registry-unreachable".
+        UsageError: code "not-in-cache": `offline`, and a package is missing; "registry-broken": npm's setting is bad.
     """
     notes = []
     for package in PACKAGES:
@@ -75,19 +75,21 @@ def unpack_wllama(folder: Path, *, offline: bool = False, on_progress: Progress 
         if not tarball.is_file():
             if offline:
                 raise UsageError(
-                    f"{package.name} {VERSION} is not in the cache, and --offline forbids to fetch it",
+                    f"{package.name} {VERSION} is not in the cache, and --offline forbids fetching it",
                     f"run once without --offline, or put {package.file_name} into {cache_dir()}",
+                    code="not-in-cache",
                 )
-            notes.append(_fetch(package, tarball, on_progress))
+            notes.append(_fetch(package, tarball, report))
         data = tarball.read_bytes()
         if not _is_pinned(package, data):
-            raise ArtifactError(f"{tarball} is not the pinned {package.name} {VERSION}", "remove it and run again")
+            hint = "remove it and run the command again"
+            raise ArtifactError(f"{tarball} is not the pinned {package.name} {VERSION}", hint, code="package-changed")
         _unpack(tarball, package.members, folder)
     return notes
 
 
 def registry() -> str:
-    """Return npm's registry as npm itself is told: by the environment, else ~/.npmrc, else the public one."""
+    """Return npm's registry where npm itself looks it up: the environment, then ~/.npmrc, then the public one."""
     for name in ("npm_config_registry", "NPM_CONFIG_REGISTRY"):
         if os.environ.get(name):
             return os.environ[name].rstrip("/")
@@ -99,31 +101,34 @@ def registry() -> str:
     return (settings.get("@wllama:registry") or settings.get("registry") or _REGISTRY).rstrip("/")
 
 
-def _fetch(package: Package, target: Path, on_progress: Progress) -> str:
-    """Download a tarball into the cache, if it is the pinned one; return a line that says so."""
+def _fetch(package: Package, target: Path, report: Reporter) -> str:
+    """Download a tarball into the cache if it is the pinned one; return a line for people."""
     url = f"{registry()}/{package.name}/-/{package.file_name}"
     if not url.startswith(("https://", "http://")):
-        raise UsageError(f"npm's registry is set to {registry()}, which is no web address", "npm config get registry")
+        message = f"npm's registry is set to {registry()}, which is not a web address"
+        raise UsageError(message, "see: npm config get registry", code="registry-broken")
     data = bytearray()
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             total = int(response.headers.get("Content-Length") or 0)
             while piece := response.read(1 << 18):
                 data += piece
-                on_progress(f"fetching {package.name}", len(data), max(total, len(data)), "bytes")
+                report.progress(f"fetching {package.name}", len(data), max(total, len(data)), "bytes")
                 if len(data) > _MAX_BYTES:
                     break
     except (OSError, ValueError, urllib.error.URLError) as error:
         reason = getattr(error, "reason", None) or error
         raise ModelError(
-            f"cannot fetch {url}: {reason}", "check the network; npm's registry setting is honoured"
+            f"cannot fetch {url}: {reason}",
+            "check the network and npm's registry setting",
+            code="registry-unreachable",
         ) from error
     if not _is_pinned(package, bytes(data)):
-        raise ArtifactError(f"{url} gave something else than {package.name} {VERSION}", "it was thrown away")
+        message = f"{url} sent something else than the pinned {package.name} {VERSION}"
+        raise ArtifactError(message, "nothing was kept of it", code="package-changed")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(target)
+    with replacing_file(target) as temporary:
+        temporary.write_bytes(data)
     return f"fetched {package.name} {VERSION} ({format_bytes(len(data))}) from {url}, kept in {target}"
 
 
@@ -132,11 +137,11 @@ def _is_pinned(package: Package, data: bytes) -> bool:
 
 
 def _unpack(tarball: Path, members: dict[str, str], folder: Path) -> None:
-    """Write chosen members under names of our own: no path in the tarball decides where anything lands."""
+    """Write chosen members under our own names: no path in the tarball decides where a file lands."""
     with tarfile.open(tarball) as archive:
         for name, ours in members.items():
             member = archive.getmember(name)
             file = archive.extractfile(member) if member.isreg() else None
             if file is None:
-                raise ArtifactError(f"{tarball}: {name} is no plain file")
+                raise ArtifactError(f"{tarball}: {name} is not a plain file", code="package-changed")
             (folder / ours).write_bytes(file.read(_MAX_BYTES))

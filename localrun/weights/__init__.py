@@ -1,1 +1,1 @@
-"""A loaded model's weights and activations, read and swapped while it runs."""
+"""Read the activations and swap the weights of a model while it runs."""

@@ -1,11 +1,11 @@
-"""See what goes into every weight matrix while texts are read: sums of squares, llama.cpp's importance matrix.
+"""Sum the squares of what every weight matrix is multiplied with while texts are read: the importance matrix.
 
-ggml's scheduler asks a callback about each node of the graph. For products with a weight it is answered yes, and then
-the other factor, the activations, is there to be read. Every position's logits are wanted, or the last layer's
-feed-forward would be computed for the last token alone.
+ggml's scheduler asks a callback about each node of the graph. We say yes to products with a weight, and are called
+again when the other factor, the activations, can be read. We ask for every position's logits: otherwise the last
+layer's feed-forward would be computed for the last token alone.
 
-Source: https://github.com/ggml-org/llama.cpp, tools/imatrix/imatrix.cpp. Unlike there a tied output's activations are
-kept too, under `token_embd.weight`, and batches of any size count.
+Source: https://github.com/ggml-org/llama.cpp, tools/imatrix/imatrix.cpp. Unlike llama.cpp we also keep a tied
+output's activations, under `token_embd.weight`, and count batches of any size.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .tensors import Pointer, name_of, op_of, scheduler_callback, values_of
 
 @dataclass
 class Squares:
-    """Of one weight: the sum of squares of each input column `[n_matrices, n_per_row]`, and how many rows were summed.
+    """One weight's sum of squares of each input column `[n_matrices, n_per_row]`, and how many rows were summed.
 
-    `counts` is `[n_matrices]` for stacked experts, which see only what is routed to them, and `[1]` for others.
+    `counts` is `[n_matrices]` for stacked experts, which see only the tokens routed to them, and `[1]` for others.
     """
 
     sums: npt.NDArray[np.float64]
@@ -42,7 +42,7 @@ def collect_squares(
     n_threads: int | None = None,
     on_text: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Squares]:
-    """Read texts, each on its own, and return the squares of what every matrix was multiplied with.
+    """Read texts, each on its own, and return the squares of every matrix's inputs.
 
     Args:
         path: the GGUF; its activations are those of an unquantized model if its weights are F16, BF16 or F32.
@@ -92,7 +92,7 @@ def _read(context: Context, tokens: list[int], failed: list[BaseException]) -> N
         if failed:
             raise failed[0]
         if not done:
-            raise ModelError(f"the context of {context.n_ctx} tokens is full")
+            raise ModelError(f"the context of {context.n_ctx} tokens is full", code="context-full")
 
 
 def _is_product_with_weight(node: Pointer) -> bool:

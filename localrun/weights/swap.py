@@ -1,7 +1,7 @@
-"""A model in memory whose weights can be exchanged one by one, to see what each change does to what it says.
+"""A model in memory whose weights can be exchanged one by one, to measure how each change affects its logits.
 
-The model is loaded once as F16; a weight is set through ggml's own backend, so the same holds on a GPU, and a
-measurement takes one reading of the texts: no file is written, nothing is loaded again.
+The model is loaded once as F16; a weight is set through ggml's own backend, which works on a GPU too. A measurement
+takes one pass over the texts: no file is written, nothing is loaded again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
 
 
 class LogitReader(Closes):
-    """A GGUF that is read for its logits, as it computes when it is run. Close it, or use it as a context manager."""
+    """A GGUF that is run only for its logits. Close it, or use it as a context manager."""
 
     def __init__(self, path: Path, *, n_threads: int | None = None, writable: bool = False) -> None:
         """Load the file.
@@ -46,7 +46,9 @@ class LogitReader(Closes):
             ModelError: the tokens do not fit the context.
         """
         if not start < len(tokens) <= self._context.n_ctx:
-            raise ModelError(f"{len(tokens)} tokens do not fit the context of {self._context.n_ctx}")
+            raise ModelError(
+                f"{len(tokens)} tokens do not fit the context of {self._context.n_ctx}", code="prompt-too-long"
+            )
         self._context.forget(0)
         last = len(tokens) - 1  # nothing comes after the last token
         for begin in range(0, last, N_BATCH):
@@ -61,10 +63,10 @@ class LogitReader(Closes):
 
 
 class Probe(LogitReader):
-    """An F16 GGUF to be read with other weights."""
+    """An F16 GGUF that can be run with other weights."""
 
     def __init__(self, path: Path, *, n_threads: int | None = None) -> None:
-        """Load the file into memory of its own, and find where each weight stands there.
+        """Load the file into memory of its own, and find the address of each weight.
 
         Raises:
             ArtifactError, ModelError: the file cannot be run, or ggml's tensors do not look as they should.
@@ -104,12 +106,12 @@ class Probe(LogitReader):
         return frozenset(self._weights)
 
     def set(self, name: str, rows: npt.NDArray[np.float32]) -> None:
-        """Exchange a weight's values, of any shape with as many elements.
+        """Set a weight's values, in any shape with as many elements.
 
         Raises:
-            ModelError: the model computes with no such weight.
+            ModelError: code "no-such-weight".
         """
         if name not in self._weights:
-            raise ModelError(f"{self.model.path} computes with no {name}")
+            raise ModelError(f"{self.model.path} does not compute with {name}", code="no-such-weight")
         for tensor in self._weights[name]:
             set_f16(tensor, rows)

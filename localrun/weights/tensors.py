@@ -1,6 +1,6 @@
-"""ggml's tensors as they stand in memory while llama.cpp computes: their names, what they hold, and setting it.
+"""Read and set ggml's tensors in memory while llama.cpp computes.
 
-The struct is mirrored here; its size is checked against the installed library before anything is read through it.
+We mirror the struct, and check its size against the installed library before reading anything through it.
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ GgmlTensor._fields_ = [
 ]
 Pointer = Any  # ctypes.POINTER(GgmlTensor)
 OnNode = Callable[[Pointer, bool], bool]
-"""Asked about a node before it is computed (True: call again with its data) and called after (True: go on)."""
+"""Called before a node is computed (True asks to be called again with its data), and after (True continues)."""
 
 
 @cache
 def _functions() -> ctypes.CDLL:
-    """Return ggml with what is called here declared, once its tensors are known to look as they do here.
+    """Return ggml with our calls declared, after checking that its tensors have the layout that we mirror.
 
     Raises:
-        ModelError: they do not.
+        ModelError: code "llama-cpp-mismatch".
     """
     library = ggml_library()
     library.ggml_tensor_overhead.restype = ctypes.c_size_t
     size = int(library.ggml_tensor_overhead()) - _OBJECT_BYTES
     if size != ctypes.sizeof(GgmlTensor):
         raise ModelError(
-            f"ggml's tensors take {size} bytes in this llama-cpp-python, {ctypes.sizeof(GgmlTensor)} were expected",
+            f"ggml's tensors take {size} bytes in this llama-cpp-python instead of {ctypes.sizeof(GgmlTensor)}",
             "install llama-cpp-python 0.3.36, or give --imatrix FILE",
+            code="llama-cpp-mismatch",
         )
     library.ggml_op_name.restype, library.ggml_op_name.argtypes = ctypes.c_char_p, [ctypes.c_int]
     for name in ("ggml_backend_tensor_get", "ggml_backend_tensor_set"):
@@ -72,13 +73,13 @@ def _functions() -> ctypes.CDLL:
 
 
 def scheduler_callback(on_node: OnNode, failed: list[BaseException]) -> Callable[[int, bool], bool]:
-    """Return on_node as `llama.Context` takes it; what it raises ends the computation and is put into `failed`."""
+    """Return on_node as `llama.Context` takes it; an exception ends the computation and is added to `failed`."""
     _functions()
 
     def call(address: int, is_asked: bool) -> bool:
         try:
             return on_node(ctypes.cast(address, ctypes.POINTER(GgmlTensor)), is_asked)
-        except BaseException as error:  # ctypes would print it and go on
+        except BaseException as error:  # ctypes would print it and continue
             failed.append(error)
             return False
 
@@ -97,16 +98,18 @@ def name_of(tensor: Pointer) -> str:
 
 
 def address_of(tensor: Pointer) -> Pointer:
-    """Return a pointer of its own to a tensor: one read out of a node's sources changes when the graph is gone."""
+    """Return a pointer to a tensor that outlives the graph: one in a node's sources changes with it."""
     return ctypes.pointer(tensor.contents)
 
 
 def values_of(tensor: Pointer) -> npt.NDArray[Any]:
-    """Return a copy `[ne3, ne2, ne1, ne0]` of a float32 or int32 tensor, from whatever device holds it."""
+    """Return a copy `[ne3, ne2, ne1, ne0]` of a float32 or int32 tensor, from whatever device it is on."""
     found = tensor.contents
     dtype = {_F32: np.float32, _I32: np.int32}.get(found.type)
     if dtype is None:
-        raise ModelError(f"{name_of(tensor)} is of ggml type {found.type}: only F32 and I32 are read")
+        raise ModelError(
+            f"{name_of(tensor)} has ggml type {found.type}: only F32 and I32 can be read", code="type-unsupported"
+        )
     shape, strides = found.ne[::-1], found.nb[::-1]
     n_bytes = 4 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     raw = np.empty(n_bytes, np.uint8)
@@ -115,7 +118,7 @@ def values_of(tensor: Pointer) -> npt.NDArray[Any]:
 
 
 def set_f16(tensor: Pointer, rows: npt.NDArray[np.float32]) -> None:
-    """Put values into an F16 tensor of as many elements, wherever it stands."""
+    """Set the values of an F16 tensor with as many elements, on whatever device it is."""
     data = np.ascontiguousarray(rows, np.float16)
     found = tensor.contents
     if found.type != _F16 or data.size != int(np.prod(found.ne[:])):

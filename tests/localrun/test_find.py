@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from deepdistill.errors import ArtifactError, DeepDistillError, UsageError
-from deepdistill.localrun.chat.chat import find_model
+from deepdistill.localrun.find import find_model
 
 Hub = Callable[[dict[str, dict[str, bytes]]], AbstractContextManager[str]]
 
@@ -47,23 +47,25 @@ def test_a_run_folder_is_its_newest_and_a_file_is_itself(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "kind", "said"),
+    ("spec", "kind", "named"),
     [
-        (None, ArtifactError, "no run"),
+        (None, ArtifactError, "runs/"),
         ("nowhere.gguf", ArtifactError, "nowhere.gguf"),
-        ("HuggingFaceTB/SmolLM2", ArtifactError, "no model at"),
-        ("empty", ArtifactError, "empty holds no GGUF"),
+        ("HuggingFaceTB/SmolLM2", ArtifactError, "SmolLM2"),
+        ("empty", ArtifactError, "empty"),
         ("hf:onlyone", UsageError, "hf:onlyone"),
         ("hf:a/b/c", UsageError, "hf:a/b/c"),
     ],
 )
 def test_what_is_not_there_is_one_line_and_a_hint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | None, kind: type[DeepDistillError], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str | None, kind: type[DeepDistillError], named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(kind, match=said) as caught:
+    with pytest.raises(kind) as caught:
         find_model(spec)
+    assert named in caught.value.message
+    assert caught.value.code == ("spec-broken" if kind is UsageError else "no-such-model")
     assert "\n" not in caught.value.message + caught.value.hint
     assert caught.value.hint
 
@@ -79,7 +81,7 @@ def find_on(endpoint: str, home: Path, spec: str, offline: bool = False) -> str:
     """Find a model in a process of its own: the hub's library reads its settings once."""
     code = (
         "import sys\nfrom deepdistill.errors import DeepDistillError\n"
-        "from deepdistill.localrun.chat.chat import find_model\n"
+        "from deepdistill.localrun.find import find_model\n"
         "try:\n    print(find_model(sys.argv[1], offline=sys.argv[2] == 'True'))\n"
         "except DeepDistillError as error:\n    print(type(error).__name__, error.message, error.hint, sep=' | ')"
     )

@@ -17,9 +17,12 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 from rich.console import Console
 
+from deepdistill.errors import DeepDistillError
+from deepdistill.localrun.chat.commands import COMMANDS, run_command
 from deepdistill.localrun.chat.conversations import Store, read_conversation
+from deepdistill.localrun.chat.dialogue import Dialogue
 from deepdistill.localrun.chat.keyboard import history_path
-from deepdistill.localrun.chat.repl import Dialogue, converse
+from deepdistill.localrun.chat.repl import converse
 from deepdistill.localrun.chat.session import Question, Session
 from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.engine.engine import Engine
@@ -132,28 +135,32 @@ def test_settings(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "code"),
     [
-        ("/nonsense now", "there is no /nonsense; /help lists"),
-        ("/ed", "did you mean /edit?"),
-        ("/think loudly", "/think auto, on, off, show or fold"),
-        ("/budget soon", "soon is no number of tokens"),
-        ("/budget -1", "-1 is no number of tokens"),
-        ("/temp hot", "hot is no temperature"),
-        ("/temp nan", "nan is no temperature"),
-        ("/file /no/such/file", "no file at /no/such/file"),
-        ("/file /", "/ is no file"),
-        ("/image cat.png", "has no vision part"),
-        ("/model /no/such.gguf", "no model at /no/such.gguf"),
-        ("/load /no/such.json", "cannot read /no/such.json"),
-        ("/export pdf", "/export md or /export json"),
-        ("/retry", "nothing to ask again"),
-        ("/edit", "nothing to edit"),
-        ("/undo", "no turn to take back"),
+        ("/nonsense now", "no-such-command"),
+        ("/ed", "no-such-command"),
+        ("/think loudly", "value-broken"),
+        ("/budget soon", "value-broken"),
+        ("/budget -1", "value-broken"),
+        ("/temp hot", "value-broken"),
+        ("/temp nan", "value-broken"),
+        ("/file /no/such/file", "no-such-file"),
+        ("/file /", "no-such-file"),
+        ("/image cat.png", "no-projector"),
+        ("/model /no/such.gguf", "no-such-model"),
+        ("/load /no/such.json", "file-unreadable"),
+        ("/export pdf", "value-broken"),
+        ("/retry", "no-turn"),
+        ("/edit", "no-turn"),
+        ("/undo", "no-turn"),
     ],
 )
-def test_what_a_command_cannot_do_is_said(talk: Talk, line: str, said: str) -> None:
-    assert said in talk.type(line)
+def test_what_a_command_cannot_do_is_one_line_and_sent_to_nobody(talk: Talk, line: str, code: str) -> None:
+    with pytest.raises(DeepDistillError) as refused:
+        run_command(talk.dialogue, line)
+    error = refused.value
+    assert error.code == code
+    assert f"{error.message}; {error.hint}".removesuffix("; ") in talk.type(line)
     assert talk.session.turns == []
 
 
@@ -162,7 +169,7 @@ def test_every_command_is_in_the_help_and_the_completion(talk: Talk) -> None:
     names = "model system think budget temp file image retry edit undo save load export stats clear quit"
     for name in (f"/{name}" for name in names.split(" ")):
         assert f"\n{name}" in shown
-        assert name in dict(talk.dialogue.commands())
+        assert name in COMMANDS
 
 
 def test_saved_conversations(talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,8 +191,8 @@ def test_save_overwrites_nothing(talk: Talk, tmp_path: Path) -> None:
     there = tmp_path / "there.json"
     there.write_text("mine")
     shown = talk.type("hi", f"/save {there}", f"/save {tmp_path}/no/such/folder.json")
-    assert f"{there} is there already" in shown
-    assert "cannot write" in shown
+    assert f"{there} already exists" in shown
+    assert f"cannot write {tmp_path}/no/such/folder.json" in shown
     assert there.read_text() == "mine"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "kept", there]
 
@@ -197,7 +204,7 @@ def test_a_slash_after_a_space_is_a_message(talk: Talk) -> None:
 
 def test_a_full_context_is_announced_and_clear_goes_on(talk: Talk) -> None:
     shown = talk.type("y" * 420, "z" * 60, "/clear", "again")
-    assert re.search(r"note: \d+ of 512 tokens of context are taken; /undo makes room, /clear", shown)
+    assert re.search(r"note: \d+ of 512 tokens of context are used; /undo makes room, /clear", shown)
     assert re.search(r"takes \d+ tokens and the context holds 512", shown)
     assert talk.asked == ["again"]
 
@@ -253,7 +260,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talk: Talk, monkeypatch: pytes
 def test_ctrl_c_in_the_thinking_takes_the_question_back(talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(monkeypatch, "=7")
     shown = talk.type("one", "/retry")
-    assert "(stopped; the question is taken back: /edit or /retry)" in shown
+    assert "(stopped; the question was taken back: /edit or /retry)" in shown
     assert [turn["content"] for turn in talk.session.turns] == ["one", ANSWER]
 
 
@@ -282,7 +289,7 @@ def test_a_file_is_sent_with_the_next_message_alone(talk: Talk, tmp_path: Path) 
         (b"\x7fELF\0\0", "is binary"),
         ("größe".encode("latin-1"), "is not UTF-8 text"),
         (b"word " * 150, r"takes \d+ tokens and the context has room for \d+"),
-        (b"word " * 10_000, "holds 50,000 bytes, more than"),
+        (b"word " * 10_000, "has 50,000 bytes, more than"),
     ],
 )
 def test_files_that_cannot_be_attached(talk: Talk, tmp_path: Path, data: bytes, said: str) -> None:
@@ -295,7 +302,7 @@ def test_another_model_goes_on(talk: Talk, random_gguf: Path, tmp_path: Path) ->
     before = talk.session.engine.path
     shown = talk.type("one", "/model", f"/model {random_gguf}", "/stats")
     assert f"{before} (this one)" in shown
-    assert "random.gguf, 512 tokens of context, the conversation goes on" in shown
+    assert "random.gguf, 512 tokens of context, the conversation continues" in shown
     assert talk.session.engine.path == random_gguf
     assert re.search(r"^model +random.gguf, ", shown, re.M)
     assert re.search(r"^context +\d+ of 512 tokens", shown, re.M)
@@ -351,7 +358,7 @@ def test_two_chats_do_not_write_over_each_other(talk: Talk) -> None:
     other = read_conversation(path)
     talk.store.write(path, replace(other, messages=other.messages + other.messages))
     os.utime(path, ns=(1, 1))  # whatever the clock's resolution
-    assert "from here this one is kept apart" in talk.type("two")
+    assert "this one is kept in a file of its own" in talk.type("two")
     assert sorted(kept(talk)) == [["one", "one"], ["one", "two"]]
 
 

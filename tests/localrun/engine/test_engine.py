@@ -100,7 +100,7 @@ def test_logits_of_a_long_sequence_go_over_batches(random_gguf: Path) -> None:
     with Engine(random_gguf, n_ctx=1024, n_threads=1) as engine:
         whole, start = engine.logits(tokens), engine.logits(tokens[:600])
         np.testing.assert_allclose(whole[:600], start, atol=0.05)
-        with pytest.raises(ModelError, match="do not fit"):
+        with pytest.raises(ModelError, check=lambda error: error.code == "prompt-too-long"):
             engine.logits(tokens * 2)
 
 
@@ -299,7 +299,7 @@ def test_a_state_of_another_model_cache_or_context_or_a_broken_one_is_not_taken(
             assert engine.load_state(cut) == 0
             assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted, "and it still answers"
         assert engine.load_state(tmp_path / "none") == 0
-        with pytest.raises(ArtifactError, match="cannot write"):
+        with pytest.raises(ArtifactError, check=lambda error: error.code == "write-failed"):
             engine.save_state(tmp_path / "no" / "folder")
     for path, keywords in ((scripted_gguf, {}), (random_gguf, {"n_ctx": 256})):
         with Engine(path, n_threads=1, **keywords) as engine:  # type: ignore[arg-type]
@@ -330,9 +330,9 @@ def test_a_smaller_cache_is_nearly_the_same(smollm2_gguf: Path, kv_type: str) ->
 
 
 def test_a_cache_type_that_is_none_or_does_not_fit_the_model_is_told(random_gguf: Path) -> None:
-    with pytest.raises(UsageError, match="no KV type 'q5'"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-such-kv-type"):
         Engine(random_gguf, n_threads=1, kv_type="q5")
-    with pytest.raises(UsageError, match="cannot be q8_0: its heads are 16 wide"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "kv-type-unfit"):
         Engine(random_gguf, n_threads=1, kv_type="q8_0")
 
 
@@ -341,16 +341,16 @@ def test_what_does_not_fit_the_memory_is_told_before_loading(
 ) -> None:
     monkeypatch.setattr(memory, "room_bytes", lambda: 3_000_000)
     monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(ModelError, match=r"not enough memory: random\.gguf") as caught:
+    with pytest.raises(ModelError, check=lambda error: error.code == "not-enough-memory") as caught:
         Engine(random_gguf, n_ctx=100_000, n_threads=1)
     assert "--context" in caught.value.hint
 
 
 def test_a_prompt_too_long_is_refused_and_a_long_answer_is_cut_at_the_context(random_gguf: Path) -> None:
     with Engine(random_gguf, n_ctx=256, n_threads=1) as engine:
-        with pytest.raises(ModelError, match=rf"takes \d+ tokens and the context holds {engine.n_ctx}"):
+        with pytest.raises(ModelError, check=lambda error: error.code == "prompt-too-long"):
             list(engine.stream(prompt_of(engine, "x" * 300), GREEDY))
-        with pytest.raises(ModelError, match="empty"):
+        with pytest.raises(ModelError, check=lambda error: error.code == "prompt-empty"):
             list(engine.stream("", GREEDY))
         tokens = engine.tokenize(prompt_of(engine, "x" * 200))
         last = list(engine.stream(tokens, Sampling(temperature=1.0, seed=3, max_tokens=10_000)))[-1]
@@ -403,14 +403,15 @@ def test_a_file_cut_short_is_told(random_gguf: Path, tmp_path: Path, share: floa
 def test_files_that_are_no_gguf(tmp_path: Path, random_gguf: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello, I am no model")
     (tmp_path / "empty.gguf").write_bytes(b"")
-    for name, said in [
-        ("text.gguf", "not a GGUF"),
-        ("empty.gguf", "not a GGUF"),
-        ("none.gguf", "no GGUF file at"),
-        (".", "no GGUF file at"),
+    for name, code in [
+        ("text.gguf", "not-gguf"),
+        ("empty.gguf", "not-gguf"),
+        ("none.gguf", "no-such-model"),
+        (".", "no-such-model"),
     ]:
-        with pytest.raises(ArtifactError, match=said):
+        with pytest.raises(ArtifactError) as refused:
             Engine(tmp_path / name)
+        assert refused.value.code == code
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(random_gguf.read_bytes().replace(b"llama", b"lhama"))
     with pytest.raises(ModelError, match="lhama") as caught:

@@ -286,28 +286,28 @@ CYCLE: dict[str, Any] = {"allOf": [{"$ref": "#"}]}
     ("schema", "said"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "too deep"),
-        ([], "is no schema"),
+        ("[" * 100_000, "too deeply"),
+        ([], "is not a schema"),
         (False, "allows nothing"),
         ({"type": "text"}, "the type 'text'"),
-        ({"type": "string", "pattern": "^a$"}, "'pattern', which a grammar cannot hold"),
+        ({"type": "string", "pattern": "^a$"}, "'pattern', which a grammar cannot enforce"),
         ({"properties": {"a": {"items": {"not": {}}}}}, "at #/properties/a/items says 'not'"),
         ({"type": "array", "uniqueItems": True}, "'uniqueItems'"),
         ({"type": "number", "minimum": 0.5}, "'minimum' 0.5"),
         ({"type": "number", "exclusiveMinimum": 0}, "'exclusiveMinimum' 0"),
-        ({"type": "integer", "minimum": 3, "maximum": 2}, "no number from 3 to 2"),
-        ({"type": "integer", "minimum": "3"}, "a minimum that is no number"),
+        ({"type": "integer", "minimum": 3, "maximum": 2}, "no number: 3 is above 2"),
+        ({"type": "integer", "minimum": "3"}, "a minimum that is not a number"),
         ({"type": "string", "maxLength": 3000}, "from 0 to 3000"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "from 3 to 2"),
-        ({"enum": []}, "nothing to choose from"),
-        ({"enum": "abc"}, "enum that is no list"),
-        ({"anyOf": []}, "nothing to choose from"),
-        ({"properties": []}, "properties that is no dict"),
+        ({"enum": []}, "allows no value"),
+        ({"enum": "abc"}, "enum that is not a list"),
+        ({"anyOf": []}, "allows no value"),
+        ({"properties": []}, "properties that is not a dict"),
         ({"$ref": "#/$defs/gone"}, "'#/\\$defs/gone', which is not there"),
-        ({"$ref": "https://example.org/a"}, "outside of the document"),
+        ({"$ref": "https://example.org/a"}, "outside the document"),
         ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "'type' in two ways"),
         ({"allOf": [{"properties": {"a": 1}, "additionalProperties": False}, {"properties": {"b": 1}}]}, "closes"),
-        (CYCLE, "in circles"),
+        (CYCLE, "refers to itself"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_held_is_refused(schema: Any, said: str) -> None:
@@ -325,7 +325,7 @@ def test_what_cannot_be_held_is_refused(schema: Any, said: str) -> None:
         ('root ::= root | "a"', "left recursion"),
         ('root ::= ("a"', r"expecting '\)' at the end of a line"),
         ("root ::= [a", "unexpected end of input"),
-        ("root ::= " + "(" * 100_000, "too deep"),
+        ("root ::= " + "(" * 100_000, "too deeply"),
         ('root ::= "a"\0', "NUL"),
         ("root ::= \ud800", "expecting|parse"),
     ],
@@ -340,7 +340,7 @@ def test_a_grammar_that_does_not_parse_is_told(gbnf: str, said: str, capfd: pyte
 def test_a_grammar_may_name_the_models_tokens(model: Model) -> None:
     gbnf = 'root ::= "a" <|im_end|>'.replace("<|im_end|>", "<[2]>")
     check_grammar(gbnf, model)
-    with pytest.raises(UsageError, match="no vocab"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "grammar-broken"):
         check_grammar('root ::= "a" <think>')
 
 

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from deepdistill.errors import ModelError
 from deepdistill.localrun.core.generation import Guidance, Sampling
-from deepdistill.localrun.engine import speculation as drafts
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.engine.speculation import Latch, NgramDrafts
 
@@ -80,7 +79,7 @@ def test_a_draft_model_guesses_and_one_with_another_vocabulary_is_refused(
         assert got == wanted
         assert n_right >= 35, "a model guesses itself right, four of five tokens"
     other = build_gguf(tmp_path / "other.gguf", script=[b"another token"])
-    with pytest.raises(ModelError, match="another vocabulary"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "vocabulary-mismatch"):
         Engine(random_gguf, n_threads=1, draft_path=other)
 
 
@@ -131,4 +130,3 @@ def test_the_latch_tries_again_when_the_text_changes() -> None:
     run(latch, right=0.0, cost=0.3)
     _, gain = run(latch, right=0.95, cost=0.15, n=4000)
     assert gain > 1.3
-    assert drafts._LONG_PAUSE < 2000

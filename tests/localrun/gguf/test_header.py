@@ -34,14 +34,14 @@ def test_a_file_cut_anywhere_is_told(random_gguf: Path, tmp_path: Path, share: f
     path = tmp_path / "model.gguf"
     data = random_gguf.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ArtifactError, match=r"no whole GGUF file|cut short"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code in ("gguf-broken", "gguf-cut-short")):
         read_gguf(path)
 
 
 @pytest.mark.parametrize("junk", [b"", b"GGUF", b"GGUF" + b"\xff" * 400, b"<html>" * 99])
 def test_junk_is_told(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "junk.gguf").write_bytes(junk)
-    with pytest.raises(ArtifactError, match="no whole GGUF file"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "gguf-broken"):
         read_gguf(tmp_path / "junk.gguf")
 
 
@@ -71,16 +71,16 @@ HUGE = 1 << 62
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        (gguf_of([], [row()], n_rows=HUGE), "asks for room"),
-        (gguf_of([], [row()], n_entries=HUGE), "asks for room"),
-        (gguf_of([entry("a", 8, struct.pack("<Q", HUGE))], []), "asks for room"),
-        (gguf_of([struct.pack("<Q", HUGE) + b"a"], []), "asks for room"),
+        (gguf_of([], [row()], n_rows=HUGE), "announces"),
+        (gguf_of([], [row()], n_entries=HUGE), "announces"),
+        (gguf_of([entry("a", 8, struct.pack("<Q", HUGE))], []), "announces"),
+        (gguf_of([struct.pack("<Q", HUGE) + b"a"], []), "announces"),
         (gguf_of([entry("", 0, b"\1")], []), "a name of 0"),
         (gguf_of([entry("a" * 70_000, 0, b"\1")], []), "a name of 70,000"),
-        (gguf_of([entry("a", 0, b"\1"), entry("a", 0, b"\1")], []), "there twice"),
+        (gguf_of([entry("a", 0, b"\1"), entry("a", 0, b"\1")], []), "appears twice"),
         (gguf_of([entry("a", 13, b"\1")], []), "type 13"),
-        (gguf_of([entry("a", 9, array(4, HUGE))], []), "asks for room"),
-        (gguf_of([entry("a", 9, array(8, 1000, bytes(80)))], []), "asks for room"),
+        (gguf_of([entry("a", 9, array(4, HUGE))], []), "announces"),
+        (gguf_of([entry("a", 9, array(8, 1000, bytes(80)))], []), "announces"),
         (gguf_of([entry("a", 9, array(77, 1))], []), "array of type 77"),
         (gguf_of([entry("a", 9, DEEP)], []), "4 deep"),
         (gguf_of([entry(name, 9, array(0, 5 << 20, bytes(5 << 20))) for name in "ab"], []), "too long"),
@@ -98,8 +98,8 @@ HUGE = 1 << 62
         (gguf_of([], [row(offset=8)]), "not aligned"),
         (gguf_of([], [row(offset=64)]), "cut short"),
         (gguf_of([], [row(offset=HUGE)]), "cut short"),
-        (gguf_of([], [row(), row()]), "there twice"),
-        (gguf_of([], [row(), row("b")]), "over each other"),
+        (gguf_of([], [row(), row()]), "appears twice"),
+        (gguf_of([], [row(), row("b")]), "overlap"),
         (gguf_of([], [row(type_=4000)]), "unknown type, 4000"),
         (gguf_of([], [], version=1), "version 1"),
         (gguf_of([], [], version=3 << 24), "version"),

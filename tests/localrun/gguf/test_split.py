@@ -78,11 +78,11 @@ def test_another_alignment_holds_in_every_shard(tmp_path: Path) -> None:
 
 def test_a_shard_is_not_split_again(random_gguf: Path, tmp_path: Path) -> None:
     second = split_gguf(random_gguf, tmp_path, MAX)[1]
-    with pytest.raises(ArtifactError, match="part of a split model"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "is-shard"):
         split_gguf(second, tmp_path)
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
-    with pytest.raises(ArtifactError, match="holds no tensors"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "no-tensors"):
         split_gguf(tmp_path / "empty.gguf", tmp_path)

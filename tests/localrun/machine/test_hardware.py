@@ -31,12 +31,14 @@ def cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BuildCPUs:
                 if clock is not None:
                     files["cpufreq/cpuinfo_max_freq"] = f"{clock}\n"
                 for name, text in files.items():
-                    file = tmp_path / "cpu" / f"cpu{cpu}" / name
+                    file = tmp_path / "sys/devices/system/cpu" / f"cpu{cpu}" / name
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(text)
                 cpu += 1
-        monkeypatch.setattr(hardware, "_CPUS", tmp_path / "cpu")
-        monkeypatch.setattr(hardware, "_quota", lambda: quota)
+        if quota is not None:
+            (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+            (tmp_path / "sys/fs/cgroup/cpu.max").write_text(f"{quota * 100_000} 100000\n")
+        monkeypatch.setattr(hardware, "ROOT", tmp_path)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpu)), raising=False)
 
     return build
@@ -194,10 +196,11 @@ def test_spinning_is_bounded_unless_the_user_says_how(
 
 
 def test_the_processor_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: fpu\n")
-    monkeypatch.setattr(hardware, "_PROC", tmp_path)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\nflags\t: fpu\n")
+    monkeypatch.setattr(hardware, "ROOT", tmp_path)
     assert cpu_name() == "Some CPU @ 3 GHz"
-    monkeypatch.setattr(hardware, "_PROC", tmp_path / "none")
+    monkeypatch.setattr(hardware, "ROOT", tmp_path / "none")
     assert cpu_name()
 
 

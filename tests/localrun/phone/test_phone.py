@@ -104,21 +104,21 @@ def test_another_model_is_another_version(q8_gguf: Path, random_gguf: Path, tmp_
 def test_nothing_is_overwritten_and_nothing_half_written_stays(q8_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="there already"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "already-exists"):
         export_phone(q8_gguf, tmp_path / "out")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(q8_gguf.read_bytes()[:-100])
-    with pytest.raises(ArtifactError, match="cut short"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "gguf-cut-short"):
         export_phone(broken, tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "out"]
 
 
 def test_a_failed_fetch_leaves_nothing(q8_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(folder: Path, **_: object) -> list[str]:
-        raise ModelError("no network")
+        raise ModelError("no network", code="registry-unreachable")
 
     monkeypatch.setattr(phone, "unpack_wllama", fail)
-    with pytest.raises(ModelError, match="no network"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "registry-unreachable"):
         export_phone(q8_gguf, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -130,7 +130,7 @@ def test_the_largest_quantized_file_that_fits_is_taken(q8_gguf: Path, random_ggu
     assert choose_model(tmp_path / "f32.gguf", PLENTY, None).path.name == "f32.gguf"
     between = ModelCard.of(random_gguf, PLENTY).memory_bytes  # f32 would take all of it, and a tenth stays free
     assert choose_model(tmp_path, between, None).path.name == "q8.gguf"
-    with pytest.raises(ModelError, match="of memory"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "not-enough-memory"):
         choose_model(tmp_path / "f32.gguf", between, None)
 
 
