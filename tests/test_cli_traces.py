@@ -137,8 +137,8 @@ def test_plan_says_what_a_large_teacher_takes(capsys: pytest.CaptureFixture[str]
         (["teach", "--problems", "{p}", "--traces", "{tmp}/none.jsonl", "--stop-after", "traces"], 1, "no traces at"),
         (["teach", "--problems", "{p}", "--traces", "{p}", "--stop-after", "traces"], 1, "no trace is recognised in"),
         (["teach", "--problems", "{p}", "--max-usd", "3", "--dry-run"], 2, "--max-usd needs the teacher's price"),
-        (["teach", "--problems", "{p}", "--price", "cheap", "--dry-run"], 2, "is no price"),
-        (["teach", "--problems", "{p}", "--judge-price", "1", "--dry-run"], 2, "is no price"),
+        (["teach", "--problems", "{p}", "--price", "cheap", "--dry-run"], 2, "is not a price"),
+        (["teach", "--problems", "{p}", "--judge-price", "1", "--dry-run"], 2, "is not a price"),
         (["teach", "--problems", "{p}", "--accept", "me", "--dry-run"], 2, "cannot make a trace train"),
         (["teach", "--problems", "{p}", "--teacher", "nobody", "--stop-after", "traces"], 2, "no model 'nobody'"),
         (["teach", "--problems", "{p}", "--device", "tpu", "--stop-after", "traces"], 2, "no device 'tpu'"),
@@ -148,8 +148,8 @@ def test_plan_says_what_a_large_teacher_takes(capsys: pytest.CaptureFixture[str]
         (["inspect", "{p}"], 1, "not a trace: it has no usage"),
         (["inspect", "{tmp}"], 1, "is no run folder"),
         (["export", "{p}", "--to", "messages"], 1, "not a trace"),
-        (["plan", "nobody"], 2, "no plan for 'nobody'"),
-        (["plan", "{p}"], 1, "a plan needs the model's config.json"),
+        (["plan", "nobody"], 2, "'nobody' is neither a known model nor a file"),
+        (["plan", "{p}"], 1, "a plan needs the config.json"),
     ],
 )
 def test_what_is_off_is_one_line_with_its_exit_code(

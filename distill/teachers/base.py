@@ -1,41 +1,41 @@
-"""What every teacher is to the rest of the pipeline: conversations in, completions out as they finish.
+"""The interface of every teacher: conversations in, completions out as they finish.
 
 Evaluation asks its models through the same interface, so that a teacher, a student and a GGUF are scored alike.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 from ...errors import TeacherError
+from ...localrun.core.closes import Closes
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ..records import Backend, Request, TeacherInfo
 
 Rung = Literal["text", "generated", "given"]
-"""What a teacher gives of its probabilities: none, those of what it generates, those of any given text too."""
+"""The probabilities that a teacher gives: none, those of its own text, or those of any given text too."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a teacher gives: the `rung` and all below it, with `top_logprobs` probabilities a token (0: none)."""
+    """What a teacher gives: the `rung` and every lower one, with `top_logprobs` probabilities a token (0: none)."""
 
     rung: Rung
     top_logprobs: int
     reasoning: bool
     """Whether it returned its reasoning apart from the answer."""
     token_ids: bool
-    """Whether it says which tokens it generated."""
+    """Whether it gives the ids of the tokens that it generated."""
 
 
 def _ignore(_: str) -> None:
     pass
 
 
-class Teacher(ABC):
+class Teacher(Closes):
     """A model that answers many conversations at once. Close it, or use it as a context manager."""
 
     name: str
@@ -44,7 +44,7 @@ class Teacher(ABC):
     vocabulary: str | None = None
     n_parallel: int = 1
     on_note: Callable[[str], None] = staticmethod(_ignore)
-    """Is told, in one line, what the teacher does otherwise than asked: set it to show that to the user."""
+    """Called with one line when the teacher does something other than asked: set it to show that to the user."""
 
     @abstractmethod
     def generate(
@@ -52,11 +52,10 @@ class Teacher(ABC):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the request, completion) as each finishes; closing the iterator stops the work.
 
-        Requests are drawn as there is room for them, so whoever gives them can end early, or never: a teacher draws
-        about `n_parallel` ahead, one that sorts them by length a few times that. Each is sampled with its own seed
-        (`sampling.seed` is not looked at). With `top_logprobs` a completion holds that many log-probabilities a token,
-        or as many as the teacher gives. A request that fails for good comes back with `finish_reason` "error" and the
-        reason in `error`.
+        Requests are drawn as there is room for them, so `requests` may end early, or never: a teacher draws about
+        `n_parallel` ahead, or a few times that if it sorts them by length. Each is sampled with its own seed, not with
+        `sampling.seed`. With `top_logprobs` a completion holds that many log-probabilities a token, or as many as the
+        teacher gives. A request whose failure is final comes back with `finish_reason` "error", and `error` says why.
 
         Raises:
             TeacherError: no request can succeed any more (a server that is down, a key that it refuses).
@@ -71,10 +70,14 @@ class Teacher(ABC):
         the last place where it is not one of the most probable.
 
         Raises:
-            TeacherError: this teacher cannot score what it has not generated.
-            ModelError: the text does not fit the context.
+            TeacherError: `code` "cannot-score": this teacher scores only what it generated.
+            ModelError: `code` "context-too-small".
         """
-        raise TeacherError(f"{self.name} gives no log-probabilities of a given text", "use a model in this process")
+        raise TeacherError(
+            f"{self.name} gives no log-probabilities of a given text",
+            "use a model in this process",
+            code="cannot-score",
+        )
 
     def score_many(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
@@ -82,35 +85,27 @@ class Teacher(ABC):
         """Yield (index, what `score` returns) for each (messages, answer's token ids), as they come.
 
         Raises:
-            TeacherError: this teacher cannot score what it has not generated.
-            ModelError: a text does not fit the context.
+            TeacherError: `code` "cannot-score": this teacher scores only what it generated.
+            ModelError: `code` "context-too-small".
         """
         for index, (messages, answer) in enumerate(conversations):
             yield index, self.score(messages, answer, top_logprobs=top_logprobs)
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Return the token ids of a text without special tokens added; None if the teacher does not tell them."""
+        """Return the token ids of a text without special tokens added; None if the teacher does not give them."""
         return None
 
-    def accepts(self, problem_source: str) -> None:  # noqa: B027 - most teachers answer anything
+    def accepts(self, problem_source: str) -> None:
         """Return if the teacher was made for problems of this source.
 
         Raises:
             TeacherError: it was not; the hint says what it answers.
         """
 
-    def close(self) -> None:  # noqa: B027 - most teachers hold nothing
-        """Give back what the teacher holds. More than one call does no harm."""
+    def close(self) -> None:
+        """Give back what the teacher holds: most hold nothing. More than one call does no harm."""
 
     @property
     def info(self) -> TeacherInfo:
         """Who this is, as a trace keeps it."""
         return TeacherInfo(self.name, self.backend, self.revision, self.vocabulary)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,4 +1,4 @@
-"""What a run may cost, when it has to stop, and what the whole of it will come to, judged from what is done so far."""
+"""What a run may cost, when it has to stop, and what it will cost in all, judged from its samples so far."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Self
 
 from ...errors import UsageError
 from ...localrun.core.generation import Completion
+from ...localrun.core.text import format_duration
 
-_JUDGED_FROM = 20  # samples; fewer say little about the rest
+_JUDGED_FROM = 20  # samples: fewer say little about the rest
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class Price:
         try:
             prompt, completion = (float(part) for part in text.split(","))
         except ValueError:
-            raise UsageError(f"{text!r} is no price", "write IN,OUT in dollars a million tokens: 0.55,2.19") from None
+            raise UsageError(
+                f"{text!r} is not a price", "write IN,OUT in dollars a million tokens: 0.55,2.19", code="bad-price"
+            ) from None
         if not (0 <= prompt < 1e6 and 0 <= completion < 1e6):
-            raise UsageError(f"{text!r} is no price", "write IN,OUT in dollars a million tokens: 0.55,2.19")
+            raise UsageError(
+                f"{text!r} is not a price", "write IN,OUT in dollars a million tokens: 0.55,2.19", code="bad-price"
+            )
         return cls(prompt, completion)
 
     def of(self, n_prompt: int, n_completion: int) -> float:
@@ -54,7 +59,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_usd is not None and self.price is None:
-            raise UsageError("--max-usd needs the teacher's price", "give --price IN,OUT in dollars a million tokens")
+            raise UsageError(
+                "--max-usd needs the teacher's price",
+                "give --price IN,OUT in dollars a million tokens",
+                code="price-missing",
+            )
 
     def price_of_judge(self, judge: str | None, teacher: str) -> Price | None:
         """Return what a judge's tokens cost: nothing in this process, unless a price is given; None if not known."""
@@ -66,7 +75,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Projection:
-    """What so many samples come to: tokens, dollars (None without a price) and hours."""
+    """What a number of samples takes: tokens, dollars (None without a price) and hours."""
 
     n_prompt: float
     n_completion: float
@@ -77,14 +86,13 @@ class Projection:
         tokens = self.n_prompt + self.n_completion
         size = f"{tokens / 1e6:.1f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
         money = "" if self.usd is None else f", ${self.usd:.2f}"
-        duration = f"{self.hours:.1f} h" if self.hours >= 1 else f"{60 * self.hours:.0f} min"
-        return f"{size} tokens{money}, {duration}"
+        return f"{size} tokens{money}, {format_duration(3600 * self.hours)}"
 
 
 class Budget:
-    """Counts what is spent. A run that goes on begins with what it spent before.
+    """Counts what is spent. A resumed run starts from what it spent before.
 
-    `price` is that of who is asked at the moment.
+    `price` is the price of the model that is asked at the moment.
     """
 
     def __init__(self, limits: Limits, spent_usd: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -109,9 +117,9 @@ class Budget:
     def why_stop(self, n_in_flight: int, most_tokens: int = 0) -> str | None:
         """Return why no further sample may be asked for now, or None if one may.
 
-        What is in flight counts as much as a sample has cost on average, at first as much as `most_tokens` of an answer
-        would: the bound is passed by no more than what is in flight costs beyond that. What comes back for less makes
-        room again, so that only a reason with nothing in flight is the end.
+        Requests in flight are charged at the mean cost so far, at first at the cost of `most_tokens` of an answer: the
+        limit is exceeded by no more than what they cost beyond that. Cheaper answers make room again, so a reason is
+        final only when nothing is in flight.
         """
         limits = self.limits
         first = self.price.of(0, most_tokens) if self.price else 0.0
@@ -123,7 +131,7 @@ class Budget:
         return None
 
     def project(self, n_left: int) -> Projection | None:
-        """Return what is spent and n_left samples more come to; None until enough are done to judge from."""
+        """Return what the samples so far and n_left more will take; None until there are enough to judge from."""
         if self._n < _JUDGED_FROM:
             return None
         more, seconds = n_left / self._n, self._clock() - self._started

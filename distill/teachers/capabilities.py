@@ -1,6 +1,6 @@
 """Find out what a teacher gives, with one tiny request, before a run relies on it.
 
-There are three rungs: text alone; log-probabilities of what it generates; log-probabilities of any given text.
+There are three rungs: text alone; log-probabilities of the text it generates; log-probabilities of any given text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALLOWS: dict[Rung, str] = {
     "generated": "its traces train a student by imitation (SFT) and, with stored log-probabilities, on its whole "
     "distribution (top-k logit distillation)",
     "given": "its traces train a student by imitation (SFT) and on its whole distribution (top-k logit distillation), "
-    "and it can score what the student says itself (on-policy distillation)",
+    "and it can score the student's own answers (on-policy distillation)",
 }
 
 
@@ -28,16 +28,16 @@ def probe(teacher: Teacher, top_logprobs: int = USUAL_LOGPROBS) -> Capabilities:
     """Ask a teacher for a few tokens with `top_logprobs` log-probabilities each, and for those of a given text.
 
     Raises:
-        TeacherError: it cannot answer at all.
+        TeacherError: `code` "teacher-cannot-answer".
         ModelError: the model cannot run here.
     """
     answer = _ask(teacher, top_logprobs)
     if answer.finish_reason == "error" and top_logprobs:
-        answer = _ask(teacher, 0)  # a server may refuse the question for its log-probabilities alone
+        answer = _ask(teacher, 0)  # a server may refuse only the log-probabilities
     if answer.finish_reason == "error":
         is_server = teacher.backend == "endpoint"
-        hint = "those are the server's words: is the name right (--model), and is it well?" if is_server else ""
-        raise TeacherError(f"{teacher.name} cannot answer: {answer.error}", hint)
+        hint = "this is the server's own message: check the model's name (--model) and the server" if is_server else ""
+        raise TeacherError(f"{teacher.name} cannot answer: {answer.error}", hint, code="teacher-cannot-answer")
     n_top = 0 if answer.logprobs is None else answer.logprobs.ids.shape[1]
     rung: Rung = "generated" if n_top else "text"
     if top_logprobs and _scores(teacher, answer.token_ids or "5", n_top or 1):
@@ -46,10 +46,10 @@ def probe(teacher: Teacher, top_logprobs: int = USUAL_LOGPROBS) -> Capabilities:
 
 
 def describe(capabilities: Capabilities) -> str:
-    """Return a line on what the teacher gives, and a line on what that allows."""
+    """Return one line about what the teacher gives, and one about what that allows."""
     gives = ["text"]
     if capabilities.top_logprobs:
-        gives.append(f"{capabilities.top_logprobs} log-probabilities a token of what it generates")
+        gives.append(f"{capabilities.top_logprobs} log-probabilities for each token that it generates")
     if capabilities.rung == "given":
         gives.append("those of a given text")
     gives += ["its reasoning apart"] * capabilities.reasoning + ["token ids"] * capabilities.token_ids

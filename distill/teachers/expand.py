@@ -1,8 +1,8 @@
-"""New problems like given ones, written by the teacher: `--expand N` asks for N to each.
+"""New problems like given ones, written by the teacher: `--expand N` asks for N new ones to each.
 
-What comes back is text of a model's choosing, so it is read leniently and taken sceptically: a problem that cannot be
-read, repeats a given or an earlier one, belongs to the held-out part of the split or overlaps with an evaluation
-question is dropped and counted. New problems have no answer: agreement or a judge decides about what is said to them.
+A model writes as it likes, so its text is read leniently and checked strictly: a problem that cannot be read, repeats a
+given or an earlier one, belongs to the held-out part of the split or overlaps with an evaluation question is dropped
+and counted. New problems have no answer: a vote or a judge decides which of their traces are right.
 
 Source: Self-Instruct, Wang et al., arXiv 2212.10560; near-duplicates and contamination are found as in curation.
 """
@@ -30,13 +30,13 @@ from .base import Teacher
 from .budget import Budget
 
 DROPPED = {
-    "malformed": "no problem could be read: too short, too long, torn or a placeholder",
+    "malformed": "too short, too long, cut off or a placeholder",
     "copy": "a given problem, or one that was written before",
     "held_out": "the question is not in the training bucket of the split",
-    "contaminated": "the question overlaps with one of the evaluation",
-    "near_duplicate": "nearly the words and the same numbers as a given or an earlier one",
+    "contaminated": "the question overlaps with an evaluation question",
+    "near_duplicate": "nearly the same words and the same numbers as a given or an earlier problem",
 }
-_A_REQUEST = 8  # problems; with more, models begin to repeat themselves
+_A_REQUEST = 8  # problems: with more, models start to repeat themselves
 _SHORTEST, _LONGEST = 12, 4000  # characters
 
 _EXAMPLE = "A baker sells 3 kinds of bread and bakes 14 loaves of each. By noon 25 are sold. How many are left?"
@@ -67,7 +67,11 @@ class ExpandSettings:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise UsageError(f"--expand takes 1 or more, not {self.n}", "it is the number of new problems a given one")
+            raise UsageError(
+                f"--expand takes 1 or more, not {self.n}",
+                "it is the number of new problems for each given one",
+                code="number-out-of-range",
+            )
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,12 @@ def expand(
     budget: Budget | None = None,
     report: Reporter = SILENT,
 ) -> Expanded:
-    """Return new problems like the given ones; what the file at `path` holds of earlier runs is not asked again.
+    """Return new problems like the given ones; replies that `path` holds from earlier runs are not asked for again.
 
     The same replies give the same problems in the same order. `evaluation` are the questions that no new one may touch.
 
     Raises:
-        TeacherError: the teacher cannot answer any more; what it wrote before is kept.
+        TeacherError: the teacher cannot answer any more; every earlier reply is stored.
         ArtifactError: the file is broken or cannot be written.
     """
     asks = list(_asks(given, settings))
@@ -131,10 +135,10 @@ def missing_expansions(given: Sequence[Problem], settings: ExpandSettings, path:
 
 
 def read_problems(reply: StoredReply) -> list[str]:
-    """Return the problems that a reply holds, as a JSON array, JSON lines or a numbered or bulleted list.
+    """Return the problems in a reply: a JSON array, JSON lines, or a numbered or bulleted list.
 
-    What is no problem text (an item without a question) comes back empty, to be counted. Of a list that was cut off the
-    last item is left out: it may be torn.
+    An item without a question comes back empty, to be counted. The last item of a list that was cut off is left out: it
+    may be incomplete.
     """
     text = re.sub(r"^\s*```\w*\s*$", "", reply.content, flags=re.MULTILINE).strip()
     if (items := _from_json(text)) is not None:
@@ -146,7 +150,7 @@ def read_problems(reply: StoredReply) -> list[str]:
 
 
 def _asks(given: Sequence[Problem], settings: ExpandSettings) -> Iterator[tuple[Ask, Problem, int]]:
-    """Yield (request, the given problem, how many new ones it asks for)."""
+    """Yield (request, the given problem, the number of new ones it asks for)."""
     for problem in given:
         for part, start in enumerate(range(0, settings.n, _A_REQUEST)):
             n = min(_A_REQUEST, settings.n - start)
@@ -176,7 +180,7 @@ def _instruction(question: str, n: int) -> str:
 
 
 class _Sieve:
-    """Drops what is no new training problem, counts it by reason, and keeps an example of each."""
+    """Drops texts that are not new training problems, counts them by reason, and keeps an example of each."""
 
     def __init__(self, given: Sequence[Problem], settings: ExpandSettings) -> None:
         self.given, self.settings = given, settings
@@ -252,9 +256,9 @@ def _from_json(text: str) -> list[Any] | None:
 
 
 def _array(text: str, start: int) -> list[Any]:
-    """Return the items of an array; of one that is cut off or broken those up to there.
+    """Return the items of an array, up to where it is cut off or broken.
 
-    A string that goes on behind its quote held quotes that were not escaped: it is torn, and left out.
+    A string that continues behind its closing quote had quotes in it that were not escaped: it is left out.
     """
     whole = _loads(text[start : text.rfind("]") + 1])
     if isinstance(whole, list):
@@ -266,7 +270,7 @@ def _array(text: str, start: int) -> list[Any]:
             at += 1
         try:
             item, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):  # a model that loops may open brackets for ever
+        except (ValueError, RecursionError):  # a model that loops may open brackets without end
             return items
         rest = text[at:].partition("\n")[0].strip()
         if rest and rest[0] not in ",]}":
@@ -282,7 +286,7 @@ def _loads(text: str) -> Any:
 
 
 def _from_list(text: str, mark: re.Pattern[str]) -> list[str]:
-    """Return the items of a list, each from its mark to the next one's, lines between them included."""
+    """Return the items of a list, each from its mark to the next mark."""
     items: list[list[str]] = []
     for line in text.splitlines():
         if mark.match(line):
@@ -293,7 +297,7 @@ def _from_list(text: str, mark: re.Pattern[str]) -> list[str]:
 
 
 def _tidy(item: Any) -> str:
-    """Return an item's problem text without its number, dressing or solution; "" if it holds none."""
+    """Return an item's problem text without its number, quotes or solution; "" if it has none."""
     if isinstance(item, dict):
         lower = {str(key).lower(): value for key, value in item.items()}
         item = next((lower[key] for key in _KEYS if key in lower), "")

@@ -1,7 +1,7 @@
-"""Whether two models mean the same by a token id: by a fingerprint of the vocabulary, else by a stress text.
+"""Whether two models use the same token ids, by a fingerprint of the vocabulary, or else by a stress text.
 
-Log-probabilities of a teacher can train a student only if both number their tokens alike. A checkpoint and the GGUF
-made of it have one fingerprint: tokens that only fill the embedding up are left out.
+A teacher's log-probabilities can train a student only if both number their tokens alike. A checkpoint and the GGUF made
+from it have the same fingerprint: tokens that only pad the embedding are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from ...localrun.gguf.header import read_gguf
 from ..tokenizer import Tokenizer
 
-_UNUSED = 5  # llama.cpp's type of a token that only fills the embedding up
+_UNUSED = 5  # llama.cpp's type for a token that only pads the embedding
 STRESS_TEXT = (
     'Déjà vu: 3.14159 + 2,718 = 5.85959…\n\tif (x != y) { return "naïve"; }  /* 日本語 한국어 */\n\n'
     "The quick brown fox jumps over 1234567890 lazy dogs — don't you think so? 🦊🐶 \\frac{a}{b} <think> x²\n"
@@ -49,5 +49,5 @@ def is_same(known: str | None, tokenizer: Tokenizer) -> bool | None:
 
 
 def tokenizes_alike(ids: list[int] | None, tokenizer: Tokenizer) -> bool | None:
-    """Say whether a teacher's ids of STRESS_TEXT are this tokenizer's; None if the teacher does not tell them."""
+    """Say whether a teacher's ids of STRESS_TEXT are this tokenizer's; None if the teacher does not give them."""
     return None if ids is None else ids == tokenizer(STRESS_TEXT, add_special_tokens=False).input_ids

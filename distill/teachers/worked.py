@@ -1,8 +1,8 @@
-"""Worked solutions as the teacher: what the problems bring with them becomes traces, graded like any other.
+"""Worked solutions as the teacher: solutions that come with the problems become traces, graded like any other.
 
-A problem brings one in its metadata: `answer_cot` (some of reasoning-gym's data sets), or `worked`, which stands in a
-file's column (`problems.jsonl?worked=COLUMN`; a solution before GSM8K's `####` is found by itself). The steps are the
-reasoning, and what they come to is the answer: where that is not the problem's answer, the grader says so.
+A solution is in the problem's metadata: `answer_cot` (some of reasoning-gym's data sets), or `worked`, which comes from
+a file's column (`problems.jsonl?worked=COLUMN`; a solution before GSM8K's `####` is found automatically). The steps are
+the reasoning, and their result is the answer: where that is not the problem's answer, the grader says so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CALCULATOR = re.compile(r"<<[^<>\n]*>>")  # GSM8K's marks for a calculator: `<<
 
 
 def worked_solution(problem: Problem) -> tuple[str, str] | None:
-    """Return (steps, final answer) of the solution that a problem brings; None if it brings none."""
+    """Return (steps, final answer) of the solution that comes with a problem; None without one."""
     text = next((problem.metadata[key] for key in _KEYS if isinstance(problem.metadata.get(key), str)), "")
     text = _CALCULATOR.sub("", text).strip()
     if not text:
@@ -38,7 +38,7 @@ def worked_solution(problem: Problem) -> tuple[str, str] | None:
 
 
 class WorkedTeacher(Teacher):
-    """Answers each of its problems with the solution that it brings."""
+    """Answers each of its problems with the solution that comes with it."""
 
     backend = "worked"
     name = WORKED
@@ -47,14 +47,15 @@ class WorkedTeacher(Teacher):
         """Read the solutions.
 
         Raises:
-            TeacherError: not one problem brings any.
+            TeacherError: `code` "no-worked-solutions".
         """
         found = {problem.question: worked_solution(problem) for problem in problems}
         self._solutions = {question: solution for question, solution in found.items() if solution}
         if not self._solutions:
             raise TeacherError(
-                f"none of {len(problems)} problems brings a worked solution",
-                "gym:gsm_symbolic does; in a file name its column: 'problems.jsonl?worked=COLUMN'",
+                f"none of {len(problems)} problems has a worked solution",
+                "gym:gsm_symbolic has; for a file, name the column: 'problems.jsonl?worked=COLUMN'",
+                code="no-worked-solutions",
             )
         digest = hashlib.sha256(repr(sorted(self._solutions.items())).encode())
         self.revision = digest.hexdigest()[:16]
@@ -66,7 +67,7 @@ class WorkedTeacher(Teacher):
         for index, request in enumerate(requests):
             solution = self._solutions.get(request.messages[-1]["content"])
             if solution is None:
-                error = "the problem brings no worked solution"
+                error = "the problem has no worked solution"
                 yield index, Completion("", None, None, "error", 0, 0, 0, 0.0, error=error)
             else:
                 steps, answer = solution
