@@ -215,17 +215,6 @@ def test_a_page_of_long_traces_stays_small_and_shows_both_ends(text: str, tmp_pa
     assert "characters left out" in page
 
 
-def test_the_sample_is_the_same_each_time_and_shares_the_room_between_verdicts() -> None:
-    traces = [trace(i, verdict="wrong" if i % 50 == 0 else "right") for i in range(1000)]
-    sample = TraceSummary.of(traces).sample()
-    assert [t.id for t in TraceSummary.of(traces).sample()] == [t.id for t in sample]
-    assert len(sample) == 60
-    assert sum(t.verdict == "wrong" for t in sample) == 20
-    assert sample == sorted(sample, key=lambda t: t.id)
-    places = [int(t.id, 16) for t in sample if t.verdict == "right"]
-    assert min(places) < 200 < 800 < max(places)  # not the first ones
-
-
 def test_the_funnel_ends_in_the_rows(tmp_path: Path) -> None:
     traces = [trace(i, verdict="wrong" if i % 4 == 0 else "right") for i in range(20)]
     traces += [trace(100, finish_reason="length"), trace(102, reasoning_content=None)]
@@ -251,14 +240,6 @@ def test_a_record_of_an_earlier_version_renders(tmp_path: Path) -> None:
     }
     page = Page(report(tmp_path / "run", [trace(1)], curation=old))
     assert "it is wrong" in page.text
-
-
-def test_verdicts_are_counted_by_source_and_votes_apart() -> None:
-    favoured = trace(3, verdict="unknown", verdict_by="vote", source="a")
-    unknown = trace(5, verdict="unknown", verdict_by="none", source="b")
-    summary = TraceSummary.of([trace(1, source="a"), favoured, unknown])
-    assert summary.sources == {"a": {"right": 1, "vote": 1}, "b": {"unknown": 1}}
-    assert (summary.n_problems, summary.n_traces, summary.cost_usd) == (3, 3, None)
 
 
 def heights(chart: Any, top: float) -> float:
