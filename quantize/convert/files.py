@@ -1,32 +1,33 @@
-"""Files that appear whole or not at all: written beside their place, put on disk, then renamed.
+"""The files of a model: how many parts, their names, and that all of them appear or none.
 
-A model may be split into several; llama.cpp names them `NAME-00001-of-00003.gguf` and is given the first. The first is
-renamed last, so that whoever finds it finds all.
+llama.cpp names the parts of a split model `NAME-00001-of-00003.gguf` and opens the first. The first is renamed last, so
+whoever finds it finds all of them.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ...errors import ArtifactError, UsageError
+from ...localrun.core.atomic import replacing_file
 
 _SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
 def shard_paths(out: Path, n: int) -> list[Path]:
-    """Return the places of n parts of a file, under the names that llama.cpp looks for."""
+    """Return the paths of a file's n parts, under the names that llama.cpp looks for."""
     return [out] if n == 1 else [out.with_name(f"{out.stem}-{i + 1:05d}-of-{n:05d}.gguf") for i in range(n)]
 
 
 def shards(sizes: Sequence[int], limit: int | None) -> list[range]:
-    """Return which consecutive tensors, given by their bytes, go into each part of at most `limit` bytes.
+    """Return which consecutive tensors go into each part, so that none exceeds `limit` bytes; `sizes` are in bytes.
 
-    A tensor larger than that gets a part of its own.
+    A tensor larger than the limit gets a part to itself.
     """
     starts, filled = [0], 0
     for i, size in enumerate(sizes):
@@ -38,10 +39,10 @@ def shards(sizes: Sequence[int], limit: int | None) -> list[range]:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `500M`, `2G` or `90MB`, counted in thousands as disks are.
+    """Return the bytes of a size such as `500M`, `2G` or `90MB`, where 1K is 1,000 as on disks.
 
     Raises:
-        UsageError: it is none.
+        UsageError: `code` "bad-size".
     """
     plain = text.strip().upper().removesuffix("B")
     factor = _SIZES.get(plain[-1:], 1.0)
@@ -50,38 +51,56 @@ def parse_size(text: str) -> int:
     except (ValueError, OverflowError):
         size = 0
     if size <= 0:
-        raise UsageError(f"{text!r} is no size", "such as 500M or 2G")
+        raise UsageError(f"{text!r} is not a size", "write it as 500M or 2G", code="bad-size")
     return size
 
 
-@contextmanager
-def beside(places: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
-    """Give a temporary path beside each place; they replace what stands there at the end, or vanish.
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file.
 
     Raises:
-        ArtifactError: the disk is full or the folder cannot be written.
+        ArtifactError: `code` "file-unreadable".
     """
-    out = places[0]
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
+
+
+@contextmanager
+def replacing_parts(paths: Sequence[Path], n_bytes: int) -> Iterator[list[Path]]:
+    """Yield a temporary file beside each path; all of them take their places when the block ends well, else none.
+
+    Args:
+        paths: a model's parts, the one that llama.cpp opens first.
+        n_bytes: what all of them will take, checked against the free space before anything is written.
+
+    Raises:
+        ArtifactError: `code` "is-folder", or "write-failed": the disk is full or the folder cannot be written.
+    """
+    out = paths[0]
     if out.is_dir():
-        raise ArtifactError(f"{out} is a folder", "name the file, such as student.gguf")
-    temporaries = [place.with_name(f".{place.name}.{os.getpid()}.part") for place in places]
+        raise ArtifactError(f"{out} is a folder", "name the file, such as student.gguf", code="is-folder")
+    _check_space(out, n_bytes)
+    with ExitStack() as stack:  # which renames in reverse: the first part last
+        temporaries = [stack.enter_context(replacing_file(path)) for path in paths]
+        yield temporaries
+        for temporary in temporaries:  # every part is on the disk before the first one gets its name
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _check_space(out: Path, n_bytes: int) -> None:
+    """Make the folder of a file, and check that so many bytes fit there."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
-        if free < n_bytes:
-            raise OSError(errno.ENOSPC, f"{n_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
-        yield temporaries
-        for temporary in temporaries:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        for temporary, place in reversed(list(zip(temporaries, places, strict=True))):
-            os.replace(temporary, place)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            detail = f" ({error.strerror})" if "MB" in (error.strerror or "") else ""
-            hint = "free some space, or give --out on another disk; what was there before is untouched"
-            raise ArtifactError(f"the disk is full: {out} cannot be written{detail}", hint) from error
-        raise ArtifactError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+        raise ArtifactError(f"cannot write {out}: {error.strerror or error}", code="write-failed") from error
+    if free < n_bytes:
+        raise ArtifactError(
+            f"cannot write {out}: it takes {n_bytes / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left",
+            "free some space, or write to another disk with --out",
+            code="write-failed",
+        )

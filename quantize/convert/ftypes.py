@@ -1,7 +1,8 @@
-"""Which type each tensor of a file gets: llama.cpp's mixtures, and its fallbacks where a row has no whole blocks.
+"""Which type each tensor of a file gets: llama.cpp's type mixtures, and its fallbacks for rows without whole blocks.
 
-A file type such as Q4_K_M is a recipe: most matrices take the base type, sensitive ones more bits. A row that the
-chosen type's block (256 for the K and IQ types) does not divide takes a larger 32-block type, never in silence.
+A file type (ftype) such as Q4_K_M is a mixture: most matrices take the base type, sensitive ones more bits. Where the
+block of a type (256 for the K and IQ types) does not divide a row, a larger type with blocks of 32 takes its place, and
+the report says so.
 
 Source: https://github.com/ggml-org/llama.cpp, src/llama-quant.cpp. Left out: the rules of architectures that are not
 converted here, and ternary and MXFP4 files.
@@ -49,11 +50,11 @@ FTYPES: dict[str, tuple[LlamaFileType, Type]] = {
     "IQ2_XS": (LlamaFileType.MOSTLY_IQ2_XS, Type.IQ2_XS),
     "IQ2_XXS": (LlamaFileType.MOSTLY_IQ2_XXS, Type.IQ2_XXS),
 }
-"""File types by name: the number that the file carries, and the type that most of its matrices get."""
+"""File types by name: the format's number of it, and the type that most of the file's matrices get."""
 
 UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
 NEED_IMATRIX = frozenset({"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
-"""Recipes that are refused without an importance matrix: what they would give is garbage."""
+"""Mixtures that are refused without an importance matrix: their files would be garbage."""
 _BITS_2 = frozenset({"IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 _RICH_2 = frozenset({"IQ2_M", "IQ2_S"})
 _SMALLER_BLOCK = {
@@ -69,7 +70,7 @@ _SMALLER_BLOCK = {
     Type.Q5_K: Type.Q5_1,
     Type.Q6_K: Type.Q8_0,
 }
-# What the attention's output gets: in a model of 8 experts Q5_K, if the recipe is one of these; else as named here.
+# The type of the attention's output: with 8 experts it is Q5_K in these mixtures; otherwise see _OUTPUT.
 _OUTPUT_8 = _BITS_2 | {
     "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS",
 }  # fmt: skip
@@ -93,7 +94,7 @@ _EMBEDDING = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What the mixtures look at beside a tensor's name."""
+    """The model's numbers that the mixtures look at."""
 
     arch: str
     n_layers: int
@@ -104,39 +105,40 @@ class Shape:
 
     @property
     def n_gqa(self) -> int:
-        """Query heads a KV head."""
+        """Query heads per KV head."""
         return self.n_heads // self.n_kv_heads
 
     @property
     def is_70b(self) -> bool:
-        """Whether llama.cpp takes it for a 70B model, whose few value heads get more bits."""
+        """Whether llama.cpp takes it for a 70B model, whose few value heads it gives more bits."""
         return self.n_layers == 80 and (self.arch == "qwen2" or (self.arch == "llama" and self.n_gqa > 1))
 
 
 def check_ftype(name: str, *, has_imatrix: bool = False) -> str:
-    """Return the name as FTYPES has it.
+    """Return the name of a type mixture as FTYPES has it.
 
     Raises:
-        UsageError: no such type, or one that needs an importance matrix.
+        UsageError: `code` "no-such-type" or "needs-imatrix".
     """
-    wanted = name.upper()
-    if wanted not in FTYPES:
-        raise UsageError(f"no type {name!r}", f"one of {' '.join(FTYPES)}")
-    if wanted in NEED_IMATRIX and not has_imatrix:
-        without = " ".join(one for one in FTYPES if one not in NEED_IMATRIX)
-        raise UsageError(f"{name} needs an importance matrix", f"without one: {without}")
-    return wanted
+    ftype = name.upper()
+    if ftype not in FTYPES:
+        raise UsageError(f"no type {name!r}", f"choose one of {' '.join(FTYPES)}", code="no-such-type")
+    if ftype in NEED_IMATRIX and not has_imatrix:
+        others = " ".join(one for one in FTYPES if one not in NEED_IMATRIX)
+        hint = f"give traces to make one from; these types need none: {others}"
+        raise UsageError(f"{name} needs an importance matrix", hint, code="needs-imatrix")
+    return ftype
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
-    """Say whether a tensor may have less than float32: matrices, but for norms and an expert's router."""
+    """Say whether a tensor may have fewer bits than float32: every matrix may, except norms and expert routers."""
     if len(shape) < 2 or not name.endswith(".weight") or name.endswith("_norm.weight"):
         return False
     return not name.endswith("ffn_gate_inp.weight")
 
 
 def fitting(asked: Type, n_per_row: int) -> Type:
-    """Return a type, or where its block does not divide a row what llama.cpp takes instead."""
+    """Return a type, or if its block does not divide a row, the one that llama.cpp takes instead."""
     if n_per_row % ggml.block_size(asked) == 0:
         return asked
     smaller = _SMALLER_BLOCK.get(asked, asked)
@@ -144,11 +146,11 @@ def fitting(asked: Type, n_per_row: int) -> Type:
 
 
 def assign(
-    ftype: str, tensors: Mapping[str, tuple[int, ...]], model: Shape, *, has_imatrix: bool = False
+    ftype: str, tensors: Mapping[str, tuple[int, ...]], *, model: Shape, has_imatrix: bool = False
 ) -> dict[str, tuple[Type, Type]]:
-    """Return for each tensor, given by its numpy shape, (the type that a recipe asks for, the type that fits)."""
+    """Return for each tensor, given by its numpy shape, (the type that a mixture asks for, the type that fits)."""
     base = FTYPES[ftype][1]
-    mixture = _Mixture(ftype, base, model, has_imatrix)
+    mixture = _Mixture(ftype, model, has_imatrix)
     found: dict[str, tuple[Type, Type]] = {}
     for name in _in_order(tensors):
         if not is_quantizable(name, tensors[name]):
@@ -162,7 +164,7 @@ def assign(
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Return names as llama.cpp goes through them, by layer and then by name: some rules count what came before."""
+    """Return names in llama.cpp's order, by layer and then by name: some rules count the tensors before."""
 
     def key(name: str) -> tuple[int, str]:
         layer = re.match(r"blk\.(\d+)\.", name)
@@ -172,14 +174,14 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 class _Mixture:
-    """A recipe's rules, asked for one tensor after the other."""
+    """A mixture's rules, applied to one tensor after the other."""
 
-    def __init__(self, ftype: str, base: Type, model: Shape, has_imatrix: bool) -> None:
-        self.ftype, self.base, self.model, self.has_imatrix = ftype, base, model, has_imatrix
-        self.n_values = self.n_downs = 0  # met so far
+    def __init__(self, ftype: str, model: Shape, has_imatrix: bool) -> None:
+        self.ftype, self.base, self.model, self.has_imatrix = ftype, FTYPES[ftype][1], model, has_imatrix
+        self.n_values = self.n_downs = 0  # so far
 
     def choose(self, name: str, n_per_row: int) -> Type:
-        """Return the type that the recipe asks for, whether or not it fits."""
+        """Return the type that the mixture asks for, whether or not it fits."""
         if name == "output.weight" or (name == "token_embd.weight" and self.model.tied):
             return self._head(n_per_row)
         if name == "token_embd.weight":
@@ -206,7 +208,7 @@ class _Mixture:
         if self.base == Type.Q8_0:
             return self.base
         whole = n_per_row % ggml.block_size(self.base) == 0
-        # In odd rows llama.cpp takes Q8_0, which is what Q6_K falls back to.
+        # For rows without whole blocks llama.cpp takes Q8_0, and Q6_K falls back to that.
         return Type.Q5_K if whole and self.ftype in _BITS_2 | {"IQ3_XXS"} else Type.Q6_K
 
     def _value_of_2(self) -> Type:
@@ -275,7 +277,7 @@ class _Mixture:
         return _OUTPUT.get(self.ftype, self.base)
 
     def _up_or_gate(self, layer: int) -> Type:
-        """In the middle layers IQ3_XS spends less."""
+        """IQ3_XS spends fewer bits in the middle layers."""
         n_layers = self.model.n_layers
         middle = n_layers // 8 <= layer < 7 * n_layers // 8
         return Type.IQ3_XXS if self.ftype == "IQ3_XS" and middle else self.base

@@ -1,8 +1,8 @@
 """A LoRA adapter that peft wrote, merged into its base on the way: `W + scale * B A` in float32, block by block.
 
-Merging in the base's bf16 would round away what the adapter learned where it is small against the weight. An
-embedding's adapter and whole modules that were trained beside it (`modules_to_save`) are merged too. What is no plain
-LoRA, such as DoRA or trained biases, is refused.
+Merging in the base's bf16 would round away changes that are small against their weight. Adapters of embeddings and
+whole trained modules (`modules_to_save`) are merged too. DoRA, trained biases and everything else beyond plain LoRA are
+refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from ...errors import ArtifactError, ModelError
 from .safetensors import Tensor, Weight, read_header, read_json
 
 _PREFIX = "base_model.model."
-_HOW = "merge it first: peft's merge_and_unload, then save_pretrained"
-_WRAPPED = re.compile(r"\.(modules_to_save|base_layer)\.")  # peft keeps the embeddings, too, that it adds to
+_MERGE_FIRST = "merge it first: call peft's merge_and_unload, then save_pretrained"
+_OTHER_BASE = "the adapter may belong to another base model: check --base"
+_WRAPPED = re.compile(r"\.(modules_to_save|base_layer)\.")  # peft also saves the embeddings that it adapts
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 
@@ -35,7 +36,7 @@ class Merged:
 
     @property
     def name(self) -> str:
-        """The checkpoint's name of it."""
+        """The weight's name in the checkpoint."""
         return self.weight.name
 
     @property
@@ -49,38 +50,40 @@ class Merged:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Say whether a folder holds a LoRA adapter and no model."""
+    """Say whether a folder is a LoRA adapter and not a model."""
     return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
 
 
 def find_base(folder: Path) -> Path:
-    """Return the folder of the base that an adapter names.
+    """Return the folder of the base model that an adapter names.
 
     Raises:
-        ArtifactError: it is not on this machine, or no model folder.
+        ArtifactError: `code` "base-missing": this machine has no such model folder.
     """
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or ""
-    for place in (Path(named), folder / named):
-        if named and (place / "config.json").is_file():
-            return place
+    for path in (Path(named), folder / named):
+        if named and (path / "config.json").is_file():
+            return path
     raise ArtifactError(
-        f"{folder} is a LoRA adapter, and its base model {named or '(not named)'} is no folder here",
-        "give the base's folder with --base",
+        f"{folder} is a LoRA adapter, and there is no folder of its base model {named or '(not named)'}",
+        "give the base model's folder with --base",
+        code="base-missing",
     )
 
 
 def merge(folder: Path, tensors: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the base's tensors with the adapter's added or put in their place.
+    """Return the base's tensors with the adapter's added to them or put in their place.
 
     Raises:
-        ArtifactError: the adapter is broken, or of another base.
-        ModelError: it is no plain LoRA.
+        ArtifactError: `code` "no-weights", "adapter-mismatch": it belongs to another base, or of a broken file.
+        ModelError: `code` "adapter-not-plain".
     """
     config = read_json(folder / "adapter_config.json")
     _check(config, folder)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
-        raise ArtifactError(f"{folder} has no adapter_model.safetensors", "save the adapter again, with peft")
+        hint = "save the adapter again, with peft"
+        raise ArtifactError(f"{folder} has no adapter_model.safetensors", hint, code="no-weights")
     merged, factors = dict(tensors), dict[str, dict[str, Tensor]]()
     for name, tensor in read_header(path).items():
         plain = name.removeprefix(_PREFIX)
@@ -90,9 +93,16 @@ def merge(folder: Path, tensors: dict[str, Weight]) -> dict[str, Weight]:
         elif (whole := _WRAPPED.sub(".", plain)) in tensors:
             merged[whole] = tensor
         else:
-            raise ModelError(f"the adapter's {name} cannot be merged here", _HOW)
+            raise ModelError(f"deepdistill cannot merge the adapter's {name}", _MERGE_FIRST, code="adapter-not-plain")
     for module, pair in factors.items():
-        merged[f"{module}.weight"] = _merged(config, module, pair, merged, folder)
+        left, right = _factors(pair, module, folder)
+        left *= np.float32(_scale(config, module, left.shape[1]))
+        weight = merged.get(f"{module}.weight")
+        if weight is None or (left.shape[0], right.shape[1]) != weight.shape or left.shape[1] != right.shape[0]:
+            base_shape = list(weight.shape) if weight else "missing"
+            message = f"the adapter's {module} is {left.shape[0]} x {right.shape[1]}, and the base's is {base_shape}"
+            raise ArtifactError(message, _OTHER_BASE, code="adapter-mismatch")
+        merged[f"{module}.weight"] = Merged(weight, np.ascontiguousarray(left), np.ascontiguousarray(right))
     return merged
 
 
@@ -100,36 +110,33 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     faults = {
         f"is {config.get('peft_type')}": config.get("peft_type") != "LORA",
         "is DoRA": config.get("use_dora"),
-        "trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
+        "has trained biases": config.get("bias", "none") != "none" or config.get("lora_bias"),
         "is transposed (fan_in_fan_out)": config.get("fan_in_fan_out"),
         "has target_parameters": config.get("target_parameters"),
     }
-    for what, found in faults.items():
-        if found:
-            raise ModelError(f"the adapter in {folder} {what}, which cannot be merged here", _HOW)
+    for fault, is_there in faults.items():
+        if is_there:
+            message = f"the adapter in {folder} {fault}, which deepdistill cannot merge"
+            raise ModelError(message, _MERGE_FIRST, code="adapter-not-plain")
 
 
-def _merged(
-    config: dict[str, Any], module: str, pair: dict[str, Tensor], tensors: dict[str, Weight], folder: Path
-) -> Merged:
-    weight = tensors.get(f"{module}.weight")
-    sides = (pair.get("B"), pair.get("A")) if "A" in pair else (pair.get("embedding_B"), pair.get("embedding_A"))
-    if weight is None or sides[0] is None or sides[1] is None:
-        raise ArtifactError(f"the adapter in {folder} does not fit its base: {module}", "is it another base's?")
-    left, right = sides[0].rows(), sides[1].rows()
-    if "embedding_A" in pair:  # peft keeps an embedding's factors the other way round
-        left, right = right.T, left.T
-    if left.shape[1] != right.shape[0] or (left.shape[0], right.shape[1]) != weight.shape:
-        raise ArtifactError(
-            f"the adapter's {module} is {left.shape[0]} x {right.shape[1]} and the base's {list(weight.shape)}",
-            "is it another base's?",
-        )
-    rank = left.shape[1]
+def _factors(
+    pair: dict[str, Tensor], module: str, folder: Path
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return a module's B `[n_rows, r]` and A `[r, n_per_row]`."""
+    kind = "" if "A" in pair else "embedding_"
+    if f"{kind}A" not in pair or f"{kind}B" not in pair:
+        message = f"the adapter in {folder} has only one of the two factors of {module}"
+        raise ArtifactError(message, "save the adapter again, with peft", code="adapter-mismatch")
+    left, right = pair[f"{kind}B"].rows(), pair[f"{kind}A"].rows()
+    return (right.T, left.T) if kind else (left, right)  # peft stores an embedding's factors transposed
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or rank))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Merged(weight, np.ascontiguousarray(left * np.float32(scale)), np.ascontiguousarray(right))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _by_pattern(patterns: dict[str, float], module: str, default: float) -> float:
-    """Return what the first pattern that matches a module's name or the end of it says."""
+    """Return the value of the first pattern that matches a module's name or the end of it."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

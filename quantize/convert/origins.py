@@ -1,12 +1,12 @@
 """Which rows of a checkpoint's weights become which rows of a file's tensors.
 
-An architecture permutes, splits and stacks rows. It is given a checkpoint whose every row holds its own number, and
-what it makes of that says where each row went, whatever the architecture does.
+An architecture permutes, splits and stacks rows. To find out where each row goes, whatever the architecture does, it is
+given a checkpoint in which every row holds its own number.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from .architectures import read_architecture
 from .checkpoint import Checkpoint
 from .safetensors import Tensor, Weight
 
-_MOST = 1 << 24  # whole numbers that float32 holds
+_MAX_ROWS = 1 << 24  # float32 holds every whole number up to here
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Rows of one weight of the checkpoint that stand in a tensor: their numbers there, and their matrix in a stack."""
+    """Rows of one weight of the checkpoint in a tensor: their numbers in the weight, and their matrix in the stack."""
 
     weight: str
     rows: npt.NDArray[np.int64]
@@ -33,13 +33,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class _Numbered(Tensor):
-    """A weight whose rows hold their numbers, counted over the whole checkpoint from `first`."""
+    """A weight whose rows hold their numbers, counted through the whole checkpoint; `first` is its first row's."""
 
     first: int = 0
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
         start, stop, _ = part.indices(self.shape[0])
-        inner = int(np.prod(self.shape[1:-1])) if len(self.shape) > 2 else 1
+        inner = math.prod(self.shape[1:-1])
         numbers = self.first + np.arange(start * inner, stop * inner, dtype=np.float32)
         if len(self.shape) == 1:
             return numbers
@@ -52,37 +52,46 @@ def origins(
 ) -> dict[str, tuple[Origin, ...]]:
     """Return where the rows of the named tensors come from.
 
-    `weights` has the shapes of the model's weights by name, which may be stacked otherwise than in the folder. Tensors
-    that are no arrangement of whole rows, such as DeepSeek's transposed `attn_k_b`, are left out.
+    Args:
+        folder: the checkpoint.
+        names: the tensors.
+        weights: the shapes of the model's weights by name, which may be stacked in another way than in the folder.
+
+    Returns:
+        The origins by tensor, without tensors that do not consist of whole rows, such as DeepSeek's `attn_k_b`, which
+        is transposed.
 
     Raises:
-        ModelError: the weights are not what the folder's config says.
+        ModelError: `code` "too-many-rows", or "not-convertible": the weights do not fit the folder's config.
         ArtifactError: the checkpoint is broken.
     """
     checkpoint = Checkpoint(folder)
-    numbered, starts = dict[str, Weight](), dict[str, int]()
-    at = 0
-    for name, shape in weights.items():
-        starts[name] = at
-        numbered[name] = _Numbered(name, shape, "F32", folder, 0, at)
-        at += int(np.prod(shape[:-1])) if len(shape) > 1 else int(np.prod(shape))
-    if at > _MOST:
-        raise ModelError(f"{folder} has {at:,} rows of weights, and {_MOST:,} can be told apart")
-    stand_in = copy.copy(checkpoint)
-    stand_in.tensors = numbered
+    numbered = _numbered(weights, folder)
+    checkpoint.tensors = dict[str, Weight](numbered)
+    keys, firsts = list(numbered), np.array([one.first for one in numbered.values()])
     found = {}
-    keys, firsts = list(starts), np.array(list(starts.values()))
-    for planned in read_architecture(stand_in).tensors():
+    for planned in read_architecture(checkpoint).tensors():
         if planned.name not in names:
             continue
         parts = list(planned.read())
         if any(part.ndim != 2 or (part != part[:, :1]).any() for part in parts):
-            continue
+            continue  # a row that mixes numbers comes from several rows
         numbers = np.concatenate([part[:, 0] for part in parts]).astype(np.int64)
-        n_of_one = planned.shape[-2]
         which = np.searchsorted(firsts, numbers, side="right") - 1
         found[planned.name] = tuple(
-            Origin(keys[i], numbers[which == i] - firsts[i], np.flatnonzero(which == i) // n_of_one)
+            Origin(keys[i], numbers[which == i] - firsts[i], np.flatnonzero(which == i) // planned.shape[-2])
             for i in np.unique(which)
         )
     return found
+
+
+def _numbered(weights: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, _Numbered]:
+    """Return weights of these shapes whose rows are numbered one after the other."""
+    numbered, n_rows = dict[str, _Numbered](), 0
+    for name, shape in weights.items():
+        numbered[name] = _Numbered(name, shape, "F32", folder, 0, n_rows)
+        n_rows += math.prod(shape[:-1] if len(shape) > 1 else shape)
+    if n_rows > _MAX_ROWS:
+        message = f"{folder} has {n_rows:,} rows of weights, and healing can tell {_MAX_ROWS:,} apart"
+        raise ModelError(message, "leave out --heal", code="too-many-rows")
+    return numbered

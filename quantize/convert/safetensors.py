@@ -1,9 +1,9 @@
-"""Weights as a checkpoint stores them, read from safetensors files when asked for, without torch.
+"""Weights in safetensors files, read on demand and without torch.
 
 A weight is anything with a shape whose rows come as float32: a tensor of a file, fp8 with a scale for each block, or a
-tensor with a LoRA adapter's product added (see adapter.py). Rows are read, not mapped: a page of a mapped file counts
-as this process's memory, and a 671B checkpoint has many. bf16 has no numpy type: its 16 bits are the upper half of a
-float32, so it is widened by a shift, without loss.
+tensor with a LoRA adapter's product added (lora_adapter.py). Rows are read, not mapped: a page of a mapped file counts
+as this process's memory, and a 671B checkpoint has many. numpy has no bf16: its 16 bits are the upper half of a
+float32, so a shift widens it without loss.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Weight(Protocol):
 
     @property
     def name(self) -> str:
-        """The checkpoint's name of it."""
+        """Its name in the checkpoint."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The checkpoint's own shape, rows first."""
+        """Its shape in the checkpoint, rows first."""
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
-        """Return a range of its first axis as float32, read from the file now."""
+        """Read a range of its first axis, as float32."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor stands in a file."""
+    """A tensor's place in a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,16 +51,20 @@ class Tensor:
     offset: int
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
-        """Return a range of its first axis as float32, read from the file now."""
+        """Read a range of its first axis, as float32.
+
+        Raises:
+            ArtifactError: `code` "file-unreadable", or "safetensors-broken": the file is cut short.
+        """
         start, stop, _ = part.indices(self.shape[0])
         width, dtype = math.prod(self.shape[1:]), np.dtype(_DTYPES[self.dtype])
         n = max(0, stop - start) * width
         try:
             raw = np.fromfile(self.path, dtype, n, offset=self.offset + start * width * dtype.itemsize)
         except OSError as error:
-            raise ArtifactError(f"cannot read {self.path}: {error.strerror or error}") from error
+            raise ArtifactError(f"cannot read {self.path}: {error.strerror or error}", code="file-unreadable") from error
         if raw.size != n:
-            raise ArtifactError(f"{self.path} is cut short: {self.name} ends after the file", "copy it again")
+            raise _broken(self.path, f"it ends before {self.name} does")
         raw = raw.reshape(-1, *self.shape[1:])
         if self.dtype == "BF16":
             wide = raw.astype(np.uint32)
@@ -69,13 +73,13 @@ class Tensor:
         return _e4m3()[raw] if self.dtype == "F8_E4M3" else raw.astype(np.float32, copy=False)
 
     def flat(self) -> Tensor:
-        """Return it with all axes but the last as one: a stack of matrices as one matrix."""
+        """Return it with all axes but the last merged: a stack of matrices as one matrix."""
         return dataclasses.replace(self, shape=(math.prod(self.shape[:-1]), self.shape[-1]))
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """An fp8 matrix with a scale for each block of it, as DeepSeek publishes its models."""
+    """An fp8 matrix with a scale for each of its blocks, as DeepSeek publishes its models."""
 
     weight: Tensor
     scale: Tensor
@@ -83,7 +87,7 @@ class Blocks:
 
     @property
     def name(self) -> str:
-        """The checkpoint's name of it."""
+        """The matrix's name in the checkpoint."""
         return self.weight.name
 
     @property
@@ -92,7 +96,7 @@ class Blocks:
         return self.weight.shape
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
-        """Return a range of its rows as float32."""
+        """Read a range of its rows, as float32."""
         start, stop, _ = part.indices(self.shape[0])
         first = start // self.block[0]
         scales = self.scale.rows(slice(first, -(-stop // self.block[0])))
@@ -104,11 +108,11 @@ class Blocks:
 
 @functools.cache
 def _e4m3() -> npt.NDArray[np.float32]:
-    """Return the 256 values of fp8 E4M3: a sign, four bits of exponent biased by 7, three of fraction; no infinity."""
+    """Return the 256 values of fp8 E4M3: a sign, four bits of exponent with a bias of 7, three bits of fraction."""
     bits = np.arange(256)
     exponent, fraction = bits >> 3 & 15, (bits & 7) / 8
     size = np.where(exponent == 0, fraction * 2.0**-6, (1 + fraction) * 2.0 ** (exponent - 7.0))
-    size[bits & 127 == 127] = np.nan
+    size[bits & 127 == 127] = np.nan  # the only special value: E4M3 has no infinity
     return np.where(bits < 128, size, -size).astype(np.float32)
 
 
@@ -116,23 +120,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file.
 
     Raises:
-        ArtifactError: it is broken, or no object.
+        ArtifactError: `code` "json-broken".
     """
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path} is broken: {error}") from error
-    if not isinstance(read, dict):
-        raise ArtifactError(f"{path} is broken: it is no JSON object")
-    return read
+        raise ArtifactError(f"{path} is broken: {error}", code="json-broken") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path} is broken: it is not a JSON object", code="json-broken")
+    return found
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file.
 
     Raises:
-        ArtifactError: it is no safetensors file, or cut short.
-        ModelError: a tensor has a type that cannot be converted.
+        ArtifactError: `code` "safetensors-broken".
+        ModelError: `code` "unsupported-dtype".
     """
     size = path.stat().st_size
     try:
@@ -142,20 +146,35 @@ def read_header(path: Path) -> dict[str, Tensor]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(n_header))
         header.pop("__metadata__", None)
-        entries = [(name, tuple(e["shape"]), e["dtype"], *e["data_offsets"]) for name, e in header.items()]
-        if any(type(n) is not int or n < 0 for _, shape, _, *span in entries for n in (*shape, *span)):
-            raise ValueError("a size or place is no whole number")
-        if any(len(entry) != 5 for entry in entries):
-            raise ValueError("a tensor's place is not a beginning and an end")
+        entries = {name: (tuple(e["shape"]), e["dtype"], tuple(e["data_offsets"])) for name, e in header.items()}
+        if any(type(n) is not int or n < 0 for shape, _, span in entries.values() for n in (*shape, *span)):
+            raise ValueError("a size or an offset is not a whole number")
+        if any(len(span) != 2 for _, _, span in entries.values()):
+            raise ValueError("a tensor's offsets are not a beginning and an end")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is no whole safetensors file: {error}", "copy it again") from error
-    tensors = {}
-    for name, shape, dtype, start, end in entries:
-        if 8 + n_header + end > size:
-            raise ArtifactError(f"{path} is cut short: {name} ends after the file", "copy it again")
-        if dtype not in _DTYPES:
-            raise ModelError(f"{name} in {path.name} is {dtype}", f"weights must be {', '.join(sorted(_DTYPES))}")
-        if end - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-            raise ArtifactError(f"{path} is broken: {name} has the wrong number of bytes", "copy it again")
-        tensors[name] = Tensor(name, shape, dtype, path, 8 + n_header + start)
-    return tensors
+        raise _broken(path, str(error)) from error
+    first = 8 + n_header
+    return {name: _tensor(name, entry, path=path, first=first, size=size) for name, entry in entries.items()}
+
+
+def _tensor(
+    name: str, entry: tuple[tuple[int, ...], str, tuple[int, int]], *, path: Path, first: int, size: int
+) -> Tensor:
+    """Return a tensor of a file of so many bytes, whose tensors start at `first`, after checking it."""
+    shape, dtype, (start, end) = entry
+    if first + end > size:
+        raise _broken(path, f"it ends before {name} does")
+    if dtype not in _DTYPES:
+        hint = f"save the weights as one of {', '.join(sorted(_DTYPES))}"
+        raise ModelError(
+            f"deepdistill cannot read {name} in {path.name}, which is {dtype}", hint, code="unsupported-dtype"
+        )
+    if end - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        raise _broken(path, f"{name} has the wrong number of bytes")
+    return Tensor(name, shape, dtype, path, first + start)
+
+
+def _broken(path: Path, reason: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is not a whole safetensors file: {reason}", "copy it again", code="safetensors-broken"
+    )

@@ -1,9 +1,9 @@
-"""SentencePiece vocabularies, such as Gemma's: a BPE over characters with bytes to fall back on, and a score a token.
+"""SentencePiece vocabularies, such as Gemma's: a BPE over characters with a byte fallback, and a score for each token.
 
-llama.cpp joins the neighbours whose joint token scores highest; Hugging Face's tokenizers go by a list of merges. The
-scores stand in tokenizer.model, where there is one. Otherwise they are the merges' ranks, after a check that both ways
-come to the same: every way to split a token must be a merge, and a token's merges must follow each other. A BPE that
-was trained by merges alone does not pass.
+llama.cpp joins the neighbours whose joint token scores highest; Hugging Face's tokenizers follow a list of merges. The
+scores come from tokenizer.model if there is one. Otherwise they are the merges' ranks, after a check that both methods
+agree: every way to split a token must be a merge, and the merges of a token must follow each other. A BPE that was
+trained with merges alone does not pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gguf import TokenType
 from ...errors import ArtifactError, ModelError
 
 _SPACE = "▁"
-_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # llama.cpp's converter's
+_UNUSED_SCORE, _ADDED_SCORE = -10000.0, -1000.0  # as in llama.cpp's converter
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 _PLAIN_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
@@ -28,7 +28,7 @@ _PLAIN_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Merged
 
 @dataclass(frozen=True)
 class Pieces:
-    """Tokens with scores and types, and whether a space is put before every text."""
+    """Tokens with scores and types, and whether the tokenizer puts a space before every text."""
 
     tokens: list[str]
     scores: list[float]
@@ -37,12 +37,12 @@ class Pieces:
 
 
 def is_sentencepiece(source: dict[str, Any]) -> bool:
-    """Say whether tokenizer.json holds a BPE over characters with bytes to fall back on."""
+    """Say whether tokenizer.json has a BPE over characters with a byte fallback."""
     return bool(source["model"].get("type") == "BPE" and source["model"].get("byte_fallback"))
 
 
 def looks_special(token: str) -> bool:
-    """Say whether a token is a control token although its tokenizer may not say so.
+    """Say whether a token is a control token, even if its tokenizer does not say so.
 
     Source: llama.cpp, conversion/base.py, does_token_look_special.
     """
@@ -53,11 +53,11 @@ def looks_special(token: str) -> bool:
 
 
 def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pieces:
-    """Return a vocabulary of n_vocab tokens from tokenizer.json and, for the scores, tokenizer.model if there is one.
+    """Return a vocabulary of n_vocab tokens from tokenizer.json, and its scores from tokenizer.model if there is one.
 
     Raises:
-        ArtifactError: tokenizer.model is broken.
-        ModelError: llama.cpp would cut text otherwise.
+        ArtifactError: `code` "tokenizer-broken" or "tokenizer-mismatch".
+        ModelError: `code` "not-convertible": llama.cpp would tokenize differently.
     """
     space_prefix = _space_prefix(source)
     found = list(_of_model(model)) if model else list(_of_merges(source["model"]))
@@ -69,7 +69,8 @@ def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pie
     for entry in source.get("added_tokens") or []:
         i, text = entry["id"], entry["content"]
         if i >= n_vocab:
-            raise ArtifactError(f"the tokenizer has token {i} and the model {n_vocab} embeddings")
+            message = f"the tokenizer has token {i}, but the model has {n_vocab} embeddings"
+            raise ArtifactError(message, "copy the tokenizer files from the base model", code="tokenizer-mismatch")
         special = entry.get("special") or looks_special(text)
         types[i] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
         tokens[i], scores[i] = (text if special else text.replace(_SPACE, " ")), _ADDED_SCORE
@@ -77,38 +78,49 @@ def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pie
 
 
 def _space_prefix(source: dict[str, Any]) -> bool:
-    """Check that spaces become ▁ and text is not cut otherwise; say whether one is put in front."""
+    """Check that spaces become ▁ and that text is not cut in another way; say whether a ▁ is put in front."""
     normalizer = source.get("normalizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if steps not in ([_REPLACE], [_PREPEND, _REPLACE]):
-        raise ModelError(f"a SentencePiece tokenizer with the normalizer {normalizer.get('type')} cannot be converted")
+        raise _not_convertible(f"with the normalizer {normalizer.get('type')}")
     if source.get("pre_tokenizer") not in (None, _PLAIN_SPLIT):
-        raise ModelError("a SentencePiece tokenizer that cuts text into words cannot be converted")
+        raise _not_convertible("that cuts text into words")
     return _PREPEND in steps
 
 
+def _not_convertible(what: str) -> ModelError:
+    message = f"deepdistill cannot convert a SentencePiece tokenizer {what}"
+    return ModelError(message, "llama.cpp's convert_hf_to_gguf.py may know it", code="not-convertible")
+
+
 def _of_merges(model: dict[str, Any]) -> Iterator[tuple[str | None, float, int]]:
-    """Yield each token with its merges' rank as score.
+    """Yield each token with its merges' rank as the score.
 
     Raises:
-        ModelError: scores cannot say what these merges do.
+        ModelError: `code` "not-convertible": no scores do what these merges do.
     """
     vocab: dict[str, int] = model["vocab"]
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-    made = [token for token, _ in itertools.groupby(left + right for left, right in merges)]
+    joined = [token for token, _ in itertools.groupby(left + right for left, right in merges)]
     known = set(merges)
-    complete = all(
+    is_complete = all(
         (token[:i], token[i:]) in known
         for token in vocab
         for i in range(1, len(token))
         if token[:i] in vocab and token[i:] in vocab and not _is_byte(token)
     )
-    if len(set(made)) != len(made) or not complete:
+    if len(set(joined)) != len(joined) or not is_complete:
         raise ModelError(
-            "this tokenizer's merges are none that scores can stand for, as llama.cpp's SentencePiece needs",
+            "llama.cpp's SentencePiece needs scores, and no scores give the same tokens as this tokenizer's merges",
             "put the tokenizer.model that it was made from beside tokenizer.json",
+            code="not-convertible",
         )
-    ranks = {token: -float(rank) for rank, token in enumerate(made)}
+    yield from _scored(model, {token: -float(rank) for rank, token in enumerate(joined)})
+
+
+def _scored(model: dict[str, Any], ranks: dict[str, float]) -> Iterator[tuple[str | None, float, int]]:
+    """Yield (token, score, type) by id; tokens that nothing merges into score below all others."""
+    vocab: dict[str, int] = model["vocab"]
     texts = {i: token for token, i in vocab.items()}
     for i in range(max(texts) + 1):
         token = texts.get(i)
@@ -118,7 +130,7 @@ def _of_merges(model: dict[str, Any]) -> Iterator[tuple[str | None, float, int]]
             yield token, 0.0, int(TokenType.BYTE)
         else:
             kind = TokenType.UNKNOWN if token == model.get("unk_token") else TokenType.NORMAL
-            yield token, ranks.get(token, -float(len(made))), int(kind)
+            yield token, ranks.get(token, -float(len(ranks))), int(kind)
 
 
 def _is_byte(token: str) -> bool:
@@ -136,15 +148,16 @@ def _of_model(path: Path) -> Iterator[tuple[str | None, float, int]]:
                 piece = dict(_fields(value))
                 (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
                 kind = piece.get(3, int(TokenType.NORMAL))
-                # A piece that the user defined is an ordinary one to llama.cpp, unless tokenizer.json adds it.
+                # llama.cpp takes a user-defined piece for an ordinary one, unless tokenizer.json adds it.
                 kind = TokenType.NORMAL if kind == TokenType.USER_DEFINED else kind
                 yield piece[1].decode("utf-8"), score, int(kind)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise ArtifactError(f"{path} is no SentencePiece model: {error!r}", "copy it again") from error
+        message = f"{path} is not a SentencePiece model: {error!r}"
+        raise ArtifactError(message, "copy it again", code="tokenizer-broken") from error
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield (field number, value) of a protocol buffer's message: whole numbers, and bytes of everything else."""
+    """Yield (field number, value) of a protocol buffer's message: whole numbers, and everything else as bytes."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)

@@ -1,8 +1,8 @@
-"""Turn tokenizer.json, a byte-level BPE or a SentencePiece vocabulary (pieces.py), into a GGUF's tokenizer metadata.
+"""Turn tokenizer.json, a byte-level BPE or a SentencePiece vocabulary, into a GGUF's tokenizer metadata.
 
-llama.cpp carries a fixed list of pre-tokenizers under names. Ours is found by what tokenizer.json says it does, not by
-a hash of sample tokens, so that an added token or another vocabulary changes nothing. A pre-tokenizer, normalizer or
-model that llama.cpp would run differently is refused.
+llama.cpp has a fixed list of pre-tokenizers, each under a name. The name is found by what tokenizer.json says the
+pre-tokenizer does, not by a hash of sample tokens, so an added token or another vocabulary changes nothing. A
+pre-tokenizer, normalizer or model that llama.cpp would run differently is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gguf import GGUFWriter, TokenType
 from ...errors import ArtifactError, ModelError
 from .architectures import use_llama_cpp
 from .checkpoint import Checkpoint
-from .sentencepiece import is_sentencepiece, looks_special, read_pieces
+from .sentencepiece import Pieces, is_sentencepiece, looks_special, read_pieces
 
 _GPT2 = ("byte-level", True)  # splits by GPT-2's pattern, then maps bytes to letters
 _BYTES = ("byte-level", False)
@@ -49,13 +49,13 @@ _SPECIAL = ("bos", "eos", "unk", "pad")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What the file will carry. `notes` says what llama.cpp does differently on rare text."""
+    """A tokenizer as the file has it. `notes` say where llama.cpp differs on rare text."""
 
     pre: str
     tokens: list[str]
     types: list[int]
     merges: list[str]
-    scores: list[float]  # of a SentencePiece vocabulary, which has no merges
+    scores: list[float]  # only of a SentencePiece vocabulary, which has no merges
     space_prefix: bool
     special_ids: dict[str, int]  # bos, eos, eot, unk, pad
     add_bos: bool
@@ -68,42 +68,45 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
     """Read a folder's tokenizer, padded with unused tokens to the rows of the embedding.
 
     Raises:
-        ArtifactError: there is no tokenizer, or it is broken or too large for the model.
-        ModelError: llama.cpp, or this converter, has no tokenizer that does the same.
+        ArtifactError: `code` "no-tokenizer", "tokenizer-broken", or "tokenizer-mismatch": it does not fit the model.
+        ModelError: `code` "not-convertible": llama.cpp or this converter has no equal tokenizer.
     """
     folder = checkpoint.folder
     source = checkpoint.json("tokenizer.json")
     if not source:
         if checkpoint.find("tokenizer.model"):
             raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", folder)
-        raise ArtifactError(f"{folder} has no tokenizer.json", "copy the tokenizer files from the base model")
+        hint = "copy the tokenizer files from the base model"
+        raise ArtifactError(f"{folder} has no tokenizer.json", hint, code="no-tokenizer")
     try:
-        scores, space_prefix, merges = list[float](), False, list[str]()
-        if is_sentencepiece(source):
-            pieces = read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab)
-            pre, tokens, types = "default", pieces.tokens, pieces.types
-            scores, space_prefix = pieces.scores, pieces.space_prefix
-        else:
-            pre = _pre_tokenizer(source, folder)
-            tokens, types = _vocabulary(source, n_vocab)
-            merges = _merges(source["model"]["merges"])
-        special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(tokens)})
-        add_bos, add_eos = _added(source.get("post_processor"), checkpoint, tokens, special_ids)
+        pre = "default" if is_sentencepiece(source) else _pre_tokenizer(source, folder)
+        pieces, merges = _pieces(source, checkpoint, n_vocab)
+        special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(pieces.tokens)})
+        texts = {name: pieces.tokens[i] for name, i in special_ids.items()}
+        add_bos, add_eos = _adds(source.get("post_processor"), checkpoint, texts)
         return Tokenizer(
-            pre,
-            tokens,
-            types,
-            merges,
-            scores,
-            space_prefix,
-            special_ids,
-            add_bos,
-            add_eos,
-            chat_template(checkpoint),
-            _notes(source),
+            pre=pre,
+            tokens=pieces.tokens,
+            types=pieces.types,
+            merges=merges,
+            scores=pieces.scores,
+            space_prefix=pieces.space_prefix,
+            special_ids=special_ids,
+            add_bos=add_bos,
+            add_eos=add_eos,
+            chat_template=chat_template(checkpoint),
+            notes=_notes(source),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{folder}/tokenizer.json is broken: {error!r}") from error
+        raise ArtifactError(f"{folder}/tokenizer.json is broken: {error!r}", code="tokenizer-broken") from error
+
+
+def _pieces(source: dict[str, Any], checkpoint: Checkpoint, n_vocab: int) -> tuple[Pieces, list[str]]:
+    """Return the vocabulary and the merges; a SentencePiece vocabulary has none, a byte-level BPE has no scores."""
+    if is_sentencepiece(source):
+        return read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab), []
+    tokens, types = _vocabulary(source, n_vocab)
+    return Pieces(tokens, [], types, space_prefix=False), _merges(source["model"]["merges"])
 
 
 def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
@@ -117,7 +120,7 @@ def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
     writer.add_token_merges(tokenizer.merges)
     for name, token_id in tokenizer.special_ids.items():
         writer.add_uint32(_KEYS[name], token_id)
-    # Said even where it is false: llama.cpp puts a BOS before Llama 3's text unless told not to.
+    # Written even if false: llama.cpp puts a BOS before Llama 3's text unless told not to.
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_eos_token(tokenizer.add_eos)
     writer.add_add_space_prefix(tokenizer.space_prefix)
@@ -135,7 +138,7 @@ _KEYS = {
 
 
 def _pre_tokenizer(source: dict[str, Any], folder: object) -> str:
-    """Return llama.cpp's name of what a byte-level BPE does to text first."""
+    """Return llama.cpp's name of a byte-level BPE's pre-tokenizer."""
     model, normalizer = source["model"], source.get("normalizer")
     if model.get("type") != "BPE":
         raise use_llama_cpp(f"a {model.get('type')} tokenizer", folder)
@@ -151,7 +154,7 @@ def _pre_tokenizer(source: dict[str, Any], folder: object) -> str:
 
 
 def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
-    """Return a pre-tokenizer as comparable steps; what is not known keeps its name, and so matches nothing."""
+    """Return a pre-tokenizer as comparable steps; an unknown one keeps its name, which matches nothing."""
     if pre_tokenizer is None:
         return []
     kind = pre_tokenizer.get("type")
@@ -161,8 +164,8 @@ def _steps(pre_tokenizer: dict[str, Any] | None) -> list[tuple[str, Any]]:
         return [("byte-level", bool(pre_tokenizer.get("use_regex", True)))]
     if kind == "Digits":
         return [("digits", bool(pre_tokenizer.get("individual_digits")))]
-    plain = pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
-    if kind == "Split" and plain and "Regex" in pre_tokenizer["pattern"]:
+    is_plain = pre_tokenizer.get("behavior") == "Isolated" and not pre_tokenizer.get("invert")
+    if kind == "Split" and is_plain and "Regex" in pre_tokenizer["pattern"]:
         return [("split", pre_tokenizer["pattern"]["Regex"])]
     return [(str(kind), json.dumps({name: value for name, value in pre_tokenizer.items() if name != "type"}))]
 
@@ -172,7 +175,7 @@ def _describe(steps: tuple[tuple[str, Any], ...]) -> str:
 
 
 def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[int]]:
-    """Return the text and type of each of n_vocab tokens; ids that the tokenizer leaves out are unused."""
+    """Return the text and type of each of n_vocab tokens; ids without a token are unused."""
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
     types = [int(TokenType.UNUSED)] * n_vocab
     added = {entry["id"]: entry for entry in source.get("added_tokens") or []}
@@ -180,8 +183,9 @@ def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[i
     known |= {i: entry["content"] for i, entry in added.items()}
     if known and max(known) >= n_vocab:
         raise ArtifactError(
-            f"the tokenizer has token {max(known)} and the model {n_vocab} embeddings",
+            f"the tokenizer has token {max(known)}, but the model has {n_vocab} embeddings",
             "the tokenizer belongs to another checkpoint, or resize_token_embeddings was not called",
+            code="tokenizer-mismatch",
         )
     for i, token in known.items():
         tokens[i] = token
@@ -192,18 +196,18 @@ def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[i
 def _type_of(added: dict[str, Any] | None) -> TokenType:
     if added is None:
         return TokenType.NORMAL
-    # llama.cpp looks for turn ends among control tokens, and some models mark theirs as ordinary.
-    special = added.get("special") or looks_special(added["content"])
-    return TokenType.CONTROL if special else TokenType.USER_DEFINED
+    # llama.cpp looks for turn ends among the control tokens only, and some models mark theirs as ordinary.
+    is_special = added.get("special") or looks_special(added["content"])
+    return TokenType.CONTROL if is_special else TokenType.USER_DEFINED
 
 
 def _merges(merges: list[Any]) -> list[str]:
-    """Return merges as `left right`; a space inside a part, which byte-level BPE writes as Ġ, would end it."""
+    """Return merges as `left right`; a space within a part would end it, so it becomes byte-level BPE's Ġ."""
     return [merge if isinstance(merge, str) else " ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges]
 
 
 def _special_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict[str, int]:
-    """Return the ids of bos, eos, unk and pad, and as eot another end that generation_config.json names."""
+    """Return the ids of bos, eos, unk and pad; a second end that generation_config.json names becomes eot."""
     named = checkpoint.json("tokenizer_config.json")
     generation = checkpoint.json("generation_config.json")
     found: dict[str, int] = {}
@@ -225,10 +229,11 @@ def _special_ids(checkpoint: Checkpoint, ids: dict[str, int]) -> dict[str, int]:
     return found
 
 
-def _added(
-    processor: dict[str, Any] | None, checkpoint: Checkpoint, tokens: list[str], special_ids: dict[str, int]
-) -> tuple[bool, bool]:
-    """Say whether text gets a BOS in front and an EOS behind. tokenizer_config.json, where it says so, wins."""
+def _adds(processor: dict[str, Any] | None, checkpoint: Checkpoint, texts: dict[str, str]) -> tuple[bool, bool]:
+    """Say whether text gets a BOS in front and an EOS behind; tokenizer_config.json wins if it says so.
+
+    `texts` has the special tokens' texts by name.
+    """
     first = last = None
     for part in (processor or {}).get("processors") or [processor or {}]:
         if part.get("type") == "TemplateProcessing":
@@ -236,26 +241,24 @@ def _added(
             first, last = (outer[0], outer[-1]) if len(outer) > 1 else (None, None)
         elif part and part.get("type") != "ByteLevel":
             raise use_llama_cpp(f"a tokenizer with the post-processor {part.get('type')}", checkpoint.folder)
-    texts = {name: tokens[i] for name, i in special_ids.items()}
     for text, name in ((first, "bos"), (last, "eos")):
         if text is not None and text != texts.get(name):
             raise ModelError(
                 f"the tokenizer puts {text} where a GGUF can only have its {name} token ({texts.get(name)})",
                 f"set {name}_token in {checkpoint.folder}/tokenizer_config.json",
+                code="not-convertible",
             )
-    named = checkpoint.json("tokenizer_config.json")
+    config = checkpoint.json("tokenizer_config.json")
+    stated = (config.get("add_bos_token"), config.get("add_eos_token"))
     add_bos, add_eos = (
-        found if not isinstance(said, bool) else said
-        for said, found in (
-            (named.get("add_bos_token"), first is not None),
-            (named.get("add_eos_token"), last is not None),
-        )
+        value if isinstance(value, bool) else text is not None
+        for value, text in zip(stated, (first, last), strict=True)
     )
-    return add_bos and "bos" in special_ids, add_eos and "eos" in special_ids
+    return add_bos and "bos" in texts, add_eos and "eos" in texts
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """Return the folder's (default) chat template, from its own file or from tokenizer_config.json."""
+    """Return a folder's (default) chat template, from chat_template.jinja or tokenizer_config.json."""
     if path := checkpoint.find("chat_template.jinja"):
         return path.read_text(encoding="utf-8")
     found = checkpoint.json("tokenizer_config.json").get("chat_template")
@@ -267,7 +270,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
 def _notes(source: dict[str, Any]) -> tuple[str, ...]:
     notes = []
     if (source.get("normalizer") or {}).get("type") == "NFC":
-        notes.append("llama.cpp does not compose Unicode (NFC) as this tokenizer does: decomposed accents differ")
+        notes.append("llama.cpp does not compose Unicode (NFC) as this tokenizer does, so decomposed accents differ")
     trimmed = [e["content"] for e in source.get("added_tokens") or [] if e.get("lstrip") or e.get("rstrip")]
     if trimmed:
         notes.append(f"llama.cpp keeps the spaces beside {', '.join(trimmed[:3])}, which this tokenizer drops")

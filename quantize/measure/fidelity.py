@@ -1,8 +1,8 @@
 """How far a file has moved from its unquantized model: Kullback-Leibler divergence of the next token, on held-out text.
 
-Both are run by llama.cpp. The reference's probabilities are kept as float16 together with the two sums that make the
-divergence exact for those rounded probabilities, so that a measurement is one pass over the other model's logits:
-sum p log p - p·z + log sum exp z, with z the logits less their greatest.
+llama.cpp runs both. The reference's probabilities p are kept as float16, together with the two sums that make the
+divergence exact for the rounded values. So a measurement takes one pass over the other model's logits:
+KL = sum p log p - p·z + log sum exp z, where z are the logits minus their maximum.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from .texts import Text
 
 
 class Reader(Protocol):
-    """Whatever yields the logits `[V]` that predict each token of a text from `start` on."""
+    """A model that yields the logits `[V]` for each token of a text from `start` on."""
 
     def logit_rows(self, tokens: Sequence[int], start: int = 1) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield rows that may be overwritten by the next."""
+        """Yield rows; each is valid until the next one."""
         ...
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Of a file against its unquantized model, over `n_tokens` of replies. Divergences are in nats.
+    """A file against its unquantized model, over `n_tokens` of replies; divergences in nats.
 
-    `kl_error` is the standard error of the mean; `same_top` is the share of tokens whose most likely one is the same.
+    `kl_error` is the standard error of the mean; `same_top` is the share of positions with the same most likely token.
     """
 
     n_tokens: int
@@ -42,7 +42,7 @@ class Fidelity:
     reference_perplexity: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it, six digits."""
+        """Return it as a JSON object, with six digits."""
         return {
             name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in asdict(self).items()
         }
@@ -68,7 +68,7 @@ class Reference:
 
     @classmethod
     def of(cls, reader: Reader, texts: Iterable[Text], on_text: Callable[[int], None] = lambda _: None) -> Reference:
-        """Read the texts with the unquantized model."""
+        """Read the texts with the unquantized model; `on_text` is told how many are done."""
         texts = tuple(texts)
         positions, loss = [], 0.0
         for i, text in enumerate(texts):
@@ -76,13 +76,13 @@ class Reference:
                 logprobs = log_softmax(row)
                 loss -= float(logprobs[target])
                 p = np.exp(logprobs).astype(np.float16)
-                exact = p.astype(np.float32)
+                exact = p.astype(np.float32)  # the sums are of the rounded values, so KL(p, p) is 0
                 positions.append(Position(p, float(exact.sum()), float(exact @ logprobs), int(row.argmax())))
             on_text(i + 1)
         return cls(texts, tuple(positions), math.exp(loss / max(len(positions), 1)))
 
     def measure(self, reader: Reader, on_text: Callable[[int], None] = lambda _: None) -> Fidelity:
-        """Read the same texts with another model of the same vocabulary, and compare."""
+        """Read the same texts with another model of the same vocabulary, and return how it differs."""
         divergences, n_same, loss = [], 0, 0.0
         positions = iter(self.positions)
         for i, text in enumerate(self.texts):
@@ -95,7 +95,7 @@ class Reference:
                 n_same += int(row.argmax()) == position.top
                 loss += log_total - float(shifted[target])
             on_text(i + 1)
-        kl = np.maximum(np.array(divergences), 0.0)  # rounding may leave a little less than nothing
+        kl = np.maximum(np.array(divergences), 0.0)  # rounding can make it slightly negative
         n = len(kl)
         return Fidelity(
             n_tokens=n,
@@ -109,12 +109,12 @@ class Reference:
 
 
 def log_softmax(row: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return the log-probabilities `[V]` of logits."""
+    """Return the log-probabilities `[V]` of logits `[V]`."""
     shifted = row - row.max()
     return np.asarray(shifted - np.float32(math.log(float(np.exp(shifted).sum()))), np.float32)
 
 
 def _replies(reader: Reader, text: Text) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Yield each token of the reply with the logits that predict it."""
+    """Yield each token of the reply, with the logits that predict it."""
     rows = reader.logit_rows(text.tokens, max(text.n_prompt, 1))
     yield from zip(text.tokens[max(text.n_prompt, 1) :], rows, strict=True)

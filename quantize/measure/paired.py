@@ -1,4 +1,4 @@
-"""Two models asked the same problems: which answers flipped, and whether that is more than chance.
+"""Two models answer the same problems: which answers flipped, and whether that is more than chance.
 
 Source: Q. McNemar, Psychometrika 12 (1947), in its exact form; the interval is D. Bonett and R. Price's adjusted Wald
 interval for a difference of paired shares, J. Educ. Behav. Stat. 37 (2012).
@@ -15,9 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model did on test problems: whether each was right, in their order, and the shares of the other things.
+    """A model's answers to test problems: whether each was right, in the problems' order, and two shares.
 
-    `closed` is the share of opened thinking that was closed, None where none was opened; `loops` counts circles.
+    `closed` is the share of thinking blocks that were closed, None if none was opened; `loops` is the share of answers
+    that ended in a loop.
     """
 
     right: tuple[bool, ...]
@@ -26,14 +27,14 @@ class Answers:
 
     @property
     def accuracy(self) -> float:
-        """The share that was right."""
+        """The share of right answers."""
         return sum(self.right) / len(self.right)
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A model against its reference on `n` problems: what it lost and gained, the difference of accuracies with its
-    95 % interval, and McNemar's exact two-sided p.
+    """A model against its reference on `n` problems: right answers lost and gained, the difference of accuracies with
+    its 95 % interval, and McNemar's exact two-sided p.
     """
 
     n: int
@@ -44,7 +45,7 @@ class Paired:
     p_value: float
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return it as a JSON object."""
         return asdict(self) | {"interval": list(self.interval)}
 
 
@@ -52,25 +53,25 @@ def compare(reference: Sequence[bool], other: Sequence[bool]) -> Paired:
     """Return how another model's answers differ from the reference's, problem by problem.
 
     Raises:
-        ValueError: they were not asked the same number of problems, or none.
+        ValueError: the two have different numbers of answers, or none.
     """
     n = len(reference)
     if n == 0 or n != len(other):
         raise ValueError(f"{n} and {len(other)} answers cannot be paired")
     lost = sum(a and not b for a, b in zip(reference, other, strict=True))
     gained = sum(b and not a for a, b in zip(reference, other, strict=True))
-    return Paired(n, lost, gained, (gained - lost) / n, interval(lost, gained, n), mcnemar(lost, gained))
+    return Paired(n, lost, gained, (gained - lost) / n, interval(lost, gained, n=n), mcnemar(lost, gained))
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the probability of flips at least as lopsided if each went either way by a fair coin."""
+    """Return the probability that flips by a fair coin are at least as lopsided."""
     n = lost + gained
     tail = sum(math.comb(n, k) for k in range(min(lost, gained) + 1))
-    return min(1.0, float(Fraction(2 * tail, 2**n)))  # of whole numbers: 2**n may be more than a float holds
+    return min(1.0, float(Fraction(2 * tail, 2**n)))  # whole numbers: 2**n can exceed a float
 
 
-def interval(lost: int, gained: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of the difference of accuracies, 95 % by default."""
+def interval(lost: int, gained: int, *, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the confidence interval of the difference of accuracies, 95 % by default."""
     down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
     half = z * math.sqrt((down + up - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)

@@ -1,7 +1,7 @@
 """The student's own verified traces as token ids, in three parts that share no problem.
 
-One part makes the importance matrix, one chooses the types, one measures what came out. A trace is rendered with the
-file's own template and tokenized by llama.cpp, prompt and reply apart, as it was taught.
+The first makes the importance matrix, the second chooses the types, the third measures the result. A trace is rendered
+with the file's own template and tokenized by llama.cpp, prompt and reply apart, just as the student was trained on it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from typing import Any, Literal
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.engine.llama import Model
 from ...localrun.families import template
+from ..convert.files import sha256_of
 
-Part = Literal["calibrate", "choose", "measure"]
-_SHARES: tuple[tuple[int, Part], ...] = ((60, "calibrate"), (75, "choose"), (100, "measure"))  # upper bounds, per cent
+Purpose = Literal["calibrate", "choose", "measure"]
+_SHARES: tuple[tuple[int, Purpose], ...] = ((60, "calibrate"), (75, "choose"), (100, "measure"))  # upper bounds in %
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids of a trace; the first `n_prompt` are not the model's own. `n_thinking` of the others are reasoning."""
+    """Token ids of a trace: `n_prompt` of the prompt, then those of the reply, `n_thinking` of them reasoning."""
 
     tokens: tuple[int, ...]
     n_prompt: int
@@ -47,9 +48,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Texts:
-    """The traces by what they are for, and the SHA-256 of the file that they came from, with what was judged later."""
+    """The traces by purpose, and the SHA-256 of the file that they came from and of its later verdicts."""
 
-    heal: tuple[Text, ...] = ()  # those that calibrate come first
+    heal: tuple[Text, ...] = ()  # starts with those that calibrate
     calibrate: tuple[Text, ...] = ()
     choose: tuple[Text, ...] = ()
     measure: tuple[Text, ...] = ()
@@ -57,46 +58,58 @@ class Texts:
     sha256: str = ""
 
 
-def part_of(question: str) -> Part:
-    """Return the part that all traces of a problem belong to, by a hash of its normalised question."""
+def purpose_of(question: str) -> Purpose:
+    """Return what all traces of a problem are used for, by a hash of its normalized question."""
     key = " ".join(question.lower().split())
     share = int(hashlib.sha256(b"quantize\0" + key.encode("utf-8", "replace")).hexdigest()[:8], 16) % 100
-    return next(part for bound, part in _SHARES if share < bound)
+    return next(purpose for bound, purpose in _SHARES if share < bound)
 
 
 def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSettings = CalibrationSettings()) -> Texts:
     """Read verified traces as the model in a GGUF sees them.
 
     Raises:
-        ArtifactError: there is no such file, or a line of it is no trace.
-        UsageError: it holds too few verified traces to fill the three parts.
-        ModelError: the template refuses a trace, or renders an answer differently from how it prompts for one.
+        ArtifactError: `code` "file-unreadable", or "trace-broken": a line is not a trace.
+        UsageError: `code` "too-few-traces": the three parts cannot be filled.
+        ModelError: `code` "no-chat-template", or "template-mismatch": it renders an answer differently from how it
+            prompts for one.
     """
-    model = Model(model_path)
-    try:
-        n_calibrate = max(settings.n_calibrate, settings.n_heal)
-        limits = {"calibrate": n_calibrate, "choose": settings.n_choose, "measure": settings.n_measure}
-        taken: dict[str, list[Text]] = {part: [] for part in limits}
-        counts = dict.fromkeys(limits, 0)
-        for trace in _verified(traces_path):
-            part = part_of(trace["messages"][-1]["content"])
-            if counts[part] >= limits[part]:
-                continue
-            text = _render(model, trace, settings.max_length)
-            counts[part] += len(text.tokens) - (0 if part == "calibrate" else text.n_prompt)
-            taken[part].append(text)
-    finally:
-        model.close()
-    if empty := [part for part, texts in taken.items() if not texts]:
-        raise UsageError(f"{traces_path} holds too few verified traces: none to {empty[0]} with", "a hundred will do")
+    with closing(Model(model_path)) as model:
+        texts = _by_purpose(traces_path, model, settings)
+    if empty := [purpose for purpose, found in texts.items() if not found]:
+        raise UsageError(
+            f"{traces_path} has too few verified traces: none is left to {empty[0]} with",
+            "a hundred traces are enough",
+            code="too-few-traces",
+        )
     return Texts(
-        tuple(taken["calibrate"]),
-        tuple(_first(taken["calibrate"], settings.n_calibrate)),
-        tuple(taken["choose"]),
-        tuple(taken["measure"]),
-        str(traces_path),
-        _hash(traces_path),
+        heal=tuple(texts["calibrate"]),
+        calibrate=tuple(_first(texts["calibrate"], settings.n_calibrate)),
+        choose=tuple(texts["choose"]),
+        measure=tuple(texts["measure"]),
+        source=str(traces_path),
+        sha256=_hash(traces_path),
     )
+
+
+def _by_purpose(traces_path: Path, model: Model, settings: CalibrationSettings) -> dict[Purpose, list[Text]]:
+    """Return as many texts of each purpose as the settings ask for."""
+    n_calibrate = max(settings.n_calibrate, settings.n_heal)
+    limits: dict[Purpose, int] = {
+        "calibrate": n_calibrate,
+        "choose": settings.n_choose,
+        "measure": settings.n_measure,
+    }
+    texts: dict[Purpose, list[Text]] = {purpose: [] for purpose in limits}
+    counts = dict.fromkeys(limits, 0)
+    for trace in _verified(traces_path):
+        purpose = purpose_of(trace["messages"][-1]["content"])
+        if counts[purpose] >= limits[purpose]:
+            continue
+        text = _render(model, trace, settings.max_length)
+        counts[purpose] += len(text.tokens) - (0 if purpose == "calibrate" else text.n_prompt)
+        texts[purpose].append(text)
+    return texts
 
 
 def _first(texts: Sequence[Text], n_tokens: int) -> Iterator[Text]:
@@ -107,21 +120,8 @@ def _first(texts: Sequence[Text], n_tokens: int) -> Iterator[Text]:
         n_tokens -= len(text.tokens)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file.
-
-    Raises:
-        ArtifactError: it cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _verdicts_path(traces_path: Path) -> Path:
-    """Return where votes and judges' verdicts on stored traces stand (docs/traces.md)."""
+    """Return the file of the verdicts that votes and judges gave on stored traces (docs/traces.md)."""
     return traces_path.with_name(f"{traces_path.stem}.verdicts.jsonl")
 
 
@@ -133,12 +133,12 @@ def _hash(traces_path: Path) -> str:
 
 
 def _judged(path: Path) -> dict[str, str]:
-    """Return who vouches for a trace by its id, from its last line; a torn or foreign line says nothing."""
+    """Return who judged each trace last, by its id; torn and foreign lines are skipped."""
     judged: dict[str, str] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         with suppress(ValueError, KeyError, TypeError):
-            one = json.loads(line)
-            judged[one["id"]] = one["verdict_by"]
+            verdict = json.loads(line)
+            judged[verdict["id"]] = verdict["verdict_by"]
     return judged
 
 
@@ -146,7 +146,8 @@ def _verified(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines, judged = path.read_bytes().splitlines(), _judged(_verdicts_path(path))
     except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", "give --traces FILE, or --imatrix none") from error
+        hint = "give --traces FILE, or --imatrix none"
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", hint, code="file-unreadable") from error
     for number, line in enumerate(lines, 1):
         try:
             trace = json.loads(line)
@@ -155,9 +156,9 @@ def _verified(path: Path) -> Iterator[dict[str, Any]]:
             is_verified = trace["verdict"] == "right" or by in ("vote", "judge")
             trace["messages"][-1]["content"] + trace["content"]  # both are texts
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            if number == len(lines):  # a torn last line is no fault
+            if number == len(lines):  # a killed run may tear its last line
                 return
-            raise ArtifactError(f"{path}, line {number} is no trace: {error}") from error
+            raise ArtifactError(f"line {number} of {path} is not a trace: {error}", code="trace-broken") from error
         if is_verified and trace.get("finish_reason", "stop") == "stop":
             yield trace
 
@@ -165,7 +166,9 @@ def _verified(path: Path) -> Iterator[dict[str, Any]]:
 def _render(model: Model, trace: Mapping[str, Any], max_length: int) -> Text:
     source = model.metadata.get("tokenizer.chat_template")
     if not source:
-        raise ModelError(f"{model.path} has no chat template", "use an instruction-tuned model")
+        raise ModelError(
+            f"{model.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
+        )
     ids = (model.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
     bos, eos = ("" if one is None else model.piece(int(one)).decode("utf-8", "replace") for one in ids)
     messages: Sequence[Mapping[str, Any]] = trace["messages"]
@@ -173,11 +176,13 @@ def _render(model: Model, trace: Mapping[str, Any], max_length: int) -> Text:
     prompt = template.render(source, messages, thinking=True, bos_token=bos, eos_token=eos)
     whole = template.render(source, [*messages, answer], thinking=True, bos_token=bos, eos_token=eos, asks=False)
     if not whole.startswith(prompt):
-        raise ModelError("the chat template renders an answer differently from how it prompts for one")
+        raise ModelError(
+            "the chat template renders an answer differently from how it prompts for one", code="template-mismatch"
+        )
     reply = whole[len(prompt) :]
     end = reply.rfind(eos) if eos else -1
     reply = reply[: end + len(eos)] if end >= 0 else reply
-    asked = model.tokenize(prompt)
-    tokens = asked + model.tokenize(reply, whole=False)
+    prompt_tokens = model.tokenize(prompt)
+    tokens = prompt_tokens + model.tokenize(reply, whole=False)
     n_thinking = len(model.tokenize(trace.get("reasoning_content") or "", whole=False))
-    return Text(tuple(tokens[:max_length]), min(len(asked), max_length - 1), n_thinking)
+    return Text(tuple(tokens[:max_length]), min(len(prompt_tokens), max_length - 1), n_thinking)

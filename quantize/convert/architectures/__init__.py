@@ -1,10 +1,10 @@
-"""What a checkpoint's architecture becomes in a GGUF, one a file: tensor names and order, changed rows, parameters."""
+"""How each architecture becomes a GGUF, one a file: its tensors' names and order, changed rows, parameters."""
 
 from __future__ import annotations
 
 from ....errors import ArtifactError
 from ..checkpoint import Checkpoint
-from .base import Architecture, Planned, use_llama_cpp
+from .base import PART_SIZE, Architecture, Planned, use_llama_cpp
 from .deepseek2 import DeepSeek2
 from .gemma3 import Gemma3
 from .llama import Llama
@@ -12,7 +12,7 @@ from .qwen2 import Qwen2
 from .qwen3 import Qwen3
 from .qwen3moe import Qwen3Moe
 
-__all__ = ["Architecture", "Planned", "read_architecture", "use_llama_cpp"]
+__all__ = ["PART_SIZE", "Architecture", "Planned", "read_architecture", "use_llama_cpp"]
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "LlamaForCausalLM": Llama,
@@ -23,21 +23,22 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "DeepseekV2ForCausalLM": DeepSeek2,
     "DeepseekV3ForCausalLM": DeepSeek2,
 }
-"""transformers' name of each architecture that is converted."""
+"""The architectures that can be converted, by transformers' names."""
 
 
 def read_architecture(checkpoint: Checkpoint) -> Architecture:
-    """Return a checkpoint's architecture, its config checked.
+    """Return a checkpoint's architecture, after checking its config.
 
     Raises:
-        ModelError: another architecture, or a setting that the format or llama.cpp does not have.
-        ArtifactError: the config lacks a number, or the tensors do not fit it.
+        ModelError: `code` "not-convertible": another architecture, or a setting that the format or llama.cpp lacks.
+        ArtifactError: `code` "config-broken", "tensor-missing" or "tensor-mismatch".
     """
     config = checkpoint.config
     try:
         name = (config.get("architectures") or [config.get("model_type", "an unnamed architecture")])[0]
         if name not in ARCHITECTURES:
-            raise use_llama_cpp(f"{name}", checkpoint.folder)
+            raise use_llama_cpp(str(name), checkpoint.folder)
         return ARCHITECTURES[name](checkpoint)
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{checkpoint.folder}/config.json is broken: {error!r}"[:200]) from error
+        message = f"{checkpoint.folder}/config.json is broken: {error!r}"[:200]
+        raise ArtifactError(message, code="config-broken") from error

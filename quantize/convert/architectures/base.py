@@ -1,13 +1,13 @@
-"""What every dense or sparse decoder has in common: reading a checkpoint's tensors in parts, and the usual parameters.
+"""What every decoder has in common: reading a checkpoint's tensors in parts, and the usual parameters.
 
-An architecture says which tensors it has, under which GGUF names, and what happens to their rows on the way. Whatever a
-config asks for that the GGUF architecture cannot say is refused: a file that loads and computes something else is worse
-than none.
+An architecture says which tensors it has, under which GGUF names, and how their rows change on the way. It refuses
+whatever a config asks for that the GGUF architecture cannot express: a file that loads and computes something else is
+worse than none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -24,48 +24,55 @@ from .rope import rope_settings, write_rope
 
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 MLP = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
-_PART = 1 << 22  # elements read, changed and quantized at a time: 16 MiB of float32
+PART_SIZE = 1 << 22
+"""How many numbers are read, changed and quantized at a time: 16 MiB of float32."""
+
 Floats = npt.NDArray[np.float32]
 Rows = Iterator[Floats]
+Span = tuple[Weight, int, int]
+"""A weight of the checkpoint, and the first and last of its rows that are meant, the last excluded."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the file to be written: its name, numpy shape, and how to read it in parts of whole rows.
-
-    A part is `[n_rows, n_per_row]`, of a stack of matrices too, or `[n]` of a vector.
-    """
+    """One tensor of the file to be written: its name, its numpy shape, and `source`, which reads it."""
 
     name: str
     shape: tuple[int, ...]
-    read: Callable[[], Rows]
+    source: Callable[[int], Rows]
+
+    def read(self, part_size: int = PART_SIZE) -> Rows:
+        """Yield it in parts of about so many numbers: `[n_rows, n_per_row]`, of a stack too, or `[n]` of a vector."""
+        return self.source(part_size)
 
 
 def use_llama_cpp(what: str, folder: object) -> ModelError:
-    """Return the error for what this converter does not know, saying how llama.cpp's does it."""
+    """Return the error for something that this converter does not know, with llama.cpp's converter in the hint."""
     return ModelError(
-        f"{what} cannot be converted here: llama, Qwen2, Qwen3, Qwen3-MoE, Gemma 3 (text) and DeepSeek V2 and V3 can",
+        f"deepdistill cannot convert {what}; it converts llama, Qwen2, Qwen3, Qwen3-MoE, Gemma 3 (text) and DeepSeek "
+        "V2 and V3",
         f"llama.cpp's own converter may know it: git clone https://github.com/ggml-org/llama.cpp && "
         f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf --outtype f16",
+        code="not-convertible",
     )
 
 
 class Architecture:
-    """A checkpoint's decoder, as GGUF names it: this class is a llama's without what is a llama's own."""
+    """A checkpoint's decoder, as GGUF names it. This class is a llama without a llama's peculiarities."""
 
     name: ClassVar[str]
-    biases: ClassVar[frozenset[str]] = frozenset()  # of the parts that llama.cpp loads one for
+    biases: ClassVar[frozenset[str]] = frozenset()  # matrices whose bias llama.cpp loads
     activation: ClassVar[str] = "silu"
     rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "yarn"})
     default_theta: ClassVar[float] = 10000.0
     n_experts = 0
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Check that everything the config asks for can be said in a GGUF.
+        """Check that a GGUF can express everything that the config asks for.
 
         Raises:
-            ModelError: a setting that the format or llama.cpp does not have.
-            ArtifactError: the config lacks a number, or the tensors do not fit it.
+            ModelError: `code` "not-convertible": the format or llama.cpp lacks a setting.
+            ArtifactError: `code` "config-broken", "tensor-missing" or "tensor-mismatch".
         """
         self.checkpoint, self.config = checkpoint, checkpoint.config
         self.n_layers, self.n_heads = self.number("num_hidden_layers"), self.number("num_attention_heads")
@@ -74,30 +81,30 @@ class Architecture:
         self.head_dim = int(self.config.get("head_dim") or self.n_embd // self.n_heads)
         self.tied = bool(self.config.get("tie_word_embeddings", False))
         self.rope = rope_settings(self.config)
-        for what, found in self.faults().items():
-            if found:
-                raise use_llama_cpp(f"{self.name} with {what}", checkpoint.folder)
+        for fault, is_there in self.faults().items():
+            if is_there:
+                raise use_llama_cpp(f"{self.name} with {fault}", checkpoint.folder)
         self.n_vocab = self.find("model.embed_tokens.weight").shape[0]
         self._used = {"lm_head.weight"} if self.tied else set[str]()
 
     @property
     def shape(self) -> Shape:
-        """What the type mixtures look at."""
+        """The numbers that the type mixtures look at."""
         return Shape(self.name, self.n_layers, self.n_heads, self.n_kv_heads, self.tied, self.n_experts)
 
     def number(self, key: str) -> int:
         """Return a positive whole number of the config.
 
         Raises:
-            ArtifactError: it is not there.
+            ArtifactError: `code` "config-broken": there is none.
         """
         value = self.config.get(key)
         if not isinstance(value, int) or value <= 0:
-            raise ArtifactError(f"{self.checkpoint.folder}/config.json has no {key}")
+            raise ArtifactError(f"{self.checkpoint.folder}/config.json has no {key}", code="config-broken")
         return value
 
     def faults(self) -> dict[str, Any]:
-        """Return what GGUF or llama.cpp could not say, and whether this config asks for it."""
+        """Return the settings that GGUF or llama.cpp lacks, each with whether this config asks for it."""
         layers = self.config.get("layer_types") or []
         kind = self.rope["rope_type"]
         return {
@@ -112,33 +119,33 @@ class Architecture:
         """Return a tensor of the checkpoint.
 
         Raises:
-            ArtifactError: it is not there.
+            ArtifactError: `code` "tensor-missing".
         """
         if name not in self.checkpoint.tensors:
             hint = "set tie_word_embeddings in config.json if it shares the embeddings" if "lm_head" in name else ""
-            raise ArtifactError(f"{self.checkpoint.folder} has no tensor {name}", hint)
+            raise ArtifactError(f"{self.checkpoint.folder} has no tensor {name}", hint, code="tensor-missing")
         return self.checkpoint.tensors[name]
 
     def tensors(self) -> list[Planned]:
         """Return every tensor of the file in order.
 
         Raises:
-            ArtifactError: one is missing or has another shape than the config says.
-            ModelError: the checkpoint holds one that this architecture does not have.
+            ArtifactError: `code` "tensor-missing", or "tensor-mismatch": its shape is not the config's.
+            ModelError: `code` "not-convertible": the checkpoint has a tensor that this architecture does not have.
         """
         planned = list(self.layout())
         unknown = [n for n in self.checkpoint.tensors if n not in self._used and not self.ignores(n)]
         if unknown:
-            raise use_llama_cpp(f"{self.name} with a tensor {unknown[0]}", self.checkpoint.folder)
+            raise use_llama_cpp(f"{self.name} with the tensor {unknown[0]}", self.checkpoint.folder)
         return planned
 
     def ignores(self, name: str) -> bool:
-        """Say whether a tensor of the checkpoint is of no use in a GGUF."""
+        """Say whether a GGUF has no use for a tensor of the checkpoint."""
         return name.endswith("rotary_emb.inv_freq")
 
     def layout(self) -> Iterator[Planned]:
         """Yield the tensors of the file."""
-        yield from self.take("token_embd.weight", "model.embed_tokens.weight", (self.n_vocab, self.n_embd))
+        yield from self.take("token_embd.weight", "model.embed_tokens.weight", shape=(self.n_vocab, self.n_embd))
         for i in range(self.n_layers):
             old, new = f"model.layers.{i}", f"blk.{i}"
             yield from self.norm(f"{new}.attn_norm.weight", f"{old}.input_layernorm.weight")
@@ -147,11 +154,11 @@ class Architecture:
             yield from self.mlp(i, f"{new}.", f"{old}.mlp.")
         yield from self.norm("output_norm.weight", "model.norm.weight")
         if not self.tied:
-            yield from self.take("output.weight", "lm_head.weight", (self.n_vocab, self.n_embd))
+            yield from self.take("output.weight", "lm_head.weight", shape=(self.n_vocab, self.n_embd))
 
     def norm(self, name: str, source: str, n: int = 0) -> Iterator[Planned]:
         """Yield the weight of a norm over n numbers, the model's width if not given."""
-        yield from self.take(name, source, (n or self.n_embd,))
+        yield from self.take(name, source, shape=(n or self.n_embd,))
 
     def attention(self, new: str, old: str) -> Iterator[Planned]:
         """Yield a layer's attention."""
@@ -168,37 +175,43 @@ class Architecture:
 
     def linear(self, name: str, source: str, shape: tuple[int, int]) -> Iterator[Planned]:
         """Yield a matrix, and its bias where there is one and llama.cpp loads it."""
-        yield from self.take(f"{name}.weight", f"{source}.weight", shape)
+        yield from self.take(f"{name}.weight", f"{source}.weight", shape=shape)
         if name.rpartition(".")[2] in self.biases and f"{source}.bias" in self.checkpoint.tensors:
-            yield from self.take(f"{name}.bias", f"{source}.bias", shape[:1])
+            yield from self.take(f"{name}.bias", f"{source}.bias", shape=shape[:1])
 
     def take(
         self,
         name: str,
         source: str,
+        *,
         shape: tuple[int, ...],
         change: Callable[[Floats], Floats] | None = None,
-        *,
         stored: tuple[int, ...] | None = None,
         unit: int = 1,
     ) -> Iterator[Planned]:
-        """Yield one tensor of the checkpoint, of the shape that it has there unless `stored` says another.
+        """Yield one tensor of the checkpoint, whose shape there is `stored` if it differs.
 
-        `change` is given rows in whole units of `unit` rows and returns `[n_rows, n_per_row]`.
+        `change` takes rows in multiples of `unit` and returns `[n_rows, n_per_row]`.
 
         Raises:
-            ArtifactError: it is missing, or its shape is not what the config says.
+            ArtifactError: `code` "tensor-missing", or "tensor-mismatch": its shape is not the config's.
         """
+        weight = self._use(source, stored or shape)
+        yield Planned(name, shape, partial(_read, [(weight, 0, weight.shape[0])], change=change, unit=unit))
+
+    def _use(self, source: str, shape: tuple[int, ...]) -> Weight:
+        """Return a tensor of the checkpoint, checked, and remember that the file has it."""
         weight = self.find(source)
-        self._check(weight, stored or shape)
+        self._check(weight, shape)
         self._used.add(source)
-        yield Planned(name, shape, partial(read_parts, weight, 0, weight.shape[0], change, unit))
+        return weight
 
     def _check(self, weight: Weight, shape: tuple[int, ...]) -> None:
         if weight.shape != shape:
             raise ArtifactError(
-                f"{weight.name} is {list(weight.shape)} and config.json makes it {list(shape)}",
+                f"{weight.name} is {list(weight.shape)}, but config.json makes it {list(shape)}",
                 "config.json belongs to another checkpoint",
+                code="tensor-mismatch",
             )
 
     def experts(self, new: str, old: str, n_ff: int) -> Iterator[Planned]:
@@ -206,17 +219,11 @@ class Architecture:
         wide, tall = (n_ff, self.n_embd), (self.n_embd, n_ff)
         for source, part in MLP.items():
             shape, fused = (tall if part == "ffn_down" else wide), self._fused(old, source, n_ff)
-            spans = fused or list(self._single(old, source, shape))
-            yield Planned(f"{new}{part}_exps.weight", (self.n_experts, *shape), partial(read_spans, spans))
+            names = [f"{old}experts.{i}.{source}.weight" for i in range(self.n_experts)]
+            spans = fused or [(self._use(name, shape), 0, shape[0]) for name in names]
+            yield Planned(f"{new}{part}_exps.weight", (self.n_experts, *shape), partial(_read, spans))
 
-    def _single(self, old: str, source: str, shape: tuple[int, int]) -> Iterator[tuple[Weight, int, int]]:
-        for i in range(self.n_experts):
-            weight = self.find(f"{old}experts.{i}.{source}.weight")
-            self._check(weight, shape)
-            self._used.add(weight.name)
-            yield weight, 0, shape[0]
-
-    def _fused(self, old: str, source: str, n_ff: int) -> list[tuple[Weight, int, int]] | None:
+    def _fused(self, old: str, source: str, n_ff: int) -> list[Span] | None:
         down = source == "down_proj"
         weight = self.checkpoint.tensors.get(f"{old}experts.{source if down else 'gate_up_proj'}")
         if not isinstance(weight, Tensor):
@@ -249,18 +256,13 @@ class Architecture:
         writer.add_rope_dimension_count(self.head_dim)
 
 
-def read_parts(
-    weight: Weight, start: int, stop: int, change: Callable[[Floats], Floats] | None = None, unit: int = 1
+def _read(
+    spans: Iterable[Span], part_size: int, *, change: Callable[[Floats], Floats] | None = None, unit: int = 1
 ) -> Rows:
-    """Yield rows of a weight in parts of whole units, changed on the way."""
-    n_per_row = weight.shape[-1] if len(weight.shape) > 1 else 1
-    step = max(1, _PART // n_per_row // unit) * unit
-    for at in range(start, stop, step):
-        rows = weight.rows(slice(at, min(stop, at + step)))
-        yield change(rows) if change else rows
-
-
-def read_spans(spans: list[tuple[Weight, int, int]]) -> Rows:
-    """Yield the rows of several weights, one after the other."""
+    """Yield the rows of several weights, in parts of whole units, changed on the way."""
     for weight, start, stop in spans:
-        yield from read_parts(weight, start, stop)
+        n_per_row = weight.shape[-1] if len(weight.shape) > 1 else 1
+        step = max(1, part_size // n_per_row // unit) * unit
+        for at in range(start, stop, step):
+            rows = weight.rows(slice(at, min(stop, at + step)))
+            yield change(rows) if change else rows

@@ -1,9 +1,9 @@
-"""DeepSeek V2, V3 and R1: latent attention, and experts of which some are shared and the first layers have none.
+"""DeepSeek V2, V3 and R1: latent attention, shared experts, and first layers without experts.
 
 llama.cpp multiplies the query into the latent space instead of the keys out of it, so `kv_b` becomes two stacks of one
-matrix a head: `k_b` transposed, and `v_b`. The cache then holds one latent head, so the file says one KV head. V3
+matrix a head: `k_b` transposed, and `v_b`. The cache then holds one latent head, so the file has one KV head. V3
 chooses experts by sigmoid and a bias learned for balance, V2 by softmax. The layers that predict more than one token
-ahead are left out.
+ahead (multi-token prediction) are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DeepSeek2(Architecture):
     name = "deepseek2"
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Read the latent's and the experts' numbers, beside the rest."""
+        """Read the numbers of the latent space and of the experts too."""
         config = checkpoint.config
         self.is_v3 = (config.get("architectures") or [""])[0] == "DeepseekV3ForCausalLM"
         self.q_rank = int(config.get("q_lora_rank") or 0)
@@ -42,7 +42,7 @@ class DeepSeek2(Architecture):
         self.n_dense = int(config.get("first_k_dense_replace") or 0)
 
     def faults(self) -> dict[str, Any]:
-        """Return what llama.cpp's graph cannot do."""
+        """Return the settings that llama.cpp's graph lacks."""
         every, all_dim = self.rope.get("mscale"), self.rope.get("mscale_all_dim")
         yarn = self.rope["rope_type"] == "yarn"
         grouped = not self.is_v3 and self.config.get("topk_method", "greedy") != "greedy"
@@ -52,12 +52,12 @@ class DeepSeek2(Architecture):
             "experts in groups by their best one (DeepSeek-V2's group_limited_greedy)": grouped,
             "layers without experts between those with": int(self.config.get("moe_layer_freq") or 1) != 1,
             "no shared experts": not self.config.get("n_shared_experts"),
-            # llama.cpp takes a model of so many layers for a lite one, which has no low-rank query.
+            # llama.cpp takes a model with this many layers for a lite one, which has no low-rank query.
             f"a low-rank query in {self.n_layers} layers": bool(self.q_rank) and self.n_layers in _LITE,
         }
 
     def ignores(self, name: str) -> bool:
-        """Leave out the layers that predict further ahead."""
+        """Leave out the layers of multi-token prediction too."""
         layer = _LAYER.match(name)
         return super().ignores(name) or bool(layer and int(layer[1]) >= self.n_layers)
 
@@ -81,8 +81,8 @@ class DeepSeek2(Architecture):
             yield from self.take(
                 f"{new}attn_{part}.weight",
                 f"{old}kv_b_proj.weight",
-                shape,
-                change,
+                shape=shape,
+                change=change,
                 stored=(self.n_heads * unit, self.kv_rank),
                 unit=unit,
             )
@@ -98,14 +98,14 @@ class DeepSeek2(Architecture):
         return np.ascontiguousarray(self._heads(rows)[:, self.n_nope :]).reshape(-1, self.kv_rank)
 
     def mlp(self, i: int, new: str, old: str) -> Iterator[Planned]:
-        """Yield a layer's router, stacked experts and shared expert, or the dense network of an early layer."""
+        """Yield a layer's router, stacked experts and shared expert; of a first layer its dense network."""
         if i < self.n_dense:
             yield from super().mlp(i, new, old)
             return
-        yield from self.take(f"{new}ffn_gate_inp.weight", f"{old}gate.weight", (self.n_experts, self.n_embd))
+        yield from self.take(f"{new}ffn_gate_inp.weight", f"{old}gate.weight", shape=(self.n_experts, self.n_embd))
         bias = f"{old}gate.e_score_correction_bias"
         if self.is_v3 and bias in self.checkpoint.tensors:
-            yield from self.take(f"{new}exp_probs_b.bias", bias, (self.n_experts,))
+            yield from self.take(f"{new}exp_probs_b.bias", bias, shape=(self.n_experts,))
         yield from self.experts(new, old, self.n_ff_expert)
         wide = self.n_ff_expert * self.n_shared
         for source, part in MLP.items():
@@ -113,7 +113,7 @@ class DeepSeek2(Architecture):
             yield from self.linear(f"{new}{part}_shexp", f"{old}shared_experts.{source}", shape)
 
     def write_parameters(self, writer: GGUFWriter) -> None:
-        """Add the experts' numbers to the rest."""
+        """Add the experts' numbers too."""
         super().write_parameters(writer)
         writer.add_leading_dense_block_count(self.n_dense)
         writer.add_expert_feed_forward_length(self.n_ff_expert)
@@ -123,7 +123,7 @@ class DeepSeek2(Architecture):
         writer.add_expert_weights_scale(float(self.config.get("routed_scaling_factor") or 1.0))
         gating = ExpertGatingFuncType.SIGMOID if self.is_v3 else ExpertGatingFuncType.SOFTMAX
         writer.add_expert_gating_func(gating)
-        if self.is_v3:  # transformers' V2 reads neither
+        if self.is_v3:  # transformers' V2 reads none of these
             writer.add_expert_weights_norm(bool(self.config.get("norm_topk_prob", True)))
             writer.add_expert_group_count(int(self.config.get("n_group") or 1))
             writer.add_expert_group_used_count(int(self.config.get("topk_group") or 1))
@@ -131,9 +131,9 @@ class DeepSeek2(Architecture):
             writer.add_rope_scaling_yarn_log_mul(0.1 * float(scale))  # llama.cpp divides by 0.1 again
 
     def write_heads(self, writer: GGUFWriter) -> None:
-        """Add the latent's sizes, and the heads' own."""
+        """Add the sizes of the latent space and of the heads."""
         if self.n_layers not in _LITE:
-            writer.add_q_lora_rank(self.q_rank)  # 0 where there is none: llama.cpp wants to be told
+            writer.add_q_lora_rank(self.q_rank)  # 0 if there is none: llama.cpp requires the key
         writer.add_kv_lora_rank(self.kv_rank)
         writer.add_key_length(self.kv_rank + self.n_rope)
         writer.add_value_length(self.kv_rank)

@@ -1,7 +1,7 @@
-"""Gemma 3 (text): norms before and after each block, most layers see a window only, and norm weights are stored less 1.
+"""Gemma 3 (text): norms before and after each block, sliding windows in most layers, and norm weights stored minus 1.
 
-The windowed layers have a RoPE base of their own. llama.cpp takes every sixth layer as a full one unless the file says
-otherwise, so another pattern is written out.
+The layers with a window have a RoPE base of their own. llama.cpp takes every sixth layer for a full one unless the file
+says otherwise, so any other pattern is written into the file.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PATTERN = 6  # llama.cpp's own
 
 
 class Gemma3(Qwen3):
-    """Gemma3ForCausalLM: q and k are normed as Qwen3's are."""
+    """Gemma3ForCausalLM, which norms q and k as Qwen3 does."""
 
     name = "gemma3"
     biases = frozenset()
     default_theta = 1_000_000.0
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Embeddings are tied unless the config says otherwise, and a head has 256 numbers."""
+        """Fill in the defaults that a config may leave out: tied embeddings, and heads of 256 numbers."""
         checkpoint.config.setdefault("tie_word_embeddings", True)
         checkpoint.config.setdefault("head_dim", 256)
         self.window = int(checkpoint.config.get("sliding_window") or 4096)
@@ -35,14 +35,14 @@ class Gemma3(Qwen3):
 
     @property
     def _local(self) -> dict[str, Any]:
-        """The RoPE settings of the windowed layers."""
+        """The RoPE settings of the layers with a window."""
         if "sliding_attention" in (self.config.get("rope_parameters") or {}):
             return rope_settings(self.config, "sliding_attention")
         return {"rope_type": "default", "rope_theta": self.config.get("rope_local_base_freq") or 10000.0}
 
     @property
     def _windowed(self) -> list[bool]:
-        """Which layers see a window only."""
+        """Whether each layer has a window."""
         kinds = self.config.get("layer_types")
         step = int(self.config.get("sliding_window_pattern") or _PATTERN)
         if kinds:
@@ -50,7 +50,7 @@ class Gemma3(Qwen3):
         return [bool((i + 1) % step) for i in range(self.n_layers)]
 
     def faults(self) -> dict[str, Any]:
-        """Return what llama.cpp's graph cannot do."""
+        """Return the settings that llama.cpp's graph lacks."""
         scalar = self.config.get("query_pre_attn_scalar", 256)
         # llama.cpp tells the 27B model, whose scale is another, by its number of layers.
         scale = self.n_embd // self.n_heads if self.n_layers == 62 else self.head_dim
@@ -61,17 +61,17 @@ class Gemma3(Qwen3):
             "attn_logit_softcapping": self.config.get("attn_logit_softcapping"),
             "bidirectional attention": self.config.get("use_bidirectional_attention"),
             f"query_pre_attn_scalar {scalar}": scalar != scale,
-            "scaled RoPE in its windowed layers": self._local["rope_type"] != "default",
+            "scaled RoPE in the layers with a window": self._local["rope_type"] != "default",
             f"{len(self._windowed)} layer_types": len(self._windowed) != self.n_layers,
         }
 
     def norm(self, name: str, source: str, n: int = 0) -> Iterator[Planned]:
-        """Yield the weight of a norm, which transformers keeps less 1."""
-        yield from self.take(name, source, (n or self.n_embd,), _plus_one)
+        """Yield the weight of a norm, which transformers stores minus 1."""
+        yield from self.take(name, source, shape=(n or self.n_embd,), change=_plus_one)
 
     def layout(self) -> Iterator[Planned]:
         """Yield the tensors of the file."""
-        yield from self.take("token_embd.weight", "model.embed_tokens.weight", (self.n_vocab, self.n_embd))
+        yield from self.take("token_embd.weight", "model.embed_tokens.weight", shape=(self.n_vocab, self.n_embd))
         for i in range(self.n_layers):
             old, new = f"model.layers.{i}.", f"blk.{i}."
             yield from self.norm(f"{new}attn_norm.weight", f"{old}input_layernorm.weight")
@@ -82,10 +82,10 @@ class Gemma3(Qwen3):
             yield from self.norm(f"{new}post_ffw_norm.weight", f"{old}post_feedforward_layernorm.weight")
         yield from self.norm("output_norm.weight", "model.norm.weight")
         if not self.tied:
-            yield from self.take("output.weight", "lm_head.weight", (self.n_vocab, self.n_embd))
+            yield from self.take("output.weight", "lm_head.weight", shape=(self.n_vocab, self.n_embd))
 
     def write_parameters(self, writer: GGUFWriter) -> None:
-        """Add the window, its pattern and the second RoPE base to the rest."""
+        """Add the window, its pattern and the second RoPE base too."""
         super().write_parameters(writer)
         writer.add_sliding_window(self.window)
         writer.add_rope_freq_base_swa(float(self._local.get("rope_theta") or 10000.0))

@@ -1,6 +1,6 @@
 """Llama: q and k rows change places, and Llama 3's RoPE scaling becomes a tensor of factors.
 
-llama.cpp rotates neighbouring pairs of a llama head's rows, transformers the two halves.
+In a llama's head, llama.cpp rotates neighbouring rows as pairs; transformers pairs the two halves.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ class Llama(Architecture):
 
     def layout(self) -> Iterator[Planned]:
         """Yield the tensors of the file."""
-        usual = super().layout()
-        yield next(usual)
+        layout = super().layout()
+        yield next(layout)
         if self.rope["rope_type"] == "llama3":
             factors = llama3_factors(self.rope, self.head_dim)
-            yield Planned("rope_freqs.weight", factors.shape, lambda: iter([factors]))
-        yield from usual
+            yield Planned("rope_freqs.weight", factors.shape, lambda _part_size: iter([factors]))
+        yield from layout
 
     def take(
         self,
         name: str,
         source: str,
+        *,
         shape: tuple[int, ...],
         change: Callable[[Floats], Floats] | None = None,
-        *,
         stored: tuple[int, ...] | None = None,
         unit: int = 1,
     ) -> Iterator[Planned]:
-        """Yield one tensor, q's and k's rows permuted a head at a time."""
+        """Yield one tensor; the rows of q and k are permuted, a head at a time."""
         if name.split(".")[-2] in ("attn_q", "attn_k"):
             change, unit = self._permute, self.head_dim
-        yield from super().take(name, source, shape, change, stored=stored, unit=unit)
+        yield from super().take(name, source, shape=shape, change=change, stored=stored, unit=unit)
 
     def _permute(self, rows: Floats) -> Floats:
         return permute(rows, rows.shape[0] // self.head_dim)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: a llama with biases on q, k and v, whose rows stay where they are."""
+"""Qwen2 and Qwen2.5: a llama with biases on q, k and v, and without the permutation of their rows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class Qwen2(Architecture):
     biases: ClassVar[frozenset[str]] = frozenset({"attn_q", "attn_k", "attn_v"})
 
     def faults(self) -> dict[str, Any]:
-        """Add a head size that its graph cannot have."""
-        odd = self.head_dim * self.n_heads != self.n_embd
-        return super().faults() | {"a head size that is not hidden_size / heads": odd}
+        """Add head sizes that llama.cpp's graph lacks."""
+        is_odd = self.head_dim * self.n_heads != self.n_embd
+        return super().faults() | {"a head size that is not hidden_size / heads": is_odd}

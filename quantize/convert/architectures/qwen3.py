@@ -1,4 +1,4 @@
-"""Qwen3: q and k of each head are normed."""
+"""Qwen3: a norm on each head's q and k."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: a Qwen3 whose feed-forward network is a set of experts, of which a few answer each token."""
+"""Qwen3-MoE: a Qwen3 whose feed-forward network is a set of experts, a few of which are used for each token."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Qwen3Moe(Qwen3):
     biases: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Read what the experts are, beside the rest."""
+        """Read the experts' numbers too."""
         super().__init__(checkpoint)
         # transformers 5 calls it num_local_experts in memory, and writes either.
         self.n_experts = self.number("num_experts" if "num_experts" in self.config else "num_local_experts")
         self.n_ff_expert = self.number("moe_intermediate_size")
 
     def faults(self) -> dict[str, Any]:
-        """Add layers without experts, and weights that are not made to sum to 1, which its graph always does."""
+        """Add layers without experts, and routing weights that do not sum to 1: llama.cpp always normalizes them."""
         sparse = int(self.config.get("decoder_sparse_step") or 1) == 1 and not self.config.get("mlp_only_layers")
         return super().faults() | {
             "dense layers among the sparse": not sparse,
@@ -35,11 +35,11 @@ class Qwen3Moe(Qwen3):
 
     def mlp(self, i: int, new: str, old: str) -> Iterator[Planned]:
         """Yield a layer's router and its experts, stacked."""
-        yield from self.take(f"{new}ffn_gate_inp.weight", f"{old}gate.weight", (self.n_experts, self.n_embd))
+        yield from self.take(f"{new}ffn_gate_inp.weight", f"{old}gate.weight", shape=(self.n_experts, self.n_embd))
         yield from self.experts(new, old, self.n_ff_expert)
 
     def write_parameters(self, writer: GGUFWriter) -> None:
-        """Add the experts' numbers to the rest."""
+        """Add the experts' numbers too."""
         super().write_parameters(writer)
         writer.add_expert_count(self.n_experts)
         writer.add_expert_used_count(self.number("num_experts_per_tok"))

@@ -1,4 +1,4 @@
-"""RoPE settings: from either generation of config to a GGUF's keys."""
+"""RoPE settings: from transformers' config, old or new, to a GGUF's keys."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ....errors import ArtifactError
 
 
 def rope_settings(config: dict[str, Any], layers: str = "full_attention") -> dict[str, Any]:
-    """Return the RoPE settings as transformers 5 writes them; of one kind of layer, where they differ by kind.
+    """Return the RoPE settings as transformers 5 writes them; those of one kind of layer if the kinds differ.
 
     Raises:
-        ArtifactError: a scaling has no factor.
+        ArtifactError: `code` "config-broken": a scaling has no factor.
     """
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if isinstance(found.get(layers), dict):
@@ -25,7 +25,7 @@ def rope_settings(config: dict[str, Any], layers: str = "full_attention") -> dic
     found.setdefault("rope_theta", config.get("rope_theta"))
     found.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
     if found["rope_type"] in ("linear", "yarn", "llama3") and not found.get("factor"):
-        raise ArtifactError(f"config.json asks for {found['rope_type']} RoPE scaling without a factor")
+        raise ArtifactError(f"config.json has {found['rope_type']} RoPE scaling without a factor", code="config-broken")
     return found
 
 
@@ -44,22 +44,22 @@ def write_rope(writer: GGUFWriter, rope: dict[str, Any], config: dict[str, Any])
     writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
     writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
     if attention := rope.get("attention_factor"):
-        # transformers takes it as the whole factor; llama.cpp multiplies it with YaRN's own.
-        own = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
-        writer.add_rope_scaling_attn_factors(float(attention) / own)
+        # transformers takes it as the whole factor; llama.cpp multiplies it by YaRN's default.
+        default = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+        writer.add_rope_scaling_attn_factors(float(attention) / default)
 
 
 def llama3_factors(rope: dict[str, Any], head_dim: int) -> npt.NDArray[np.float32]:
-    """Return what divides each RoPE frequency `[head_dim / 2]` under Llama 3's scaling.
+    """Return the divisor of each RoPE frequency `[head_dim / 2]` under Llama 3's scaling.
 
-    Long waves are slowed by `factor`, short ones kept, those between interpolated.
+    Long waves are slowed down by `factor`, short ones stay, those between are interpolated.
 
     Source: transformers, modeling_rope_utils._compute_llama3_parameters; in float32, as llama.cpp's converter computes.
     """
     low, high = float(rope.get("low_freq_factor", 1)), float(rope.get("high_freq_factor", 4))
     original, factor = float(rope.get("original_max_position_embeddings", 8192)), float(rope["factor"])
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    # The power in float64: in float32 its last bit differs from processor to processor.
+    # The power is computed in float64: in float32 its last bit differs from processor to processor.
     powers = float(rope.get("rope_theta") or 10000.0) ** exponents.astype(np.float64)
     frequencies = 1 / powers.astype(np.float32)
     waves = np.float32(2 * np.pi) / frequencies
