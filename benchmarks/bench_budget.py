@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from deepdistill.localrun.machine.hardware import default_threads
-from deepdistill.quantize.choose.workbench import Desk
+from deepdistill.localrun.core.reporter import Reporter
+from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.convert.writer import write
-from deepdistill.quantize.measure.texts import CalibrationSettings
 from deepdistill.quantize.recipe import ReleaseSettings
 from deepdistill.quantize.release import release
 
@@ -40,26 +39,22 @@ def main() -> None:
     cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
     deadline = time.monotonic() + 60 * arguments.minutes
     with tempfile.TemporaryDirectory(dir=arguments.out) as scratch:
-        desk = Desk(
+        bench = Workbench(
             arguments.run / "student",
             Path(scratch),
             arguments.out,
-            arguments.run / "traces.jsonl",
-            None,
-            CalibrationSettings(),
-            default_threads(),
-            lambda *_: None,
+            traces_path=arguments.run / "traces.jsonl",
         )
         for recipe in arguments.recipes.split(","):
             for name in (f"{recipe} recipe", f"{recipe} chosen"):
                 if name not in cells:
                     if time.monotonic() > deadline:
-                        raise SystemExit("the time is over; run it again, it goes on from here")
+                        raise SystemExit("the time is over; run it again, it resumes from here")
                     started = time.monotonic()
                     if name.endswith("recipe"):
-                        cells[name] = by_recipe(desk, recipe)
+                        cells[name] = by_recipe(bench, recipe)
                     else:
-                        cells[name] = chosen(desk, recipe, cells[f"{recipe} recipe"]["bytes"], deadline)
+                        cells[name] = chosen(bench, recipe, cells[f"{recipe} recipe"]["bytes"], deadline)
                     cells[name]["seconds"] = round(time.monotonic() - started, 1)
                     cells_path.write_text(json.dumps(cells, indent=1))
                 show(name, cells[name])
@@ -69,28 +64,29 @@ def main() -> None:
     print(json.dumps(cells))
 
 
-def by_recipe(desk: Desk, recipe: str) -> dict[str, Any]:
+def by_recipe(bench: Workbench, recipe: str) -> dict[str, Any]:
     """Return the bytes and the fidelity of a file by a recipe of llama.cpp's."""
-    path = desk.scratch / f"{recipe}.gguf"
-    write(desk.plan(recipe, importance=desk.importance), path, {}, lambda *_: None, desk.n_threads)
-    found = {"bytes": path.stat().st_size} | desk.fidelity(path).to_json()
+    path = bench.scratch_dir / f"{recipe}.gguf"
+    write(bench.plan(recipe, importance=bench.importance), path, n_threads=bench.n_threads)
+    found = {"bytes": path.stat().st_size} | bench.fidelity(path).to_json()
     path.unlink()
     return found
 
 
-def chosen(desk: Desk, recipe: str, n_bytes: int, deadline: float) -> dict[str, Any]:
+def chosen(bench: Workbench, recipe: str, n_bytes: int, deadline: float) -> dict[str, Any]:
     """Return the bytes, the fidelity and the types of a file of that size."""
 
-    def progress(stage: str, done: float, total: float, note: str = "") -> None:
-        if note.endswith(("nats", "one by one")) and (int(done) % 10 == 0 or "tensors:" in note):
-            print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
-        if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:
-            raise SystemExit("the time is over; run it again, it goes on from here")
+    class Printed(Reporter):
+        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+            if note.endswith(("nats", "one by one")) and (int(done) % 10 == 0 or "tensors:" in note):
+                print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
+            if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:
+                raise SystemExit("the time is over; run it again and it resumes from here")
 
-    settings = ReleaseSettings(size=n_bytes, traces=desk.traces_path, fidelity=False)
-    made = release(desk.student_dir, desk.kept / f"at-{recipe}.gguf", settings, on_progress=progress)
+    settings = ReleaseSettings(size=n_bytes, traces=bench.traces_path, fidelity=False)
+    made = release(bench.student_dir, bench.kept_dir / f"at-{recipe}.gguf", settings=settings, report=Printed())
     types = [f"{one['tensor']} {one['type']} {one['nats']:.2g}" for one in made.choices]
-    return {"bytes": made.report.n_bytes, "types": types} | desk.fidelity(made.report.path).to_json()
+    return {"bytes": made.report.n_bytes, "types": types} | bench.fidelity(made.report.path).to_json()
 
 
 def show(name: str, cell: dict[str, Any]) -> None:

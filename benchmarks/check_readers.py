@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.writer import plan, write
 
@@ -140,7 +139,7 @@ def main() -> None:
                     conftest.write_checkpoint(
                         checkpoint, arch, dtype="float16", **checks.MODELS[arch] | DEFAULTS.get(arch, {})
                     )
-                (path,) = write(plan(checkpoint, ftype), scratch / f"{arch}-{ftype}.gguf", {}, no_progress, 1)
+                (path,) = write(plan(checkpoint, ftype), scratch / f"{arch}-{ftype}.gguf", n_threads=1)
                 found = {"transformers": by_transformers(checks, checkpoint, path, scratch)}
                 if given.node:
                     found |= {"@huggingface/gguf": parsed(given.node, path), "node-llama-cpp": ran(given.node, path)}

@@ -24,7 +24,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.gguf.header import Header, read_gguf
 from deepdistill.quantize.convert.writer import plan, write
 
@@ -133,7 +132,7 @@ def compare(llama_cpp: Path, checkpoint: Path, ftype: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours_path, theirs_path = Path(folder) / "ours.gguf", Path(folder) / "theirs.gguf"
         conversion = plan(checkpoint, ftype)
-        write(conversion, ours_path, {}, no_progress, 2)
+        write(conversion, ours_path, n_threads=2)
         told = convert_by_llama_cpp(llama_cpp, checkpoint, theirs_path, ftype.lower(), conversion.tokenizer.pre)
         ours, theirs = tensors_of(ours_path), tensors_of(theirs_path)
         found = keys(read_gguf(ours_path), read_gguf(theirs_path))

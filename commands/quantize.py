@@ -74,7 +74,7 @@ def quantize(
     from ..quantize.convert.files import parse_size
     from ..quantize.measure.gate import Gate
     from ..quantize.recipe import ReleaseSettings
-    from ..quantize.release import release
+    from ..quantize.release import DistillStage, release
 
     folder, settings = run_of(student)
     checkpoint = folder / "student" if folder else student
@@ -110,17 +110,19 @@ def quantize(
         made = release(
             checkpoint,
             target_path,
-            wanted,
-            recipe=recipe,
-            evaluate=ask,
-            divergence=_divergence() if heal else None,
+            settings=wanted,
+            stage=DistillStage(
+                recipe,
+                evaluate=ask,
+                problems=f"{n_asked} of {spec}, seed {settings.seed if settings else 0}" if ask else "",
+                divergence=_divergence() if heal else None,
+            ),
             metadata=metadata_of(settings),
-            asked=f"{n_asked} of {spec}, seed {settings.seed if settings else 0}" if ask else "",
-            on_progress=progress,
+            report=progress,
         )
         report = made.report
         if proofs:
-            report = report.proved(questions, on_progress=progress)
+            report = report.proved(questions, report=progress)
     print(f"{report.path}: {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits a weight")
     print(*report.summary(), *made.summary(), sep="\n")
     print(f"next: deepdistill chat {report.path}")
@@ -140,7 +142,11 @@ def _verify(
     folder, _ = run_of(student) if student else (None, None)
     with bars(quiet) as progress:
         found = run_verify(
-            path, folder / "student" if folder else student, Path(imatrix) if imatrix else None, base, progress
+            path,
+            folder / "student" if folder else student,
+            imatrix_path=Path(imatrix) if imatrix else None,
+            base=base,
+            report=progress,
         )
     print(*found.summary(), sep="\n")
     if json_output:

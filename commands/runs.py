@@ -37,10 +37,10 @@ def export_gguf(
     proofs: bool = True,
 ) -> QuantizeReport:
     """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
-    from ..quantize.report import quantize as run_quantize
+    from ..quantize.release import quantize as run_quantize
 
-    report = run_quantize(checkpoint, target, type_, metadata=metadata_of(settings), on_progress=progress)
-    return report.proved(questions_of(problems, settings), on_progress=progress) if proofs else report
+    report = run_quantize(checkpoint, target, ftype=type_, metadata=metadata_of(settings), report=progress)
+    return report.proved(questions_of(problems, settings), report=progress) if proofs else report
 
 
 def metadata_of(settings: TeachSettings | None) -> dict[str, str | int | float | bool]:

@@ -1,7 +1,7 @@
-"""A student to a file that may be handed out: types chosen, written, measured, held to a gate, signed.
+"""From a student to a published file: its types are chosen, it is written, measured, checked against a gate, named.
 
-Nothing appears under the asked name before it has passed. The order is: importance matrix, types (a standard recipe, or
-the best ones under a size), healing, the file, its fidelity and its answers, the gate, then name and model card.
+No file gets its name before it has passed. The order is: importance matrix, types (a type mixture, or the best ones
+under a size), healing, the file, its fidelity and its answers, the gate, then name and model card.
 """
 
 from __future__ import annotations
@@ -9,32 +9,34 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import GateError, ModelError, UsageError
-from ..localrun.core.reporter import Progress, no_progress
+from ..localrun.core.reporter import SILENT, Reporter
 from ..localrun.machine.hardware import default_threads
 from ..localrun.machine.memory import Footprint
 from .choose.types import Chooser
-from .choose.workbench import Desk
-from .convert.licence import write_card
+from .choose.workbench import Workbench
+from .convert.ftypes import check_ftype
 from .convert.lora_adapter import is_adapter
-from .convert.writer import Conversion, Value, write
-from .heal.heal import Divergence, HealSettings, heal
+from .convert.writer import Conversion, Value, plan, write
+from .heal.heal import heal
+from .heal.training import Divergence, HealSettings
 from .measure.fidelity import Fidelity
 from .measure.gate import Metrics
 from .measure.paired import Answers, Paired, compare
-from .provenance import comparison as card_files
-from .provenance.comparison import Row
+from .provenance import comparison
+from .provenance.card import write_card
+from .provenance.comparison import ComparedFile
 from .provenance.metadata import file_bytes, fill_in, source_key
 from .recipe import ReleaseSettings
 from .report import QuantizeReport, report_of
 from .sign import as_metadata, sign
 
 Evaluate = Callable[[Path], Answers]
-"""Asks a GGUF the test problems; the same ones each time."""
+"""Returns a GGUF's answers to the test problems, the same ones each time."""
 
 _SHOWN = ("base_model", "teacher", "licences", "quantization", "sampling", "think_budget", "tools")
 _MEMORY_CTX = 2048  # tokens
@@ -42,37 +44,37 @@ _MEMORY_CTX = 2048  # tokens
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of a file, as far as it was."""
+    """The measurements of a file, as far as there are any."""
 
     fidelity: Fidelity | None = None
     answers: Answers | None = None
     paired: Paired | None = None
 
     def metrics(self, n_bytes: int) -> Metrics:
-        """Return what a gate may ask for."""
+        """Return the metrics that a gate can ask for."""
         found: dict[str, float | None] = {"bytes": float(n_bytes)}
         if kl := self.fidelity:
             found |= {"kl": kl.kl_mean, "kl_p99": kl.kl_p99, "same_top": kl.same_top, "perplexity": kl.perplexity}
-        if said := self.answers:
-            found |= {"accuracy": said.accuracy, "closed": said.closed, "loops": said.loops}
+        if answers := self.answers:
+            found |= {"accuracy": answers.accuracy, "closed": answers.closed, "loops": answers.loops}
         return found
 
     def to_json(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, Any] | None]:
-        """Return the three parts as a row of the table holds them."""
-        said = self.answers
+        """Return the three parts as the table has them."""
+        answers = self.answers
         return (
             self.fidelity.to_json() if self.fidelity else None,
-            {"accuracy": said.accuracy, "closed": said.closed, "loops": said.loops} if said else None,
+            {"accuracy": answers.accuracy, "closed": answers.closed, "loops": answers.loops} if answers else None,
             self.paired.to_json() if self.paired else None,
         )
 
 
 @dataclass(frozen=True)
 class Release:
-    """What was handed out: the file's report, how it compares, which types were chosen and why, and its rows."""
+    """A published file: its report, the files that it is compared with, the types chosen and why, its measurements."""
 
     report: QuantizeReport
-    rows: tuple[Row, ...]
+    rows: tuple[ComparedFile, ...]
     choices: tuple[dict[str, Any], ...] = ()
     fidelity: Fidelity | None = None
     answers: Answers | None = None
@@ -99,107 +101,149 @@ class Release:
         if self.healed:
             lines.append("healed: " + ", ".join(f"{key} {value}" for key, value in self.healed.items()))
         if self.n_promotions:
-            lines.append(f"raised {self.n_promotions} times until the gate was met")
+            lines.append(f"tensors were raised {self.n_promotions} times until the gate was met")
         return lines + ["note: " + note for note in self.report.notes]
+
+
+@dataclass(frozen=True)
+class DistillStage:
+    """What a release needs from the distill stage, which quantize never imports.
+
+    `recipe` has the run's settings, for provenance. `evaluate` asks a GGUF the test problems, and `problems` names
+    them: figures of other problems leave the table. `divergence` is the loss of healing.
+    """
+
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    evaluate: Evaluate | None = None
+    problems: str = ""
+    divergence: Divergence | None = None
+
+
+def quantize(
+    student_dir: Path,
+    out: Path | None = None,
+    *,
+    ftype: str = "Q8_0",
+    metadata: Mapping[str, Value] | None = None,
+    report: Reporter = SILENT,
+    n_threads: int | None = None,
+) -> QuantizeReport:
+    """Write a GGUF of a checkpoint folder with a type mixture, without measuring anything.
+
+    Args:
+        student_dir: a folder that `save_pretrained` wrote, tokenizer included.
+        out: the file; beside the folder, as `<name>-<ftype>.gguf`, if not given.
+        ftype: the type mixture, one of `ftypes.FTYPES`, in any case.
+        metadata: more keys for the file, such as `deepdistill.recipe`.
+        report: is told the weights done.
+        n_threads: the machine's cores if not given; the bytes do not depend on it.
+
+    Raises:
+        UsageError: `code` "no-such-type", "needs-imatrix" or "metadata-taken".
+        ArtifactError: an input is missing or broken, or the file cannot be written.
+        ModelError: `code` "not-convertible": this converter, or llama.cpp, would compute something else.
+    """
+    conversion = plan(student_dir, check_ftype(ftype))
+    path = out or student_dir.resolve().parent / f"{student_dir.resolve().name}-{conversion.ftype}.gguf"
+    paths = write(conversion, path, metadata=metadata, report=report, n_threads=n_threads)
+    return report_of(conversion, student_dir, path=path, parts=paths)
 
 
 def release(
     student_dir: Path,
     out: Path,
-    settings: ReleaseSettings,
     *,
-    recipe: Mapping[str, Any] | None = None,
-    evaluate: Evaluate | None = None,
-    divergence: Divergence | None = None,
+    settings: ReleaseSettings,
+    stage: DistillStage = DistillStage(),
     metadata: Mapping[str, Value] | None = None,
-    asked: str = "",
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
     n_threads: int | None = None,
 ) -> Release:
-    """Write a GGUF of a checkpoint folder once it is chosen, measured and let through.
+    """Write a GGUF of a checkpoint folder: types chosen, measured, and named only if it meets the gate.
 
     Args:
         student_dir: a folder that `save_pretrained` wrote.
         out: the file.
-        settings: how.
-        recipe: the run's settings, for the file's provenance.
-        evaluate: what asks a GGUF the test problems, if answers are wanted.
-        divergence: the loss of healing, if that is wanted.
-        metadata: more strings for the file.
-        asked: which problems `evaluate` asks, for the record; figures of other problems leave the table.
-        on_progress: told how far it is.
+        settings: how to quantize, what to measure, and the gate.
+        stage: the recipe, the evaluation and the loss of the distill stage.
+        metadata: more keys for the file.
+        report: is told how far the work is.
         n_threads: the machine's cores if not given.
 
     Raises:
-        GateError: the gate was not met; nothing stands under the asked name that did not before.
-        UsageError: settings that do not go together, or ask for what was not measured.
-        ArtifactError, ModelError: see `quantize.quantize`.
+        GateError: `code` "gate-not-met"; an earlier file under that name stays.
+        UsageError: the settings contradict each other, or ask for something that was not measured.
+        ArtifactError, ModelError: see `quantize`.
     """
+    _check(student_dir, out, settings=settings, evaluates=stage.evaluate is not None)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
+        workbench = Workbench(
+            student_dir,
+            Path(scratch),
+            out.parent,
+            traces_path=settings.traces,
+            imatrix_path=settings.imatrix_path,
+            settings=replace(settings.calibration, n_heal=settings.heal * HealSettings.batch_tokens),
+            base=settings.base,
+            n_threads=n_threads or default_threads(),
+            report=report,
+        )
+        settings = _measurable(workbench, settings)
+        return _Work(workbench, out, settings=settings, stage=stage, metadata=dict(metadata or {})).run()
+
+
+def _check(student_dir: Path, out: Path, *, settings: ReleaseSettings, evaluates: bool) -> None:
+    """Raise if settings contradict each other, the student or the file's name."""
     settings.check()
     if out.is_dir():
-        raise UsageError(f"{out} is a folder", f"name the file: {out / student_dir.resolve().name}.gguf")
+        hint = f"name the file: {out / student_dir.resolve().name}.gguf"
+        raise UsageError(f"{out} is a folder", hint, code="is-folder")
     if out.suffix != ".gguf":
-        raise UsageError(f"{out.name} is no name of a GGUF", f"such as {out.name}.gguf")
+        raise UsageError(f"{out.name} does not end in .gguf", f"name it {out.name}.gguf", code="bad-name")
     if settings.heal and is_adapter(student_dir):
         raise UsageError(
             f"--heal trains whole checkpoints, and {student_dir} is an adapter",
             "give the merged student: a run folder, or its student/",
+            code="adapter-not-healable",
         )
-    if settings.gate and settings.gate.needs_answers and evaluate is None:
-        raise UsageError("the gate asks for answers, and there are no problems to ask", "give --problems and --n")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
-        desk = Desk(
-            student_dir,
-            Path(scratch),
-            out.parent,
-            settings.traces,
-            settings.imatrix_path,
-            replace(settings.calibration, n_heal=settings.heal * HealSettings.batch_tokens),
-            n_threads or default_threads(),
-            on_progress,
-            settings.base,
-        )
-        settings = _measurable(desk, settings)
-        return _Work(desk, out, settings, dict(recipe or {}), evaluate, divergence, dict(metadata or {}), asked).run()
+    if settings.gate and settings.gate.needs_answers and not evaluates:
+        hint = "give --problems and --n"
+        raise UsageError("the gate asks for answers, and there are no problems to ask", hint, code="no-problems")
 
 
-def _measurable(desk: Desk, settings: ReleaseSettings) -> ReleaseSettings:
-    """Return the settings without measurements where the traces are too few, and nothing that was asked needs them."""
+def _measurable(workbench: Workbench, settings: ReleaseSettings) -> ReleaseSettings:
+    """Return the settings without measurements if the traces are too few and no setting needs them."""
     needs = settings.has_budget or settings.gate or settings.heal
     if needs or not settings.reads_traces:
         return settings
     try:
-        assert desk.texts
+        assert workbench.texts
     except (UsageError, ModelError) as error:
-        desk.notes.append(f"not measured, and no importance matrix: {error.message}")
-        desk.traces_path = None
+        workbench.notes.append(f"not measured, and no importance matrix: {error.message}")
+        workbench.traces_path = None
         settings = replace(settings, traces=None)
-        settings.check()  # a type may need the matrix
+        settings.check()  # a type may need the importance matrix
     return settings
 
 
 class _Work:
-    """One release under way."""
+    """One release in progress."""
 
     def __init__(
         self,
-        desk: Desk,
+        workbench: Workbench,
         out: Path,
+        *,
         settings: ReleaseSettings,
-        recipe: dict[str, Any],
-        evaluate: Evaluate | None,
-        divergence: Divergence | None,
+        stage: DistillStage,
         metadata: dict[str, Value],
-        asked: str,
     ) -> None:
-        self.asked = asked
-        self.desk, self.out, self.settings, self.recipe = desk, out, settings, recipe
-        self.evaluate, self.divergence, self.extra = evaluate, divergence, metadata
-        self.chooser = Chooser(desk, settings, lambda one: file_bytes(one, self._metadata(one)))
+        self.bench, self.out, self.settings, self.stage, self.extra = workbench, out, settings, stage, metadata
+        self.chooser = Chooser(workbench, settings, lambda one: file_bytes(one, self._metadata(one)))
         self.healed: Mapping[str, Any] | None = None
         self.reference_answers: Answers | None = None
-        self._facts: dict[str, Any] = {}  # of the metadata, what the card shows
+        self._facts: dict[str, Any] = {}  # the part of the metadata that the card shows
 
     def run(self) -> Release:
         """Choose, heal, then write and measure until the gate is met."""
@@ -213,52 +257,64 @@ class _Work:
             measured = self._measure(paths[0])
             failures = self._failures(measured, sum(path.stat().st_size for path in paths))
             if not failures:
-                return self._hand_out(conversion, paths, measured, n_promotions)
+                return self._publish(conversion, paths, measured=measured, n_promotions=n_promotions)
             if not self.settings.promote or not self.chooser.promote():
-                more = "" if self.settings.heal else "; --heal 200 keeps more in the same size"
-                raise GateError(f"the gate was not met: {'; '.join(failures)}", f"{self.out} was not written{more}")
+                hint = f"{self.out} was not written" + (
+                    "" if self.settings.heal else "; --heal 200 keeps more in the same size"
+                )
+                raise GateError(f"the gate was not met: {'; '.join(failures)}", hint, code="gate-not-met")
             n_promotions += 1
 
     def _write(self, conversion: Conversion) -> list[Path]:
-        metadata, desk = self._metadata(conversion), self.desk
-        path = desk.scratch / self.out.name
-        paths = write(conversion, path, metadata, desk.on_progress, desk.n_threads, self.settings.split)
+        metadata, path = self._metadata(conversion), self.bench.scratch_dir / self.out.name
+        paths = write(
+            conversion,
+            path,
+            metadata=metadata,
+            report=self.bench.report,
+            n_threads=self.bench.n_threads,
+            split_bytes=self.settings.split,
+        )
         if self.settings.has_budget and len(paths) == 1:
-            assert path.stat().st_size == file_bytes(conversion, metadata), "the size is known before"
+            assert path.stat().st_size == file_bytes(conversion, metadata), "the size is known in advance"
         return paths
 
     def _heal(self) -> None:
-        assert self.divergence is not None, "healing needs a loss"
-        folder = self.out.with_name(f"{self.out.stem}-healed")  # the file's own: it is what made its blocks
-        report = heal(
-            self.desk.student_dir,
+        assert self.stage.divergence is not None, "healing needs a loss"
+        folder = self.out.with_name(f"{self.out.stem}-healed")  # stays beside the file: it is the file's source
+        healed = heal(
+            self.bench.student_dir,
             folder,
-            self.chooser.types,
-            self.desk.importance,
-            self.desk.texts.heal,
-            self.divergence,
-            HealSettings(steps=self.settings.heal),
-            on_progress=self.desk.on_progress,
-            n_threads=self.desk.n_threads,
+            tensors=self.chooser.plan().tensors,
+            texts=self.bench.texts.heal,
+            divergence=self.stage.divergence,
+            settings=HealSettings(steps=self.settings.heal),
+            report=self.bench.report,
         )
-        if report["loss_after"] >= report["loss_before"]:
-            self.desk.notes.append("healing did not lower the divergence: give --heal more steps, or leave it out")
-        self.chooser.source_dir, self.healed = folder, report
+        if healed["loss_after"] >= healed["loss_before"]:
+            self.bench.notes.append("healing did not lower the divergence: give --heal more steps, or leave it out")
+        self.chooser.source_dir, self.healed = folder, healed
 
     def _metadata(self, conversion: Conversion) -> dict[str, Value]:
-        """Return what the file says of itself; what is measured later has its room."""
-        source_dir = self.chooser.source_dir
-        own = sign(self.desk, conversion, self.settings, source_dir, self.out.parent, self.recipe)
-        self._facts = {key: own[key] for key in _SHOWN if key in own}
-        return self.extra | as_metadata(own)
+        """Return what the file says about itself, with space for its measurements."""
+        signed = sign(
+            self.bench,
+            conversion,
+            settings=self.settings,
+            source_dir=self.chooser.source_dir,
+            folder=self.out.parent,
+            recipe=self.stage.recipe,
+        )
+        self._facts = {key: signed[key] for key in _SHOWN if key in signed}
+        return self.extra | as_metadata(signed)
 
     def _measure(self, path: Path) -> Measured:
-        fidelity = self.desk.fidelity(path) if self.settings.fidelity and self.settings.traces else None
-        if self.evaluate is None:
+        fidelity = self.bench.fidelity(path) if self.settings.fidelity and self.settings.traces else None
+        if self.stage.evaluate is None:
             return Measured(fidelity)
         if self.reference_answers is None:
-            self.reference_answers = self.evaluate(self.desk.twin_path)
-        answers = self.evaluate(path)
+            self.reference_answers = self.stage.evaluate(self.bench.f16_path)
+        answers = self.stage.evaluate(path)
         return Measured(fidelity, answers, compare(self.reference_answers.right, answers.right))
 
     def _failures(self, measured: Measured, n_bytes: int) -> Sequence[str]:
@@ -266,58 +322,59 @@ class _Work:
             return []
         kl = measured.fidelity
         unquantized = Fidelity(0, 0.0, 0.0, 0.0, 1.0, kl.reference_perplexity, kl.reference_perplexity) if kl else None
-        twin = Measured(unquantized, self.reference_answers)
-        reference = twin.metrics(sum(one.n_bytes for one in self.desk.twin.tensors))
+        reference = Measured(unquantized, self.reference_answers).metrics(_n_bytes(self.bench.f16))
         return self.settings.gate.failures(measured.metrics(n_bytes), reference)
 
-    def _hand_out(
-        self,
-        conversion: Conversion,
-        paths: Sequence[Path],
-        measured: Measured,
-        n_promotions: int,
+    def _publish(
+        self, conversion: Conversion, paths: Sequence[Path], *, measured: Measured, n_promotions: int
     ) -> Release:
-        report = report_of(conversion, self.chooser.source_dir, self.out, paths, tuple(self.desk.notes))
+        """Fill in the measurements, give the file its name, and write what stands beside it."""
+        notes = tuple(self.bench.notes)
+        file = report_of(conversion, self.chooser.source_dir, path=self.out, parts=paths, notes=notes)
         is_ours = self.settings.has_budget or n_promotions > 0 or self.healed is not None
-        row = self._row(report.path.name, report.n_bytes, report.bits_per_weight, is_ours, measured)
+        ours = self._compared(
+            file.path.name, file.n_bytes, bits=file.bits_per_weight, is_ours=is_ours, measured=measured
+        )
         others = self._others()
         footprint = Footprint.of(paths[0])
         memory = footprint.total_bytes(min(_MEMORY_CTX, footprint.n_ctx_train or _MEMORY_CTX))
-        fill_in(paths[0], {"memory_bytes": memory} | {k: v for k, v in vars(row).items() if v is not None})
-        for path in reversed(paths):
+        fill_in(paths[0], {"memory_bytes": memory} | {k: v for k, v in vars(ours).items() if v is not None})
+        for path in reversed(paths):  # the first part last, so whoever finds it finds all
             os.replace(path, self.out.with_name(path.name))
-        rows = [*others, row]
-        kept = card_files.keep_rows(self.out.parent, rows, source_key(self.desk.source))
-        write_card(report.path, conversion.provenance, card_files.markdown(kept), card_files.plot(kept), self._facts)
-        card_files.update_report(self.out.parent, kept)
-        choices = tuple(self.chooser.describe())
+        files = comparison.keep_files(self.out.parent, [*others, ours], source_key(self.bench.source))
+        table, plot = comparison.markdown(files), comparison.plot(files)
+        write_card(file.path, conversion.provenance, table=table, plot=plot, facts=self._facts)
+        comparison.update_report(self.out.parent, files)
         return Release(
-            report,
-            tuple(kept),
-            choices,
-            measured.fidelity,
-            measured.answers,
-            measured.paired,
-            n_promotions,
-            self.healed,
+            file,
+            tuple(files),
+            choices=tuple(self.chooser.describe()),
+            **vars(measured),
+            n_promotions=n_promotions,
+            healed=self.healed,
         )
 
-    def _row(self, name: str, n_bytes: int, bits: float, is_ours: bool, measured: Measured) -> Row:
-        texts = self.desk.texts.sha256 if measured.fidelity else ""
-        return Row(name, n_bytes, bits, is_ours, *measured.to_json(), texts, self.asked if measured.answers else "")
+    def _compared(self, name: str, n_bytes: int, *, bits: float, is_ours: bool, measured: Measured) -> ComparedFile:
+        texts = self.bench.texts.sha256 if measured.fidelity else ""
+        problems = self.stage.problems if measured.answers else ""
+        return ComparedFile(name, n_bytes, bits, is_ours, *measured.to_json(), texts, problems)
 
-    def _others(self) -> list[Row]:
-        """Return the rows of the unquantized twin, if it was asked, and of the recipes that are compared with."""
-        rows = []
+    def _others(self) -> list[ComparedFile]:
+        """Return the unquantized model, if it was asked, and the files of the mixtures to compare with."""
+        files = []
         if self.reference_answers:
-            twin = self.desk.plan("F16")
-            n_bytes = sum(one.n_bytes for one in twin.tensors)
-            rows.append(self._row("unquantized (F16)", n_bytes, 16.0, False, Measured(None, self.reference_answers)))
-        for ftype in self.settings.compare:
-            conversion = self.desk.plan(ftype.upper(), importance=self.desk.importance)
-            path = self.desk.scratch / f"{ftype.upper()}.gguf"
-            write(conversion, path, {}, self.desk.on_progress, self.desk.n_threads)
-            report = report_of(conversion, self.desk.student_dir, path, [path], ())
-            rows.append(self._row(ftype.upper(), report.n_bytes, report.bits_per_weight, False, self._measure(path)))
+            measured, n_bytes = Measured(None, self.reference_answers), _n_bytes(self.bench.f16)
+            files.append(self._compared("unquantized (F16)", n_bytes, bits=16.0, is_ours=False, measured=measured))
+        for ftype in map(str.upper, self.settings.compare):
+            conversion = self.bench.plan(ftype, importance=self.bench.importance)
+            path = self.bench.scratch_dir / f"{ftype}.gguf"
+            write(conversion, path, report=self.bench.report, n_threads=self.bench.n_threads)
+            file, measured = report_of(conversion, self.bench.student_dir, path=path, parts=[path]), self._measure(path)
+            bits = file.bits_per_weight
+            files.append(self._compared(ftype, file.n_bytes, bits=bits, is_ours=False, measured=measured))
             path.unlink()
-        return rows
+        return files
+
+
+def _n_bytes(conversion: Conversion) -> int:
+    return sum(one.n_bytes for one in conversion.tensors)

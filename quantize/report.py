@@ -1,26 +1,21 @@
-"""Checkpoint folder -> GGUF, and the report of what every tensor really got."""
+"""The report of a written file: the type that every tensor really got, provenance, notes and proofs."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from ..localrun.core.reporter import Progress, no_progress
-from ..localrun.machine.hardware import default_threads
-from .convert.ftypes import check_ftype
-from .convert.writer import Conversion, Value, plan, write
+from ..localrun.core.reporter import SILENT, Reporter
+from .convert.writer import Conversion
 from .measure.proofs import Proofs, prove
-
-_NO_METADATA: Mapping[str, Value] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Fallback:
-    """A tensor whose rows do not fit the asked type's blocks, and what it got instead."""
+    """A tensor whose rows are not whole blocks of the type asked for, and the type that it got instead."""
 
     name: str
     asked: str
@@ -29,7 +24,7 @@ class Fallback:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was written. `bits_per_weight` is true: all tensors' bytes over all weights; `tensors` has every type."""
+    """A written file. `bits_per_weight` counts the bytes of all tensors over all weights; `tensors` has every type."""
 
     student_dir: Path
     path: Path
@@ -50,11 +45,11 @@ class QuantizeReport:
         types = Counter(self.tensors.values())
         lines = ["tensors: " + ", ".join(f"{count} {name}" for name, count in types.most_common())]
         if self.fallbacks:
-            kinds = Counter((one.asked, one.got) for one in self.fallbacks)
+            kinds = Counter((fallback.asked, fallback.got) for fallback in self.fallbacks)
             detail = ", ".join(f"{count} {asked} -> {got}" for (asked, got), count in kinds.most_common())
             lines.append(
-                f"{len(self.fallbacks)} of {len(self.tensors)} tensors cannot take their {self.ftype} type, "
-                f"their rows are no multiple of its block: {detail}"
+                f"{len(self.fallbacks)} of {len(self.tensors)} tensors cannot have their {self.ftype} type, because "
+                f"their rows are not whole blocks: {detail}"
             )
         if self.licence:
             origin = f", from {', '.join(self.base_models)}" if self.base_models else ""
@@ -64,51 +59,16 @@ class QuantizeReport:
         lines += [f"note: {note}" for note in self.notes]
         return lines + (self.proofs.summary() if self.proofs else [])
 
-    def proved(
-        self, questions: Sequence[str], *, n_tokens: int = 64, on_progress: Progress = no_progress
-    ) -> QuantizeReport:
-        """Return the report with proofs of the file against its checkpoint, asked questions as a chat's first turn."""
-        proofs = prove(self.student_dir, self.path, questions, n_tokens=n_tokens, on_progress=on_progress)
+    def proved(self, questions: Sequence[str], *, n_tokens: int = 64, report: Reporter = SILENT) -> QuantizeReport:
+        """Return the report with proofs of the file against its checkpoint; questions are the first turn of a chat."""
+        proofs = prove(self.student_dir, self.path, questions=questions, n_tokens=n_tokens, report=report)
         return dataclasses.replace(self, proofs=proofs)
 
 
-def quantize(
-    student_dir: Path,
-    out: Path | None = None,
-    ftype: str = "Q8_0",
-    *,
-    metadata: Mapping[str, Value] = _NO_METADATA,
-    on_progress: Progress = no_progress,
-    n_threads: int | None = None,
-) -> QuantizeReport:
-    """Write a GGUF of a checkpoint folder; by default beside it, as `<name>-<ftype>.gguf`.
-
-    An existing file is replaced only once the new one is whole.
-
-    Args:
-        student_dir: a folder that `save_pretrained` wrote, tokenizer included.
-        out: the file.
-        ftype: one of `ftypes.FTYPES`, in any case.
-        metadata: more strings for the file, such as `deepdistill.recipe`.
-        on_progress: called after every part of a tensor, in weights.
-        n_threads: the machine's cores if not given; the bytes do not depend on it.
-
-    Raises:
-        UsageError: an unknown type.
-        ArtifactError: a missing or broken input, a full disk, an output that cannot be written.
-        ModelError: something that this converter, or llama.cpp, would get wrong.
-    """
-    ftype = check_ftype(ftype)
-    conversion = plan(student_dir, ftype)
-    path = out or student_dir.resolve().parent / f"{student_dir.resolve().name}-{ftype}.gguf"
-    write(conversion, path, dict(metadata), on_progress, n_threads or default_threads())
-    return report_of(conversion, student_dir, path, [path])
-
-
 def report_of(
-    conversion: Conversion, student_dir: Path, path: Path, parts: Sequence[Path], notes: tuple[str, ...] = ()
+    conversion: Conversion, student_dir: Path, *, path: Path, parts: Sequence[Path], notes: tuple[str, ...] = ()
 ) -> QuantizeReport:
-    """Return the report of a file, in one or several parts, that was written from a plan and is to stand at `path`."""
+    """Return the report of a file that was written to one or several parts, and whose final place is `path`."""
     n_weights = sum(t.n_weights for t in conversion.tensors)
     n_tensor_bytes = sum(t.n_bytes for t in conversion.tensors)
     return QuantizeReport(

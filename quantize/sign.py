@@ -1,4 +1,4 @@
-"""The `deepdistill.*` metadata of a file, put together from what is known before it is written."""
+"""The `deepdistill.*` metadata of a file, as far as it is known before the file is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .choose.workbench import Desk
+from .choose.workbench import Workbench
 from .convert.writer import Conversion, Value
 from .measure.texts import Text
 from .provenance.metadata import MEASURED, licence_chain, placeholder, sampler_of, source_of, tools
@@ -19,20 +19,21 @@ _RECORDED = ("type", "size", "bpw", "target", "heal")
 
 
 def sign(
-    desk: Desk,
+    workbench: Workbench,
     conversion: Conversion,
+    *,
     settings: ReleaseSettings,
     source_dir: Path,
     folder: Path,
     recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return what a file in a folder says of itself, by name without the prefix. Paths are relative to the folder."""
-    is_student = source_dir == desk.student_dir
-    source = dict(desk.source if is_student else source_of(source_dir))
+    """Return what a file in `folder` says about itself, by key without the prefix; paths are relative to the folder."""
+    is_student = source_dir == workbench.student_dir
+    source = dict(workbench.source if is_student else source_of(source_dir))
     source["folder"] = os.path.relpath(source_dir, folder.resolve())
     if settings.base and is_student:
         source["base"] = os.path.relpath(settings.base, folder.resolve())
-    own: dict[str, Any] = {
+    signed: dict[str, Any] = {
         "quantization": _how(settings),
         "source": source,
         "licences": licence_chain(conversion.provenance, recipe),
@@ -40,29 +41,29 @@ def sign(
         "sampling": sampler_of(source_dir),
     }
     if conversion.provenance.base_models:
-        own["base_model"] = conversion.provenance.base_models[0]
+        signed["base_model"] = conversion.provenance.base_models[0]
     if teacher := recipe.get("teacher"):
-        own["teacher"] = str(teacher)
-    if desk.imatrix is not None:
-        own["imatrix"] = {
-            "file": os.path.relpath(desk.imatrix_file, folder.resolve()),
-            "sha256": desk.imatrix.hash(),
-            "tokens": desk.imatrix.n_tokens,
-            "datasets": list(desk.imatrix.datasets),
+        signed["teacher"] = str(teacher)
+    if workbench.imatrix is not None:
+        signed["imatrix"] = {
+            "file": os.path.relpath(workbench.imatrix_file, folder.resolve()),
+            "sha256": workbench.imatrix.hash(),
+            "tokens": workbench.imatrix.n_tokens,
+            "datasets": list(workbench.imatrix.datasets),
         }
     if settings.reads_traces:
-        own["think_budget"] = str(think_budget(desk.texts.calibrate))
-    return own
+        signed["think_budget"] = str(think_budget(workbench.texts.calibrate))
+    return signed
 
 
-def as_metadata(own: Mapping[str, Any]) -> dict[str, Value]:
-    """Return it as a GGUF holds it, text or JSON, with room for what is measured on the finished file."""
-    plain = {f"deepdistill.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in own.items()}
+def as_metadata(signed: Mapping[str, Any]) -> dict[str, Value]:
+    """Return it as a GGUF has it, text or JSON, with space for the measurements of the finished file."""
+    plain = {f"deepdistill.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in signed.items()}
     return {**plain, MEASURED: placeholder()}
 
 
 def think_budget(texts: Sequence[Text]) -> int:
-    """Return half as much again as 99 % of the traces' thinking takes, in tokens, rounded up to a multiple of 32."""
+    """Return 1.5 times the 99th percentile of the traces' thinking, in tokens, rounded up to a multiple of 32."""
     lengths = sorted(text.n_thinking for text in texts)
     wanted = 3 * lengths[int(0.99 * (len(lengths) - 1))] // 2
     return max(32, -(-wanted // 32) * 32)

@@ -1,9 +1,9 @@
-"""Make a file again from what it says it was made from, and compare: every tensor's bytes, and the sources' hashes."""
+"""Make a file again from the sources that it names, and compare the bytes of every tensor and the sources' hashes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,19 +12,22 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.core.reporter import Progress, no_progress
+from ..localrun.core.reporter import SILENT, Reporter
+from ..localrun.core.text import listed
 from ..localrun.gguf import ggml
 from ..localrun.gguf.header import StoredTensor
 from .choose.imatrix import read_imatrix
-from .choose.sensitivity import parts_of
-from .convert.writer import Typed, plan
-from .provenance.inspect import read_own, stored_tensors
+from .convert.writer import Conversion, Importance, TypedTensor, plan, weighted_rows
+from .provenance.inspect import own_metadata, stored_tensors
 from .provenance.metadata import source_of
+
+Stored = Mapping[str, tuple[Path, StoredTensor]]
+"""Tensor name -> the part of the file that it is in, and its place there."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What came of it: tensors that are equal, of how many, those that differ, and what differs of the sources."""
+    """The result: how many tensors were compared, the ones that differ, and how the sources differ."""
 
     n_tensors: int
     different: tuple[str, ...]
@@ -32,67 +35,74 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether the file is what it says."""
+        """Whether the file is what it says it is."""
         return not self.different and not self.sources
 
     def summary(self) -> list[str]:
         """Return lines for people."""
         lines = [f"differs: {text}" for text in self.sources]
         n_equal = self.n_tensors - len(self.different)
-        lines.append(f"{n_equal} of {self.n_tensors} tensors made again, byte for byte the same")
+        lines.append(f"{n_equal} of {self.n_tensors} tensors are the same, byte for byte")
         if self.different:
-            lines.append(f"not the same: {', '.join(self.different[:8])}{' …' if len(self.different) > 8 else ''}")
+            lines.append(f"different: {listed(self.different, most=8)}")
         return lines
 
 
 def verify(
     path: Path,
     student_dir: Path | None = None,
+    *,
     imatrix_path: Path | None = None,
     base: Path | None = None,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> Verified:
-    """Quantize the source of a file again with the types that the file has, and compare every tensor.
+    """Quantize a file's source again with the types of the file, and compare every tensor.
 
     Args:
         path: the file, made by deepdistill.
-        student_dir: its source; where the file says it was, if not given.
-        imatrix_path: its importance matrix; where the file says it is, if not given.
-        base: an adapter's base; where the file says it was, if not given.
-        on_progress: called after every tensor.
+        student_dir: its source; the file says where it was if not given.
+        imatrix_path: its importance matrix; the file says where it is if not given.
+        base: an adapter's base; the file says where it was if not given.
+        report: is told after every tensor.
 
     Raises:
-        ArtifactError: the file, the source or the importance matrix is missing or broken.
-        UsageError: the file does not say what it was made from.
+        ArtifactError: `code` "source-missing", or a file is missing or broken.
+        UsageError: `code` "source-unknown": the file does not say what it was made from.
     """
-    own, stored = read_own(path), stored_tensors(path)
-    if not isinstance(own.get("source"), dict):
-        raise UsageError(f"{path} does not say what it was made from", "deepdistill quantize writes files that do")
-    folder = student_dir or path.parent / own["source"]["folder"]
+    metadata, stored = own_metadata(path), stored_tensors(path)
+    source = metadata.get("source")
+    if not isinstance(source, dict):
+        hint = "only files that deepdistill quantize wrote can be verified"
+        raise UsageError(f"{path} does not say what it was made from", hint, code="source-unknown")
+    folder = student_dir or path.parent / source["folder"]
     if not folder.is_dir():
-        raise ArtifactError(f"the source of {path} is not at {folder}", "give it: deepdistill quantize FOLDER --verify")
-    if base is None and (recorded := own["source"].get("base")):
-        base = path.parent / recorded
-    sources = list(_source_differences(own["source"]["sha256"], folder, base))
+        hint = "give its folder: deepdistill quantize FOLDER --verify FILE"
+        raise ArtifactError(f"the source of {path} is not at {folder}", hint, code="source-missing")
+    if base is None and source.get("base"):
+        base = path.parent / source["base"]
+    sources = list(_source_differences(source["sha256"], folder, base))
     conversion = plan(folder, "F16", base=base)
-    importance = {}
-    if made_with := own.get("imatrix"):
-        found = imatrix_path or path.parent / made_with["file"]
-        imatrix = read_imatrix(found)
-        if imatrix.hash() != made_with["sha256"]:
-            sources.append(f"{found} is not the importance matrix that it was made with")
-        shapes = {one.tensor.name: one.tensor.shape for one in conversion.tensors}
-        importance = imatrix.importance(shapes)
+    importance: Importance = {}
+    if recorded := metadata.get("imatrix"):
+        imatrix_path = imatrix_path or path.parent / recorded["file"]
+        imatrix = read_imatrix(imatrix_path)
+        if imatrix.hash() != recorded["sha256"]:
+            sources.append(f"{imatrix_path} is not the importance matrix that the file was made with")
+        importance = imatrix.importance({one.tensor.name: one.tensor.shape for one in conversion.tensors})
     names = {one.tensor.name for one in conversion.tensors}
-    different = list(names ^ stored.keys())
+    different = [*(names ^ stored.keys()), *_different(conversion, stored, importance=importance, report=report)]
+    return Verified(len(names | stored.keys()), tuple(sorted(different)), tuple(sources))
+
+
+def _different(conversion: Conversion, stored: Stored, *, importance: Importance, report: Reporter) -> Iterator[str]:
+    """Yield the names of tensors that are stored with other bytes than their source makes."""
     for i, typed in enumerate(conversion.tensors):
         name = typed.tensor.name
         if name in stored:
             part, tensor = stored[name]
             if _digest(typed, tensor.type, importance.get(name)) != _stored_digest(part, tensor):
-                different.append(name)
-        on_progress("verifying", i + 1, len(conversion.tensors), name)
-    return Verified(len(names | stored.keys()), tuple(sorted(different)), tuple(sources))
+                yield name
+        report.progress("verifying", i + 1, len(conversion.tensors), name)
 
 
 def _source_differences(expected: dict[str, str], folder: Path, base: Path | None) -> Iterator[str]:
@@ -101,12 +111,12 @@ def _source_differences(expected: dict[str, str], folder: Path, base: Path | Non
         if name not in found:
             yield f"{folder / name} is missing"
         elif name in expected and expected[name] != found[name]:
-            yield f"{folder / name} is another file than it was"
+            yield f"{folder / name} has changed"
 
 
-def _digest(typed: Typed, type_: Type, weights: npt.NDArray[np.float32] | None) -> str:
+def _digest(typed: TypedTensor, type_: Type, weights: npt.NDArray[np.float32] | None) -> str:
     digest = hashlib.sha256()
-    for rows, columns in parts_of(typed, weights):
+    for rows, columns in weighted_rows(typed, weights):
         if type_ == Type.F32:
             digest.update(np.ascontiguousarray(rows, "<f4").tobytes())
         else:
@@ -121,7 +131,7 @@ def _stored_digest(path: Path, tensor: StoredTensor) -> str:
         while left:
             block = file.read(min(left, 1 << 22))
             if not block:
-                raise ArtifactError(f"{path} is cut short")
+                raise ArtifactError(f"{path} is cut short", "copy it again", code="gguf-broken")
             digest.update(block)
             left -= len(block)
     return digest.hexdigest()

@@ -1,37 +1,37 @@
-"""What each type does to each tensor, from three measurements that each see what the others cannot.
+"""What each type does to each tensor, from three measurements, each of which sees what the others cannot.
 
-The *error*, importance times squared change summed over a sample of rows, tells the types of one tensor apart and sorts
-out the hopeless. The *cost* of a unit of error tells the tensors apart: a tensor goes through ggml's quantizer and back
-into an F16 model that stands in memory, the held-out replies are read, and it is put back; nothing else changes, so
-even 1e-5 nats are no noise. The *level* of a type says what single tensors cannot: all tensors take the type at once,
-and the divergence is set against the sum of what each was thought to do. Errors that point the same way in every layer
-add up to far more than that. A LoRA-trained student whose base was stored as Q4_1 is the extreme: Q4_1 errs least on
-each of its tensors, since it rounds back to the base, and in all of them at once it undoes the training.
+The *error*, importance times squared change summed over a sample of rows, compares the types of one tensor and discards
+the hopeless ones. The *cost* of a unit of error compares the tensors: a tensor goes through ggml's quantizer and back
+into an F16 model in memory, the held-out replies are read, and the tensor is restored; nothing else changes, so even
+1e-5 nats are not noise. The *level* of a type shows what single tensors cannot: all tensors take the type at once, and
+the divergence is divided by the sum of what each was expected to do. Errors that point the same way in every layer add
+up to far more than that sum. The extreme is a LoRA-trained student whose base was stored as Q4_1: Q4_1 has the least
+error on each of its tensors, since it rounds back to the base, and in all of them at once it undoes the training.
 
-A tied embedding is one item, its two uses measured together. An output matrix of its own never pays: stored once, in
-the larger type of the two, the embedding takes fewer bytes and is nearer in both uses.
+A tied embedding is one item, and its two uses are measured together. A separate output matrix never pays: stored once,
+in the larger type of the two, the embedding takes fewer bytes and is more exact in both uses.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType as Type
 
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.atomic import write_text
+from ...localrun.core.closes import Closes
+from ...localrun.core.reporter import SILENT, Reporter
 from ...localrun.gguf import ggml
-from ...localrun.gguf.ggml import dequantize_rows
 from ...localrun.weights.swap import Probe
-from ..convert.writer import Conversion, Importance, Typed
+from ..convert.writer import Conversion, Importance, TypedTensor, round_trip, weighted_rows
 from ..measure.fidelity import Reference
 from .allocate import Choice, Item, efficient
 
@@ -39,20 +39,20 @@ TYPES = (
     *(Type.IQ2_S, Type.Q2_K, Type.IQ3_XXS, Type.IQ3_S, Type.Q3_K, Type.IQ4_XS, Type.IQ4_NL, Type.Q4_0, Type.Q4_K),
     *(Type.Q4_1, Type.Q5_0, Type.Q5_K, Type.Q5_1, Type.Q6_K, Type.Q8_0, Type.F16),
 )
-"""What a tensor may be stored as, where its rows are whole blocks."""
+"""The types that a tensor can have, if its rows are whole blocks."""
 
 _N_SAMPLED = 64  # rows of a tensor, for the error
 _SAVE_EVERY = 16
-_N_MEASURED = 60  # tensors, about
+_N_MEASURED = 60  # tensors, roughly
 _TYPICAL = (Type.IQ4_NL, Type.Q4_0, Type.IQ4_XS, Type.Q4_K)
 
 
 @dataclass
 class Sensitivity:
-    """The items of a model with what was measured: what a unit of error costs each, in nats, and each type's level.
+    """The items of a model with their measurements: what a unit of error costs each, in nats, and each type's level.
 
-    It is kept in a file and found there again. `key` names model, importance matrix and texts: measurements of others
-    are of no use.
+    A file keeps them for the next run. `key` identifies model, importance matrix and texts; measurements with another
+    key are of no use.
     """
 
     items: list[Item]
@@ -63,7 +63,11 @@ class Sensitivity:
 
     @classmethod
     def open(cls, path: Path, key: str, make: Callable[[], list[Item]]) -> Sensitivity:
-        """Return what an earlier run has kept, or begin with the items that `make` returns."""
+        """Return the measurements of an earlier run, or start with the items that `make` returns.
+
+        Raises:
+            ArtifactError: `code` "write-failed".
+        """
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             if kept["key"] == key:
@@ -73,24 +77,22 @@ class Sensitivity:
                 ]
                 return cls(items, key, path, kept["costs"], kept["levels"])
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # there is none, or one of another version: it is made again
+            pass  # there is none, or another version wrote it
         found = cls(make(), key, path)
         found.save()
         return found
 
     def save(self) -> None:
-        """Write what is known beside its place, and rename it."""
+        """Write the measurements so far to the file."""
         items = [[i.name, [[c.type.name, c.n_bytes, c.error] for c in i.choices]] for i in self.items]
         text = json.dumps({"key": self.key, "costs": self.costs, "levels": self.levels, "items": items})
-        temporary = self.path.with_name(f".{self.path.name}.part")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path)
+        write_text(self.path, text)
 
     def weighed(self) -> list[Item]:
-        """Return the items with the damage of every choice: its error, at the tensor's cost and the type's level.
+        """Return the items with the damage of every choice: its error times the tensor's cost and the type's level.
 
-        A tensor that was not measured costs what its neighbours of the same role do, interpolated over the layers on a
-        logarithmic scale; without any measured relative, the average.
+        The cost of a tensor that was not measured is interpolated between the layers of the same role, on a logarithmic
+        scale; if no tensor of that role was measured, it is the average.
         """
         known: dict[str, dict[int, float]] = {}
         for name, cost in self.costs.items():
@@ -107,22 +109,22 @@ class Sensitivity:
 
 
 def items_of(
-    conversion: Conversion, importance: Importance, n_threads: int, on_progress: Progress = no_progress
+    conversion: Conversion, importance: Importance, *, n_threads: int, report: Reporter = SILENT
 ) -> list[Item]:
-    """Return what may be chosen for each tensor that can be quantized; `conversion` is a plan for F16.
+    """Return the choices for each tensor that can be quantized; `conversion` is a plan for F16.
 
-    Vectors and whatever else stays F32 in every recipe is no item.
+    Vectors and everything else that is F32 in every mixture are not items.
     """
-    typed = [one for one in conversion.tensors if one.got != Type.F32]
+    tensors = [one for one in conversion.tensors if one.got != Type.F32]
     items = []
     with ThreadPoolExecutor(n_threads) as pool:
-        for i, (one, choices) in enumerate(zip(typed, pool.map(lambda t: _choices(t, importance), typed), strict=True)):
-            items.append(Item(one.tensor.name, choices))
-            on_progress("errors", i + 1, len(typed), one.tensor.name)
+        for typed, choices in zip(tensors, pool.map(lambda t: _choices(t, importance), tensors), strict=True):
+            items.append(Item(typed.tensor.name, choices))
+            report.progress("errors", len(items), len(tensors), typed.tensor.name)
     return items
 
 
-def _choices(typed: Typed, importance: Importance) -> tuple[Choice, ...]:
+def _choices(typed: TypedTensor, importance: Importance) -> tuple[Choice, ...]:
     name = typed.tensor.name
     weights = importance.get(name)
     n_per_row = typed.tensor.shape[-1]
@@ -131,7 +133,9 @@ def _choices(typed: Typed, importance: Importance) -> tuple[Choice, ...]:
     for type_ in TYPES:
         if n_per_row % ggml.block_size(type_) or (weights is None and type_ in ggml.NEED_IMATRIX):
             continue
-        changed = np.concatenate([_through(part, type_, row) for part, row in zip(rows, columns, strict=True)])
+        changed = np.concatenate(
+            [round_trip(part, type_, weights=row) for part, row in zip(rows, columns, strict=True)]
+        )
         weight = np.concatenate(
             [np.broadcast_to(1.0 if row is None else row, part.shape) for part, row in zip(rows, columns, strict=True)]
         )
@@ -142,117 +146,86 @@ def _choices(typed: Typed, importance: Importance) -> tuple[Choice, ...]:
 
 
 def _sample(
-    typed: Typed, weights: npt.NDArray[np.float32] | None
+    typed: TypedTensor, weights: npt.NDArray[np.float32] | None
 ) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32] | None]]:
     """Return some rows of a tensor, evenly spaced, each group with the weights of its columns."""
     n_rows = typed.n_weights // typed.tensor.shape[-1]
     step = max(1, n_rows // _N_SAMPLED)
-    n_of_one = math.prod(typed.tensor.shape[-2:-1])
+    n_per_matrix = math.prod(typed.tensor.shape[-2:-1])
     rows, columns, at = list[npt.NDArray[np.float32]](), list[npt.NDArray[np.float32] | None](), 0
     for part in typed.tensor.read():
         for i in range(-at % step, len(part), step):
             rows.append(np.ascontiguousarray(part[i : i + 1]))
-            columns.append(weights[(at + i) // n_of_one] if weights is not None and weights.ndim == 2 else weights)
+            columns.append(weights[(at + i) // n_per_matrix] if weights is not None and weights.ndim == 2 else weights)
         at += len(part)
     if weights is None or weights.ndim == 1:
         return [np.concatenate(rows)], [weights]
     return rows, columns
 
 
-def _through(
-    rows: npt.NDArray[np.float32], type_: Type, weights: npt.NDArray[np.float32] | None
-) -> npt.NDArray[np.float32]:
-    """Return rows as they are after a type has held them."""
-    return dequantize_rows(ggml.quantize_rows(rows, type_, imatrix=weights), type_, rows.shape[1])
-
-
-class Bench:
-    """Measures single choices: an F16 model in memory, the plan that it was written by, and the reference's words."""
+class DamageMeter(Closes):
+    """Measures choices: an F16 model in memory, the plan that it was written by, and the reference's probabilities."""
 
     def __init__(
-        self, probe: Probe, conversion: Conversion, importance: Importance, reference: Reference, n_threads: int
+        self, probe: Probe, conversion: Conversion, *, importance: Importance, reference: Reference, n_threads: int
     ) -> None:
         """Take a probe of a file that was written from `conversion`."""
         self._probe, self._reference, self._importance = probe, reference, importance
         self._typed = {one.tensor.name: one for one in conversion.tensors}
         self._n_threads = n_threads
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Free the model."""
         self._probe.close()
 
-    def damage(self, changes: Mapping[str, Type]) -> float:
-        """Return the divergence that storing these tensors so causes, in nats a token; they are put back after it."""
+    def damage(self, types: Mapping[str, Type]) -> float:
+        """Return the divergence that these tensors' types cause, in nats a token; the tensors are restored after it."""
         try:
-            for name, type_ in changes.items():
+            for name, type_ in types.items():
                 self._set(name, type_)
             return self._reference.measure(self._probe).kl_mean
         finally:
-            for name in changes:
+            for name in types:
                 self._set(name, None)
 
     def _set(self, name: str, type_: Type | None) -> None:
-        typed, weights = self._typed[name], self._importance.get(name)
+        """Put a tensor into the model: as a type stores it, or as it is."""
+        parts = weighted_rows(self._typed[name], self._importance.get(name))
         with ThreadPoolExecutor(self._n_threads) as pool:
-            parts = []
-            for rows, row_weights in parts_of(typed, weights):
-                if type_ is None:
-                    parts.append(rows)
-                    continue
-                data = ggml.quantize_rows(rows, type_, imatrix=row_weights, pool=pool)
-                parts.append(dequantize_rows(data, type_, rows.shape[1]))
-        self._probe.set(name, np.concatenate(parts))
-
-
-def parts_of(
-    typed: Typed, weights: npt.NDArray[np.float32] | None
-) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]]:
-    """Yield a tensor's rows in parts of one matrix each, with the weights of their columns."""
-    n_of_one, at = math.prod(typed.tensor.shape[-2:-1]), 0
-    for rows in typed.tensor.read():
-        if weights is None or weights.ndim == 1:
-            yield rows, weights
-            continue
-        start = 0
-        while start < len(rows):
-            matrix = (at + start) // n_of_one
-            stop = min(len(rows), (matrix + 1) * n_of_one - at)
-            yield rows[start:stop], weights[matrix]
-            start = stop
-        at += len(rows)
+            rows = [
+                plain if type_ is None else round_trip(plain, type_, weights=weights, pool=pool)
+                for plain, weights in parts
+            ]
+        self._probe.set(name, np.concatenate(rows))
 
 
 Damage = Callable[[Mapping[str, Type]], float]
-"""Tells the divergence that some tensors' types cause together."""
+"""Returns the divergence that some tensors' types cause together."""
 
 
 def refine(
     sensitivity: Sensitivity,
     damage_of: Damage,
-    choose: Callable[[list[Item]], list[Choice]],
     *,
-    on_progress: Progress = no_progress,
+    choose: Callable[[list[Item]], list[Choice]],
+    report: Reporter = SILENT,
 ) -> list[Choice]:
-    """Return what `choose` takes of the weighed items, after measuring what it takes and was not measured yet.
+    """Return the choices that `choose` makes among the weighed items, after measuring whatever they need.
 
-    First some layers of each role are measured, all where there are few, at the choice that takes about 4.5 bits. Then
-    the types are levelled that the choices use, and the choices made again, until all that they use are levelled.
+    First the costs of some layers of each role are measured (of all, if they are few), at a choice of about 4.5 bits.
+    Then the levels of the types chosen are measured and the choice is repeated, until all of its types have a level.
     """
-    _measure_costs(sensitivity, damage_of, on_progress)
+    _measure_costs(sensitivity, damage_of, report)
     for _ in range(len(TYPES)):
         chosen = choose(sensitivity.weighed())
         unknown = {choice.type for choice in chosen} - {Type.F16} - {Type[name] for name in sensitivity.levels}
         if not unknown:
             return chosen
-        _measure_levels(sensitivity, damage_of, sorted(unknown), on_progress)
+        _measure_levels(sensitivity, damage_of, types=sorted(unknown), report=report)
     return choose(sensitivity.weighed())
 
 
-def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, on_progress: Progress) -> None:
+def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, report: Reporter) -> None:
     items = [item for item in sensitivity.items if item.choices[0].error > 0]
     step = max(1, round(len(items) / _N_MEASURED))
     todo = [item for item in items if item.name not in sensitivity.costs and _layer(item.name) % step == 0]
@@ -261,7 +234,8 @@ def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, on_progress: Pro
             choice = _typical(item)
             damage = damage_of({item.name: choice.type})
             sensitivity.costs[item.name] = max(damage, 0.0) / choice.error
-            on_progress("measuring tensors", i + 1, len(todo), f"{item.name} {choice.type.name}: {damage:.2g} nats")
+            note = f"{item.name} {choice.type.name}: {damage:.2g} nats"
+            report.progress("measuring tensors", i + 1, len(todo), note)
             if i % _SAVE_EVERY == 0:
                 sensitivity.save()
     finally:
@@ -269,13 +243,13 @@ def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, on_progress: Pro
 
 
 def _typical(item: Item) -> Choice:
-    """Return the choice to measure a tensor's cost by: one of the same kind for all, or what is nearest in size."""
+    """Return the choice to measure a tensor's cost with: of a type common to all, or of a middle size."""
     preferred = [c for wanted in _TYPICAL for c in item.choices if c.type == wanted and c.error > 0]
     inexact = [choice for choice in item.choices if choice.error > 0]
     return preferred[0] if preferred else inexact[len(inexact) // 2]
 
 
-def _measure_levels(sensitivity: Sensitivity, damage_of: Damage, types: Sequence[Type], on_progress: Progress) -> None:
+def _measure_levels(sensitivity: Sensitivity, damage_of: Damage, *, types: Sequence[Type], report: Reporter) -> None:
     for i, type_ in enumerate(types):
         sensitivity.levels[type_.name] = 1.0
         pairs = [(item, c) for item in sensitivity.weighed() for c in item.choices if c.type == type_]
@@ -283,7 +257,7 @@ def _measure_levels(sensitivity: Sensitivity, damage_of: Damage, types: Sequence
         together = damage_of({item.name: type_ for item, _ in pairs})
         sensitivity.levels[type_.name] = max(together, 1e-9) / max(apart, 1e-9)
         note = f"{type_.name} in {len(pairs)} tensors: {together:.2g} nats, {apart:.2g} one by one"
-        on_progress("measuring types", i + 1, len(types), note)
+        report.progress("measuring types", i + 1, len(types), note)
         sensitivity.save()
 
 
@@ -297,7 +271,7 @@ def _role(name: str) -> str:
 
 
 def describe(items: Sequence[Item], chosen: Sequence[Choice]) -> list[dict[str, Any]]:
-    """Return what was chosen for each item, for the report: its types, bytes and damage."""
+    """Return the choice for each item as JSON objects for the report: its type, bytes and damage."""
     return [
         {"tensor": i.name, "type": c.type.name, "bytes": c.n_bytes, "nats": c.damage}
         for i, c in zip(items, chosen, strict=True)

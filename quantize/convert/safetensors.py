@@ -62,7 +62,9 @@ class Tensor:
         try:
             raw = np.fromfile(self.path, dtype, n, offset=self.offset + start * width * dtype.itemsize)
         except OSError as error:
-            raise ArtifactError(f"cannot read {self.path}: {error.strerror or error}", code="file-unreadable") from error
+            raise ArtifactError(
+                f"cannot read {self.path}: {error.strerror or error}", code="file-unreadable"
+            ) from error
         if raw.size != n:
             raise _broken(self.path, f"it ends before {self.name} does")
         raw = raw.reshape(-1, *self.shape[1:])

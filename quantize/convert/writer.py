@@ -290,3 +290,15 @@ def _encode(
     if type_ == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError("values too large for F16; BF16 and F32 can hold them")
     return ggml.quantize_rows(rows, type_, imatrix=weights, pool=pool).data
+
+
+def round_trip(
+    rows: npt.NDArray[np.float32],
+    type_: GGMLQuantizationType,
+    *,
+    weights: npt.NDArray[np.float32] | None,
+    pool: Executor | None = None,
+) -> npt.NDArray[np.float32]:
+    """Return rows `[n_rows, n_per_row]` as they are after a type has stored them, given their columns' weights."""
+    data = ggml.quantize_rows(rows, type_, imatrix=weights, pool=pool)
+    return ggml.dequantize_rows(data, type_, rows.shape[1])

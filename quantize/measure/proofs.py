@@ -1,10 +1,10 @@
-"""Prove that a GGUF is its checkpoint: it is valid, gives the same tokens, renders the same prompts, says the same.
+"""Prove that a GGUF equals its checkpoint: it is valid, and its tokens, prompts and greedy answers are the same.
 
-The reference is transformers, run in float32. Where it is not installed, or the weights were quantized, the report says
-"not proved" and why. The greedy proof asks both for n_tokens whether or not the turn ends before: transformers decodes,
-and llama.cpp's most likely token is read after each of those tokens. Up to the first difference that is the same as
-decoding twice, and what follows is compared too. Two implementations add in another order, so where the best two tokens
-lie closer than that rounding either may come first: a tie is counted and reported, and disproves nothing.
+The reference is transformers in float32. If it is not installed, or the weights were quantized, the report says "not
+proved" and why. For the greedy proof, transformers decodes n_tokens, past the turn's end if need be, and llama.cpp
+predicts each of these tokens from those before it. Up to the first difference that is the same as decoding twice, and
+the rest is compared too. Two implementations add up in different orders, so if the two best tokens are closer than this
+rounding, either may win: such a tie is counted and reported, and disproves nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import numpy as np
 
 from ...errors import DeepDistillError
 from ...localrun.core.generation import Message
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.reporter import SILENT, Reporter
+from ...localrun.core.text import first_line
 from ...localrun.engine.engine import Engine
 from ...localrun.gguf.header import read_gguf
 from ..convert.ftypes import FTYPES, UNQUANTIZED
@@ -34,27 +35,27 @@ STRESS = (
     "a + b - c = ?   ( 5 +  7 )\n      7"
 )
 _BATCH = 8
-# Logits apart at which two tokens tie. llama.cpp rounds activations to the weights' type before it multiplies.
+# Two tokens tie if their logits are this close. llama.cpp rounds activations to the weights' type before it multiplies.
 _TIE = {"F32": 0.01, "F16": 0.02, "BF16": 0.2}
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Whether something holds, None if that was not proved, and the figures or the reason."""
+    """Whether a claim holds, or None if nothing was proved, with the figures or the reason."""
 
     holds: bool | None
     detail: str
 
     def __str__(self) -> str:
-        """Return it as a line of the report."""
+        """Return the line for the report."""
         return {True: "yes", False: "NO", None: "not proved"}[self.holds] + f": {self.detail}"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token that differs: which prompt, after how many tokens, both ids, and how close the choice was.
+    """A token that differs: in which prompt, after how many tokens, both ids, and how close the choice was.
 
-    `margin` is by how much transformers' logit of its token is above that of llama.cpp's.
+    `margin` is transformers' logit of its own token minus its logit of llama.cpp's.
     """
 
     prompt: int
@@ -66,12 +67,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proofs:
-    """What was proved. `n_equal` of `n_tokens` greedy tokens are equal, each given transformers' tokens before it."""
+    """The four proofs. `n_equal` of `n_tokens` greedy tokens are equal, each after transformers' tokens before it."""
 
     valid: Proof
-    tokens: Proof
-    template: Proof
-    greedy: Proof
+    tokens: Proof = Proof(None, "the file does not load")
+    template: Proof = Proof(None, "the file does not load")
+    greedy: Proof = Proof(None, "the file does not load")
     n_equal: int = 0
     n_tokens: int = 0
     first_difference: Difference | None = None
@@ -94,66 +95,61 @@ class Proofs:
 def prove(
     student_dir: Path,
     gguf_path: Path,
+    *,
     questions: Sequence[str],
     n_tokens: int = 64,
-    *,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> Proofs:
-    """Prove a GGUF against the checkpoint that it was made from, with questions asked as a chat's first turn.
+    """Prove a GGUF against the checkpoint that it was made from, with questions as the first turn of a chat.
 
-    Never raises for a bad file: that is what `valid` says.
+    It never raises for a bad file: `valid` says what is wrong.
     """
     try:
         header = read_gguf(gguf_path)
         engine = Engine(gguf_path, n_ctx=4096)
     except DeepDistillError as error:
-        skipped = Proof(None, "the file does not load")
-        return Proofs(Proof(False, str(error)), skipped, skipped, skipped)
+        return Proofs(Proof(False, str(error)))
     with engine:
         number = header.metadata.get("general.file_type")
-        ftype = next((name for name, (one, _) in FTYPES.items() if one == number), "its type")
+        ftype = next((name for name, (ours, _) in FTYPES.items() if ours == number), "its type")
         valid = Proof(True, f"{len(header.tensors)} tensors read back, loaded by llama.cpp")
         if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-            skipped = Proof(None, "transformers is not installed")
-            return Proofs(valid, skipped, skipped, skipped)
+            return _not_proved(valid, "transformers is not installed")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # transformers' own, of no use to whoever made a GGUF
-                return _against_transformers(valid, student_dir, engine, ftype, questions, n_tokens, on_progress)
+                warnings.simplefilter("ignore")  # from inside transformers, and nothing that the user could change
+                tokenizer = _load_tokenizer(student_dir)
+                tokens = _same_tokens(tokenizer, engine)
+                template, prompts = _same_prompts(tokenizer, engine, questions)
+                proofs = Proofs(valid, tokens, template, _not_greedy(ftype, prompts))
+                if ftype not in UNQUANTIZED or not prompts:
+                    return proofs
+                ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+                report.progress("proving", 0, len(ids), "transformers decodes")
+                found = _greedy(student_dir, engine, prompts=ids, n_tokens=n_tokens, report=report)
+                return _judged(proofs, found, n_prompts=len(ids), n_tokens=n_tokens, ftype=ftype)
         except (DeepDistillError, OSError, ValueError, RuntimeError, ImportError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            skipped = Proof(None, f"transformers cannot run {student_dir}: {first}")
-            return Proofs(valid, skipped, skipped, skipped)
+            return _not_proved(valid, f"transformers cannot run {student_dir}: {first_line(error)}")
 
 
-def _against_transformers(
-    valid: Proof,
-    student_dir: Path,
-    engine: Engine,
-    ftype: str,
-    questions: Sequence[str],
-    n_tokens: int,
-    on_progress: Progress,
-) -> Proofs:
+def _not_proved(valid: Proof, reason: str) -> Proofs:
+    skipped = Proof(None, reason)
+    return Proofs(valid, skipped, skipped, skipped)
+
+
+def _not_greedy(ftype: str, prompts: Sequence[str]) -> Proof:
+    if ftype not in UNQUANTIZED:
+        return Proof(None, f"{ftype} rounds the weights, so its output may differ; only F32, F16 and BF16 are compared")
+    return Proof(None, "" if prompts else "no questions to ask")
+
+
+def _load_tokenizer(student_dir: Path) -> Any:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    tokenizer = AutoTokenizer.from_pretrained(student_dir, local_files_only=True)
-    tokens = _same_tokens(tokenizer, engine)
-    template, prompts = _same_prompts(tokenizer, engine, questions)
-    if ftype not in UNQUANTIZED:
-        skipped = Proof(None, f"{ftype} rounds the weights, so its output may differ; F32, F16 and BF16 are compared")
-        return Proofs(valid, tokens, template, skipped)
-    if not prompts:
-        return Proofs(valid, tokens, template, Proof(None, "no questions to ask"))
-    on_progress("proving", 0, len(prompts), "transformers decodes")
-    expected = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    found = _greedy(student_dir, engine, expected, n_tokens, on_progress)
-    total = len(prompts) * n_tokens
-    greedy = _judge(found, len(prompts), n_tokens, ftype)
-    return Proofs(valid, tokens, template, greedy, total - len(found), total, found[0] if found else None)
+    return AutoTokenizer.from_pretrained(student_dir, local_files_only=True)
 
 
 def _same_tokens(tokenizer: Any, engine: Engine) -> Proof:
@@ -186,9 +182,9 @@ def _same_prompts(tokenizer: Any, engine: Engine, questions: Sequence[str]) -> t
         {"role": "assistant", "content": "4", "reasoning_content": "2 + 2 = 4"},
         {"role": "user", "content": "And  3 + 3?\n"},
     ]
-    asked: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
+    chats: list[list[Message]] = [[{"role": "user", "content": question}] for question in questions]
     prompts, n_compared = [], 0
-    for conversation in [turns[:1], turns, *asked]:
+    for conversation in [turns[:1], turns, *chats]:
         for thinking in (True, False):
             expected = tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -211,14 +207,14 @@ def _without_bos(got: list[int], expected: list[int]) -> list[int]:
 
 
 def _greedy(
-    student_dir: Path, engine: Engine, prompts: list[list[int]], n_tokens: int, on_progress: Progress
+    student_dir: Path, engine: Engine, *, prompts: list[list[int]], n_tokens: int, report: Reporter
 ) -> list[Difference]:
-    """Return every token that differs, given transformers' tokens before it."""
+    """Return every token that differs, each after transformers' tokens before it."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32, local_files_only=True).eval()
-    # Nothing of the checkpoint's own: no penalties, and no end, so that every prompt gives n_tokens.
+    # In place of the checkpoint's config: without penalties and without an end, so every prompt gives n_tokens.
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=0)
     found: list[Difference] = []
     for start in range(0, len(prompts), _BATCH):
@@ -227,20 +223,29 @@ def _greedy(
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
         with torch.inference_mode():
-            made = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True)
+            out = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True)
         for i, prompt in enumerate(batch):
-            expected = made.sequences[i, width:].tolist()
+            expected = out.sequences[i, width:].tolist()
             logits = engine.logits(prompt + expected[:-1])[len(prompt) - 1 :]
             got = logits.argmax(-1).tolist()
             for at in (j for j in range(n_tokens) if got[j] != expected[j]):
-                row: np.ndarray[Any, Any] = made.logits[at][i].numpy()
+                row: np.ndarray[Any, Any] = out.logits[at][i].numpy()
                 margin = float(row[expected[at]] - row[got[at]])
                 found.append(Difference(start + i, at, expected[at], got[at], margin))
-        on_progress("proving", start + len(batch), len(prompts), f"{len(found)} tokens differ")
+        report.progress("proving", start + len(batch), len(prompts), f"{len(found)} tokens differ")
     return found
 
 
-def _judge(found: Sequence[Difference], n_prompts: int, n_tokens: int, ftype: str) -> Proof:
+def _judged(proofs: Proofs, found: Sequence[Difference], *, n_prompts: int, n_tokens: int, ftype: str) -> Proofs:
+    """Return the proofs with that of the greedy output."""
+    total = n_prompts * n_tokens
+    greedy = judge(found, n_prompts=n_prompts, n_tokens=n_tokens, ftype=ftype)
+    first = found[0] if found else None
+    return replace(proofs, greedy=greedy, n_equal=total - len(found), n_tokens=total, first_difference=first)
+
+
+def judge(found: Sequence[Difference], *, n_prompts: int, n_tokens: int, ftype: str) -> Proof:
+    """Return whether all the tokens that differ are ties of an unquantized type."""
     total = n_prompts * n_tokens
     detail = f"{total - len(found):,} of {total:,} tokens on {n_prompts} prompts"
     if found:
@@ -249,7 +254,7 @@ def _judge(found: Sequence[Difference], n_prompts: int, n_tokens: int, ftype: st
             f"; the first difference: prompt {first.prompt} after {first.position} tokens, transformers "
             f"{first.expected}, the GGUF {first.got}, logits {first.margin:.4f} apart"
         )
-    ties = sum(one.margin <= _TIE[ftype] for one in found)
-    if ties:
-        detail += f"; {ties} of {len(found)} are ties within {_TIE[ftype]}"
-    return Proof(ties == len(found), detail)
+    n_ties = sum(difference.margin <= _TIE[ftype] for difference in found)
+    if n_ties:
+        detail += f"; {n_ties} of {len(found)} are ties within {_TIE[ftype]}"
+    return Proof(n_ties == len(found), detail)

@@ -1,4 +1,4 @@
-"""What a GGUF says of itself, for people and as JSON: needs nothing but the file."""
+"""What a GGUF says about itself, for people and as JSON, from the file alone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ...localrun.core.text import shorten
 from ...localrun.gguf.header import StoredTensor, read_gguf
 from ...localrun.machine.memory import Footprint
 
 _N_MEMORY_CTX = 2048  # tokens
 
 
-def read_own(path: Path) -> dict[str, Any]:
-    """Return a file's `deepdistill.*` metadata without the prefix, JSON parsed.
+def own_metadata(path: Path) -> dict[str, Any]:
+    """Return a file's `deepdistill.*` metadata without the prefix, with JSON parsed.
 
     Raises:
-        ArtifactError: it is no GGUF, or broken.
+        ArtifactError: see `header.read_gguf`.
     """
     found: dict[str, Any] = {}
     for key, value in read_gguf(path).metadata.items():
@@ -28,10 +29,10 @@ def read_own(path: Path) -> dict[str, Any]:
 
 
 def stored_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
-    """Return every tensor of a file, of all its parts where `path` is the first of a split one, and where it stands.
+    """Return every tensor of a file with the path of its part; `path` is the first part of a split file.
 
     Raises:
-        ArtifactError: a part is missing or broken.
+        ArtifactError: see `header.read_gguf`.
     """
     header = read_gguf(path)
     n_parts = int(header.metadata.get("split.count") or 1)
@@ -54,10 +55,10 @@ def _parsed(value: Any) -> Any:
 
 
 def inspect_gguf(path: Path) -> dict[str, Any]:
-    """Return what a file is, what its tensors are stored as, and what deepdistill wrote into it.
+    """Return a file's name, size, licence and types, and what deepdistill wrote into it.
 
     Raises:
-        ArtifactError: it is no GGUF, or broken.
+        ArtifactError: see `header.read_gguf`.
     """
     header = read_gguf(path)
     types: Counter[str] = Counter()
@@ -79,7 +80,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         "bits_per_weight": 8 * n_bytes / max(n_weights, 1),
         "types": dict(types.most_common()),
         "memory_bytes": Footprint.of(path, header).total_bytes(n_ctx),
-        "deepdistill": read_own(path),
+        "deepdistill": own_metadata(path),
     }
 
 
@@ -93,27 +94,27 @@ def summary(found: dict[str, Any]) -> list[str]:
         f"licence: {found['licence'] or 'not stated'}",
         f"memory: {found['memory_bytes'] / 1e6:.0f} MB with a context of {_N_MEMORY_CTX:,} tokens or less",
     ]
-    own = dict(found["deepdistill"])
-    measured = own.pop("measured", None) or {}
+    others = dict(found["deepdistill"])
+    measured = others.pop("measured", None) or {}
     if kl := measured.get("fidelity"):
         lines.append(
             f"measured: KL {kl['kl_mean']:.4f} nats, 99 % {kl['kl_p99']:.3f}, same top {100 * kl['same_top']:.2f} %, "
             f"perplexity {kl['perplexity']:.4f}, on {kl['n_tokens']:,} held-out tokens"
         )
-    if said := measured.get("answers"):
+    if answers := measured.get("answers"):
         flips = measured.get("paired") or {}
         lines.append(
-            f"answers: {100 * said['accuracy']:.1f} % right"
+            f"answers: {100 * answers['accuracy']:.1f} % right"
             + (f" of {flips['n']}, {flips['lost']} lost and {flips['gained']} gained" if flips else "")
         )
-    lines += [f"{name.replace('_', ' ')}: {_short(value)}" for name, value in own.items()]
-    return lines if found["deepdistill"] else [*lines, "nothing of deepdistill's own: another tool made it"]
+    lines += [f"{name.replace('_', ' ')}: {_short(value)}" for name, value in others.items()]
+    return lines if found["deepdistill"] else [*lines, "no metadata of deepdistill: another tool made it"]
 
 
 def _short(value: Any) -> str:
+    """Return a value as a phrase, every part of it at most 72 characters long."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
     if isinstance(value, list):
         return "; ".join(map(_short, value))
-    text = str(value)
-    return text if len(text) <= 72 else text[:69] + "…"
+    return shorten(str(value), 72)

@@ -1,13 +1,13 @@
-"""Quality against size as one SVG: a point a file, ours and the standard recipes, divergence on a logarithmic axis.
+"""Quality against size as one SVG: a point for each file, with divergence on a logarithmic axis.
 
-It is drawn with `currentColor` and two hues that stand out on light and dark paper, needs no script and no font, and
-says in its title what a reader who cannot see it would miss.
+It is drawn in `currentColor` and two hues that are visible on light and dark paper, needs no script and no font, and
+its title tells a reader who cannot see it what it shows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -31,50 +31,66 @@ def draw(points: Sequence[Point]) -> str:
     points = [point for point in points if point.kl > 0]
     if not points:
         return ""
-    sizes, kls = [point.n_bytes / 1e6 for point in points], [math.log10(point.kl) for point in points]
-    x0, x1 = min(sizes) * 0.95, max(sizes) * 1.08
-    y0, y1 = math.floor(min(kls) * 2) / 2, math.ceil(max(kls) * 2) / 2
-    y1 = y1 if y1 > y0 else y0 + 0.5
-
-    def x(value: float) -> float:
-        return _LEFT + (value - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
-
-    parts = [*_axes(x0, x1, y0, y1, x, y)]
-    for point, size, kl in zip(points, sizes, kls, strict=True):
-        colour = _OURS if point.is_ours else _STANDARD
-        title = f"{point.name}: {size:.1f} MB, {point.kl:.3g} nats"
-        shape = f'<circle cx="{x(size):.1f}" cy="{y(kl):.1f}" r="5" fill="{colour}"/>'
-        if not point.is_ours:
-            shape = f'<rect x="{x(size) - 5:.1f}" y="{y(kl) - 5:.1f}" width="10" height="10" fill="{colour}"/>'
-        is_right = x(size) > _WIDTH - 120
-        at = f'x="{x(size) + (-9 if is_right else 9):.1f}" y="{y(kl) + 4:.1f}"'
-        anchor = ' text-anchor="end"' if is_right else ""
-        parts.append(f"<g><title>{escape(title)}</title>{shape}<text {at}{anchor}>{escape(point.name)}</text></g>")
+    scale = _Scale.of(points)
+    parts = [*_axes(scale), *(_mark(point, scale) for point in points)]
     label = "Divergence from the unquantized model against size; down and left is better. Circles: types chosen by "
-    label += "measurement. Squares: standard recipes."
+    label += "measurement. Squares: standard type mixtures."
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="12" '
         f'font-family="sans-serif" fill="currentColor" color="#777"><title>{label}</title>{"".join(parts)}</svg>'
     )
 
 
-def _axes(
-    x0: float, x1: float, y0: float, y1: float, x: Callable[[float], float], y: Callable[[float], float]
-) -> list[str]:
+@dataclass(frozen=True)
+class _Scale:
+    """The ranges of the axes, MB and powers of ten, and where their values are in the picture."""
+
+    x0: float
+    x1: float
+    y0: float
+    y1: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> _Scale:
+        sizes, kls = [point.n_bytes / 1e6 for point in points], [math.log10(point.kl) for point in points]
+        y0, y1 = math.floor(min(kls) * 2) / 2, math.ceil(max(kls) * 2) / 2
+        return cls(min(sizes) * 0.95, max(sizes) * 1.08, y0, y1 if y1 > y0 else y0 + 0.5)
+
+    def x(self, value: float) -> float:
+        return _LEFT + (value - self.x0) / (self.x1 - self.x0) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(self, value: float) -> float:
+        return _HEIGHT - _BOTTOM - (value - self.y0) / (self.y1 - self.y0) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _mark(point: Point, scale: _Scale) -> str:
+    """Return a file's circle or square, with its name on the side that has space."""
+    x, y = scale.x(point.n_bytes / 1e6), scale.y(math.log10(point.kl))
+    if point.is_ours:
+        shape = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{_OURS}"/>'
+    else:
+        shape = f'<rect x="{x - 5:.1f}" y="{y - 5:.1f}" width="10" height="10" fill="{_STANDARD}"/>'
+    is_right = x > _WIDTH - 120
+    at = f'x="{x + (-9 if is_right else 9):.1f}" y="{y + 4:.1f}"'
+    anchor = ' text-anchor="end"' if is_right else ""
+    title = escape(f"{point.name}: {point.n_bytes / 1e6:.1f} MB, {point.kl:.3g} nats")
+    return f"<g><title>{title}</title>{shape}<text {at}{anchor}>{escape(point.name)}</text></g>"
+
+
+def _axes(scale: _Scale) -> list[str]:
     parts, bottom, right = list[str](), _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    step = _step(x1 - x0)
-    at = math.ceil(x0 / step) * step
-    while at <= x1:
-        parts.append(_line(x(at), bottom, x(at), bottom + 5))
-        parts.append(f'<text x="{x(at):.1f}" y="{bottom + 20}" text-anchor="middle">{at:g}</text>')
-        at += step
-    level = y0
-    while level <= y1 + 1e-9:
-        parts.append(_line(_LEFT, y(level), right, y(level), 0.25))
-        parts.append(f'<text x="{_LEFT - 8}" y="{y(level) + 4:.1f}" text-anchor="end">{10**level:.2g}</text>')
+    step = _step(scale.x1 - scale.x0)
+    tick = math.ceil(scale.x0 / step) * step
+    while tick <= scale.x1:
+        x = scale.x(tick)
+        parts.append(_line((x, bottom), (x, bottom + 5)))
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{tick:g}</text>')
+        tick += step
+    level = scale.y0
+    while level <= scale.y1 + 1e-9:
+        y = scale.y(level)
+        parts.append(_line((_LEFT, y), (right, y), 0.25))
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10**level:.2g}</text>')
         level += 0.5
     parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">MB</text>')
     middle = (_TOP + bottom) / 2
@@ -84,12 +100,12 @@ def _axes(
     return parts
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, opacity: float = 1.0) -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+def _line(start: tuple[float, float], end: tuple[float, float], opacity: float = 1.0) -> str:
+    ends = f'x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
     return f'<line {ends} stroke="currentColor" stroke-opacity="{opacity}"/>'
 
 
 def _step(span: float) -> float:
-    """Return the distance of ticks that gives about six of them."""
+    """Return a round distance between ticks that gives about six of them."""
     power = 10.0 ** math.floor(math.log10(span / 6))
     return next(power * factor for factor in (1, 2, 5, 10) if span / (power * factor) <= 7)

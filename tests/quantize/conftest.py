@@ -1,4 +1,7 @@
-"""Tiny checkpoints with random weights, written by transformers as a student's folder is."""
+"""Tiny checkpoints with random weights, written by transformers as a student's folder is.
+
+Everything here is collected without torch; the tests that need a checkpoint are skipped then.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV2Config,
-    DeepseekV3Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
-from transformers.utils import logging
 
 from deepdistill.quantize.measure.proofs import STRESS
 
@@ -32,14 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
 CARD = "---\nlicense: apache-2.0\nbase_model: some-org/Some-Base-1B\n---\nA test model.\n"
 CONFIGS = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "qwen3moe": Qwen3MoeConfig,
-    "gemma3": Gemma3TextConfig,
-    "deepseek2": DeepseekV2Config,
-    "deepseek3": DeepseekV3Config,
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "qwen3moe": "Qwen3MoeConfig",
+    "gemma3": "Gemma3TextConfig",
+    "deepseek2": "DeepseekV2Config",
+    "deepseek3": "DeepseekV3Config",
 }
+"""transformers' config of each architecture."""
 _LATENT = {
     "kv_lora_rank": 32,
     "q_lora_rank": 48,
@@ -107,8 +97,10 @@ def pre_tokenizer(name: str) -> Any:
     }[name]()
 
 
-def make_tokenizer(pre: str = "smollm", n_vocab: int = 400) -> PreTrainedTokenizerFast:
+def make_tokenizer(pre: str = "smollm", n_vocab: int = 400) -> Any:
     """Train a byte-level BPE on the stress text, so that merges reach across whatever is left whole."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,17 +124,13 @@ def make_tokenizer(pre: str = "smollm", n_vocab: int = 400) -> PreTrainedTokeniz
     return fast
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    torch.set_num_threads(1)
-
-
 def write_checkpoint(
     folder: Path, arch: str = "llama", pre: str = "smollm", dtype: str = "float32", **settings: Any
 ) -> None:
     """Write a checkpoint with random weights; settings beside the named ones go to its config."""
+    import torch
+    import transformers
+
     tokenizer = make_tokenizer(pre)
     sizes = {
         "vocab_size": len(tokenizer) + 6,  # padded, as many models are
@@ -161,7 +149,9 @@ def write_checkpoint(
     torch.manual_seed(7)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(CONFIGS[arch](**(sizes | settings)))
+        model = transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, CONFIGS[arch])(**(sizes | settings))
+        )
         with torch.no_grad():
             for name, weight in model.named_parameters():  # biases and norms start as constants, which hide errors
                 if name.endswith("bias") or "norm" in name:
@@ -200,6 +190,9 @@ FIXED: dict[str, dict[str, Any]] = {
 
 def write_fixed(folder: Path, arch: str) -> None:
     """Write one of FIXED: its weights come from numpy's generator, which gives the same numbers everywhere."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     write_checkpoint(folder, arch, **FIXED[arch])
     path = folder / "model.safetensors"
     tensors = {}
@@ -210,14 +203,25 @@ def write_fixed(folder: Path, arch: str) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
+def _need_torch() -> None:
+    """Skip a test where torch and transformers are missing; else make them quiet."""
+    torch = pytest.importorskip("torch")
+    logging = pytest.importorskip("transformers.utils").logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", name="write_fixed")
 def _write_fixed() -> Callable[[Path, str], None]:
+    _need_torch()
     return write_fixed
 
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """Return a function that writes a checkpoint as write_checkpoint does, and returns its folder."""
+    _need_torch()
 
     def make(arch: str = "llama", pre: str = "smollm", dtype: str = "float32", **settings: Any) -> Path:
         folder = tmp_path_factory.mktemp(f"{arch}-student")

@@ -11,28 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoModelForCausalLM
 
 from deepdistill.cli import main
-from deepdistill.distill.training.losses import projected_kl
 from deepdistill.errors import ArtifactError, GateError, UsageError
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf import ggml
 from deepdistill.localrun.gguf.ggml import dequantize_rows
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.weights.swap import LogitReader
-from deepdistill.quantize.choose.workbench import Desk
+from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.fidelity import Reference
 from deepdistill.quantize.measure.gate import Gate
 from deepdistill.quantize.measure.paired import Answers
-from deepdistill.quantize.measure.texts import CalibrationSettings, part_of, read_texts
-from deepdistill.quantize.provenance.comparison import Row, keep_rows, update_report
-from deepdistill.quantize.provenance.inspect import inspect_gguf, read_own, summary
+from deepdistill.quantize.measure.texts import CalibrationSettings, purpose_of, read_texts
+from deepdistill.quantize.provenance.comparison import ComparedFile, keep_files, update_report
+from deepdistill.quantize.provenance.inspect import inspect_gguf, own_metadata, summary
 from deepdistill.quantize.recipe import ReleaseSettings
-from deepdistill.quantize.release import Release, release
-from deepdistill.quantize.report import quantize
+from deepdistill.quantize.release import DistillStage, Release, quantize, release
 from deepdistill.quantize.verify import verify
 
 SMALL = CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)
@@ -74,7 +70,7 @@ def budgeted(tied: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("budget") / "small.gguf"
     wanted = ReleaseSettings(bpw=5.5, traces=traces, calibration=SMALL, compare=("Q4_0",))
     recipe = {"teacher": "pocket", "problems": "gym:chain_sum?seed=1"}
-    return path, release(tied, path, wanted, recipe=recipe, n_threads=1)
+    return path, release(tied, path, settings=wanted, stage=DistillStage(recipe), n_threads=1)
 
 
 def answers(n_right: int) -> Answers:
@@ -82,7 +78,7 @@ def answers(n_right: int) -> Answers:
 
 
 def test_texts_are_rendered_as_taught_and_parts_share_no_problem(tied: Path, traces: Path, tmp_path: Path) -> None:
-    quantize(tied, tmp_path / "f16.gguf", "F16")
+    quantize(tied, tmp_path / "f16.gguf", ftype="F16")
     texts = read_texts(traces, tmp_path / "f16.gguf", replace(SMALL, n_calibrate=10**6, n_measure=10**6))
     with Engine(tmp_path / "f16.gguf", n_ctx=256, n_threads=1) as engine:
         said = {
@@ -93,7 +89,7 @@ def test_texts_are_rendered_as_taught_and_parts_share_no_problem(tied: Path, tra
         asked = engine.detokenize(text.tokens[: text.n_prompt])
     for part, whole in said.items():
         questions = [one.split("user\n")[1].split("<|im_end|>")[0] for one in whole]
-        assert {part_of(question) for question in questions} == {part}
+        assert {purpose_of(question) for question in questions} == {part}
     everything = [one for part in said.values() for one in part]
     assert len(everything) == len(set(everything)) > 60, "every verified trace once; the wrong one is left out"
     assert asked.endswith("<think>\n")
@@ -109,22 +105,24 @@ def engine_tokens(path: Path, asked: str, whole: str) -> list[int]:
 
 
 def test_too_few_traces_are_said_so(tied: Path, traces: Path, tmp_path: Path) -> None:
-    quantize(tied, tmp_path / "f16.gguf", "F16")
+    quantize(tied, tmp_path / "f16.gguf", ftype="F16")
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(UsageError, match="too few verified traces"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "too-few-traces"):
         read_texts(few, tmp_path / "f16.gguf", SMALL)
     few.write_text("{}\n" * 2)
-    with pytest.raises(ArtifactError, match="line 1 is no trace"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "trace-broken"):
         read_texts(few, tmp_path / "f16.gguf", SMALL)
 
 
 def test_a_measured_damage_is_that_of_the_changed_weights(tied: Path, traces: Path, tmp_path: Path) -> None:
-    desk = Desk(tied, tmp_path, tmp_path, traces, None, SMALL, 1, lambda *_: None)
-    item = next(item for item in desk.sensitivity.items if item.name == "blk.1.ffn_down.weight")
+    torch = pytest.importorskip("torch")
+    AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
+    bench = Workbench(tied, tmp_path, tmp_path, traces_path=traces, settings=SMALL, n_threads=1)
+    item = next(item for item in bench.sensitivity.items if item.name == "blk.1.ffn_down.weight")
     choice = next(one for one in item.choices if one.type in (Type.Q3_K, Type.IQ3_S, Type.Q2_K))
-    with desk.open_bench() as bench:
-        measured, again = (bench.damage({item.name: choice.type}) for _ in range(2))
+    with bench.open_meter() as meter:
+        measured, again = (meter.damage({item.name: choice.type}) for _ in range(2))
         assert measured == again, "the tensor was put back"
     model: Any = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
     weight = model.model.layers[1].mlp.down_proj.weight
@@ -135,8 +133,8 @@ def test_a_measured_damage_is_that_of_the_changed_weights(tied: Path, traces: Pa
             with torch.no_grad():
                 yield from model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1].numpy()
 
-    reference = Reference.of(Torch(), desk.texts.choose)
-    data = ggml.quantize_rows(plain, type_, imatrix=desk.importance[item.name])
+    reference = Reference.of(Torch(), bench.texts.choose)
+    data = ggml.quantize_rows(plain, type_, imatrix=bench.importance[item.name])
     weight.data = torch.from_numpy(dequantize_rows(data, type_, plain.shape[1]))
     assert measured == pytest.approx(reference.measure(Torch()).kl_mean, rel=0.1)
 
@@ -150,7 +148,7 @@ def test_a_file_of_chosen_types_keeps_its_budget_and_knows_itself(budgeted: tupl
     assert len({tensor.type for tensor in header.tensors.values()} - {Type.F32}) > 1
     chosen = {name: kind for row in made.choices for name, kind in [(row["tensor"], row["type"])]}
     assert header.tensors["blk.0.attn_q.weight"].type.name == chosen["blk.0.attn_q.weight"]
-    own = read_own(path)
+    own = own_metadata(path)
     assert own["teacher"] == "pocket"
     assert own["base_model"] == "some-org/Some-Base-1B"
     assert [(one["what"], one["licence"]) for one in own["licences"]] == [
@@ -171,7 +169,7 @@ def test_a_file_of_chosen_types_keeps_its_budget_and_knows_itself(budgeted: tupl
 def test_measured_is_what_llama_cpp_says_of_the_file(budgeted: tuple[Path, Release], tied: Path, traces: Path,
                                                     tmp_path: Path) -> None:  # fmt: skip
     path, made = budgeted
-    quantize(tied, tmp_path / "f16.gguf", "F16")
+    quantize(tied, tmp_path / "f16.gguf", ftype="F16")
     texts = read_texts(traces, tmp_path / "f16.gguf", SMALL).measure
     with LogitReader(tmp_path / "f16.gguf", n_threads=1) as plain, LogitReader(path, n_threads=1) as reader:
         found = Reference.of(plain, texts).measure(reader)
@@ -206,17 +204,17 @@ def test_the_runs_report_shows_the_files(budgeted: tuple[Path, Release], tmp_pat
 
 def test_a_card_of_somebody_else_is_left_alone(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    release(tied, tmp_path / "a.gguf", replace(settings, fidelity=False), n_threads=1)
+    release(tied, tmp_path / "a.gguf", settings=replace(settings, fidelity=False), n_threads=1)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "# " in (tmp_path / "a.gguf.md").read_text()
 
 
 def test_a_size_is_kept_to_the_byte(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
     wanted = replace(settings, size=150_000)
-    made = release(tied, tmp_path / "a.gguf", wanted, n_threads=1)
+    made = release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1)
     assert 140_000 < (tmp_path / "a.gguf").stat().st_size == made.report.n_bytes <= 150_000
-    with pytest.raises(UsageError, match=r"MB are the least"):
-        release(tied, tmp_path / "b.gguf", replace(settings, size=50_000), n_threads=1)
+    with pytest.raises(UsageError, check=lambda error: error.code == "budget-too-small"):
+        release(tied, tmp_path / "b.gguf", settings=replace(settings, size=50_000), n_threads=1)
     assert not (tmp_path / "b.gguf").exists()
 
 
@@ -248,49 +246,49 @@ def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: Relea
     wanted = replace(settings, type="Q4_0", gate=Gate.parse("accuracy >= 0.9 of bf16, kl <= 10"))
     given = iter([answers(20), answers(10)])
     with pytest.raises(GateError, match=r"accuracy is 0\.5, not >= 0\.9"):
-        release(tied, out, wanted, evaluate=lambda _: next(given), n_threads=1)
+        release(tied, out, settings=wanted, stage=DistillStage(evaluate=lambda _: next(given)), n_threads=1)
     assert out.read_text() == "before"
     assert [one.name for one in tmp_path.iterdir() if one.suffix == ".gguf" and "imatrix" not in one.name] == ["a.gguf"]
     given = iter([answers(20), answers(18)])
-    made = release(tied, out, wanted, evaluate=lambda _: next(given), n_threads=1)
+    made = release(tied, out, settings=wanted, stage=DistillStage(evaluate=lambda _: next(given)), n_threads=1)
     assert made.paired is not None
     assert (made.paired.lost, made.paired.gained) == (2, 0)
-    assert read_own(out)["measured"]["answers"]["accuracy"] == 0.9
-    with pytest.raises(UsageError, match="no problems to ask"):
-        release(tied, out, wanted, n_threads=1)
+    assert own_metadata(out)["measured"]["answers"]["accuracy"] == 0.9
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-problems"):
+        release(tied, out, settings=wanted, n_threads=1)
 
 
 def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
-    plain = release(tied, tmp_path / "a.gguf", replace(settings, type="Q4_0"), n_threads=1)
+    plain = release(tied, tmp_path / "a.gguf", settings=replace(settings, type="Q4_0"), n_threads=1)
     assert plain.fidelity is not None
     limit = plain.fidelity.kl_mean / 3
     wanted = replace(settings, type="Q4_0", gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
-    made = release(tied, tmp_path / "b.gguf", wanted, n_threads=1)
+    made = release(tied, tmp_path / "b.gguf", settings=wanted, n_threads=1)
     assert made.fidelity is not None
     assert made.n_promotions > 0
     assert made.fidelity.kl_mean <= limit
     assert made.report.n_bytes > plain.report.n_bytes
     assert not (tmp_path / "c.gguf").exists()
     limited = replace(settings, size=2 * made.report.n_bytes, gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
-    lean = release(tied, tmp_path / "d.gguf", limited, n_threads=1)
+    lean = release(tied, tmp_path / "d.gguf", settings=limited, n_threads=1)
     assert lean.report.n_bytes < 2 * made.report.n_bytes
     never = replace(settings, type="Q4_0", gate=Gate.parse(f"bytes <= 1000, kl <= {limit:.6f}"), promote=True)
-    with pytest.raises(GateError, match="bytes"):
-        release(tied, tmp_path / "c.gguf", never, n_threads=1)
+    with pytest.raises(GateError, check=lambda error: error.code == "gate-not-met" and "bytes" in error.message):
+        release(tied, tmp_path / "c.gguf", settings=never, n_threads=1)
 
 
 def test_an_imatrix_may_be_given_or_left_out(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
-    first = release(tied, tmp_path / "made.gguf", replace(settings, type="Q4_0"), n_threads=1)
+    first = release(tied, tmp_path / "made.gguf", settings=replace(settings, type="Q4_0"), n_threads=1)
     (matrix,) = tmp_path.glob(f"{tied.name}-*.imatrix.gguf")
     given = replace(settings, type="Q4_0", imatrix=str(matrix), traces=None, fidelity=False)
-    release(tied, tmp_path / "given.gguf", given, n_threads=1)
+    release(tied, tmp_path / "given.gguf", settings=given, n_threads=1)
     none = replace(settings, type="Q4_0", imatrix="none")
-    release(tied, tmp_path / "none.gguf", none, n_threads=1)
+    release(tied, tmp_path / "none.gguf", settings=none, n_threads=1)
     stored = {name: blocks(tmp_path / f"{name}.gguf", "blk.0.ffn_up.weight") for name in ("made", "given", "none")}
     assert (stored["made"] == stored["given"]).all()
     assert (stored["made"] != stored["none"]).any()
     assert first.fidelity is not None
-    assert "imatrix" not in read_own(tmp_path / "none.gguf")
+    assert "imatrix" not in own_metadata(tmp_path / "none.gguf")
 
 
 def blocks(path: Path, name: str) -> Any:
@@ -299,7 +297,7 @@ def blocks(path: Path, name: str) -> Any:
 
 
 def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
-    made = release(tied, tmp_path / "a.gguf", replace(settings, type="Q4_0", split=60_000), n_threads=1)
+    made = release(tied, tmp_path / "a.gguf", settings=replace(settings, type="Q4_0", split=60_000), n_threads=1)
     first = made.report.path
     assert first.name.startswith("a-00001-of-0000")
     assert made.report.n_bytes == sum(path.stat().st_size for path in tmp_path.glob("a-*.gguf")) > 100_000
@@ -320,10 +318,10 @@ def test_every_architecture_gets_chosen_types(
 ) -> None:
     folder = make_checkpoint(arch)
     wanted = ReleaseSettings(bpw=7, traces=traces, calibration=SMALL)
-    made = release(folder, tmp_path / "a.gguf", wanted, n_threads=1)
+    made = release(folder, tmp_path / "a.gguf", settings=wanted, n_threads=1)
     assert made.report.bits_per_weight <= 7
     assert made.fidelity is not None
-    plain = release(folder, tmp_path / "b.gguf", replace(wanted, bpw=None, type="Q4_0"), n_threads=1)
+    plain = release(folder, tmp_path / "b.gguf", settings=replace(wanted, bpw=None, type="Q4_0"), n_threads=1)
     assert plain.fidelity is not None
     assert made.fidelity.kl_mean < plain.fidelity.kl_mean
     assert verify(tmp_path / "a.gguf").holds
@@ -338,10 +336,13 @@ def test_every_architecture_gets_chosen_types(
 def test_every_architecture_can_be_healed(
     make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str
 ) -> None:
+    projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
     wanted = ReleaseSettings(type="Q4_0", traces=traces, calibration=SMALL)
     folder = make_checkpoint(arch)
-    plain = release(folder, tmp_path / "plain.gguf", wanted, n_threads=1)
-    healed = release(folder, tmp_path / "healed.gguf", replace(wanted, heal=15), divergence=projected_kl, n_threads=1)
+    plain = release(folder, tmp_path / "plain.gguf", settings=wanted, n_threads=1)
+    healed = release(
+        folder, tmp_path / "healed.gguf", settings=replace(wanted, heal=15), divergence=projected_kl, n_threads=1
+    )
     assert plain.fidelity is not None
     assert healed.fidelity is not None
     assert healed.fidelity.kl_mean < 0.8 * plain.fidelity.kl_mean
@@ -355,21 +356,21 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:3]))
-    made = release(tied, tmp_path / "a.gguf", ReleaseSettings(type="Q4_0", traces=few), n_threads=1)
+    made = release(tied, tmp_path / "a.gguf", settings=ReleaseSettings(type="Q4_0", traces=few), n_threads=1)
     assert made.fidelity is None
     assert any("too few verified traces" in note for note in made.report.notes)
-    with pytest.raises(UsageError, match="too few verified traces"):
-        release(tied, tmp_path / "b.gguf", ReleaseSettings(bpw=5, traces=few), n_threads=1)
+    with pytest.raises(UsageError, check=lambda error: error.code == "too-few-traces"):
+        release(tied, tmp_path / "b.gguf", settings=ReleaseSettings(bpw=5, traces=few), n_threads=1)
 
 
 def test_settings_that_contradict_are_refused(tied: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     with pytest.raises(UsageError, match="three ways"):
-        release(tied, out, ReleaseSettings(size=10**6, bpw=4))
+        release(tied, out, settings=ReleaseSettings(size=10**6, bpw=4))
     with pytest.raises(UsageError, match="until a gate is met"):
-        release(tied, out, ReleaseSettings(promote=True))
-    with pytest.raises(UsageError, match="no traces to measure"):
-        release(tied, out, ReleaseSettings(bpw=5), n_threads=1)
+        release(tied, out, settings=ReleaseSettings(promote=True))
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-traces"):
+        release(tied, out, settings=ReleaseSettings(bpw=5), n_threads=1)
 
 
 def test_on_the_command_line(
@@ -399,8 +400,8 @@ def test_what_was_judged_later_counts_as_verified(tied: Path, traces: Path, tmp_
     stored = [json.loads(line) | {"id": f"{i:016x}"} for i, line in enumerate(traces.read_text().splitlines())]
     unknown = tmp_path / "traces.jsonl"
     unknown.write_text("".join(json.dumps(one | {"verdict": "unknown", "verdict_by": "none"}) + "\n" for one in stored))
-    quantize(tied, tmp_path / "f16.gguf", "F16")
-    with pytest.raises(UsageError, match="too few verified traces"):
+    quantize(tied, tmp_path / "f16.gguf", ftype="F16")
+    with pytest.raises(UsageError, check=lambda error: error.code == "too-few-traces"):
         read_texts(unknown, tmp_path / "f16.gguf", SMALL)
     before = [{"id": one["id"], "verdict_by": "judge"} for one in stored]
     taken_back = [{"id": stored[5]["id"], "verdict_by": "none"}]
@@ -437,12 +438,12 @@ def test_what_cannot_be_done_is_said_before_anything_is(
     assert "--promote makes others" in refused(*out, "--heal", "3", "--promote", "--gate", "kl <= 1")
     assert "no problems to ask" in refused(*out, "--n", "20")
     assert "no problems to ask" in refused(*out, "--gate", "accuracy >= 0.9 of bf16")
-    assert "no name of a GGUF" in refused("--out", str(tmp_path / "model"))
+    assert "does not end in .gguf" in refused("--out", str(tmp_path / "model"))
     assert list(tmp_path.iterdir()) == []
     assert main(["quantize", str(tied), "--out", str(tmp_path), "--no-proofs", "--quiet"]) == 0
     assert [path.name for path in tmp_path.glob("*.gguf")] == [f"{tied.name}-Q8_0.gguf"], "by its own name"
-    with pytest.raises(UsageError, match="is a folder"):
-        release(tied, tmp_path, ReleaseSettings(), n_threads=1)
+    with pytest.raises(UsageError, check=lambda error: error.code == "is-folder"):
+        release(tied, tmp_path, settings=ReleaseSettings(), n_threads=1)
 
 
 def test_a_share_of_nothing_is_no_pass() -> None:
@@ -452,26 +453,28 @@ def test_a_share_of_nothing_is_no_pass() -> None:
 
 def test_bytes_are_a_share_of_the_unquantized_ones_though_nothing_is_measured(tied: Path, tmp_path: Path) -> None:
     wanted = ReleaseSettings(type="Q8_0", fidelity=False, gate=Gate.parse("bytes <= 0.9 of bf16"))
-    assert release(tied, tmp_path / "a.gguf", wanted, n_threads=1).report.path.exists()
+    assert release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1).report.path.exists()
 
 
 def test_too_few_traces_hinder_only_what_reads_them(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "traces.jsonl"
     few.write_text("".join(f"{line}\n" for line in traces.read_text().splitlines()[:2]))
     wanted = ReleaseSettings(type="Q4_0", traces=few, imatrix="none", fidelity=False)
-    assert release(tied, tmp_path / "a.gguf", wanted, n_threads=1).report.path.exists()
-    with pytest.raises(UsageError, match="needs an importance matrix"):
-        release(tied, tmp_path / "b.gguf", ReleaseSettings(type="IQ2_S", traces=few), n_threads=1)
+    assert release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1).report.path.exists()
+    with pytest.raises(UsageError, check=lambda error: error.code == "needs-imatrix"):
+        release(tied, tmp_path / "b.gguf", settings=ReleaseSettings(type="IQ2_S", traces=few), n_threads=1)
 
 
 def test_a_table_holds_only_what_can_be_compared(tmp_path: Path) -> None:
-    def row(name: str, texts: str, asked: str) -> Row:
-        return Row(name, 10, 4.0, False, {"kl_mean": 0.1}, {"accuracy": 0.5}, {"lost": 1, "gained": 0}, texts, asked)
+    def row(name: str, texts: str, asked: str) -> ComparedFile:
+        return ComparedFile(
+            name, 10, 4.0, False, {"kl_mean": 0.1}, {"accuracy": 0.5}, {"lost": 1, "gained": 0}, texts, asked
+        )
 
-    keep_rows(tmp_path, [row("a", "t1", "200 of x"), row("b", "t1", "200 of x")], "source")
-    kept = {one.name: one for one in keep_rows(tmp_path, [row("b", "t1", "20 of y")], "source")}
+    keep_files(tmp_path, [row("a", "t1", "200 of x"), row("b", "t1", "200 of x")], "source")
+    kept = {one.name: one for one in keep_files(tmp_path, [row("b", "t1", "20 of y")], "source")}
     assert (kept["a"].fidelity, kept["a"].answers, kept["a"].paired) == ({"kl_mean": 0.1}, None, None)
-    kept = {one.name: one for one in keep_rows(tmp_path, [row("c", "t2", "20 of y")], "source")}
+    kept = {one.name: one for one in keep_files(tmp_path, [row("c", "t2", "20 of y")], "source")}
     assert (kept["a"].fidelity, kept["b"].fidelity) == (None, None)
     assert kept["b"].answers == {"accuracy": 0.5}
-    assert [one.name for one in keep_rows(tmp_path, [row("d", "t2", "")], "other")] == ["d"]
+    assert [one.name for one in keep_files(tmp_path, [row("d", "t2", "")], "other")] == ["d"]

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from deepdistill.errors import ArtifactError, UsageError
-from deepdistill.localrun.core.reporter import no_progress
+from deepdistill.errors import UsageError
+from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.quantize.convert.files import parse_size, shards
+from deepdistill.quantize.convert.files import parse_size, replacing_parts, shards
 from deepdistill.quantize.convert.writer import plan, write
 
 
 def test_llama_cpp_loads_the_parts_as_the_whole(student: Path, tmp_path: Path) -> None:
     seen: list[float] = []
 
-    def on_progress(_stage: str, done: float, total: float, _note: str = "") -> None:
-        seen.append(done / total)
+    class Shares(Reporter):
+        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+            seen.append(done / total)
 
-    (whole,) = write(plan(student, "Q8_0"), tmp_path / "whole.gguf", {}, no_progress, 1)
-    parts = write(plan(student, "Q8_0"), tmp_path / "m.gguf", {"deepdistill.a": "b"}, on_progress, 2, 40_000)
+    (whole,) = write(plan(student, "Q8_0"), tmp_path / "whole.gguf", n_threads=1)
+    parts = write(
+        plan(student, "Q8_0"),
+        tmp_path / "m.gguf",
+        metadata={"deepdistill.a": "b"},
+        report=Shares(),
+        n_threads=2,
+        split_bytes=40_000,
+    )
     assert [part.name for part in parts] == [f"m-{i + 1:05d}-of-00004.gguf" for i in range(4)]
     assert {path.name for path in tmp_path.iterdir()} == {part.name for part in parts} | {"whole.gguf"}
     assert seen == sorted(seen)
@@ -38,22 +45,23 @@ def test_llama_cpp_loads_the_parts_as_the_whole(student: Path, tmp_path: Path) -
         assert np.array_equal(one.logits([5, 9, 12]), many.logits([5, 9, 12]))
 
 
-def test_a_part_that_cannot_be_written_leaves_none(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deepdistill.quantize.convert import writer as convert
+def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    paths = [tmp_path / "new" / "a", tmp_path / "new" / "b"]
 
-    real = convert._write_shard
+    def write_one_and_stop() -> None:
+        with replacing_parts(paths, 10) as temporaries:
+            temporaries[0].write_text("whole")
+            raise KeyboardInterrupt
 
-    def full(tensors: Any, writer: Any, meter: Any, pool: Any) -> None:
-        if len(list(tmp_path.glob(".*.part"))) > 2:
-            raise OSError(28, "No space left on device")
-        real(tensors, writer, meter, pool)
-
-    monkeypatch.setattr(convert, "_write_shard", full)
-    with pytest.raises(ArtifactError, match="the disk is full"):
-        write(plan(student, "Q8_0"), tmp_path / "m.gguf", {}, no_progress, 1, 40_000)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyboardInterrupt):
+        write_one_and_stop()
+    assert list((tmp_path / "new").iterdir()) == []
+    with replacing_parts(paths, 10) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("whole")
+        assert not any(path.exists() for path in paths)
+    assert [path.read_text() for path in paths] == ["whole", "whole"]
+    assert len(list((tmp_path / "new").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
@@ -73,5 +81,5 @@ def test_tensors_fill_parts_in_order(sizes: list[int], limit: int | None, expect
 def test_sizes_are_counted_as_disks_are() -> None:
     assert [parse_size(text) for text in ("90MB", "2g", "1.5M", "4096")] == [90_000_000, 2 * 10**9, 1_500_000, 4096]
     for text in ("", "MB", "-3M", "0", "nanG", "1e999"):
-        with pytest.raises(UsageError, match="is no size"):
+        with pytest.raises(UsageError, check=lambda error: error.code == "bad-size"):
             parse_size(text)

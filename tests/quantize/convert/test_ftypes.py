@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 
 from deepdistill.errors import UsageError
-from deepdistill.localrun.core.reporter import no_progress
 from deepdistill.localrun.engine.library import keep_log
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert import ftypes
 from deepdistill.quantize.convert.ftypes import FTYPES, NEED_IMATRIX, Shape, assign, check_ftype
 from deepdistill.quantize.convert.writer import plan, write
-from deepdistill.quantize.report import quantize
+from deepdistill.quantize.release import quantize
 
 # isort: split
 import llama_cpp
@@ -58,7 +57,7 @@ def checkpoint_and_f32(
     """A checkpoint, its F32 file, and an importance matrix of every matrix but the embeddings."""
     folder = make_checkpoint(**MODELS[request.param])
     path = tmp_path_factory.mktemp("f32") / "f32.gguf"
-    quantize(folder, path, "F32")
+    quantize(folder, path, ftype="F32")
     rng = np.random.default_rng(3)
     importance = {
         name: rng.gamma(0.7, size=tensor.shape[:1] + tensor.shape[-1:] if len(tensor.shape) == 3 else tensor.shape[-1:])
@@ -96,7 +95,7 @@ def test_every_tensors_type_is_llama_cpps(requantize: ModuleType, checkpoint_and
     given = None if importance == "alone" else weights
     for ftype in QUANTIZED:
         if given is None and ftype in NEED_IMATRIX:
-            with pytest.raises(UsageError, match="importance matrix"):
+            with pytest.raises(UsageError, check=lambda error: error.code == "needs-imatrix"):
                 quantize(folder, ftype=ftype)
             continue
         types = types_of_llama_cpp(requantize, f32, ftype, given)
@@ -108,7 +107,7 @@ def compare_bytes(requantize: ModuleType, checked: Checked, tmp_path: Path, ftyp
     folder, f32, weights = checked
     given = weights if with_importance else None
     requantize.requantize(f32, tmp_path / "theirs.gguf", ftype=int(FTYPES[ftype][0]), importance=given, n_threads=1)
-    write(plan(folder, ftype, importance=given), tmp_path / "ours.gguf", {}, no_progress, 1)
+    write(plan(folder, ftype, importance=given), tmp_path / "ours.gguf", n_threads=1)
     ours, theirs = read_gguf(tmp_path / "ours.gguf"), read_gguf(tmp_path / "theirs.gguf")
     assert {n: t.type.name for n, t in ours.tensors.items()} == {n: t.type.name for n, t in theirs.tensors.items()}
     ours_data, theirs_data = (tmp_path / "ours.gguf").read_bytes(), (tmp_path / "theirs.gguf").read_bytes()
@@ -144,24 +143,24 @@ def test_a_70b_gives_its_few_value_heads_more_bits() -> None:
     name, shape = "blk.11.attn_v.weight", (1024, 8192)  # a layer that gets no other favour
     tensors = {f"blk.{i}.attn_v.weight": shape for i in range(80)}
     large, wide = Shape("llama", 80, 64, 8, tied=False), Shape("llama", 80, 64, 64, tied=False)
-    assert assign("Q4_K_M", tensors, large)[name][1].name == "Q5_K"
-    assert assign("Q4_K_M", tensors, wide)[name][1].name == "Q4_K"
+    assert assign("Q4_K_M", tensors, model=large)[name][1].name == "Q5_K"
+    assert assign("Q4_K_M", tensors, model=wide)[name][1].name == "Q4_K"
 
 
 def test_norms_biases_and_routers_stay_f32() -> None:
     model = Shape("qwen3moe", 4, 4, 2, tied=False, n_experts=4)
     names = {"blk.0.attn_q_norm.weight": (256,), "blk.0.attn_q.bias": (256,), "blk.0.ffn_gate_inp.weight": (8, 256)}
     for ftype in FTYPES:
-        assert set(assign(ftype, names, model, has_imatrix=True).values()) == {(ftypes.Type.F32, ftypes.Type.F32)}
+        assert set(assign(ftype, names, model=model, has_imatrix=True).values()) == {(ftypes.Type.F32, ftypes.Type.F32)}
 
 
 def test_types_are_named_in_any_case_and_others_refused() -> None:
     assert check_ftype("q4_k_m") == "Q4_K_M"
     assert check_ftype("iq2_xs", has_imatrix=True) == "IQ2_XS"
-    with pytest.raises(UsageError, match="importance matrix") as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == "needs-imatrix") as caught:
         check_ftype("IQ2_XS")
     assert "IQ3_S" in caught.value.hint
     assert "IQ3_XXS" not in caught.value.hint
-    with pytest.raises(UsageError, match="no type 'Q9'") as caught:
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-such-type") as caught:
         check_ftype("Q9")
     assert "Q4_K_M" in caught.value.hint

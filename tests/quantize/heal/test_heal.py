@@ -7,20 +7,22 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from deepdistill.cli import main
-from deepdistill.distill.training.losses import projected_kl
+from deepdistill.localrun.core.reporter import SILENT, Reporter
 from deepdistill.quantize.convert.origins import origins
 from deepdistill.quantize.convert.writer import plan
-from deepdistill.quantize.heal.heal import HealSettings, heal
+from deepdistill.quantize.heal.heal import heal
+from deepdistill.quantize.heal.training import HealSettings
 from deepdistill.quantize.measure.texts import CalibrationSettings, Text
-from deepdistill.quantize.provenance.inspect import read_own
+from deepdistill.quantize.provenance.inspect import own_metadata
 from deepdistill.quantize.recipe import ReleaseSettings
-from deepdistill.quantize.release import release
+from deepdistill.quantize.release import DistillStage, release
 from deepdistill.quantize.verify import verify
 
 
@@ -64,14 +66,15 @@ def _write_traces(path: Path) -> Path:
 
 
 def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
+    projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
     traces = _write_traces(tmp_path / "traces.jsonl")
     settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationSettings(1500, 40, 300)}
-    plain = release(student, tmp_path / "plain.gguf", ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
+    plain = release(student, tmp_path / "plain.gguf", settings=ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
     healed = release(
         student,
         tmp_path / "healed.gguf",
-        ReleaseSettings(heal=30, **settings),  # type: ignore[arg-type]
-        divergence=projected_kl,
+        settings=ReleaseSettings(heal=30, **settings),  # type: ignore[arg-type]
+        stage=DistillStage(divergence=projected_kl),
         n_threads=1,
     )
     assert plain.fidelity is not None
@@ -81,53 +84,61 @@ def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student:
     assert healed.healed["loss_after"] < healed.healed["loss_before"]
     assert healed.healed["requantized_same"] > 0.95
     assert healed.report.tensors == plain.report.tensors
-    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
+    assert own_metadata(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
     assert verify(tmp_path / "healed.gguf").holds, "the healed checkpoint quantizes to the same blocks again"
 
 
 def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(student: Path, tmp_path: Path) -> None:
+    projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
+
     class Killed(BaseException):
         pass
 
-    def die(stage: str, done: float, total: float, note: str = "") -> None:
-        steps.append(done)
-        if stage == "healing" and done == 7:
-            raise Killed
+    class Steps(Reporter):
+        """Notes the steps of the healing, and kills it after one of them."""
+
+        def __init__(self, last: float = float("inf")) -> None:
+            self.steps, self._last = list[float](), last
+
+        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+            self.steps.append(done)
+            if stage == "healing" and done == self._last:
+                raise Killed
+
+    def run(name: str, tensors: Any, settings: HealSettings, report: Reporter = SILENT) -> dict[str, Any]:
+        return heal(
+            student,
+            tmp_path / name,
+            tensors=tensors,
+            texts=texts,
+            divergence=projected_kl,
+            settings=settings,
+            report=report,
+        )
 
     rng = np.random.default_rng(0)
     texts = [Text(tuple(rng.integers(5, 60, 10 + i % 7).tolist()), 4) for i in range(12)]
-    types = {one.tensor.name: one.got for one in plan(student, "Q8_0").tensors}
+    tensors = plan(student, "Q8_0").tensors
     settings = HealSettings(steps=10, lr=1e-3, batch_tokens=64, refresh=2, save_every_s=0.0)
-    wanted = heal(student, tmp_path / "straight", types, {}, texts, projected_kl, settings)
-    steps: list[float] = []
+    wanted = run("straight", tensors, settings)
     with pytest.raises(Killed):
-        heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
+        run("cut", tensors, settings, Steps(last=7))
     assert not (tmp_path / "cut").exists()
     shutil.copy(tmp_path / ".cut.partial.pt", tmp_path / ".other.partial.pt")
-    other = heal(student, tmp_path / "other", types, {}, texts, projected_kl, replace(settings, steps=2, lr=1e-4))
+    other = run("other", tensors, replace(settings, steps=2, lr=1e-4))
     assert other["steps"] == 2, "what other settings left is no beginning for these"
-    steps.clear()
-    found = heal(
-        student,
-        tmp_path / "cut",
-        types,
-        {},
-        texts,
-        projected_kl,
-        settings,
-        on_progress=lambda _, n, *__: steps.append(n),
-    )
-    assert steps[-4:] == [7, 8, 9, 10], "six steps were kept"
+    resumed = Steps()
+    found = run("cut", tensors, settings, resumed)
+    assert resumed.steps[-4:] == [7, 8, 9, 10], "six steps were kept"
     assert found["loss_after"] == wanted["loss_after"]
     assert other["loss_before"] == wanted["loss_before"]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "cut")]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
-    assert not list(tmp_path.glob(".*partial*"))
-    steps.clear()
-    again = heal(student, tmp_path / "cut", types, {}, texts, projected_kl, settings, on_progress=die)
-    assert (again, steps) == (found, []), "what is done is not done again"
+    assert not list(tmp_path.glob(".*part*"))
+    repeated = Steps()
+    assert (run("cut", tensors, settings, repeated), repeated.steps) == (found, []), "what is done is not done again"
     importance = {"blk.0.ffn_up.weight": np.ones(64, np.float32)}
-    heal(student, tmp_path / "cut", types, importance, texts, projected_kl, replace(settings, steps=1))
+    run("cut", plan(student, "Q8_0", importance=importance).tensors, replace(settings, steps=1))
     assert json.loads((tmp_path / "cut" / "healing.json").read_text())["report"]["steps"] == 1
 
 
@@ -138,4 +149,4 @@ def test_the_command_heals(student: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(command) == 0
     made = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert made["healed"]["steps"] == 3
-    assert read_own(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"
+    assert own_metadata(tmp_path / "healed.gguf")["source"]["folder"] == "healed-healed"

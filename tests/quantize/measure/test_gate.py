@@ -26,15 +26,15 @@ def test_every_condition_has_to_hold() -> None:
 
 def test_what_was_not_measured_never_passes() -> None:
     assert not Gate.parse("kl <= 1").needs_answers
-    with pytest.raises(UsageError, match="asks for kl, which was not measured"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "not-measured" and "kl" in error.message):
         Gate.parse("kl <= 1").failures({"kl": None}, {})
-    with pytest.raises(UsageError, match="not measured"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "not-measured"):
         Gate.parse("accuracy >= 0.9 of bf16").failures({"accuracy": 1.0}, {})
 
 
 @pytest.mark.parametrize("text", ["", "accuracy", "speed >= 3", "kl == 1", "kl <= x", "kl <= 1; loops <= 1"])
 def test_what_is_no_condition_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="no condition of a gate"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "bad-gate"):
         Gate.parse(text)
 
 
@@ -50,8 +50,8 @@ def test_answers_are_paired_problem_by_problem() -> None:
     found = compare(before, after)
     assert (found.n, found.lost, found.gained, found.difference) == (5, 2, 1, -0.2)
     assert found.interval[0] < -0.2 < found.interval[1]
-    assert interval(0, 0, 500)[1] == pytest.approx(-interval(0, 0, 500)[0])
-    assert interval(10, 10, 500)[1] < 0.02
+    assert interval(0, 0, n=500)[1] == pytest.approx(-interval(0, 0, n=500)[0])
+    assert interval(10, 10, n=500)[1] < 0.02
     with pytest.raises(ValueError, match="cannot be paired"):
         compare(before, after[:4])
 

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from deepdistill.quantize.measure.proofs import Difference, _judge, prove
-from deepdistill.quantize.report import quantize
+from deepdistill.quantize.measure.proofs import Difference, judge, prove
+from deepdistill.quantize.release import quantize
 
 QUESTIONS = [f"{a} + {2 * a} = ?" for a in range(3, 14)]
 
@@ -22,7 +20,7 @@ QUESTIONS = [f"{a} + {2 * a} = ?" for a in range(3, 14)]
 @pytest.fixture(scope="module")
 def f32(student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("f32") / "f32.gguf"
-    quantize(student, path, "F32")
+    quantize(student, path, ftype="F32")
     return path
 
 
@@ -35,7 +33,7 @@ def other(student: Path, tmp_path: Path) -> Path:
 
 
 def test_a_true_file_is_proved(student: Path, tmp_path: Path) -> None:
-    report = quantize(student, tmp_path / "f32.gguf", "F32").proved(QUESTIONS)
+    report = quantize(student, tmp_path / "f32.gguf", ftype="F32").proved(QUESTIONS)
     proofs = report.proofs
     assert proofs is not None
     assert not proofs.failed, proofs.summary()
@@ -46,11 +44,13 @@ def test_a_true_file_is_proved(student: Path, tmp_path: Path) -> None:
 
 
 def test_another_weight_is_noticed(f32: Path, other: Path) -> None:
+    torch = pytest.importorskip("torch")
+    AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.neg_()
     model.save_pretrained(other)
-    proofs = prove(other, f32, QUESTIONS[:2])
+    proofs = prove(other, f32, questions=QUESTIONS[:2])
     assert proofs.greedy.holds is False
     assert proofs.tokens.holds
     first = proofs.first_difference
@@ -64,7 +64,7 @@ def test_another_way_to_cut_text_is_noticed(f32: Path, other: Path) -> None:
     read = json.loads((other / "tokenizer.json").read_text())
     read["pre_tokenizer"]["pretokenizers"].pop(0)  # digits may merge now
     (other / "tokenizer.json").write_text(json.dumps(read))
-    proofs = prove(other, f32, [])
+    proofs = prove(other, f32, questions=[])
     assert proofs.tokens.holds is False
     assert "transformers has" in proofs.tokens.detail
 
@@ -72,7 +72,7 @@ def test_another_way_to_cut_text_is_noticed(f32: Path, other: Path) -> None:
 def test_another_template_is_noticed(f32: Path, other: Path) -> None:
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + "x")
-    proofs = prove(other, f32, QUESTIONS[:1])
+    proofs = prove(other, f32, questions=QUESTIONS[:1])
     assert proofs.tokens.holds
     assert proofs.template.holds is False
     assert proofs.failed
@@ -81,14 +81,14 @@ def test_another_template_is_noticed(f32: Path, other: Path) -> None:
 def test_a_cut_file_is_not_valid(student: Path, f32: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(f32.read_bytes()[:-5000])
-    proofs = prove(student, cut, QUESTIONS)
+    proofs = prove(student, cut, questions=QUESTIONS)
     assert proofs.valid.holds is False
     assert "cut short" in proofs.valid.detail
     assert proofs.greedy.holds is None
 
 
 def test_a_quantized_file_is_not_proved_greedy(student: Path, tmp_path: Path) -> None:
-    proofs = quantize(student, tmp_path / "q8.gguf", "Q8_0").proved(QUESTIONS[:1]).proofs
+    proofs = quantize(student, tmp_path / "q8.gguf", ftype="Q8_0").proved(QUESTIONS[:1]).proofs
     assert proofs is not None
     assert proofs.tokens.holds
     assert proofs.template.holds
@@ -99,16 +99,16 @@ def test_a_quantized_file_is_not_proved_greedy(student: Path, tmp_path: Path) ->
 def test_without_transformers_it_says_so(student: Path, f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Callable[..., Any] = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else real(name))
-    proofs = prove(student, f32, QUESTIONS)
+    proofs = prove(student, f32, questions=QUESTIONS)
     assert proofs.valid.holds
     assert [str(p) for p in (proofs.tokens, proofs.greedy)] == ["not proved: transformers is not installed"] * 2
 
 
 def test_ties_disprove_nothing_and_are_told() -> None:
     tie, error = Difference(1, 5, 10, 11, 0.001), Difference(2, 7, 3, 4, 0.5)
-    assert _judge([], 2, 64, "F32").holds
-    told = _judge([tie], 2, 64, "F32")
+    assert judge([], n_prompts=2, n_tokens=64, ftype="F32").holds
+    told = judge([tie], n_prompts=2, n_tokens=64, ftype="F32")
     assert told.holds
     assert "127 of 128" in told.detail
     assert "1 of 1 are ties" in told.detail
-    assert _judge([tie, error], 2, 64, "F32").holds is False
+    assert judge([tie, error], n_prompts=2, n_tokens=64, ftype="F32").holds is False
