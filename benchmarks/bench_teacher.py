@@ -34,7 +34,7 @@ from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import messages_of
 from deepdistill.distill.teachers import Request, Teacher, open_teacher
 from deepdistill.distill.teachers.huggingface.batching import BatchDecoder, SequenceState
-from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, can_page
+from deepdistill.distill.teachers.huggingface.paged import PagedDecoder, Pages, can_page
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
 from deepdistill.distill.training.student import student_dir
 from deepdistill.localrun.core.generation import Sampling
@@ -236,7 +236,7 @@ def bench_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         runs["ours"] = partial(run_rows, batched, *shape)
         if can_page(model):
             n_pages = 64 if tiny else None
-            paged = partial(PagedDecoder, model, batch_size=size, eos_ids=eos, n_pages=n_pages)
+            paged = partial(PagedDecoder, model, batch_size=size, eos_ids=eos, pages=Pages(n_pages))
             runs["ours, paged"] = partial(run_rows, paged, *shape)
         peer = f"{PEER} {arguments.static[0]}"
         record[name] = compare(runs, arguments.rounds, peer) | {"parameters": model.num_parameters(), "peer": peer}

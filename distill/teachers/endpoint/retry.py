@@ -98,18 +98,18 @@ class Asker:
             before_sleep=self._tell,
             reraise=True,
         )
-        one = _Request(request, estimate_tokens(request.messages), time.monotonic())
+        pending = _Pending(request, estimate_tokens(request.messages), time.monotonic())
         try:
-            reply: StreamedReply = await retry(self._attempt, client, one)
+            reply: StreamedReply = await retry(self._attempt, client, pending)
         except Retryable as error:
             if self.stopped.is_set():
                 return None
             self._give_up(error)
-            return one.failed(f"after {retry.statistics['attempt_number']} attempts: {error}")
+            return pending.failed(f"after {retry.statistics['attempt_number']} attempts: {error}")
         except Refused as error:
-            return one.failed(str(error))
+            return pending.failed(str(error))
         self._n_given_up = 0
-        completion = one.completion(reply)
+        completion = pending.completion(reply)
         self._endpoint.n_answers += 1
         self._endpoint.n_tokens += completion.completion_tokens
         return completion
@@ -152,22 +152,22 @@ class Asker:
         others = any(server.may_be_asked for server in self._endpoint.servers)
         return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
 
-    async def _attempt(self, client: httpx.AsyncClient, one: _Request) -> StreamedReply:
+    async def _attempt(self, client: httpx.AsyncClient, pending: _Pending) -> StreamedReply:
         """Ask once the limits allow it, the server that is least busy then. Replies that break off go to `one`."""
         endpoint = self._endpoint
-        expected = one.n_prompt + self._expected_tokens()
+        expected = pending.n_prompt + self._expected_tokens()
         server = await self._next_server(expected)
         used = 0
         try:
-            reply = await self._ask(client, server, one.request)
-            used = reply.n_total(one.n_prompt)
+            reply = await self._ask(client, server, pending.request)
+            used = reply.n_total(pending.n_prompt)
             server.has_answered()
             endpoint.concurrency.answered()
             return reply
         except (Refused, Retryable) as error:
             if error.reply and error.reply.n_tokens:
-                used = error.reply.n_total(one.n_prompt)
-                one.broken.append(error.reply)
+                used = error.reply.n_total(pending.n_prompt)
+                pending.broken.append(error.reply)
             if isinstance(error, Retryable):
                 self._note_failure(server, error)
             raise
@@ -301,7 +301,7 @@ def _logprobs_note(server: Server, wanted: int) -> str:
 
 
 @dataclass
-class _Request:
+class _Pending:
     """One request on its way: the estimated size of its prompt in tokens, and the replies that broke off."""
 
     request: Request
