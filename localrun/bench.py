@@ -161,21 +161,18 @@ def bench(
     report.progress("bench", 0, settings.n_points, "bandwidth")
     bandwidth = hardware.memory_bandwidth()
     started = time.monotonic()
-    model = Model(path)
-    try:
+    points: list[Point] = []
+    memory = []
+    with Model(path) as model:
         load_s = time.monotonic() - started
-        n_threads = n_threads or hardware.best_threads(path, lambda n: seconds_per_token(model, n), again=True)
-        points: list[Point] = []
-        memory = []
+        n_threads = n_threads or hardware.best_threads(path, lambda n: seconds_per_token(model, n), remeasure=True)
         for kv_type in settings.kv_types:
             run = _Run(model, settings, footprint, kv_type, n_threads, bandwidth, patience_s)
             for point in run.points():
                 points.append(point)
-                rate = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
-                report.progress("bench", len(points), settings.n_points, rate)
+                note = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
+                report.progress("bench", len(points), settings.n_points, note)
             memory.append(run.memory_use())
-    finally:
-        model.close()
     return BenchReport(
         path=path,
         file_bytes=path.stat().st_size,
@@ -220,14 +217,13 @@ class _Run:
         n_ctx, self.n_seq = self.settings.n_ctx, n_seq
         flash = flash_attention(self.footprint, n_ctx, kv_type=self.kv_type) if n_seq == 1 else None
         n_batch = max(N_BATCH, n_seq)
-        self.context = Context(self.model, n_ctx, n_seq=n_seq, n_batch=n_batch, kv_type=self.kv_type, flash=flash)
-        self.context.set_threads(self.n_threads)
-        try:
+        with Context(
+            self.model, n_ctx, n_seq=n_seq, n_batch=n_batch, kv_type=self.kv_type, flash=flash
+        ) as self.context:
+            self.context.set_threads(self.n_threads)
             yield
             self.n_cells = self.context.n_ctx
             self.resident_bytes = max(self.resident_bytes, int(psutil.Process().memory_info().rss))
-        finally:
-            self.context.close()
 
     def _prefill_at(self, depth: int) -> Point:
         n = self.settings.n_prompt
@@ -300,9 +296,8 @@ def decode(context: Context, n_seq: int, *, start: int, n_tokens: int) -> None:
 
 def seconds_per_token(model: Model, n_threads: int) -> float:
     """Return how long one sequence's next token takes: `hardware.best_threads` compares thread counts by it."""
-    context = Context(model, 256, n_batch=1)
-    context.set_threads(n_threads)
-    try:
+    with Context(model, 256, n_batch=1) as context:
+        context.set_threads(n_threads)
         decode(context, 1, start=0, n_tokens=1)  # the first token reads the file and starts the threads
         started = time.monotonic()
         for n in range(1, 9):
@@ -310,8 +305,6 @@ def seconds_per_token(model: Model, n_threads: int) -> float:
             if time.monotonic() - started > 1:  # a large model, or threads that wait for one another
                 break
         return (time.monotonic() - started) / n
-    finally:
-        context.close()
 
 
 def _run(context: Context, entries: list[Entry]) -> None:

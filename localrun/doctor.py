@@ -231,6 +231,18 @@ def print_doctor(report: DoctorReport, console: Console) -> None:
     if not report.models:
         console.print(Text("no models found; deepdistill demo makes one"))
         return
+    console.print(_models(report))
+    console.print(
+        Text(
+            "\ncontext: the longest that fits the free memory, up to the model's own, with the KV type that it needs. "
+            "tokens/s: the most that the memory's bandwidth allows one conversation on the processor; "
+            "deepdistill bench measures the real rate.",
+            style="dim",
+        )
+    )
+
+
+def _models(report: DoctorReport) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("model", overflow="fold", ratio=1)
     table.add_column("size", justify="right", no_wrap=True)
@@ -245,15 +257,7 @@ def print_doctor(report: DoctorReport, console: Console) -> None:
             contexts, limit = model.contexts(), model.tokens_per_s_limit or 0
             rate = f"< {limit:.0f}" if limit >= 10 else f"< {limit:.1f}"
             table.add_row(spec, size, "\n".join(contexts) or "too large", rate if contexts else "")
-    console.print(table)
-    console.print(
-        Text(
-            "\ncontext: the longest that fits the free memory, up to the model's own, with the KV type that it needs. "
-            "tokens/s: the most that the memory's bandwidth allows one conversation on the processor; "
-            "deepdistill bench measures the real rate.",
-            style="dim",
-        )
-    )
+    return table
 
 
 def _facts(report: DoctorReport) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all: written beside their place, then renamed into it.
 
-The name beside the place is random and made anew, so that no link that somebody left there is followed and two
-processes never write into one file. A file is on the disk before it gets its name, so that a loss of power leaves the
+The temporary name is new and random, so that a link that somebody left there is never followed, and two processes never
+write into one file. A file is on the disk before it gets its name, so that a loss of power leaves the
 old one or the new one.
 """
 

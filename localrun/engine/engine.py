@@ -35,7 +35,7 @@ _N_MEASURED, _MEASURED_S = 12, 1.0  # tokens made, and seconds taken, at most, t
 
 
 class Engine(Closes):
-    """A GGUF ready to answer. Close it, or use it as a context manager. It does one thing at a time."""
+    """A GGUF ready to answer. Close it, or use it as a context manager. It runs one call at a time."""
 
     def __init__(
         self,
@@ -51,14 +51,14 @@ class Engine(Closes):
         """Load a file, with a context of n_ctx tokens for any one sequence.
 
         n_ctx None takes the model's own context, as far as memory allows, at most 8,192. With n_seq > 1 the sequences
-        share a KV cache of n_ctx or of 512 tokens a sequence, whichever is more. n_threads None takes the number that
-        was measured to be the fastest for this file here. `kv_type` is one of `memory.KV_TYPES`. The model in
+        share a KV cache of n_ctx or of 512 tokens each, whichever is more. n_threads None takes the number that was
+        measured to be the fastest for this file on this machine. `kv_type` is one of `memory.KV_TYPES`. The model in
         `draft_path`, of the same vocabulary, guesses tokens where a turn speculates. `mmproj_path` is the
         projector with which the model sees images.
 
         Raises:
-            ArtifactError, ModelError: see `llama.Model` and `llama.Context`; or it does not fit the memory.
-            UsageError: there is no such KV type.
+            ArtifactError, ModelError, UsageError: see `fit_context`, `llama.Model`, `llama.Context` and `Projector`;
+                ModelError, code "vocabulary-mismatch": the draft model has another vocabulary.
         """
         self.path, self.n_seq, self.kv_type = Path(path), n_seq, kv_type
         footprint = _footprint(self.path)
@@ -140,10 +140,10 @@ class Engine(Closes):
         thinking: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the prompt that the file's own chat template makes of a conversation, with tools in OpenAI's form.
+        """Return a conversation, with tools in OpenAI's form, as rendered by the file's own chat template.
 
         Raises:
-            ModelError: the file has no template, or the template refuses the conversation.
+            ModelError: code "no-chat-template" or "template-refused".
         """
         source = self.metadata.get("tokenizer.chat_template")
         if not source:
@@ -159,7 +159,7 @@ class Engine(Closes):
         think: Think = "auto",
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """Return the rendered conversation with its thinking opened (`on`) or closed (`off`) if the template did not.
+        """Return the rendered conversation, its thinking opened (`on`) or closed (`off`) if the template did not do so.
 
         Raises:
             ModelError: see `render`.
@@ -186,14 +186,14 @@ class Engine(Closes):
         guidance: Guidance = FREE,
         images: Sequence[Path | bytes] = (),
     ) -> Iterator[Step]:
-        """Yield a step a token until the model ends its turn, the limit, or the end of the context.
+        """Yield one step per token, until the model ends its turn or the limit or the context is reached.
 
         The prompt's text holds a `vision.MARKER` for each image (see `vision.with_images`).
 
         Raises:
-            ArtifactError: an image is missing or broken.
-            ModelError: the prompt does not fit the context, or the model sees no images.
-            UsageError: the grammar does not parse.
+            ArtifactError: an image is missing or broken, see `Projector.evaluate`.
+            ModelError: code "prompt-too-long", "prompt-empty", "context-full" or "no-projector".
+            UsageError: code "grammar-broken".
         """
         _check_grammar(guidance, self.model)
         text = prompt if isinstance(prompt, str) else self.detokenize(prompt[-32:])
@@ -279,7 +279,7 @@ class Engine(Closes):
         """Return the logits `[T, V]` that follow every token of a text.
 
         Raises:
-            ModelError: the tokens do not fit the context.
+            ModelError: code "prompt-too-long".
         """
         import numpy as np
 
@@ -289,12 +289,12 @@ class Engine(Closes):
         return rows
 
     def top_logprobs(self, tokens: Sequence[int], k: int, start: int = 1) -> TopLogprobs:
-        """Return the k most probable tokens at the place of every token of a text from `start`, at least 1, on.
+        """Return the k most probable tokens at each position of a text from `start` on, which is at least 1.
 
-        The text's own token takes the last place where it is not among them.
+        The text's own token takes the last place if it is not among them.
 
         Raises:
-            ModelError: the tokens do not fit the context.
+            ModelError: code "prompt-too-long".
         """
         rows = itertools.islice(self._logit_rows(tokens), start - 1, len(tokens) - 1)
         return stack_rows([top_with(row, k, token) for row, token in zip(rows, tokens[start:], strict=True)], k)
@@ -321,7 +321,7 @@ class Engine(Closes):
         self._cache.save(path, self._state_key())
 
     def load_state(self, path: Path) -> int:
-        """Return how many tokens of a saved state the cache now holds; 0 if it is none, or another model's."""
+        """Return how many tokens of a saved state the cache now holds; 0 if the file is broken or another model's."""
         return self._cache.load(path, self._state_key())
 
     def _state_key(self) -> dict[str, object]:

@@ -32,7 +32,7 @@ PRIMITIVES = {  # name: (rule, the rules that it needs)
     "integer": ('"-"? ("0" | [1-9] [0-9]{0,15})', ()),
     "number": ('"-"? ("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,16})? ([eE] [-+]? [0-9]{1,2})?', ()),
     "string": (r'"\"" char* "\""', ("char",)),
-    # Of \u no half of a surrogate pair: it is no character, and a pair would count as two.
+    # \u excludes surrogates: half a pair is not a character, and a pair would count as two.
     "char": (r'[^"\\\x00-\x1F] | "\\" (["\\/bfnrt] | "u" ([0-9a-ce-fA-CE-F] hex | [dD] [0-7] hex) hex hex)', ("hex",)),
     "hex": ("[0-9a-fA-F]", ()),
     "value": (

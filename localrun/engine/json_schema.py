@@ -67,7 +67,7 @@ class _Rules:
         self._references: dict[str, str] = {}  # reference to rule
 
     def expression(self, schema: Any, at: str) -> str:
-        """Return a schema as an expression that can stand in a sequence."""
+        """Return a schema as an expression that fits into a sequence."""
         if schema is True:
             return self._primitive("value")
         if not isinstance(schema, dict):
@@ -77,14 +77,14 @@ class _Rules:
                 raise _refused(at, f"says {keyword!r}, which a grammar cannot enforce")
         held = {keyword: value for keyword, value in schema.items() if keyword in _HELD}
         if held.keys() == {"$ref"}:
-            return self._reference(_get(held, "$ref", str, default="", at=at), at)
+            return self._reference(_get(held, "$ref", default="", at=at), at)
         if held.keys() & {"$ref", "allOf"}:
             return self.expression(self._flat(held, at), at)
         for keyword in ("anyOf", "oneOf"):
             if keyword in held:
                 return self._any_of(held, keyword, at)
         if "const" in held or "enum" in held:
-            values = [held["const"]] if "const" in held else _get(held, "enum", list, default=[], at=at)
+            values = [held["const"]] if "const" in held else _get(held, "enum", default=list[Any](), at=at)
             return _either([literal(value) for value in values], at)
         if "type" not in held:
             implied = [kind for kind, keywords in _IMPLIED.items() if keywords & held.keys()]
@@ -95,7 +95,7 @@ class _Rules:
     def _any_of(self, schema: dict[str, Any], keyword: str, at: str) -> str:
         rest = {key: value for key, value in schema.items() if key != keyword}
         expressions = []
-        for i, one in enumerate(_get(schema, keyword, list, default=[], at=at)):
+        for i, one in enumerate(_get(schema, keyword, default=list[Any](), at=at)):
             place = f"{at}/{keyword}/{i}"
             expressions.append(self.expression(_merged(rest, self._flat(one, place), place) if rest else one, place))
         return _either(expressions, at)
@@ -108,15 +108,15 @@ class _Rules:
         if kind == "array" and schema.keys() & _IMPLIED["array"]:
             return self._array(schema, at)
         if kind == "string" and schema.keys() & _IMPLIED["string"]:
-            low, high = _counts(schema, "minLength", "maxLength", at=at)
+            low, high = _counts(schema, ("minLength", "maxLength"), at)
             return rf'"\"" {self._primitive("char")}{times(low, high)} "\""'
         if kind in ("integer", "number") and schema.keys() & _IMPLIED["number"]:
             return _bounded(schema, kind == "number", at)
         return self._primitive(kind)
 
     def _object(self, schema: dict[str, Any], at: str) -> str:
-        properties: dict[str, Any] = dict(_get(schema, "properties", dict, default={}, at=at))
-        required = [str(name) for name in _get(schema, "required", list, default=[], at=at)]
+        properties: dict[str, Any] = dict(_get(schema, "properties", default=dict[str, Any](), at=at))
+        required = [str(name) for name in _get(schema, "required", default=list[Any](), at=at)]
         for name in required:
             properties.setdefault(name, True)
         space = self._primitive("space")
@@ -140,10 +140,10 @@ class _Rules:
         return f'"{{" {space} ({_either(beginnings, at)} {space}){"" if required else "?"} "}}"'
 
     def _array(self, schema: dict[str, Any], at: str) -> str:
-        items, prefix = schema.get("items", True), _get(schema, "prefixItems", list, default=[], at=at)
+        items, prefix = schema.get("items", True), _get(schema, "prefixItems", default=list[Any](), at=at)
         if isinstance(items, list):  # before 2020-12
             items, prefix = schema.get("additionalItems", True), items
-        low, high = _counts(schema, "minItems", "maxItems", at=at)
+        low, high = _counts(schema, ("minItems", "maxItems"), at)
         space = self._primitive("space")
         firsts = [self.expression(item, f"{at}/prefixItems/{i}") for i, item in enumerate(prefix[:high])]
         low, high = max(low - len(firsts), 0), None if high is None else high - len(firsts)
@@ -183,9 +183,9 @@ class _Rules:
             return {}
         if not isinstance(schema, dict):
             raise _refused(at, "allows nothing" if schema is False else "is not a schema")
-        parts = list(_get(schema, "allOf", list, default=[], at=at))
+        parts = list(_get(schema, "allOf", default=list[Any](), at=at))
         if "$ref" in schema:
-            parts.append(self._resolve(_get(schema, "$ref", str, default="", at=at), at))
+            parts.append(self._resolve(_get(schema, "$ref", default="", at=at), at))
         flat = {keyword: value for keyword, value in schema.items() if keyword not in ("$ref", "allOf")}
         for part in parts:
             flat = _merged(flat, self._flat(part, at), at)
@@ -221,10 +221,11 @@ def _refused(at: str, what: str) -> UsageError:
     return UsageError(f"the JSON schema at {at} {what}", hint, code="schema-unsupported")
 
 
-def _get(schema: dict[str, Any], keyword: str, kind: type[_T], *, default: _T, at: str) -> _T:
+def _get(schema: dict[str, Any], keyword: str, *, default: _T, at: str) -> _T:
+    """Return a keyword's value, which has the default's type."""
     value = schema.get(keyword, default)
-    if not isinstance(value, kind):
-        raise _refused(at, f"has a {keyword} that is not a {kind.__name__}")
+    if not isinstance(value, type(default)):
+        raise _refused(at, f"has a {keyword} that is not a {type(default).__name__}")
     return value
 
 
@@ -261,9 +262,10 @@ def _either(expressions: Iterable[str], at: str) -> str:
     return different[0] if len(different) == 1 else f"({' | '.join(different)})"
 
 
-def _counts(schema: dict[str, Any], low_keyword: str, high_keyword: str, *, at: str) -> tuple[int, int | None]:
-    low = _get(schema, low_keyword, int, default=0, at=at)
-    high = _get(schema, high_keyword, int, default=0, at=at) if high_keyword in schema else None
+def _counts(schema: dict[str, Any], keywords: tuple[str, str], at: str) -> tuple[int, int | None]:
+    low_keyword, high_keyword = keywords
+    low = _get(schema, low_keyword, default=0, at=at)
+    high = _get(schema, high_keyword, default=0, at=at) if high_keyword in schema else None
     if not 0 <= low <= (MOST_TIMES if high is None else high) <= MOST_TIMES:
         raise _refused(at, f"counts from {low} to {high}: a grammar counts from 0 to {MOST_TIMES:,}")
     return low, high

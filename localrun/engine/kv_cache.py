@@ -95,7 +95,7 @@ class KVCache:
             file.write(self.context.read_state(0))
 
     def load(self, path: Path, key: dict[str, object]) -> int:
-        """Return how many tokens of a saved state the cache now holds; 0 if it is none, or has another key."""
+        """Return how many tokens of a saved state the cache now holds; 0 if the file is broken or has another key."""
         self.release()
         try:
             with path.open("rb") as file:

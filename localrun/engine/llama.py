@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
+from ..core.closes import Closes
 from ..machine.hardware import default_threads
 from ..machine.memory import KV_TYPES, N_BATCH, N_MICRO_BATCH
 from .library import clear_log, has_amx, llama_cpp, logged_reason, start_library
@@ -50,7 +51,7 @@ def model_params(*, writable: bool = False) -> Any:
     return params
 
 
-class Model:
+class Model(Closes):
     """A loaded GGUF: its weights, vocabulary and metadata."""
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
@@ -157,7 +158,23 @@ class Model:
             self._handle = self._vocab = None
 
 
-class Context:
+def _context_params(n_ctx: int, n_seq: int, *, n_batch: int, kv_type: str, flash: bool | None) -> Any:
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx, params.n_seq_max = n_ctx, n_seq
+    params.n_batch = params.n_ubatch = n_batch
+    params.n_threads = params.n_threads_batch = default_threads()
+    params.kv_unified = params.no_perf = True
+    params.type_k = params.type_v = int(KV_TYPES[kv_type])
+    if hasattr(params, "n_outputs_max_per_seq"):
+        params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
+    if flash is not None:
+        params.flash_attn_type = int(flash)
+    if flash is False:  # every attention score of a micro-batch is in memory
+        params.n_ubatch = min(n_batch, N_MICRO_BATCH)
+    return params
+
+
+class Context(Closes):
     """A KV cache that all sequences share, and one batch, allocated once."""
 
     def __init__(
@@ -183,21 +200,10 @@ class Context:
         """
         if kv_type not in KV_TYPES:
             raise UsageError(f"no KV type {kv_type!r}", f"one of {', '.join(KV_TYPES)}", code="no-such-kv-type")
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = n_ctx, n_seq
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_threads = params.n_threads_batch = default_threads()
-        params.kv_unified = params.no_perf = True
-        params.type_k = params.type_v = int(KV_TYPES[kv_type])
-        if hasattr(params, "n_outputs_max_per_seq"):
-            params.n_outputs_max_per_seq = 0  # any number: `Engine.logits` wants every position's
+        params = _context_params(n_ctx, n_seq, n_batch=n_batch, kv_type=kv_type, flash=flash)
         if on_eval is not None:  # the C function lives as long as its Python object
             self._on_eval = type(params.cb_eval)(lambda node, is_asked, _: on_eval(node, is_asked))
             params.cb_eval = self._on_eval
-        if flash is not None:
-            params.flash_attn_type = int(flash)
-        if flash is False:
-            params.n_ubatch = min(n_batch, N_MICRO_BATCH)
         clear_log()
         self.model, self.n_seq, self.n_batch = model, n_seq, n_batch
         self._handle = llama_cpp.llama_init_from_model(model.handle, params)

@@ -15,11 +15,11 @@ from .turn import Turn
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token and the text that it let out, which may be empty or belong to earlier tokens.
+    """One generated token, and the text that can be shown with it, which may be empty or belong to earlier tokens.
 
-    `token` is -1 where a token ends the thinking and begins the answer: its first text comes in a step before its own.
+    `token` is -1 in an extra step before that of a token which ends the thinking and begins the answer.
     `n_generated` and `n_reasoning` count tokens, the one that ends the turn included. `finish_reason` is set on the
-    last step alone. `note` says what the thinking budget or the loop guard has just done.
+    last step alone. `note` tells what the thinking budget or the loop guard has just done.
     """
 
     token: int

@@ -1,4 +1,4 @@
-"""One answer under way: which token comes next, what the text says so far, and when it is over.
+"""One unfinished answer: which token comes next, the text so far, and when it ends.
 
 The engine and the batch both drive this, so that a thinking budget, the loop guard, stop strings and grammars mean the
 same in a chat and in an evaluation. Tokens that the model did not choose (the hint and the closing tag) are queued and
@@ -25,7 +25,7 @@ Piece = tuple[Part, str]
 
 
 class Turn:
-    """One sequence's answer. `finish_reason` is None until it is over."""
+    """One sequence's answer. `finish_reason` is None until it ends."""
 
     def __init__(
         self,
@@ -55,18 +55,21 @@ class Turn:
         self._answer: list[str] = []
         self._close = model.tokenize(f"\n{self._tags.close}\n\n", whole=False)
         self._hint = model.tokenize(_HINT, whole=False)
-        room = min(_MOST_ROOM, max(limit // 4, 1))
-        self._budget = limit - room
-        if guidance.think_budget is not None:
-            self._budget = min(self._budget, guidance.think_budget)
-        grace = min(_MOST_GRACE, self._budget // 6)
-        self._hint_last = self._budget - len(self._close) - len(self._hint) - grace
-        self._hint_first = self._hint_last - grace
+        self._plan_thinking()
         if guidance.think_budget is not None or prompt_closes_thinking(prompt, self._tags):
             self.reading.forbid_tags()
         if guidance.ensures_answer:
             self._wind_down_if_due()
         self._constrain_if_due()
+
+    def _plan_thinking(self) -> None:
+        """Set how long the thinking may be, and between which tokens the hint that it has to end is put."""
+        self._budget = self.limit - min(_MOST_ROOM, max(self.limit // 4, 1))
+        if self._guidance.think_budget is not None:
+            self._budget = min(self._budget, self._guidance.think_budget)
+        grace = min(_MOST_GRACE, self._budget // 6)
+        self._hint_last = self._budget - len(self._close) - len(self._hint) - grace
+        self._hint_first = self._hint_last - grace
 
     def take_note(self) -> str | None:
         """Return what the budget or the guard did since the last call."""
@@ -105,7 +108,7 @@ class Turn:
         return self._guidance.ensures_answer and self.reading.closed is True and not self.reading.has_answer
 
     def add(self, token: int) -> list[Piece]:
-        """Let a token join the text; return what it lets out, in order, as (part, text)."""
+        """Add a token to the text; return what can be shown now, in order, as (part, text)."""
         pieces = self._add(token)
         self._answer += [text for part, text in pieces if part == "answer"]
         return pieces
@@ -210,7 +213,7 @@ class Turn:
 
 
 class Reading:
-    """What one sequence has said so far.
+    """The text of one sequence so far, as thinking and answer.
 
     `n_reasoning` counts the tokens up to and including the one that closes the thinking; 0 if it never opened.
     """
@@ -225,7 +228,7 @@ class Reading:
         self._has_answer = False
 
     def add(self, token: int) -> list[tuple[Part, str]]:
-        """Return the text that a token lets out, in order, as (part, text)."""
+        """Return the text that can be shown with this token, in order, as (part, text)."""
         self._n_before_close += not self._parser.closed
         return self._keep(self._parser.feed(self._decoder.decode(self._piece(token))))
 

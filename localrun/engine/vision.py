@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
+from ..core.closes import Closes
 from ..gguf.header import read_gguf
 from .library import clear_log, keep_log, logged_reason, start_library
 from .llama import Context, Entry, Model
@@ -61,7 +62,7 @@ class _Chunk(NamedTuple):
     held: list[int]
 
 
-class Projector:
+class Projector(Closes):
     """A loaded mmproj file. Close it before the model that it was loaded for."""
 
     def __init__(self, path: Path, model: Model, n_threads: int) -> None:

@@ -47,16 +47,16 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
     written = []
     for number, group in enumerate(groups):
         shard = folder / f"{path.stem}-{number + 1:05d}-of-{len(groups):05d}.gguf"
-        own = [
+        split_info = [
             _entry("split.no", _UINT16, number),
             _entry("split.count", _UINT16, len(groups)),
             _entry("split.tensors.count", _INT32, len(header.tensors)),
         ]
         if number == 0:
-            n, metadata = n_entries + len(own), entries + b"".join(own)
+            n, metadata = n_entries + len(split_info), entries + b"".join(split_info)
         else:
-            own += [_entry("general.alignment", _UINT32, alignment)] if alignment != 32 else []
-            n, metadata = len(own), b"".join(own)
+            split_info += [_entry("general.alignment", _UINT32, alignment)] if alignment != 32 else []
+            n, metadata = len(split_info), b"".join(split_info)
         with path.open("rb") as source, shard.open("wb") as file:
             _write_shard(source, file, n_entries=n, metadata=metadata, tensors=group, alignment=alignment)
         written.append(shard)

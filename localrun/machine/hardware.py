@@ -38,14 +38,14 @@ def default_threads() -> int:
     return min(physical_cores(), _thread_limit() or physical_cores())
 
 
-def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = False) -> int:
+def best_threads(path: Path, measure: Callable[[int], float], *, remeasure: bool = False) -> int:
     """Return the thread count that runs a file fastest here, measured once and kept in the user's cache.
 
     `measure(n)` returns the seconds that a fixed amount of work takes with n threads. It is called twice each for one
     thread, half the physical cores, the performance cores and all physical cores, the fewest first. On a busy or
     oversubscribed machine two threads can be a hundred times slower than one, which no count of cores tells.
-    `OMP_NUM_THREADS` decides without measuring; `again` measures even if a result is kept. A result from busy cores,
-    as when a script runs several calls, is kept for ten minutes only.
+    `OMP_NUM_THREADS` decides without measuring; `remeasure` ignores a kept result. A result from busy cores, as when a
+    script runs several calls, is kept for ten minutes only.
     """
     cores = physical_cores()
     if _thread_limit() or cores == 1:
@@ -53,7 +53,7 @@ def best_threads(path: Path, measure: Callable[[int], float], *, again: bool = F
     machine, file = f"{cpu_name()}, {cores} cores", _file_key(path)
     known = _read_threads().get(machine, {})
     kept = _still_good(known.get(file) if isinstance(known, dict) else None)
-    if not again and kept is not None and 1 <= kept <= cores:
+    if not remeasure and kept is not None and 1 <= kept <= cores:
         return kept
     best = _measure_threads(sorted({1, max(1, cores // 2), performance_cores(), cores}), measure)
     _keep_threads(machine, file, {"threads": best, "until": time.time() + _BUSY_S} if _is_busy(cores) else best)

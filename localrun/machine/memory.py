@@ -190,8 +190,8 @@ def _what_fits(footprint: Footprint, n_ctx: int, *, kv_type: str, n_seq: int, av
     """Return a hint: a shorter context, a smaller KV type, fewer sequences, or the largest file that would fit."""
     ways = []
     if longest := footprint.max_ctx(available, kv_type, n_seq):
-        own = footprint.n_ctx_train or longest
-        ways.append(f"--context {longest}" if longest <= own else f"--context {own}, the model's own")
+        trained = footprint.n_ctx_train or longest
+        ways.append(f"--context {longest}" if longest <= trained else f"--context {trained}, the model's own")
     names = footprint.kv_types()
     for smaller in names[names.index(kv_type) + 1 :]:
         if footprint.max_ctx(available, smaller, n_seq) >= n_ctx:

@@ -1,4 +1,4 @@
-// Load the model, then talk to it: one request at a time, streamed, its thinking folded away as in the terminal.
+// Load the model, then chat with it: one request at a time, streamed, with its thinking folded as in the terminal.
 
 import { Wllama, WllamaAbortError } from "./wllama/index.min.js";
 import { finishStore, openStore, read } from "./store.js";
@@ -36,12 +36,12 @@ async function start() {
   bar.removeAttribute("value");
 
   const wasmUrl = URL.createObjectURL(new Blob([blobs[wasm]], { type: "application/wasm" }));
-  // Its own cache is left out (store.js keeps the files): without https it would refuse to start.
+  // We do not use its own cache (store.js keeps the files): without https it would refuse to start.
   wllama = new Wllama({ default: wasmUrl }, { logger: quiet, cacheManager: {}, modelManager: {} });
   wllama.setCompat(needsCompat ? { wasm: wasmUrl, worker: { code: await blobs["wllama/compat.js"].text() } } : null);
   await wllama.loadModel(
     shards.map((path) => new File([blobs[path]], path.split("/").pop())),
-    // On the processor: a small model is fast enough there, and answers as it does everywhere else.
+    // On the processor: a small model is fast enough there, and gives the same answers as everywhere else.
     { n_ctx: nCtx, n_parallel: 1, n_gpu_layers: 0, jinja: true, reasoning_format: "none", skip_chat_parsing: true },
   );
   const nThreads = wllama.getNumThreads();
@@ -103,7 +103,7 @@ async function ask(text) {
   busy(false);
 }
 
-// Put a question and the place for its answer on the page; everything a model says is text, never markup.
+// Add a question and a place for its answer to the page; what a model writes is text, never markup.
 function show(text) {
   const [folded, answer, note] = [element("details", ""), element("div", "answer"), element("p", "note")];
   const [summary, thought] = [element("summary", ""), element("div", "")];
@@ -126,8 +126,8 @@ function show(text) {
       if (isAtEnd) log.scrollTop = log.scrollHeight;
     },
     end(reason, nThoughts) {
-      if (nThoughts !== null) summary.textContent = `Thought for ${count(nThoughts)}, not to the end`;
-      const why = { length: "cut at its limit", stopped: "stopped" }[reason];
+      if (nThoughts !== null) summary.textContent = `Thought for ${count(nThoughts)}, unfinished`;
+      const why = { length: "cut off at the limit", stopped: "stopped" }[reason];
       note.textContent = [rate, why].filter(Boolean).join(" · ");
       answer.dataset.done = "yes";
       log.scrollTop = log.scrollHeight;
@@ -152,7 +152,7 @@ function fail(message) {
 
 function explain(error) {
   const message = String(error?.message ?? error);
-  if (/exceed.*context|context size|kv_cache_full/i.test(message)) return "The conversation is longer than the model's context: begin a new one.";
+  if (/exceed.*context|context size|kv_cache_full/i.test(message)) return "The conversation is longer than the model's context: start a new one.";
   if (/memory|allocat/i.test(message)) return "There is not enough memory for this model: close other tabs, or export a smaller one.";
   if (error instanceof TypeError && !navigator.onLine) return "There is no network, and the model is not on this device yet.";
   return message;

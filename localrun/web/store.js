@@ -4,7 +4,7 @@ const { version, files } = self.EXPORT;
 const NAME = `deepdistill-${version}`;
 
 // Lets the service worker answer from now on, and reloads once if only then the page is isolated (see sw.js).
-// Returns false where the browser has no place to keep files: no https and not localhost, or private browsing.
+// Returns false if the browser cannot keep files: without https except on localhost, or in private browsing.
 export async function openStore() {
   if (!("serviceWorker" in navigator) || !("caches" in self)) return false;
   try {
@@ -23,7 +23,7 @@ export async function openStore() {
   return true;
 }
 
-// Returns a file as a Blob: a kept one, or else over the network, and kept if there is a place.
+// Returns a file as a Blob: from the cache, or else over the network, and then keeps it if it can.
 export async function read(path, isKept, onBytes) {
   const url = new URL(path, location.href).href;
   const cache = isKept ? await caches.open(NAME) : null;
@@ -46,12 +46,12 @@ export async function read(path, isKept, onBytes) {
   const blob = await (cache ? (await cache.match(url)).blob() : counted.blob());
   if (path in files && blob.size !== files[path]) {
     await cache?.delete(url);
-    throw new Error(`${path} came as ${blob.size} bytes instead of ${files[path]}: load the page again`);
+    throw new Error(`${path} has ${blob.size} bytes instead of ${files[path]}: load the page again`);
   }
   return blob;
 }
 
-// Keeps the page itself, last of all: from then on it starts without a network.
+// Keeps the page itself last: from then on it starts without a network.
 export async function finishStore(paths) {
   for (const path of paths) await read(path, true, () => {});
   for (const name of await caches.keys()) {

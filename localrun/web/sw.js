@@ -1,6 +1,6 @@
-// Answer the page's requests from its cache, so that it works without a network; the page fills the cache (files.js
-// of the same folder lists what is in it). The headers isolate the page from other origins: only then do browsers give
-// WebAssembly more than one thread, and a plain file server does not send them.
+// Answer the page's requests from its cache, so that it works without a network; the page fills the cache with what
+// files.js lists. The headers isolate the page from other origins: browsers give WebAssembly more than one thread only
+// then, and a plain file server does not send them.
 
 importScripts("files.js");
 const { version } = self.EXPORT;
@@ -21,7 +21,7 @@ async function answer(request) {
   return new Response(response.body, { status: response.status, statusText: response.statusText, headers });
 }
 
-// An export that was replaced while this device was away stays whole in its own cache until the new one is.
+// After a new export, the old one stays complete in its own cache until the new one is complete.
 async function overNetwork(request) {
   try {
     return await fetch(request);

@@ -1,4 +1,4 @@
-// Tell a model's thinking from its answer while both stream in: localrun/thinking.py's parser, with the same results.
+// Separate a model's thinking from its answer while both stream in, as localrun/families/thinking.py does.
 
 const START = 0, OPENED = 1, THINKING = 2, CLOSED = 3, ANSWER = 4;
 
@@ -16,7 +16,7 @@ export class ThinkingParser {
     return this.opened && this.#state < CLOSED ? "thinking" : "answer";
   }
 
-  // Returns what the new text lets out, in order, as [part, text] with no empty text.
+  // Returns the text that can be shown now, in order, as [part, text] with no empty text.
   feed(text) {
     this.#held += text;
     const out = [];

@@ -62,20 +62,13 @@ def collect_squares(
         _add(found, node)
         return True
 
-    model = Model(path)
-    try:
+    with Model(path) as model:
         n_ctx = max(N_BATCH, min(model.n_ctx_train or 4096, 4096))
-        callback = scheduler_callback(on_node, failed)
-        context = Context(model, n_ctx, on_eval=callback)
-        context.set_threads(n_threads or default_threads())
-        try:
+        with Context(model, n_ctx, on_eval=scheduler_callback(on_node, failed)) as context:
+            context.set_threads(n_threads or default_threads())
             for i, tokens in enumerate(texts):
                 _read(context, list(tokens)[:n_ctx], failed)
                 on_text(i + 1)
-        finally:
-            context.close()
-    finally:
-        model.close()
     return found
 
 

@@ -91,12 +91,9 @@ class Probe(LogitReader):
                         known.append(address_of(source))
             return False
 
-        context = Context(self.model, N_BATCH, n_batch=8, on_eval=scheduler_callback(on_node, failed))
-        context.set_threads(n_threads)
-        try:
+        with Context(self.model, N_BATCH, n_batch=8, on_eval=scheduler_callback(on_node, failed)) as context:
+            context.set_threads(n_threads)
             context.decode([Entry(0, i, 0, True) for i in range(4)])
-        finally:
-            context.close()
         if failed:
             raise failed[0]
 

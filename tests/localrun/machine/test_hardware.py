@@ -101,7 +101,7 @@ def test_candidates(cpus: BuildCPUs, tmp_path: Path) -> None:
     assert best_threads(tmp_path / "model.gguf", clock) == 1
     assert clock.asked == [1, 1, 4, 4, 6, 6, 12, 12]
     clock = Clock({1: 1.0, 4: 1.6})  # more threads would take longer still: they are not waited for
-    assert best_threads(tmp_path / "model.gguf", clock, again=True) == 1
+    assert best_threads(tmp_path / "model.gguf", clock, remeasure=True) == 1
     assert clock.asked == [1, 1, 4, 4]
 
 
@@ -134,7 +134,7 @@ def test_one_measurement_a_machine_and_model(cpus: BuildCPUs, tmp_path: Path) ->
     assert calm.asked == []
     assert [best_threads(other, calm), best_threads(same_size, calm)] == [2, 2]
     assert best_threads(model.rename(tmp_path / "renamed.gguf"), calm) == 1
-    assert best_threads(tmp_path / "renamed.gguf", calm, again=True) == 2
+    assert best_threads(tmp_path / "renamed.gguf", calm, remeasure=True) == 2
     assert best_threads(tmp_path / "renamed.gguf", busy) == 2
     cpus(*[(None, 1)] * 4)
     assert best_threads(tmp_path / "renamed.gguf", Clock({4: 1.0, 2: 1.0, 1: 2.0})) == 2  # another machine
