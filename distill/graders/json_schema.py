@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ...localrun.core.text import first_line
 from .base import CannotTell, Submission
 
 _FENCE = re.compile(
@@ -42,7 +43,7 @@ def grade(submission: Submission) -> float:
         # An empty registry, so that a schema at another address is never fetched.
         accepted = kind(schema, registry=Registry(), format_checker=kind.FORMAT_CHECKER).is_valid(document)
     except (SchemaError, Unresolvable, re.error) as error:
-        raise CannotTell(f"the schema is broken: {str(error).splitlines()[0]}") from error
+        raise CannotTell(f"the schema is broken: {first_line(error)}") from error
     return 1.0 if accepted and (gold is None or _canonical(document) == _canonical(gold[0])) else 0.0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, Columns]]:
             "files of problems end in .jsonl, .csv, .parquet, .txt or .md",
             code="unknown-format",
         )
-    try:
+    with _translated(path):
         yield from read(path)
-    except (ValueError, csv.Error) as error:  # json, unicode and pyarrow errors are ValueErrors
-        raise ArtifactError(
-            f"{path} is broken: {error}", "mend the file, or convert it to .jsonl", code="file-broken"
-        ) from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error}", "check the file", code="file-unreadable") from error
 
 
 def read_hub(repository: str, *, split: str, config: str | None, offline: bool) -> Iterator[tuple[str, Columns]]:
@@ -64,6 +59,17 @@ def read_hub(repository: str, *, split: str, config: str | None, offline: bool) 
     for path in download_split(repository, split=split, config=config, offline=offline):
         for _, row in read_rows(path):
             yield f"hf:{repository} {path.name}", row
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, csv.Error) as error:  # json, unicode and pyarrow errors are ValueErrors
+        hint = "mend the file, or convert it to UTF-8 .jsonl"
+        raise ArtifactError(f"{path} is broken: {error}", hint, code="file-broken") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error}", "check the file", code="file-unreadable") from error
 
 
 def _read_folder(path: Path) -> Iterator[tuple[str, Columns]]:
@@ -80,14 +86,8 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Columns]]:
             f"{path} has no .txt or .md file", "a folder of problems has one prompt a file", code="no-problems"
         )
     for file in files:
-        try:
+        with _translated(file):
             text = file.read_text(encoding="utf-8-sig").strip()
-        except ValueError as error:
-            raise ArtifactError(
-                f"{file} is not UTF-8 text", "convert it, or move it away", code="file-broken"
-            ) from error
-        except OSError as error:
-            raise ArtifactError(f"cannot read {file}: {error}", "check the file", code="file-unreadable") from error
         if text:
             yield str(file), {"question": text}
 

@@ -215,7 +215,7 @@ def _take(reply: StreamedReply, event: Any, part: str) -> str:
 
 def _count(usage: dict[str, Any], name: str) -> int:
     value = usage.get(name)
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if type(value) is int and value > 0 else 0  # true is an int to Python, and no count
 
 
 def read_logprobs(entries: Sequence[Any]) -> tuple[tuple[int, ...] | None, TopLogprobs | None]:
