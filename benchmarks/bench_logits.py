@@ -36,9 +36,10 @@ from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.lora import load_base
 from deepdistill.distill.training.losses import LOSSES, Head, projected_loss
 from deepdistill.distill.training.packing import pad
-from deepdistill.distill.training.rows import Row
+from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.student import student_dir
-from deepdistill.distill.training.train import TrainSettings, train
+from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -142,7 +143,9 @@ def main() -> None:
                     seed=seed,
                 )
                 rows = make_rows(traces_path, share)
-                report = train(start, rows, tokenizer, settings, folder / "checkpoints", folder / "student", bars)
+                rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=seed)
+                paths = TrainPaths(start, folder / "checkpoints", folder / "student")
+                report = train(paths, rows, tokenizer=tokenizer, settings=settings, report=bars)
                 with open_teacher(str(folder / "student")) as model, Grader() as grader:
                     score = evaluate(model, held_out, grader, Sampling(max_tokens=128))
                 sparse, dense = kl_of(folder / "student", make_rows(traces_path, 1.0)[:256])

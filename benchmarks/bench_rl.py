@@ -35,11 +35,12 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.pass_rate import measure_pass_rates
+from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rl.grpo import GrpoSettings, grpo
 from deepdistill.distill.training.rl.stage import sometimes_solved
-from deepdistill.distill.training.rows import Row
+from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.student import student_dir
-from deepdistill.distill.training.train import TrainSettings, train
+from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -158,9 +159,9 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         part = found.get("parts", 0) + 1
         # The warm-up is the same for both arms: it is not counted.
         settings = TrainSettings(full=True, lr=3e-3, batch_size=32, steps=arguments.warm_steps, epochs=1000, seed=part)
-        train(
-            start if part > 1 else student_dir("pocket"), rows, tokenizer, settings, out / f"warm-{part}", start, bars
-        )
+        paths = TrainPaths(start if part > 1 else student_dir("pocket"), out / f"warm-{part}", start)
+        ordered = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=part)
+        train(paths, ordered, tokenizer=tokenizer, settings=settings, report=bars)
         cells.save("start", accuracy_of(start, arguments.n_eval) | {"parts": part})
     part_minutes = arguments.minutes / arguments.n_parts
     for arm in ("distilled", "reinforced"):
@@ -177,7 +178,9 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
                     box = TrainSettings(
                         full=True, lr=1e-3, batch_size=32, epochs=1000, minutes=part_minutes, n_validation=0, seed=part
                     )
-                    report = train(model, rows, tokenizer, box, out / f"{key}-checkpoints", target, bars)
+                    paths = TrainPaths(model, out / f"{key}-checkpoints", target)
+                    ordered = order_rows(rows, box.batch_size, epochs=box.epochs, seed=part)
+                    report = train(paths, ordered, tokenizer=tokenizer, settings=box, report=bars)
                     learned += report.tokens
                 else:
                     # Choosing problems took of the first part's minutes.

@@ -30,8 +30,10 @@ from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.dataset import lessons
+from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.training.rows import order_rows
 from deepdistill.distill.training.student import student_dir
-from deepdistill.distill.training.train import TrainSettings, train
+from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -53,7 +55,9 @@ def imitate(start: Path, traces: list[Trace], path: Path, settings: TrainSetting
     right = [trace for trace in traces if trace.verdict == "right"]
     rows, _ = lessons(right, path, tokenizer, max_length=512, loss="cross-entropy", logit_share=0, work=Work())
     out.parent.mkdir(parents=True, exist_ok=True)
-    train(start, rows, tokenizer, settings, out.parent / "checkpoints", out, bars)
+    rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed)
+    paths = TrainPaths(start, out.parent / "checkpoints", out)
+    train(paths, rows, tokenizer=tokenizer, settings=settings, report=bars)
 
 
 def main() -> None:

@@ -228,12 +228,14 @@ def run_cell(options: Any) -> dict[str, Any]:
 
 def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     """Train with `deepdistill`'s loop."""
+    from deepdistill.distill.records import CURVE_FILE, CurvePoint
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.training import train as training
-    from deepdistill.distill.training.curves import read_curve
+    from deepdistill.distill.training.report import TrainSettings
     from deepdistill.distill.training.rows import Row
     from deepdistill.distill.training.student import teach_template
-    from deepdistill.distill.training.train import TrainSettings
+    from deepdistill.localrun.core.record_log import read_records
+    from deepdistill.localrun.core.reporter import Relay
 
     base = base_of(options)
     tokenizer = load_tokenizer(base)
@@ -260,14 +262,16 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
             peak.pop("peak_training_gb")
             peak["peak_gpu_gb"] = peak_gpu_gb()
 
-    folders = scratch / "checkpoints", scratch / "student"
-    training.merge_adapter = lambda *_: 0.0  # type: ignore[assignment]  # nothing of it is measured
-    report = training.train(base, rows_, tokenizer, settings, *folders, watch, is_ordered=True, device=options.device)
-    points = [point for point in read_curve(scratch / "curve.jsonl") if "loss" in point]
-    seconds = {point["step"]: point["seconds"] for point in points}
+    paths = training.TrainPaths(base, scratch / "checkpoints", scratch / "student")
+    training.merge_adapter = lambda *_, **__: 0.0  # type: ignore[assignment]  # nothing of it is measured
+    report = training.train(
+        paths, rows_, tokenizer=tokenizer, settings=settings, device=options.device, report=Relay(watch)
+    )
+    points = list(read_records(scratch / CURVE_FILE, CurvePoint))
+    seconds = {point.step: point.seconds for point in points}
     return {
         "seconds": seconds[options.steps] - seconds[WARM_UP[options.device]],
-        "losses": [round(point["loss"], 4) for point in points],
+        "losses": [round(point.loss, 4) for point in points],
         "computed_share": report.computed_tokens_per_s / report.tokens_per_s,
         **peak,
         "pass": report.pass_,

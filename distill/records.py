@@ -171,6 +171,24 @@ class Judgement:
     agreement: float | None = None
 
 
+CURVE_FILE = "curve.jsonl"  # of `CurvePoint`s, in the run folder
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One line of a training's curve: what a step came to, or what a validation found after it."""
+
+    step: int | None = None
+    """None: a validation of an older version, which belongs to the step before it."""
+    seconds: float | None = None
+    """Of training so far."""
+    loss: float | None = None
+    lr: float | None = None
+    tokens_per_s: float | None = None
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
 class GradesAnswers(Protocol):
     """The part of a `Grader` that grades one answer."""
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from ..records import CurvePoint
 
 _BINS = 40
 _PAUSE_S = 60.0  # nothing ended for so long: nobody was working
@@ -97,22 +100,19 @@ def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart 
     return Chart(_stack({"speed": rates}, labels, top), ticks, summary, f"{top:,.0f} tokens/s", ["speed"])
 
 
-def curve(points: list[dict[str, Any]], key: str) -> Chart | None:
-    """Return how a value of the training went with its steps, in up to 40 means; None with fewer than two values.
-
-    points are lines of curve.jsonl; a validation's has no step and belongs to the one before it.
-    """
+def curve(points: Iterable[CurvePoint], name: Literal["loss", "validation_accuracy"]) -> Chart | None:
+    """Return how a value of the training changed with its steps, in up to 40 means; None with fewer than two values."""
     steps, values, step = [], [], 0
     for point in points:
-        step = point.get("step", step)
-        if key in point and math.isfinite(point[key]):
+        step, value = step if point.step is None else point.step, getattr(point, name)
+        if value is not None and math.isfinite(value):
             steps.append(step)
-            values.append(float(point[key]))
+            values.append(float(value))
     if len(values) < 2:
         return None
     parts = np.array_split(np.array(values), min(_BINS, len(values)))
     means = np.array([float(part.mean()) for part in parts])
-    share = key.endswith("accuracy")
+    share = name.endswith("accuracy")
     shown = [f"{100 * mean:.1f} %" if share else f"{mean:.3g}" for mean in means]
     top = 1.0 if share else float(means.max()) or 1.0
     summary = f"From {shown[0]} to {shown[-1]} in {steps[-1]:,} steps."

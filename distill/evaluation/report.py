@@ -24,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...localrun.core.record_log import read_records
 from ...localrun.core.text import shorten
 from ..curation.filters import question_of
-from ..records import Trace
+from ..records import CURVE_FILE, CurvePoint, Trace
 from ..run import Run, write_text
 from ..traces.store import TraceStore
 from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
-from ..training.curves import CURVE_FILE, read_curve
 from .charts import Chart, curve, histogram, over_time
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -74,7 +74,7 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     shown = [_show(trace, kept_ids) for trace in summary.sample()]
     columns = [name for name in JUDGED_AS if any(counts[name] for counts in summary.sources.values())]
     rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("rounds") or 0))]
-    points = read_curve(run.folder / CURVE_FILE)
+    points = list(read_records(run.folder / CURVE_FILE, CurvePoint, missing_ok=True, skip_broken=True))
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
     values |= {"curves": {"loss": curve(points, "loss"), "accuracy": curve(points, "validation_accuracy")}}
     values |= {"recipe": recipe, "summary": summary, "shown": shown, "columns": columns, "charts": _charts(summary)}

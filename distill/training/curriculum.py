@@ -72,7 +72,7 @@ def arrange(
     """
     settings = settings or CurriculumSettings()
     if all(rate is None for _, rate in rows):
-        return order_rows([row for row, _ in rows], batch_size, epochs, seed)
+        return order_rows([row for row, _ in rows], batch_size, epochs=epochs, seed=seed)
     levels = [level_of(rate, settings) for _, rate in rows]
     hopeless = [row for (row, _), level in zip(rows, levels, strict=True) if level == "hopeless"]
     middle = [row for (row, _), level in zip(rows, levels, strict=True) if level == "middle"]
@@ -88,7 +88,7 @@ def arrange(
         else:
             parts = [middle * settings.middle_times + some_easy + hopeless]
         for i, part in enumerate(parts):
-            ordered += order_rows(part, batch_size, 1, seed + 2 * epoch + i) if part else []
+            ordered += order_rows(part, batch_size, epochs=1, seed=seed + 2 * epoch + i) if part else []
     return ordered
 
 

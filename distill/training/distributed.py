@@ -6,13 +6,13 @@ The first one does all of `teach`. The others wait, take part in every training 
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 _PATIENCE = timedelta(days=30)  # the first process may ask a teacher for days before there is anything to train on
-_in_training = False
 
 Result = TypeVar("Result")
 
@@ -29,39 +29,30 @@ def is_first() -> bool:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Let the other processes end when the work inside does; of one process it asks nothing."""
+    """Let the other processes end when the block does; with one process this does nothing."""
     try:
         yield
-    finally:
-        # After a failure in the middle of a training nobody listens: their launcher ends the others.
-        if processes() > 1 and not _in_training:
-            _hand_out(None)
-            _leave()
+    except BaseException as error:
+        # Within a training the others do not listen, and telling them would block: their launcher ends them.
+        if not _was_training(error):
+            _dismiss()
+        raise
+    _dismiss()
 
 
 def everywhere(function: Callable[..., Result], *given: Any, own: Mapping[str, Any], **options: Any) -> Result:
-    """Call a function in every process and return what it returns in this, the first; `own` is for this one alone."""
-    global _in_training
+    """Call a function in every process and return its result in this one, the first; only this one gets `own`."""
     if processes() > 1:
-        _hand_out((function, given, options))
-    _in_training = True
-    result = function(*given, **options, **own)
-    _in_training = False
-    return result
+        _broadcast((function, given, options))
+    return function(*given, **options, **own)
 
 
 def follow() -> None:
-    """Be one of the other processes: do what the first one hands out until it has no more."""
-    while (work := _hand_out(None)) is not None:
+    """Be one of the other processes: do what the first one sends until it sends nothing more."""
+    while (work := _broadcast(None)) is not None:
         function, given, options = work
         function(*given, **options)
     _leave()
-
-
-def _leave() -> None:
-    import torch.distributed as dist
-
-    dist.destroy_process_group()
 
 
 def agreed(value: float) -> float:
@@ -77,7 +68,29 @@ def agreed(value: float) -> float:
     return float(shared)
 
 
-def _hand_out(work: Any) -> Any:
+def _was_training(error: BaseException | None) -> bool:
+    """Say whether an error, or one that led to it, came out of `everywhere`."""
+    while error is not None:
+        if any(frame.f_code is everywhere.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _dismiss() -> None:
+    """Let the other processes end."""
+    if processes() > 1:
+        _broadcast(None)
+        _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+
+
+def _broadcast(work: Any) -> Any:
     """Return in every process what the first one gives."""
     import torch
     import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""The student as it is trained: its weights on the device, an adapter on its linear maps, or all of them learning."""
+"""The student as it is trained: its weights on the device, with an adapter, or all of them learning."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ...errors import ModelError, UsageError
+from ...localrun.core.text import first_line
 from ..device import quiet_transformers
 from .report import TrainSettings
 from .rows import Row
 
-ADAPTER = "default"
 
-
-def load_student(base_dir: Path, settings: TrainSettings, device: torch.device, dtype: torch.dtype) -> Any:
+def load_student(base_dir: Path, settings: TrainSettings, *, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a student to train: a frozen base in dtype with an adapter in fp32, or everything in fp32.
 
     Raises:
         ModelError: the weights cannot be loaded, or not quantized here.
-        UsageError: there is nothing that the adapter could stand on.
+        UsageError: `code` "no-such-layer": the student has no linear map that the settings name.
     """
     quiet_transformers()
     model = load_base(
@@ -56,33 +55,37 @@ def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> A
     """Load a checkpoint.
 
     Raises:
-        ModelError: it is none, or does not fit.
+        ModelError: `code` "load-failed".
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     try:
         return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, attn_implementation="sdpa", **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the student in {base_dir}: {first}") from error
+        raise ModelError(
+            f"cannot load the student in {base_dir}: {first_line(error)}",
+            "check that the folder holds a whole checkpoint",
+            code="load-failed",
+        ) from error
 
 
 def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:
-    """See that the model has a state for every token of the rows; n_tokens is what the tokenizer knows.
+    """Check that the model embeds every token of the rows; n_tokens is the size of its tokenizer's vocabulary.
 
     Raises:
-        ModelError: it has not.
+        ModelError: `code` "token-not-embedded".
     """
     n_embeddings = model.get_input_embeddings().num_embeddings
     highest = max(max(row.input_ids) for row in rows)
     if highest >= n_embeddings:
         raise ModelError(
             f"the rows use token {highest}, and the student embeds {n_embeddings}; its tokenizer knows {n_tokens}",
-            "its tokenizer is not the one of its weights, or tokens were added without resizing the embedding",
+            "its tokenizer belongs to other weights, or tokens were added without resizing the embedding",
+            code="token-not-embedded",
         )
 
 
 def parameter_groups(model: Any, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: LoRA's B by itself where its learning rate is another, no decay on vectors."""
+    """Return the optimizer's groups: LoRA's B apart if its learning rate differs, and no weight decay on vectors."""
     groups: dict[tuple[bool, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -102,10 +105,12 @@ def _targets(model: Any, settings: TrainSettings) -> list[str]:
     """Return the full names of the linear maps that get an adapter."""
     wanted = {name.strip() for name in settings.lora_targets.split(",") if name.strip()}
     linears = list(_linears(model))
-    there = {name.rpartition(".")[2] for _, name in linears}
-    if unknown := wanted - there:
+    kinds = {name.rpartition(".")[2] for _, name in linears}
+    if unknown := wanted - kinds:
         raise UsageError(
-            f"the student has no linear map {', '.join(sorted(unknown))}", f"there are {', '.join(sorted(there))}"
+            f"the student has no linear map {', '.join(sorted(unknown))}",
+            f"choose from {', '.join(sorted(kinds))}",
+            code="no-such-layer",
         )
     found = [
         name
@@ -113,7 +118,11 @@ def _targets(model: Any, settings: TrainSettings) -> list[str]:
         if layer >= settings.lora_first_layer and (not wanted or name.rpartition(".")[2] in wanted)
     ]
     if not found:
-        raise UsageError(f"the student has no layer {settings.lora_first_layer}", "give a smaller --lora-first-layer")
+        raise UsageError(
+            f"the student has no layer {settings.lora_first_layer}",
+            "give a smaller --lora-first-layer",
+            code="no-such-layer",
+        )
     return found
 
 
@@ -128,18 +137,22 @@ def four_bits(device: torch.device) -> Any:
     """Return how QLoRA quantizes the base.
 
     Raises:
-        ModelError: bitsandbytes is not there, or does not work here.
+        ModelError: `code` "needs-gpu", or "not-installed" where bitsandbytes is missing or does not work.
     """
     from transformers import BitsAndBytesConfig
 
     if device.type != "cuda":
-        raise ModelError("--qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down", "leave --qlora out")
+        raise ModelError(
+            "--qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down", "leave --qlora out", code="needs-gpu"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("bitsandbytes")
     except (ImportError, RuntimeError, OSError) as error:
-        raise ModelError(f"--qlora needs bitsandbytes: {error}", "pip install bitsandbytes") from error
+        raise ModelError(
+            f"--qlora needs bitsandbytes: {first_line(error)}", "pip install bitsandbytes", code="not-installed"
+        ) from error
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

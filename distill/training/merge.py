@@ -1,15 +1,14 @@
-"""What training leaves: the adapter by itself, and the student with it merged, a plain checkpoint.
+"""The results of a training: the adapter by itself, and the student with it merged, a plain checkpoint.
 
-The adapter is written first, and knows which base it belongs to. It is merged in fp32 into the base as it stands on
-disk, and the merged model's logits are compared with those of base and adapter. A merge that is interrupted leaves
-nothing but the adapter, from which it is done again.
+The adapter is written first, with a note of which base it belongs to. It is merged in fp32 into the base on disk, and
+the merged model's logits are compared with those of base and adapter. A merge that is interrupted leaves the adapter
+alone, from which it starts over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,62 +18,52 @@ import torch
 from torch import Tensor
 
 from ...errors import ArtifactError, ModelError
+from ...localrun.core.atomic import replacing_folder
+from ...localrun.core.text import first_line
 from ..tokenizer import Tokenizer
 from .lora import load_base
 from .rows import Row
 
-MERGE_TOLERANCE = 1e-3  # of the largest logit
+MERGE_TOLERANCE = 1e-3  # as a share of the largest logit
 _BASE_FILE = "deepdistill_base.json"
 
 
-def save_checkpoint(model: Any, base_dir: Path, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a plain checkpoint in the base's number format, beside its place, then rename."""
-    temporary = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        stored = stored_dtype(base_dir) or torch.float32
-        model.config.use_cache = True
-        model.config._attn_implementation = "sdpa"
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-        model.generation_config.pad_token_id = tokenizer.pad_token_id
-        model.config.eos_token_id = tokenizer.eos_token_id
-        model.config.pad_token_id = tokenizer.pad_token_id
+def save_checkpoint(model: Any, base_dir: Path, *, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a plain checkpoint in the base's number format, in the place of one that is there."""
+    stored = stored_dtype(base_dir) or torch.float32
+    model.config.use_cache = True
+    model.config._attn_implementation = "sdpa"
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    with replacing_folder(out) as temporary:
         model.to(device="cpu", dtype=stored).save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         for card in ("README.md", "LICENSE"):
             if (base_dir / card).exists():
                 shutil.copy(base_dir / card, temporary / card)
         shutil.rmtree(out, ignore_errors=True)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def save_adapter(model: Any, base_dir: Path, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Write a model's adapter, and which base it belongs to. `weights` are all of them, where it has only a part."""
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+def save_adapter(model: Any, base_dir: Path, *, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """Write a model's adapter, and which base it belongs to. `weights` are all of them where it has only a part."""
+    with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         base = {"name": base_dir.name, "sha256": fingerprint(base_dir)}
         (temporary / _BASE_FILE).write_text(json.dumps(base), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def merge_adapter(
-    adapter_dir: Path, base_dir: Path, tokenizer: Tokenizer, out: Path, rows: Sequence[Row] = ()
+    adapter_dir: Path, base_dir: Path, *, tokenizer: Tokenizer, out: Path, rows: Sequence[Row] = ()
 ) -> float:
     """Merge an adapter into its base in fp32 and write the result to out, in the base's own number format.
 
-    Returns the largest difference of the merged model's logits from base and adapter's on the rows, by the largest
-    logit, before the format's rounding.
+    Returns the largest difference of the merged model's logits from those of base and adapter on the rows, as a share
+    of the largest logit, before they are rounded to the format.
 
     Raises:
-        ArtifactError: the adapter belongs to another base, or is broken.
-        ModelError: the difference is more than MERGE_TOLERANCE.
+        ArtifactError: `code` "adapter-of-other-base" or "adapter-broken".
+        ModelError: `code` "merge-inexact": the difference is more than MERGE_TOLERANCE.
     """
     from peft import PeftModel
 
@@ -82,7 +71,9 @@ def merge_adapter(
     try:
         adapted = PeftModel.from_pretrained(load_base(base_dir, torch.float32), str(adapter_dir))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ArtifactError(f"cannot load the adapter in {adapter_dir}: {str(error).splitlines()[0]}") from error
+        raise ArtifactError(
+            f"cannot load the adapter in {adapter_dir}: {first_line(error)}", "train it again", code="adapter-broken"
+        ) from error
     adapted.eval()
     before = [_logits(adapted, row) for row in rows]
     merged = adapted.merge_and_unload()
@@ -94,8 +85,9 @@ def merge_adapter(
         raise ModelError(
             f"the merged student's logits differ by {difference:.2g} from those of base and adapter",
             f"the adapter is in {adapter_dir}: use it unmerged, and report this",
+            code="merge-inexact",
         )
-    save_checkpoint(merged, base_dir, tokenizer, out)
+    save_checkpoint(merged, base_dir, tokenizer=tokenizer, out=out)
     return difference
 
 
@@ -114,11 +106,12 @@ def _check_base(adapter_dir: Path, base_dir: Path) -> None:
     try:
         base = json.loads((adapter_dir / _BASE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # an adapter of another tool says nothing of its base
+        return  # another tool made it, which does not note the base
     if base["sha256"] != fingerprint(base_dir):
         raise ArtifactError(
             f"the adapter in {adapter_dir} belongs to another base ({base['name']}) than {base_dir}",
-            "an adapter only fits the very weights it was trained on",
+            "an adapter fits only the very weights that it was trained on",
+            code="adapter-of-other-base",
         )
 
 

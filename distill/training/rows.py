@@ -136,10 +136,10 @@ def shortened(
     return best
 
 
-def order_rows(rows: Sequence[Row], batch_size: int, epochs: int, seed: int) -> list[Row]:
-    """Return the rows of every epoch in turn, shuffled so that each batch holds rows of similar length.
+def order_rows(rows: Sequence[Row], batch_size: int, *, epochs: int, seed: int) -> list[Row]:
+    """Return the rows of every epoch in turn, shuffled so that each batch has rows of similar length.
 
-    The very first batch holds the longest rows: what does not fit the memory fails in the first step.
+    The very first batch has the longest rows, so that rows that do not fit the memory fail in the first step.
     """
     rng = random.Random(seed)
     ordered: list[Row] = []

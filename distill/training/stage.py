@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...localrun.core.reporter import Progress
+from ...localrun.core.reporter import Progress, Relay
 from ..recipe import TeachSettings, Work
 from ..records import Trace
 from ..run import Run
@@ -27,8 +27,8 @@ def check_training(base: Path, settings: TeachSettings, device: str) -> None:
     """
     from ..device import choose_device
     from .lora import four_bits
+    from .report import TrainSettings
     from .rows import make_row
-    from .train import TrainSettings
     from .trainer import reporters
 
     training = TrainSettings(**settings.stage_training())
@@ -53,7 +53,9 @@ def train_first(
     if run.student_dir.exists():
         return []
     from .dataset import by_level, hold_out, lessons
-    from .train import TrainSettings, train
+    from .report import TrainSettings
+    from .rows import order_rows
+    from .train import TrainPaths, train
 
     training = TrainSettings(**settings.stage_training(), seed=settings.seed)
     tokenizer = tokenizer_of(base)
@@ -83,20 +85,19 @@ def train_first(
         if not any(trace.problem_id in rates for trace in asked):
             work.say("no problem of the traces could be tried: their order is the plain one, without a curriculum")
         ordered = by_level(ordered, asked, rates, training.batch_size, training.epochs, settings.seed)
-    report = everywhere(
+    else:
+        ordered = order_rows(ordered, training.batch_size, epochs=training.epochs, seed=training.seed)
+    result = everywhere(
         train,
-        base,
+        TrainPaths(base, run.checkpoints_dir, out),
         ordered,
-        tokenizer,
-        training,
-        run.checkpoints_dir,
-        out,
-        is_ordered=settings.curriculum,
+        tokenizer=tokenizer,
+        settings=training,
         validation=validation,
         device=work.device,
-        own={"on_progress": on_progress, "say": work.say},
+        own={"report": Relay(on_progress, work.say)},
     )
-    run.save("training.json", dataclasses.asdict(report))
+    run.save("training.json", dataclasses.asdict(result))
     return rows
 
 

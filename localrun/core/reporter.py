@@ -31,12 +31,17 @@ SILENT = Reporter()
 class Relay(Reporter):
     """Hands progress to a function: a part of a larger stage can have it shown under the name of that stage."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    def __init__(self, progress: Progress, say: Callable[[str], None] | None = None) -> None:
+        self._progress, self._say = progress, say
 
     def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
         """Call the function."""
         self._progress(stage, done, total, note)
+
+    def say(self, text: str) -> None:
+        """Call the other function, if there is one."""
+        if self._say:
+            self._say(text)
 
 
 class Bars(Reporter):

@@ -36,9 +36,10 @@ from ...traces.logprobs import Logprobs, logprobs_path
 from ...traces.store import TraceStore
 from ..curriculum import arrange, counts
 from ..distributed import everywhere
+from ..report import TrainSettings
 from ..rows import Row
 from ..stage import tokenizer_of
-from ..train import TrainSettings, train
+from ..train import TrainPaths, train
 from .dataset import Mixture, MixtureSettings, mix, pass_rates
 from .round import Round, RoundSettings, rounds_of
 from .scoring import score_samples
@@ -186,19 +187,16 @@ def go_round(
     run.save(name, record)
     work.say(f"round {round_.number}: {record['right']} of {len(samples)} right; rows: {_listed(record['rows'])}")
     rows = arrange(mixture.lessons, training.batch_size, training.epochs, training.seed)
-    report = everywhere(
+    result = everywhere(
         train,
-        round_.student,
+        TrainPaths(round_.student, round_.folder / "checkpoints", round_.out),
         rows,
-        tokenizer,
-        training,
-        round_.folder / "checkpoints",
-        round_.out,
-        is_ordered=True,
+        tokenizer=tokenizer,
+        settings=training,
         device=work.device,
-        own={"on_progress": on_progress, "say": work.say},
+        own={"report": Relay(on_progress, work.say)},
     )
-    run.save(name, record | {"training": dataclasses.asdict(report)})
+    run.save(name, record | {"training": dataclasses.asdict(result)})
     return True
 
 

@@ -112,7 +112,7 @@ def grpo(
     watch = _Watch(settings, sampler, on_progress)
     trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, where)
     trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
-    save_checkpoint(trainer.model, base_dir, tokenizer, out)
+    save_checkpoint(trainer.model, base_dir, tokenizer=tokenizer, out=out)
     return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
 
 

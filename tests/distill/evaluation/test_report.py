@@ -25,7 +25,7 @@ from deepdistill.distill.curation.curate import curate
 from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.records import TeacherInfo, Trace, Usage
+from deepdistill.distill.records import CurvePoint, TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
 from deepdistill.distill.traces.summary import TraceSummary
 from deepdistill.localrun.core.generation import Sampling
@@ -301,11 +301,11 @@ def test_the_table_of_the_terminal_says_how_many_and_obeys_no_trace() -> None:
 
 
 def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) -> None:
-    points: list[dict[str, Any]] = []
+    points: list[CurvePoint] = []
     for step in range(1, 101):
-        points.append({"step": step, "loss": 2.0 - 0.01 * step, "lr": 1e-3})
-        if step % 20 == 0:
-            points.append({"validation_loss": 1.0, "validation_accuracy": step / 200})
+        points.append(CurvePoint(step, loss=2.0 - 0.01 * step, lr=1e-3))
+        if step % 20 == 0:  # without a step, as older versions wrote it
+            points.append(CurvePoint(validation_loss=1.0, validation_accuracy=step / 200))
     loss, accuracy = curve(points, "loss"), curve(points, "validation_accuracy")
     assert loss is not None
     assert accuracy is not None
@@ -315,7 +315,7 @@ def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) ->
     assert [round(bar.height) for bar in accuracy.bars] == [10, 20, 30, 40, 50]
     assert curve(points[:1], "loss") is None
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    (tmp_path / "run" / "curve.jsonl").write_text("".join(to_json(point) + "\n" for point in points))
     with Run(tmp_path / "run", RECIPE) as run:
         run.save("training.json", TRAINING | {"validation_accuracy": 0.5, "stopped": "early"})
         write_report(run)

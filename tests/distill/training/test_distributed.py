@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deepdistill.distill.training.curves import read_curve
+from deepdistill.distill.records import CURVE_FILE, CurvePoint
+from deepdistill.localrun.core.record_log import read_records
 
 SUMS = "gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
 TEACH = ["--problems", SUMS, "--n-traces", "60", "--n-eval", "4", "--eval-max-tokens", "8"]
@@ -61,6 +62,10 @@ SHARDINGS = {
 }
 
 
+def curve_of(folder: Path) -> list[CurvePoint]:
+    return list(read_records(folder / CURVE_FILE, CurvePoint))
+
+
 def teach(
     launcher: list[str], student: Path, out: Path, *more: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -79,10 +84,7 @@ def test_teach_in_two_processes_comes_to_what_one_comes_to(pocket_student: Path,
     results = [json.loads(done.stdout.strip().splitlines()[-1]) for done in (one, two)]
     assert results[0]["training"]["steps"] == results[1]["training"]["steps"] == 3
     assert two.stdout.count("traces train") == 1  # the other process is silent
-    losses = [
-        [point["loss"] for point in read_curve(tmp_path / name / "curve.jsonl") if "loss" in point]
-        for name in ("one", "two")
-    ]
+    losses = [[point.loss for point in curve_of(tmp_path / name) if point.loss is not None] for name in ("one", "two")]
     assert losses[1] == pytest.approx(losses[0], rel=2e-4)
     assert set(results[1]["scores"]) == {"base", "student"}
 
@@ -112,9 +114,9 @@ def test_processes_that_hold_a_part_of_the_weights_each_come_to_the_student_of_o
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=2e-6)
     base = load_file(pocket_student / "model.safetensors")
     assert any(not torch.allclose(found[name], base[name], atol=1e-4) for name in base)
-    points = [read_curve(tmp_path / name / "curve.jsonl") for name in ("one", "two")]
+    points = [curve_of(tmp_path / name) for name in ("one", "two")]
     for key in ("loss", "validation_loss"):
-        losses = [[point[key] for point in curve if key in point] for curve in points]
+        losses = [[value for point in curve if (value := getattr(point, key)) is not None] for curve in points]
         assert losses[1][-1] == pytest.approx(losses[0][-1], rel=2e-4)
 
 

@@ -9,13 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.records import messages_of
+from deepdistill.distill.records import CURVE_FILE, CurvePoint, messages_of
 from deepdistill.distill.teachers import Request, open_teacher
-from deepdistill.distill.training.curves import read_curve
 from deepdistill.distill.training.losses import LOSSES, Head, Segment, Targets, projected_loss
-from deepdistill.distill.training.rows import Row
-from deepdistill.distill.training.train import TrainSettings, train
+from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.training.rows import Row, order_rows
+from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.record_log import read_records
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 
@@ -55,7 +56,9 @@ def test_a_training_comes_to_the_loss_of_the_cpus(full: bool, pocket_student: Pa
     reports = []
     for device in ("cpu", "cuda"):
         folder = tmp_path / device
-        report = train(pocket_student, _rows(16), tokenizer, settings, folder / "c", folder / "s", device=device)
+        paths = TrainPaths(pocket_student, folder / "c", folder / "s")
+        rows = order_rows(_rows(16), settings.batch_size, epochs=settings.epochs, seed=0)
+        report = train(paths, rows, tokenizer=tokenizer, settings=settings, device=device)
         reports.append(report)
         AutoModelForCausalLM.from_pretrained(folder / "s")
     assert reports[0].pass_ == reports[1].pass_
@@ -63,14 +66,14 @@ def test_a_training_comes_to_the_loss_of_the_cpus(full: bool, pocket_student: Pa
     if not full:
         assert reports[1].merge_error is not None
         assert reports[1].merge_error < 1e-3
-    curves = [_losses(tmp_path / device / "curve.jsonl") for device in ("cpu", "cuda")]
+    curves = [_losses(tmp_path / device / CURVE_FILE) for device in ("cpu", "cuda")]
     last = max(curves[1])  # a GPU's curve has a point every ten steps, their mean
     mean = sum(curves[0][step] for step in range(last - 9, last + 1)) / 10
     assert curves[1][last] == pytest.approx(mean, rel=0.02)
 
 
 def _losses(path: Path) -> dict[int, float]:
-    return {point["step"]: point["loss"] for point in read_curve(path) if "loss" in point}
+    return {point.step: point.loss for point in read_records(path, CurvePoint) if point.loss is not None}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

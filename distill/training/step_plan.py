@@ -1,0 +1,123 @@
+"""What a training measures at its start and keeps: number format, threads, and the rows computed at once.
+
+It is written down in `checkpoints/plan.json`, so that a run that was killed ends with the very weights of one that was
+not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from ...errors import ArtifactError, ModelError, UsageError
+from ...localrun.core.atomic import write_text
+from ..device import SMALL_MODEL, fastest
+from .distributed import is_first, processes
+from .report import TrainSettings
+from .rows import Row
+
+_PLAN_FILE = "plan.json"  # in the folder of the checkpoints
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How each step is computed. `micro_batch` is the number of rows that a process computes at once."""
+
+    dtype: str
+    threads: int
+    micro_batch: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The number format of frozen weights and products."""
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    def smaller(self, settings: TrainSettings, folder: Path) -> StepPlan:
+        """Return, and keep, the plan with half the rows at once or fewer; a step still has as many rows in all.
+
+        Raises:
+            ModelError: `code` "model-too-large": it is one row already.
+        """
+        if self.micro_batch == 1:
+            raise ModelError(
+                "not even one row at a time fits the memory",
+                "give a smaller --max-length, or train an adapter, not --full",
+                code="model-too-large",
+            )
+        plan = replace(self, micro_batch=_divisor(settings.batch_size // processes(), self.micro_batch // 2))
+        write_text(folder / _PLAN_FILE, json.dumps(asdict(plan)) + "\n")
+        return plan
+
+
+def make_plan(
+    base_dir: Path, rows: Sequence[Row], *, settings: TrainSettings, device: torch.device, folder: Path
+) -> StepPlan:
+    """Return the plan that the training began with, or make it; `folder` is that of its checkpoints.
+
+    Raises:
+        UsageError: `code` "batch-not-shared": the processes cannot have equally many rows of a step.
+    """
+    path = folder / _PLAN_FILE
+    share, left = divmod(settings.batch_size, processes())
+    if left or not share:
+        raise UsageError(
+            f"{processes()} processes cannot share the {settings.batch_size} rows of a step",
+            "give --train-batch-size",
+            code="batch-not-shared",
+        )
+    if not is_first():
+        _wait_for(path)  # the first process decides for all
+    if path.exists():
+        plan = StepPlan(**json.loads(path.read_text(encoding="utf-8")))
+        return replace(plan, micro_batch=_divisor(share, plan.micro_batch))  # there may be more processes now
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config", config)
+    choice = fastest(*_widths(config), device)
+    is_small = sum(file.stat().st_size for file in base_dir.glob("*.safetensors")) < 2 * SMALL_MODEL
+    kind = settings.dtype or ("fp32" if is_small or choice.dtype == torch.float32 else "bf16")
+    longest = max(len(row.input_ids) for row in rows)
+    at_once = settings.micro_batch or _n_fitting(config, longest, device)
+    plan = StepPlan(kind, settings.threads or choice.threads, _divisor(share, at_once))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(asdict(plan)) + "\n")
+    return plan
+
+
+def _widths(config: dict[str, Any]) -> tuple[int, int]:
+    """Return how wide the states and the MLP are."""
+    width: int = config.get("hidden_size", 512)
+    return width, config.get("intermediate_size") or 4 * width
+
+
+def _n_fitting(config: dict[str, Any], n_tokens: int, device: torch.device) -> int:
+    """Return how many rows of so many tokens fit the memory at once, by a rule with room to spare."""
+    width, inner = _widths(config)
+    # what the passes keep of a token and layer: twelve states as wide as the stream, four as the MLP, in fp32 at worst
+    row_bytes = n_tokens * config.get("num_hidden_layers", 32) * (12 * width + 4 * inner) * 4
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    return max(1, int(0.5 * free / row_bytes))
+
+
+def _divisor(share: int, most: int) -> int:
+    """Return the largest number of rows at once that divides a process's share of a step."""
+    return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ArtifactError(
+                f"the first process has not written {path} in ten minutes",
+                "look at its messages: it may have failed",
+                code="process-missing",
+            )
+        time.sleep(0.1)

@@ -1,0 +1,24 @@
+"""Settings that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.training.rows import Row
+from deepdistill.errors import UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
+
+Go = Callable[..., Any]
+Rows = Callable[..., list[Row]]
+
+
+def test_settings_that_do_not_go_together_are_said() -> None:
+    with pytest.raises(UsageError, match="--dora"):
+        TrainSettings(full=True, dora=True)
+    with pytest.raises(UsageError, match="nothing to learn"):
+        TrainSettings(reasoning_weight=0, answer_weight=0)
