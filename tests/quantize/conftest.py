@@ -5,6 +5,7 @@ Everything here is collected without torch; the tests that need a checkpoint are
 
 from __future__ import annotations
 
+import json
 import warnings
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.measure.proofs import STRESS
+from deepdistill.quantize.measure.texts import CalibrationSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
@@ -235,3 +238,42 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
 def student(make_checkpoint: MakeCheckpoint) -> Path:
     """A tiny llama in bfloat16. Tests copy it before they break it."""
     return make_checkpoint(dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def tied(make_checkpoint: Callable[..., Path]) -> Path:
+    """A tied student with rows that K types fit (512) and rows that they do not (64)."""
+    return make_checkpoint("llama", tie_word_embeddings=True, intermediate_size=512)
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred verified traces, and one that is wrong."""
+    path = tmp_path_factory.mktemp("traces") / "traces.jsonl"
+    lines = [
+        {
+            "messages": [{"role": "user", "content": f"What is {i} + {2 * i}?"}],
+            "reasoning_content": f"{i} + {2 * i} = {3 * i}",
+            "content": str(3 * i),
+            "verdict": "right",
+            "finish_reason": "stop",
+        }
+        for i in range(100)
+    ]
+    lines.insert(0, lines[0] | {"content": "0", "verdict": "wrong"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def small() -> CalibrationSettings:
+    """Few tokens of each part, for tests that need any."""
+    return CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)
+
+
+@pytest.fixture(scope="session")
+def f16(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The F16 file of the tied student."""
+    path = tmp_path_factory.mktemp("f16") / "f16.gguf"
+    write(plan(tied, "F16"), path, n_threads=1)
+    return path

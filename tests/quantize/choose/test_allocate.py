@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as Type
 
 from deepdistill.errors import UsageError
 from deepdistill.quantize.choose.allocate import Choice, Item, efficient, promoted, solve, target_bytes
-from deepdistill.quantize.choose.sensitivity import Sensitivity, refine
 
 
 def choice(n_bytes: int, damage: float) -> Choice:
@@ -72,50 +68,6 @@ def test_a_choice_is_ruled_out_by_three_that_beat_it() -> None:
 def item_of(name: str, *errors: float) -> Item:
     sizes = {Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 6}
     return Item(name, tuple(Choice(t, n, e) for (t, n), e in zip(sizes.items(), errors, strict=False)))
-
-
-def test_damage_is_error_at_the_tensors_cost_and_the_types_level(tmp_path: Path) -> None:
-    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0) for layer in range(3)] + [item_of("x.weight", 1.0)]
-    costs = {"blk.0.ffn_up.weight": 0.01, "blk.2.ffn_up.weight": 0.04}
-    known = Sensitivity(items, "key", tmp_path / "s.json", costs, {"Q4_1": 3.0})
-    damages = [[choice.damage for choice in item.choices] for item in known.weighed()]
-    assert damages[0] == pytest.approx([0.04, 0.03])
-    assert damages[1] == pytest.approx([0.08, 0.06]), "between two layers, on a logarithmic scale"
-    assert damages[2] == pytest.approx([0.16, 0.12])
-    assert damages[3] == pytest.approx([0.02]), "without a relative, the average"
-    known.save()
-    again = Sensitivity.open(tmp_path / "s.json", "key", list)
-    assert again.weighed() == known.weighed()
-    assert Sensitivity.open(tmp_path / "s.json", "another", list).items == []
-
-
-def test_errors_that_point_the_same_way_are_seen_only_together(tmp_path: Path) -> None:
-    """Q4_1 errs least on each tensor, and its errors add up as amplitudes do; Q4_0's are independent."""
-    items = [item_of(f"blk.{layer}.ffn_up.weight", 4.0, 1.0, 0.01) for layer in range(20)]
-    asked = []
-
-    def damage(changes: Mapping[str, Type]) -> float:
-        asked.append(dict(changes))
-        kinds = list(changes.values())
-        one_by_one = {Type.Q4_0: 4e-4, Type.Q4_1: 1e-4, Type.Q8_0: 1e-6}
-        apart = sum(one_by_one[kind] for kind in kinds if kind != Type.Q4_1)
-        return apart + (kinds.count(Type.Q4_1) ** 2) * one_by_one[Type.Q4_1]
-
-    known = Sensitivity(items, "key", tmp_path / "s.json")
-    chosen = refine(known, damage, choose=lambda items: solve(items, 60))
-    assert known.levels["Q4_1"] == pytest.approx(20)
-    assert Type.Q4_1 not in {choice.type for choice in chosen}
-    assert sum(choice.n_bytes for choice in chosen) <= 60
-    n = len(asked)
-    refine(known, damage, choose=lambda items: solve(items, 70))
-    assert len(asked) == n, "another budget measures nothing twice"
-    fresh = Sensitivity(items, "key", tmp_path / "t.json")
-    raised = refine(
-        fresh,
-        damage,
-        choose=lambda items: promoted(items, [item.of(Type.Q4_0) for item in items], n_more=20, most=99),
-    )
-    assert Counter(choice.type for choice in raised) == {Type.Q4_0: 15, Type.Q8_0: 5}, "nor is anything raised to Q4_1"
 
 
 def test_the_worst_is_raised_first() -> None:
