@@ -80,12 +80,8 @@ def merge(folder: Path, tensors: dict[str, Weight]) -> dict[str, Weight]:
     """
     config = read_json(folder / "adapter_config.json")
     _check(config, folder)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        hint = "save the adapter again, with peft"
-        raise ArtifactError(f"{folder} has no adapter_model.safetensors", hint, code="no-weights")
     merged, factors = dict(tensors), dict[str, dict[str, Tensor]]()
-    for name, tensor in read_header(path).items():
+    for name, tensor in read_header(folder / "adapter_model.safetensors").items():
         plain = name.removeprefix(_PREFIX)
         if found := _LORA.fullmatch(plain):
             module, embedding, side, _ = found.groups()
@@ -118,6 +114,9 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         if is_there:
             message = f"the adapter in {folder} {fault}, which deepdistill cannot merge"
             raise ModelError(message, _MERGE_FIRST, code="adapter-not-plain")
+    if not (folder / "adapter_model.safetensors").is_file():
+        hint = "save the adapter again, with peft"
+        raise ArtifactError(f"{folder} has no adapter_model.safetensors", hint, code="no-weights")
 
 
 def _factors(

@@ -71,13 +71,7 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
         ArtifactError: `code` "no-tokenizer", "tokenizer-broken", or "tokenizer-mismatch": it does not fit the model.
         ModelError: `code` "not-convertible": llama.cpp or this converter has no equal tokenizer.
     """
-    folder = checkpoint.folder
-    source = checkpoint.json("tokenizer.json")
-    if not source:
-        if checkpoint.find("tokenizer.model"):
-            raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", folder)
-        hint = "copy the tokenizer files from the base model"
-        raise ArtifactError(f"{folder} has no tokenizer.json", hint, code="no-tokenizer")
+    folder, source = checkpoint.folder, _read_source(checkpoint)
     try:
         pre = "default" if is_sentencepiece(source) else _pre_tokenizer(source, folder)
         pieces, merges = _pieces(source, checkpoint, n_vocab)
@@ -99,6 +93,15 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder}/tokenizer.json is broken: {error!r}", code="tokenizer-broken") from error
+
+
+def _read_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    if source := checkpoint.json("tokenizer.json"):
+        return source
+    if checkpoint.find("tokenizer.model"):
+        raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", checkpoint.folder)
+    hint = "copy the tokenizer files from the base model"
+    raise ArtifactError(f"{checkpoint.folder} has no tokenizer.json", hint, code="no-tokenizer")
 
 
 def _pieces(source: dict[str, Any], checkpoint: Checkpoint, n_vocab: int) -> tuple[Pieces, list[str]]:
