@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.engine.llama import Context, Entry
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHATML = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
@@ -151,6 +152,20 @@ def scripted_engine(scripted_gguf: Path) -> Iterator[Engine]:
     """An engine on the scripted model."""
     with Engine(scripted_gguf, n_threads=1, n_seq=2) as engine:
         yield engine
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of entries of each batch that llama.cpp decodes during the test."""
+    lengths: list[int] = []
+    decode = Context.decode
+
+    def watched(context: Context, entries: Sequence[Entry]) -> bool:
+        lengths.append(len(entries))
+        return decode(context, entries)
+
+    monkeypatch.setattr(Context, "decode", watched)
+    return lengths
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ from deepdistill.localrun.chat.repl import converse
 from deepdistill.localrun.chat.session import Question, Session
 from deepdistill.localrun.core.generation import Guidance, Sampling
 from deepdistill.localrun.engine.engine import Engine
-from deepdistill.localrun.engine.llama import Context
 from deepdistill.localrun.engine.stream import Step
 from deepdistill.localrun.engine.vision import MARKER
 
@@ -362,18 +361,8 @@ def test_two_chats_do_not_write_over_each_other(talk: Talk) -> None:
     assert sorted(kept(talk)) == [["one", "one"], ["one", "two"]]
 
 
-def n_computed(session: Session, question: str, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Return how many tokens are run through the model until an answer begins."""
-    lengths: list[int] = []
-    decode = Context.decode
-    with monkeypatch.context() as patch:
-        patch.setattr(Context, "decode", lambda self, entries: lengths.append(len(entries)) or decode(self, entries))
-        next(session.ask(Question(question)))
-    return sum(lengths)
-
-
 def test_a_long_conversation_goes_on_without_computing_it_again(
-    talk: Talk, scripted_gguf: Path, monkeypatch: pytest.MonkeyPatch
+    talk: Talk, scripted_gguf: Path, batches: list[int]
 ) -> None:
     talk.type("y" * 300)
     (path,) = talk.store.folder.glob("*.json")
@@ -383,7 +372,9 @@ def test_a_long_conversation_goes_on_without_computing_it_again(
             assert not loads or talk.store.load_state(path, engine) > 300
             session = Session(engine)
             session.adopt(read_conversation(path))
-            assert least < n_computed(session, "more", monkeypatch) < most
+            batches.clear()
+            next(session.ask(Question("more")))
+            assert least < sum(batches) < most
 
 
 def test_a_state_of_another_model_is_deleted(talk: Talk, random_gguf: Path) -> None:

@@ -1,9 +1,7 @@
-"""The engine against llama-cpp-python's own loop, against itself in other orders, and against broken files."""
+"""The engine against llama-cpp-python's own loop, its texts and tokens, and broken files."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
 import subprocess
 import sys
@@ -17,11 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deepdistill.errors import ArtifactError, DeepDistillError, ModelError, UsageError
-from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.engine import engine as engine_module
 from deepdistill.localrun.engine.engine import Engine
-from deepdistill.localrun.engine.llama import Context, Entry, model_params
-from deepdistill.localrun.engine.logprobs import top_of
+from deepdistill.localrun.engine.llama import model_params
 from deepdistill.localrun.engine.stream import Step
 from deepdistill.localrun.machine import memory
 
@@ -51,19 +48,6 @@ def prompt_of(engine: Engine, question: str) -> str:
 def fresh(path: Path, prompt: str, sampling: Sampling, n_seq: int = 1) -> list[Step]:
     with Engine(path, n_threads=1, n_seq=n_seq) as engine:
         return list(engine.stream(prompt, sampling))
-
-
-def watch_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that each batch's number of entries is put into, as it is decoded."""
-    lengths: list[int] = []
-    decode = Context.decode
-
-    def watched(context: Context, entries: list[Entry]) -> bool:
-        lengths.append(len(entries))
-        return decode(context, entries)
-
-    monkeypatch.setattr(Context, "decode", watched)
-    return lengths
 
 
 @pytest.mark.parametrize("question", QUESTIONS[:4])
@@ -104,83 +88,6 @@ def test_logits_of_a_long_sequence_go_over_batches(random_gguf: Path) -> None:
             engine.logits(tokens * 2)
 
 
-def test_many_at_once_equal_one_at_a_time(random_gguf: Path) -> None:
-    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
-        prompts = [prompt_of(engine, question) for question in QUESTIONS]
-        done = dict(engine.generate_many(prompts, LONG))
-        assert sorted(done) == list(range(len(prompts))), "more prompts than places: each place is filled again"
-        assert {completion.finish_reason for completion in done.values()} == {"stop", "length"}
-        for index, prompt in enumerate(prompts):
-            assert_same(done[index], list(engine.stream(prompt, LONG)))
-
-
-def test_request_i_is_drawn_with_the_seed_plus_i(random_gguf: Path) -> None:
-    drawn = Sampling(temperature=1.0, seed=5, max_tokens=1)
-    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
-        prompts = [prompt_of(engine, question) for question in QUESTIONS]
-        done = dict(engine.generate_many(prompts, drawn))
-
-        def n_equal(shift: int) -> int:
-            return sum(
-                done[i].token_ids
-                == tuple(tokens_of(list(engine.stream(prompt, dataclasses.replace(drawn, seed=5 + i + shift)))))
-                for i, prompt in enumerate(prompts)
-            )
-
-        # Rounding differs with the batch, and now and then tips a draw.
-        assert n_equal(0) >= len(prompts) - 2
-        assert n_equal(1) < len(prompts) // 2
-
-
-def assert_same(completion: Completion, steps: list[Step]) -> None:
-    assert completion.token_ids == tuple(tokens_of(steps))
-    assert completion.finish_reason == steps[-1].finish_reason
-    assert (completion.reasoning_content or "") == text_of(steps, "thinking")
-    assert completion.content == text_of(steps, "answer")
-    assert completion.closed == (steps[-1].part == "answer")
-    assert (completion.prompt_tokens, completion.completion_tokens, completion.reasoning_tokens) == (
-        steps[-1].n_prompt,
-        steps[-1].n_generated,
-        steps[-1].n_reasoning,
-    )
-
-
-def test_many_share_a_small_context_without_losing_one(random_gguf: Path) -> None:
-    with Engine(random_gguf, n_ctx=256, n_seq=4, n_threads=1) as engine:
-        prompts = [prompt_of(engine, f"{i} {'and ' * 15}") for i in range(6)] + [prompt_of(engine, "long " * 400), ""]
-        done = dict(engine.generate_many(prompts, Sampling(max_tokens=100)))
-        assert sorted(done) == list(range(8))
-        assert [done[i].finish_reason for i in (6, 7)] == ["error", "error"]
-        assert f"context holds {engine.n_ctx}" in (done[6].error or "")
-        for i in range(6):
-            # An engine for one sequence attends, and so rounds, otherwise.
-            alone = fresh(random_gguf, prompts[i], Sampling(max_tokens=100), n_seq=2)
-            assert done[i].token_ids == tuple(tokens_of(alone))
-
-
-def test_prompts_are_drawn_as_places_come_free_and_need_no_end(random_gguf: Path) -> None:
-    n_drawn = 0
-
-    def endless(engine: Engine) -> Iterator[str]:
-        nonlocal n_drawn
-        for i in itertools.count():
-            n_drawn += 1
-            yield prompt_of(engine, f"{i} {'so ' * (i % 5)}")
-
-    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
-        answers = engine.generate_many(endless(engine), LONG)
-        done = {}
-        for n_done, (index, completion) in enumerate(itertools.islice(answers, 12)):
-            assert n_drawn <= n_done + 3
-            done[index] = completion
-        answers.close()  # type: ignore[attr-defined]
-        n_drawn = 0
-        for index, prompt in enumerate(itertools.islice(endless(engine), max(done) + 1)):
-            if index in done:
-                assert_same(done[index], list(engine.stream(prompt, LONG)))
-        assert list(engine.generate_many(iter([]), LONG)) == []
-
-
 def test_an_answer_may_be_dropped_after_the_engine_was_closed(random_gguf: Path) -> None:
     with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
         answers = engine.generate_many([prompt_of(engine, question) for question in QUESTIONS], GREEDY)
@@ -191,132 +98,12 @@ def test_an_answer_may_be_dropped_after_the_engine_was_closed(random_gguf: Path)
     steps.close()  # type: ignore[attr-defined]
 
 
-def test_a_later_prompt_need_not_begin_as_the_first_did(random_gguf: Path) -> None:
-    with Engine(random_gguf, n_seq=2, n_threads=1) as engine:
-        shared = [prompt_of(engine, f"{'be kind ' * 4}{i}?") for i in range(3)]
-        prompts = [*shared[:2], "other words " * 8, shared[0][:-9], shared[2], "so"]
-        done = dict(engine.generate_many(iter(prompts), GREEDY))
-        for index, prompt in enumerate(prompts):
-            assert done[index].token_ids == tuple(tokens_of(list(engine.stream(prompt, GREEDY))))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_top_logprobs_are_those_of_the_models_own_logits(random_gguf: Path, temperature: float) -> None:
-    """At any temperature: they are the model's, not the sampler's."""
-    with Engine(random_gguf, n_ctx=256, n_seq=4, n_threads=1) as engine:
-        prompts = [prompt_of(engine, f"{i} {'and ' * 15}") for i in range(6)] + ["", prompt_of(engine, "so?")]
-        sampling = Sampling(temperature, top_k=3, max_tokens=60)
-        done = dict(engine.generate_many(prompts, sampling, top_logprobs=7))
-        plain = dict(engine.generate_many(prompts, sampling))
-        assert done[6].logprobs is None
-        for i in (0, 1, 2, 3, 4, 5, 7):
-            top, made = done[i].logprobs, done[i].token_ids
-            assert (plain[i].logprobs, plain[i].token_ids) == (None, made)
-            assert top is not None
-            assert made is not None
-            assert top.ids.shape == top.values.shape == (len(made), 7)
-            tokens = engine.tokenize(prompts[i])
-            logits = engine.logits([*tokens, *made])[len(tokens) - 1 : -1].astype(np.float64)
-            expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-            np.testing.assert_allclose(
-                top.values, np.take_along_axis(expected, top.ids, 1), atol=0.05
-            )  # other kernels, f16 cache
-            np.testing.assert_allclose(top.values, -np.sort(-expected)[:, :7], atol=0.05)
-            again = engine.top_logprobs([*tokens, *made], 7, len(tokens))
-            np.testing.assert_allclose(again.values, top.values, atol=0.05)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([5, 64, 129, 3000]), st.sampled_from([1, 4, 40, 4000]))
-def test_the_highest_logits_are_found_whatever_their_order(seed: int, n_vocab: int, k: int) -> None:
-    row = np.random.default_rng(seed).normal(0, 5, n_vocab).astype(np.float32)
-    row[:: 1 + seed % 7] -= np.inf if seed % 2 else 0
-    row[-1] = 1
-    ids, values = top_of(row, k)
-    order = np.argsort(-row, kind="stable")[:k]
-    assert np.array_equal(row[ids], row[order])
-    assert len(set(ids.tolist())) == min(k, n_vocab)
-    exact = row.astype(np.float64)
-    np.testing.assert_allclose(values, exact[ids] - np.log(np.exp(exact - exact.max()).sum()) - exact.max(), atol=1e-4)
-
-
 def test_seed_decides_the_draw(random_engine: Engine) -> None:
     prompt = prompt_of(random_engine, "draw")
     runs = [
         tokens_of(list(random_engine.stream(prompt, Sampling(1.0, seed=seed, max_tokens=20)))) for seed in (1, 2, 1)
     ]
     assert runs[0] == runs[2] != runs[1]
-
-
-def test_the_kept_cache_changes_nothing(random_gguf: Path) -> None:
-    with Engine(random_gguf, n_threads=1) as engine:
-        first = prompt_of(engine, "one " * 50)
-        stopped = engine.stream(first, GREEDY)
-        for _ in range(3):
-            next(stopped)
-        stopped.close()  # as Ctrl-C does
-        grown = first + "so 1+1\n</think>\n\n2<|im_end|>\n" + prompt_of(engine, "and then?")
-        for prompt in (grown, first, grown, grown, prompt_of(engine, "another")):
-            assert tokens_of(list(engine.stream(prompt, GREEDY))) == tokens_of(fresh(random_gguf, prompt, GREEDY))
-
-
-def test_the_kept_cache_saves_the_prefill(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(random_gguf, n_threads=1) as engine:
-        prompt = prompt_of(engine, "one " * 100)
-        list(engine.stream(prompt, Sampling(max_tokens=1)))
-        batches = watch_batches(monkeypatch)
-        list(engine.stream(prompt + "ab", Sampling(max_tokens=1)))
-    assert batches == [2]
-
-
-def test_a_saved_state_goes_on_without_prefill_and_says_the_same(
-    random_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = tmp_path / "state"
-    with Engine(random_gguf, n_threads=1) as engine:
-        prompt = prompt_of(engine, "one " * 100)
-        wanted = tokens_of(list(engine.stream(prompt, GREEDY)))
-        engine.save_state(state)
-        n_kept = len(engine.tokenize(prompt)) + len(wanted) - 1
-    with Engine(random_gguf, n_threads=1) as engine:
-        assert engine.load_state(state) == n_kept
-        batches = watch_batches(monkeypatch)
-        assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted
-        assert batches[0] == 1, "only the last token, for its logits"
-
-
-def test_a_state_of_another_model_cache_or_context_or_a_broken_one_is_not_taken(
-    random_gguf: Path, scripted_gguf: Path, tmp_path: Path
-) -> None:
-    state, cut = tmp_path / "state", tmp_path / "cut"
-    with Engine(random_gguf, n_threads=1) as engine:
-        prompt = prompt_of(engine, "why? " * 60)
-        wanted = tokens_of(list(engine.stream(prompt, GREEDY)))
-        engine.save_state(state)
-        whole = state.read_bytes()
-        for n in (0, 10, 30, len(whole) // 2, len(whole) - 1):
-            cut.write_bytes(whole[:n])
-            assert engine.load_state(cut) == 0
-            assert tokens_of(list(engine.stream(prompt, GREEDY))) == wanted, "and it still answers"
-        assert engine.load_state(tmp_path / "none") == 0
-        with pytest.raises(ArtifactError, check=lambda error: error.code == "write-failed"):
-            engine.save_state(tmp_path / "no" / "folder")
-    for path, keywords in ((scripted_gguf, {}), (random_gguf, {"n_ctx": 256})):
-        with Engine(path, n_threads=1, **keywords) as engine:  # type: ignore[arg-type]
-            assert engine.load_state(state) == 0
-
-
-def test_what_many_prompts_begin_with_is_computed_once(random_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Engine(random_gguf, n_seq=3, n_threads=1) as engine:
-        system = {"role": "system", "content": "be " * 60}
-        prompts = [engine.render([system, {"role": "user", "content": f"{i}?"}]) for i in range(8)]
-        n_prompts = sum(len(engine.tokenize(prompt)) for prompt in prompts)
-        batches = watch_batches(monkeypatch)
-        done = dict(engine.generate_many(prompts, Sampling(max_tokens=5)))
-        assert sum(batches) < n_prompts / 3 + 8 * 5
-        monkeypatch.undo()
-        for i, prompt in enumerate(prompts):
-            assert done[i].token_ids == tuple(tokens_of(list(engine.stream(prompt, Sampling(max_tokens=5)))))
 
 
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,35 +312,6 @@ CYCLE: dict[str, Any] = {"allOf": [{"$ref": "#"}]}
 def test_what_cannot_be_held_is_refused(schema: Any, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         grammar_of_schema(schema)
-
-
-@pytest.mark.parametrize(
-    ("gbnf", "said"),
-    [
-        ("", "expecting ::="),
-        ('root = "a"', "expecting ::= at = "),
-        ("root ::= x", "Undefined rule identifier 'x'"),
-        ('yes ::= "a"', "does not contain a 'root' symbol"),
-        ('root ::= root | "a"', "left recursion"),
-        ('root ::= ("a"', r"expecting '\)' at the end of a line"),
-        ("root ::= [a", "unexpected end of input"),
-        ("root ::= " + "(" * 100_000, "too deeply"),
-        ('root ::= "a"\0', "NUL"),
-        ("root ::= \ud800", "expecting|parse"),
-    ],
-)
-def test_a_grammar_that_does_not_parse_is_told(gbnf: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match=said):
-        check_grammar(gbnf)
-    os.write(2, b"still there")
-    assert capfd.readouterr().err == "still there"
-
-
-def test_a_grammar_may_name_the_models_tokens(model: Model) -> None:
-    gbnf = 'root ::= "a" <|im_end|>'.replace("<|im_end|>", "<[2]>")
-    check_grammar(gbnf, model)
-    with pytest.raises(UsageError, check=lambda error: error.code == "grammar-broken"):
-        check_grammar('root ::= "a" <think>')
 
 
 def test_an_engine_holds_its_answer_to_a_schema(random_gguf: Path) -> None:
