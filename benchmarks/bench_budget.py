@@ -3,7 +3,7 @@
 For each recipe (Q4_0, Q4_K_M, Q3_K_M) a file is quantized with it, then one with chosen types whose size is at most
 that file's, and both are run by llama.cpp on the same held-out traces. The traces are in three parts without a common
 problem: one makes the importance matrix, one chooses the types, one is read here. The recipe's file holds byte for
-byte what llama.cpp's quantizer writes (tests/quantize/test_ftypes.py and compare_converter.py check that).
+byte what llama.cpp's quantizer writes (tests/quantize/convert/test_ftypes.py and compare_converter.py check that).
 
 Every cell is saved as it is done, and what is there is not done again: run it as often as need be.
 

@@ -20,35 +20,17 @@ from gguf import LlamaFileType
 from ...errors import UsageError
 from ...localrun.gguf import ggml
 
+_NAMES = """
+F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q5_K_S Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 IQ4_NL IQ4_XS
+Q3_K_L Q3_K_M Q3_K_S IQ3_M IQ3_S IQ3_XS IQ3_XXS Q2_K Q2_K_S IQ2_M IQ2_S IQ2_XS IQ2_XXS
+"""
+_IQ_BASES = {"IQ3_M": Type.IQ3_S, "IQ3_XS": Type.IQ3_S, "IQ2_M": Type.IQ2_S, "IQ2_S": Type.IQ2_XS}
 FTYPES: dict[str, tuple[LlamaFileType, Type]] = {
-    "F32": (LlamaFileType.ALL_F32, Type.F32),
-    "F16": (LlamaFileType.MOSTLY_F16, Type.F16),
-    "BF16": (LlamaFileType.MOSTLY_BF16, Type.BF16),
-    "Q8_0": (LlamaFileType.MOSTLY_Q8_0, Type.Q8_0),
-    "Q6_K": (LlamaFileType.MOSTLY_Q6_K, Type.Q6_K),
-    "Q5_K_M": (LlamaFileType.MOSTLY_Q5_K_M, Type.Q5_K),
-    "Q5_K_S": (LlamaFileType.MOSTLY_Q5_K_S, Type.Q5_K),
-    "Q5_1": (LlamaFileType.MOSTLY_Q5_1, Type.Q5_1),
-    "Q5_0": (LlamaFileType.MOSTLY_Q5_0, Type.Q5_0),
-    "Q4_K_M": (LlamaFileType.MOSTLY_Q4_K_M, Type.Q4_K),
-    "Q4_K_S": (LlamaFileType.MOSTLY_Q4_K_S, Type.Q4_K),
-    "Q4_1": (LlamaFileType.MOSTLY_Q4_1, Type.Q4_1),
-    "Q4_0": (LlamaFileType.MOSTLY_Q4_0, Type.Q4_0),
-    "IQ4_NL": (LlamaFileType.MOSTLY_IQ4_NL, Type.IQ4_NL),
-    "IQ4_XS": (LlamaFileType.MOSTLY_IQ4_XS, Type.IQ4_XS),
-    "Q3_K_L": (LlamaFileType.MOSTLY_Q3_K_L, Type.Q3_K),
-    "Q3_K_M": (LlamaFileType.MOSTLY_Q3_K_M, Type.Q3_K),
-    "Q3_K_S": (LlamaFileType.MOSTLY_Q3_K_S, Type.Q3_K),
-    "IQ3_M": (LlamaFileType.MOSTLY_IQ3_M, Type.IQ3_S),
-    "IQ3_S": (LlamaFileType.MOSTLY_IQ3_S, Type.IQ3_S),
-    "IQ3_XS": (LlamaFileType.MOSTLY_IQ3_XS, Type.IQ3_S),
-    "IQ3_XXS": (LlamaFileType.MOSTLY_IQ3_XXS, Type.IQ3_XXS),
-    "Q2_K": (LlamaFileType.MOSTLY_Q2_K, Type.Q2_K),
-    "Q2_K_S": (LlamaFileType.MOSTLY_Q2_K_S, Type.Q2_K),
-    "IQ2_M": (LlamaFileType.MOSTLY_IQ2_M, Type.IQ2_S),
-    "IQ2_S": (LlamaFileType.MOSTLY_IQ2_S, Type.IQ2_XS),
-    "IQ2_XS": (LlamaFileType.MOSTLY_IQ2_XS, Type.IQ2_XS),
-    "IQ2_XXS": (LlamaFileType.MOSTLY_IQ2_XXS, Type.IQ2_XXS),
+    name: (
+        LlamaFileType[f"{'ALL' if name == 'F32' else 'MOSTLY'}_{name}"],
+        _IQ_BASES.get(name) or Type[re.sub(r"_K_[LMS]$", "_K", name)],
+    )
+    for name in _NAMES.split()
 }
 """File types by name: the format's number of it, and the type that most of the file's matrices get."""
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArtifactError, ModelError
-from .safetensors import Tensor, Weight, read_header, read_json
+from .safetensors import Derived, Tensor, Weight, read_header, read_json
 
 _PREFIX = "base_model.model."
 _MERGE_FIRST = "merge it first: call peft's merge_and_unload, then save_pretrained"
@@ -27,22 +27,11 @@ _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Derived):
     """A weight with an adapter's product added: `left` [n_rows, r] times `right` [r, n_per_row]."""
 
-    weight: Weight
     left: npt.NDArray[np.float32]
     right: npt.NDArray[np.float32]
-
-    @property
-    def name(self) -> str:
-        """The weight's name in the checkpoint."""
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape, rows first."""
-        return self.weight.shape
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Return a range of its rows as float32."""

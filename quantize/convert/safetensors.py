@@ -80,22 +80,28 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """An fp8 matrix with a scale for each of its blocks, as DeepSeek publishes its models."""
+class Derived:
+    """A weight that is computed from another one, whose name and shape it keeps."""
 
-    weight: Tensor
-    scale: Tensor
-    block: tuple[int, int]
+    weight: Weight
 
     @property
     def name(self) -> str:
-        """The matrix's name in the checkpoint."""
+        """The weight's name in the checkpoint."""
         return self.weight.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The matrix's shape, rows first."""
+        """The weight's shape, rows first."""
         return self.weight.shape
+
+
+@dataclass(frozen=True)
+class Blocks(Derived):
+    """An fp8 matrix with a scale for each of its blocks, as DeepSeek publishes its models."""
+
+    scale: Tensor
+    block: tuple[int, int]
 
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Read a range of its rows, as float32."""

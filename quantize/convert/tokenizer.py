@@ -45,6 +45,7 @@ _PRE: dict[tuple[tuple[tuple[str, Any], ...], bool], str] = {
     ((*_DEEPSEEK3, _BYTES), False): "deepseek-v3",
 }
 _SPECIAL = ("bos", "eos", "unk", "pad")
+_LONG_NAMES = {"unk": "unknown", "pad": "padding"}  # in a GGUF's keys
 
 
 @dataclass(frozen=True)
@@ -122,22 +123,13 @@ def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
     writer.add_token_types(tokenizer.types)
     writer.add_token_merges(tokenizer.merges)
     for name, token_id in tokenizer.special_ids.items():
-        writer.add_uint32(_KEYS[name], token_id)
+        writer.add_uint32(f"tokenizer.ggml.{_LONG_NAMES.get(name, name)}_token_id", token_id)
     # Written even if false: llama.cpp puts a BOS before Llama 3's text unless told not to.
     writer.add_add_bos_token(tokenizer.add_bos)
     writer.add_add_eos_token(tokenizer.add_eos)
     writer.add_add_space_prefix(tokenizer.space_prefix)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-
-
-_KEYS = {
-    "bos": "tokenizer.ggml.bos_token_id",
-    "eos": "tokenizer.ggml.eos_token_id",
-    "eot": "tokenizer.ggml.eot_token_id",
-    "unk": "tokenizer.ggml.unknown_token_id",
-    "pad": "tokenizer.ggml.padding_token_id",
-}
 
 
 def _pre_tokenizer(source: dict[str, Any], folder: object) -> str:

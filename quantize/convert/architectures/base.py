@@ -147,14 +147,17 @@ class Architecture:
         """Yield the tensors of the file."""
         yield from self.take("token_embd.weight", "model.embed_tokens.weight", shape=(self.n_vocab, self.n_embd))
         for i in range(self.n_layers):
-            old, new = f"model.layers.{i}", f"blk.{i}"
-            yield from self.norm(f"{new}.attn_norm.weight", f"{old}.input_layernorm.weight")
-            yield from self.attention(f"{new}.", f"{old}.self_attn.")
-            yield from self.norm(f"{new}.ffn_norm.weight", f"{old}.post_attention_layernorm.weight")
-            yield from self.mlp(i, f"{new}.", f"{old}.mlp.")
+            yield from self.layer(i, f"blk.{i}.", f"model.layers.{i}.")
         yield from self.norm("output_norm.weight", "model.norm.weight")
         if not self.tied:
             yield from self.take("output.weight", "lm_head.weight", shape=(self.n_vocab, self.n_embd))
+
+    def layer(self, i: int, new: str, old: str) -> Iterator[Planned]:
+        """Yield the tensors of a layer."""
+        yield from self.norm(f"{new}attn_norm.weight", f"{old}input_layernorm.weight")
+        yield from self.attention(new, f"{old}self_attn.")
+        yield from self.norm(f"{new}ffn_norm.weight", f"{old}post_attention_layernorm.weight")
+        yield from self.mlp(i, new, f"{old}mlp.")
 
     def norm(self, name: str, source: str, n: int = 0) -> Iterator[Planned]:
         """Yield the weight of a norm over n numbers, the model's width if not given."""

@@ -69,20 +69,14 @@ class Gemma3(Qwen3):
         """Yield the weight of a norm, which transformers stores minus 1."""
         yield from self.take(name, source, shape=(n or self.n_embd,), change=_plus_one)
 
-    def layout(self) -> Iterator[Planned]:
-        """Yield the tensors of the file."""
-        yield from self.take("token_embd.weight", "model.embed_tokens.weight", shape=(self.n_vocab, self.n_embd))
-        for i in range(self.n_layers):
-            old, new = f"model.layers.{i}.", f"blk.{i}."
-            yield from self.norm(f"{new}attn_norm.weight", f"{old}input_layernorm.weight")
-            yield from self.attention(new, f"{old}self_attn.")
-            yield from self.norm(f"{new}post_attention_norm.weight", f"{old}post_attention_layernorm.weight")
-            yield from self.norm(f"{new}ffn_norm.weight", f"{old}pre_feedforward_layernorm.weight")
-            yield from self.mlp(i, new, f"{old}mlp.")
-            yield from self.norm(f"{new}post_ffw_norm.weight", f"{old}post_feedforward_layernorm.weight")
-        yield from self.norm("output_norm.weight", "model.norm.weight")
-        if not self.tied:
-            yield from self.take("output.weight", "lm_head.weight", shape=(self.n_vocab, self.n_embd))
+    def layer(self, i: int, new: str, old: str) -> Iterator[Planned]:
+        """Yield the tensors of a layer, which has two norms more."""
+        yield from self.norm(f"{new}attn_norm.weight", f"{old}input_layernorm.weight")
+        yield from self.attention(new, f"{old}self_attn.")
+        yield from self.norm(f"{new}post_attention_norm.weight", f"{old}post_attention_layernorm.weight")
+        yield from self.norm(f"{new}ffn_norm.weight", f"{old}pre_feedforward_layernorm.weight")
+        yield from self.mlp(i, new, f"{old}mlp.")
+        yield from self.norm(f"{new}post_ffw_norm.weight", f"{old}post_feedforward_layernorm.weight")
 
     def write_parameters(self, writer: GGUFWriter) -> None:
         """Add the window, its pattern and the second RoPE base too."""
