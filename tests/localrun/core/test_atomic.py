@@ -55,6 +55,13 @@ def test_files_get_the_usual_rights(tmp_path: Path) -> None:
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o755
 
 
+def test_a_private_file_is_private_from_its_first_byte(tmp_path: Path) -> None:
+    with replacing_file(tmp_path / "a", mode=0o600) as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+    write_text(tmp_path / "b", "mine", mode=0o600)
+    assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())] == [0o600, 0o600]
+
+
 def test_a_folder_is_there_whole(tmp_path: Path) -> None:
     place = tmp_path / "model"
     with pytest.raises(ZeroDivisionError), replacing_folder(place) as folder:
