@@ -66,9 +66,10 @@ def score(model: Path, problems_path: Path, n: int, seed: int, max_tokens: int, 
         return evaluate(
             teacher,
             drawn,
-            grader,
-            Sampling(max_tokens=max_tokens),
-            lambda done, right: bars(f"{hop} {seed}", done, len(drawn), f"{right} right"),
+            grader=grader,
+            sampling=Sampling(max_tokens=max_tokens),
+            report=bars,
+            stage=f"{hop} {seed}",
         ).to_json()
 
 

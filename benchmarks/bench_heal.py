@@ -23,7 +23,7 @@ from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe import TeachSettings
 from deepdistill.distill.training.losses import projected_kl
-from deepdistill.localrun.core.reporter import Reporter, no_progress
+from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.paired import compare
 from deepdistill.quantize.recipe import ReleaseSettings
@@ -114,7 +114,7 @@ def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     settings = TeachSettings.of_run(run)
     problems = load_problems(settings.problems, "test", n=n, seed=settings.seed)
     answers = file.with_suffix(".answers.jsonl")
-    score = score_file(file, problems, settings.eval_max_tokens, no_progress, answers)
+    score = score_file(file, problems, max_tokens=settings.eval_max_tokens, answers_path=answers)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     return score.to_json() | {"right": [line["verdict"] == "right" for line in lines]}
 

@@ -127,7 +127,7 @@ def main() -> None:
         start = student_dir("pocket") if arguments.student == "dense" else make_pruned(out / "pruned")
         if "start" not in cells:
             with open_teacher(str(start)) as model, Grader() as grader:
-                cells["start"] = evaluate(model, held_out, grader, Sampling(max_tokens=128)).to_json()
+                cells["start"] = evaluate(model, held_out, grader=grader, sampling=Sampling(max_tokens=128)).to_json()
         for seed in range(arguments.n_seeds):
             for name, share in SHARES.items():
                 key, folder = f"{name} {seed}", out / f"{name}-{seed}"
@@ -147,7 +147,7 @@ def main() -> None:
                 paths = TrainPaths(start, folder / "checkpoints", folder / "student")
                 report = train(paths, rows, tokenizer=tokenizer, settings=settings, report=bars)
                 with open_teacher(str(folder / "student")) as model, Grader() as grader:
-                    score = evaluate(model, held_out, grader, Sampling(max_tokens=128))
+                    score = evaluate(model, held_out, grader=grader, sampling=Sampling(max_tokens=128))
                 sparse, dense = kl_of(folder / "student", make_rows(traces_path, 1.0)[:256])
                 cells[key] = {
                     "accuracy": score.accuracy,

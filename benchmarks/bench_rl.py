@@ -116,8 +116,8 @@ def accuracy_of(folder: Path, n: int) -> dict[str, float]:
     """Score a student on held-out problems."""
     problems = load_problems(PROBLEMS, "test", n=n, seed=0)
     with open_teacher(str(folder)) as model, Grader() as grader:
-        score = evaluate(model, problems, grader, Sampling(max_tokens=128))
-        drawn = evaluate(model, problems * 4, grader, Sampling(temperature=1.0, max_tokens=128))
+        score = evaluate(model, problems, grader=grader, sampling=Sampling(max_tokens=128))
+        drawn = evaluate(model, problems * 4, grader=grader, sampling=Sampling(temperature=1.0, max_tokens=128))
     found = {"accuracy": score.accuracy, "sampled": drawn.accuracy}
     return found | {"tokens_per_answer": score.tokens_per_answer, "looped": score.looped}
 

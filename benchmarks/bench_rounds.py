@@ -45,7 +45,8 @@ MAX_TOKENS = 96
 def score(folder: Path, n: int) -> dict[str, Any]:
     """Score a student on held-out problems."""
     with open_teacher(str(folder)) as model, Grader() as grader:
-        found = evaluate(model, load_problems(PROBLEMS, "test", n=n, seed=0), grader, Sampling(max_tokens=MAX_TOKENS))
+        held_out, sampling = load_problems(PROBLEMS, "test", n=n, seed=0), Sampling(max_tokens=MAX_TOKENS)
+        found = evaluate(model, held_out, grader=grader, sampling=sampling)
     return found.to_json()
 
 

@@ -95,4 +95,6 @@ def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bar
     from ..distill.problems.load import load_problems
 
     held_out = load_problems(settings.problems, "test", n=settings.n_eval, seed=settings.seed)
-    return score_file(path, held_out, settings.eval_max_tokens, progress, folder / "answers" / "gguf.jsonl").to_json()
+    answers_path, max_tokens = folder / "answers" / "gguf.jsonl", settings.eval_max_tokens
+    score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers_path, report=progress)
+    return score.to_json()

@@ -74,10 +74,10 @@ def eval_(
         score = evaluate(
             teacher,
             held_out,
-            grader,
-            Sampling(temperature=temperature, seed=seed, max_tokens=max_tokens),
-            lambda done, right: progress("answers", done, len(held_out), f"{right} right"),
-            answers,
+            grader=grader,
+            sampling=Sampling(temperature=temperature, seed=seed, max_tokens=max_tokens),
+            answers_path=answers,
+            report=progress,
         )
     if score.n < n:
         print(f"note: the test part of {problems} holds {score.n} problems, not {n}", file=sys.stderr)

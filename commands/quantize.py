@@ -167,7 +167,7 @@ def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -
     def ask(path: Path) -> Answers:
         with tempfile.TemporaryDirectory() as folder:
             answers = Path(folder) / "answers.jsonl"
-            score = score_file(path, held_out, max_tokens, progress, answers)
+            score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers, report=progress)
             lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
         return Answers(tuple(line["verdict"] == "right" for line in lines), score.closed, score.looped)
 

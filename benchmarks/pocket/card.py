@@ -40,7 +40,9 @@ def score_families(
     """Return the teacher's score on n held-out problems of every family, each answered n_samples times."""
     problems = {family: load_problems(spec_of(family), "test", n=n, seed=SEED) * n_samples for family in FAMILIES}
     with Grader() as grader:
-        return {family: evaluate(teacher, asked, grader, sampling) for family, asked in problems.items()}
+        return {
+            family: evaluate(teacher, asked, grader=grader, sampling=sampling) for family, asked in problems.items()
+        }
 
 
 def held_out_texts(teacher: TransformersTeacher, n: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.reporter import Progress
+from ...localrun.core.reporter import Progress, Relay
 from ..graders.pool import Grader
 from ..recipe import TeachSettings, Work
 from ..records import NONE, Problem
@@ -48,10 +48,11 @@ def _score(
         score = evaluate(
             teacher,
             problems,
-            grader,
-            Sampling(max_tokens=settings.eval_max_tokens),
-            lambda done, right: on_progress(f"scoring the {hop}", done, len(problems), f"{right} right"),
-            run.folder / "answers" / f"{hop}.jsonl",
+            grader=grader,
+            sampling=Sampling(max_tokens=settings.eval_max_tokens),
+            answers_path=run.folder / "answers" / f"{hop}.jsonl",
+            report=Relay(on_progress),
+            stage=f"scoring the {hop}",
         )
     run.save("scores.json", scores | {hop: score.to_json() | {"problems": settings.problems, "seed": settings.seed}})
     return score

@@ -9,17 +9,25 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from ...errors import ArtifactError
 from ..recipe import Loss, Work
 from ..records import Trace
+from ..teachers.vocabulary import is_same
 from ..tokenizer import Tokenizer
 from ..traces.logprobs import Logprobs, logprobs_path
 from .curriculum import arrange, estimated
-from .logit_rows import add_logits, refuse, why_no_logits
 from .rows import Row, make_row, shortened
+
+_LEAST_ALIGNED = 0.5  # of a row's targets
+_HINT = "train with --loss cross-entropy, or take a student with the teacher's tokenizer"
 
 
 def lessons(
@@ -84,7 +92,7 @@ def _with_logits(
         if reason:
             work.say(f"{reason}: training on the tokens alone (cross-entropy)")
             return rows
-        rows, counted = add_logits(rows, traces, logprobs, share, tokenizer)
+        rows, counted = add_logits(rows, traces, logprobs=logprobs, share=share)
     work.say(counted.describe())
     return rows
 
@@ -108,3 +116,94 @@ def by_level(
     """Return the rows of every pass, by how often the student solves their problems, or is likely to."""
     tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
     return arrange(estimated(tried), batch_size, epochs, seed)
+
+
+@dataclass
+class LogitCounts:
+    """How many rows have the teacher's distribution, and why others do not."""
+
+    with_logits: int = 0
+    without: int = 0
+    not_aligned: int = 0
+
+    def describe(self) -> str:
+        """Return one line for the user."""
+        left = f"; {self.without} have none in the sidecar" if self.without else ""
+        odd = f"; {self.not_aligned} are rendered as other tokens" if self.not_aligned else ""
+        return f"{self.with_logits} rows carry the teacher's log-probabilities{left}{odd}"
+
+
+def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer: Tokenizer) -> str | None:
+    """Return why these traces cannot teach by their log-probabilities; None if they can."""
+    if logprobs is None:
+        return "the traces have no log-probabilities beside them (--logprobs 64 keeps them)"
+    having = [trace for trace in traces if trace.id in logprobs]
+    if not having:
+        return "no trace that trains has log-probabilities"
+    for known in {trace.teacher.vocabulary for trace in having}:
+        if is_same(known, tokenizer) is False:
+            return "the student's tokenizer is not the teacher's: the log-probabilities are of other tokens"
+    for trace in having[
+        :20
+    ]:  # the vocabulary was not recorded, or is the same: the tokens have to read as the trace's text
+        stored = logprobs.get(trace.id)
+        if stored is not None and not _reads_as(tokenizer, stored[0], trace):
+            return "the student's tokenizer reads the teacher's tokens as another text"
+    return None
+
+
+def add_logits(
+    rows: Sequence[Row], traces: Sequence[Trace], *, logprobs: Logprobs, share: float
+) -> tuple[list[Row], LogitCounts]:
+    """Return the rows of these traces, forward KL as `share` of the loss where the sidecar has the distribution.
+
+    The sidecar has the teacher's tokens, the row those of the student's template. Where they are the same, the target
+    is the teacher's distribution; a token that only the template has, such as a newline, is taught as itself.
+
+    Raises:
+        ArtifactError: a record of the sidecar is broken.
+    """
+    counts, found = LogitCounts(), list[Row]()
+    for row, trace in zip(rows, traces, strict=True):
+        stored = logprobs.get(trace.id)
+        if stored is None:
+            counts.without += 1
+            found.append(row)
+            continue
+        place = _places(list(row.input_ids[row.n_prompt :]), stored[0].tolist())
+        counts.not_aligned += place is None
+        counts.with_logits += place is not None
+        if place is not None:
+            row = replace(row, losses=mixture("forward_kl", share), top=logprobs.stored(trace.id, place))
+        found.append(row)
+    return found, counts
+
+
+def mixture(name: str, share: float) -> tuple[tuple[str, float], ...]:
+    """Return a loss with cross-entropy for the rest of the share."""
+    parts = ((name, share), ("cross_entropy", 1 - share))
+    return tuple(part for part in parts if part[1] > 0)
+
+
+def refuse(reason: str) -> ArtifactError:
+    """Return the error for a user who asked for logits that cannot be had."""
+    return ArtifactError(f"--loss logits: {reason}", _HINT, code="no-logits")
+
+
+def _places(targets: list[int], tokens: list[int]) -> list[int] | None:
+    """Return which of the teacher's tokens each target is, -1 for none; None if too few are."""
+    n = len(targets)
+    start = next((i for i in range(len(tokens) - n + 1) if tokens[i : i + n] == targets), None)
+    if start is not None:
+        return list(range(start, start + n))
+    place = [-1] * n
+    for block in SequenceMatcher(None, targets, tokens, autojunk=False).get_matching_blocks():
+        place[block.a : block.a + block.size] = range(block.b, block.b + block.size)
+    return place if sum(at >= 0 for at in place) >= _LEAST_ALIGNED * n else None
+
+
+def _reads_as(tokenizer: Tokenizer, ids: npt.NDArray[np.int32], trace: Trace) -> bool:
+    if len(tokenizer) <= int(ids.max(initial=0)):
+        return False
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return trace.content.strip() in text and (trace.reasoning_content or "").strip() in text

@@ -21,7 +21,7 @@ from ...recipe import OnPolicy
 from ...records import Trace
 from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs
-from ..logit_rows import mixture
+from ..dataset import mixture
 from ..rows import Row, make_row, shortened
 
 Lesson = tuple[Row, float | None]

@@ -42,8 +42,7 @@ from ..stage import tokenizer_of
 from ..train import TrainPaths, train
 from .dataset import Mixture, MixtureSettings, mix, pass_rates
 from .round import Round, RoundSettings, rounds_of
-from .scoring import score_samples
-from .teacher import ask_teacher
+from .teacher import ask_teacher, score_samples
 
 __all__ = ["Round", "RoundSettings", "go_round", "problems_of", "rounds_of"]
 
@@ -139,7 +138,8 @@ def _score_own(round_: Round, samples: Sequence[Trace], work: Work) -> None:
         def student() -> Teacher:
             return opened.enter_context(work.open_student(round_.student))
 
-        score_samples(samples, logprobs_path(round_.samples_path), student, round_.own_scores_path, 1)
+        path = logprobs_path(round_.samples_path)
+        score_samples(samples, path, teacher=student, out=round_.own_scores_path, top_logprobs=1)
 
 
 def summary(mixture: Mixture, samples: Sequence[Trace]) -> dict[str, Any]:

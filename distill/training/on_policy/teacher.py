@@ -6,28 +6,29 @@ It is opened once, only if something is wanted of it, and has to be the teacher 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.reporter import Progress, Relay
+from ....localrun.core.reporter import SILENT, Progress, Relay, Reporter
 from ...gather import spent_before
 from ...graders.pool import Grader
 from ...recipe import TeachSettings, Work
-from ...records import Problem, Trace
+from ...records import Problem, Trace, id_key
 from ...run import Run
 from ...teachers import Teacher, TeacherInfo
 from ...teachers.budget import Budget
+from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
 from ...teachers.worked import WORKED, WorkedTeacher
 from ...tokenizer import Tokenizer
 from ...traces.collect import CollectSettings, collect
-from ...traces.logprobs import logprobs_path
+from ...traces.logprobs import Logprobs, LogprobsWriter, encode, logprobs_path
 from ...traces.store import TraceStore
 from .dataset import MixtureSettings, pass_rates
 from .round import Round, RoundSettings
-from .scoring import score_samples, why_not_scored
 
 
 def ask_teacher(
@@ -74,10 +75,10 @@ def ask_teacher(
             score_samples(
                 samples,
                 logprobs_path(round_.samples_path),
-                teacher,
-                round_.scores_path,
-                options.top_logprobs,
-                on_progress,
+                teacher=teacher,
+                out=round_.scores_path,
+                top_logprobs=options.top_logprobs,
+                report=Relay(on_progress),
             )
         _correct(run, round_, problems, samples, teacher, settings, work, on_progress)
     record["teacher_done"] = True
@@ -143,3 +144,70 @@ def _must_be_the_same(run: Run, info: TeacherInfo, settings: TeachSettings) -> N
         )
     if run.load("teacher.json") is None:
         run.save("teacher.json", now)
+
+
+def why_not_scored(teacher: Teacher, tokenizer: Tokenizer) -> str | None:
+    """Return why a teacher cannot score the student's tokens; None if it can.
+
+    It has to have the student's vocabulary, and to give log-probabilities of a text that it did not write.
+    """
+    same = is_same(teacher.vocabulary, tokenizer)
+    if same is None:
+        same = tokenizes_alike(teacher.tokenize(STRESS_TEXT), tokenizer)
+    if same is None:
+        return "the teacher does not tell its tokens"
+    if not same:
+        return "the teacher has another tokenizer"
+    messages = [{"role": "user", "content": "2 + 3 ="}]
+    try:
+        teacher.score(messages, tokenizer("5", add_special_tokens=False).input_ids, top_logprobs=1)
+    except TeacherError as error:
+        return error.message
+    return None
+
+
+def score_samples(
+    samples: Sequence[Trace],
+    samples_logprobs: Path,
+    *,
+    teacher: Callable[[], Teacher],
+    out: Path,
+    top_logprobs: int,
+    report: Reporter = SILENT,
+) -> int:
+    """Score the samples that `out` lacks, and return how many; the teacher is opened only if there are any.
+
+    `samples_logprobs` is the samples' sidecar, which has the student's own tokens. Once `out` is complete, training
+    needs no teacher.
+
+    Raises:
+        TeacherError: the teacher cannot score.
+        ArtifactError: a file is broken, or cannot be written.
+    """
+    with Logprobs.open(samples_logprobs) as own:
+        writer = LogprobsWriter(out, {id_key(trace.id) for trace in samples})
+        try:
+            with Logprobs.open(out) as scored:
+                wanted = [trace for trace in samples if trace.id in own and trace.id not in scored]
+            scores = _scores(wanted, own, teacher=teacher, top_logprobs=top_logprobs)
+            for done, (trace, ids, top) in enumerate(scores, 1):
+                writer.append(encode(trace.id, ids, top))
+                report.progress("the teacher scores", done, len(wanted))
+        finally:
+            writer.close()
+    return len(wanted)
+
+
+def _scores(
+    wanted: Sequence[Trace], own: Logprobs, *, teacher: Callable[[], Teacher], top_logprobs: int
+) -> Iterator[tuple[Trace, list[int], Any]]:
+    """Yield (sample, its tokens, the teacher's distribution at each) as the teacher gives them."""
+    if not wanted:
+        return
+    conversations = []
+    for trace in wanted:
+        stored = own.get(trace.id)
+        assert stored is not None
+        conversations.append((trace.messages, stored[0].tolist()))
+    for index, top in teacher().score_many(conversations, top_logprobs=top_logprobs):
+        yield wanted[index], conversations[index][1], top

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepdistill.distill.curation.filters import CurateSettings, fault_of_text
-from deepdistill.distill.evaluation.evaluate import is_loop, score, wilson_interval
+from deepdistill.distill.evaluation.evaluate import is_loop, sum_up, wilson_interval
 from deepdistill.distill.problems.similarity import word_hashes
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Verdict
 from deepdistill.distill.teachers import pocket_dir
@@ -118,11 +118,11 @@ def test_reaching_the_limit_without_an_answer_is_a_loop() -> None:
     assert not is_loop(DONE)
 
 
-def test_score_counts_failed_requests_as_wrong_and_closure_only_where_thinking_opened() -> None:
+def test_a_score_counts_failed_requests_as_wrong_and_closure_only_where_thinking_opened() -> None:
     open_ended = replace(DONE, closed=False, content="", finish_reason="length", completion_tokens=11)
     plain = replace(DONE, closed=None, reasoning_content=None)
-    got = score([DONE, open_ended, plain], right=2, seconds=7.0, n_failed=1)
+    got = sum_up([DONE, open_ended, plain], 2, seconds=7.0, n_failed=1)
     assert (got.n, got.accuracy, got.closed, got.looped, got.n_failed) == (4, 0.5, 0.5, 0.25, 1)
     assert got.tokens_per_answer == pytest.approx(7)
     assert got.tokens_per_s == pytest.approx(3)
-    assert score([plain], right=0, seconds=1.0).closed is None
+    assert sum_up([plain], 0, seconds=1.0).closed is None

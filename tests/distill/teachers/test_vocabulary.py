@@ -11,7 +11,7 @@ import pytest
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.teachers.vocabulary import STRESS_TEXT, fingerprint, of_gguf, of_tokenizer, tokenizes_alike
-from deepdistill.distill.training.on_policy.scoring import why_not_scored
+from deepdistill.distill.training.on_policy.teacher import why_not_scored
 
 
 def write_gguf(path: Path, tokens: list[str], types: list[int]) -> Path:
