@@ -250,7 +250,11 @@ def test_every_architecture_can_be_healed(
     folder = make_checkpoint(arch)
     plain = release(folder, tmp_path / "plain.gguf", settings=wanted, n_threads=1)
     healed = release(
-        folder, tmp_path / "healed.gguf", settings=replace(wanted, heal=15), divergence=projected_kl, n_threads=1
+        folder,
+        tmp_path / "healed.gguf",
+        settings=replace(wanted, heal=15),
+        stage=DistillStage(divergence=projected_kl),
+        n_threads=1,
     )
     assert plain.fidelity is not None
     assert healed.fidelity is not None
