@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
 from typing import Annotated
 
@@ -10,28 +11,40 @@ import typer
 
 from . import __version__
 from .commands.bench import bench
-from .commands.chat import chat
+from .commands.chat import ChatCommand, chat
+from .commands.declared import Command
 from .commands.demo import demo
 from .commands.doctor import doctor
-from .commands.eval import eval_
+from .commands.eval import EvalCommand, eval_
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.plan import plan
 from .commands.quantize import quantize
-from .commands.teach import teach
+from .commands.recipe import recipe
+from .commands.teach import TeachCommand, teach
 from .errors import DeepDistillError
 
 app = typer.Typer(
     name="deepdistill",
     help="Put a large teacher's reasoning into a small model that runs on a laptop, and measure every hop.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (demo, teach, plan, quantize, chat, bench, doctor, export, inspect):
-    app.command()(_command)
-app.command("eval")(eval_)
+for _name, _class, _command in (
+    ("demo", Command, demo),
+    ("teach", TeachCommand, teach),
+    ("quantize", Command, quantize),
+    ("chat", ChatCommand, chat),
+    ("eval", EvalCommand, eval_),
+    ("inspect", Command, inspect),
+    ("export", Command, export),
+    ("recipe", Command, recipe),
+    ("plan", Command, plan),
+    ("doctor", Command, doctor),
+    ("bench", Command, bench),
+):
+    app.command(_name, cls=_class)(_command)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
     except DeepDistillError as error:
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"hint: {error.hint}", file=sys.stderr)
+        _print_error(error, as_json="--json" in (sys.argv if argv is None else argv))
         return error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -51,6 +62,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}\nhint: what was written before stays; make room and run again", file=sys.stderr)
         return 1
     return 0
+
+
+def _print_error(error: DeepDistillError, *, as_json: bool) -> None:
+    """Print an error and its hint; a program that reads JSON gets the code as well."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    if as_json:
+        record = {"code": error.code, "message": error.message, "hint": error.hint}
+        print(json.dumps({"error": record}))
 
 
 def _show_version(value: bool) -> None:

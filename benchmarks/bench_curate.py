@@ -18,8 +18,8 @@ import time
 from collections.abc import Iterator
 
 from deepdistill.distill.curation.curate import select
-from deepdistill.distill.curation.filters import CurateSettings
 from deepdistill.distill.problems.split import bucket_of, question_hash
+from deepdistill.distill.recipe import CurationRecipe
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.record_log import to_json
@@ -78,7 +78,7 @@ def main() -> None:
         pass
     making, before = time.monotonic() - started, peak_mb()
     started = time.monotonic()
-    settings = dataclasses.replace(CurateSettings(), keep=2, long_share=0.2, per_source=arguments.n)
+    settings = dataclasses.replace(CurationRecipe(), keep=2, long_share=0.2, per_source=arguments.n)
     selection = select(lambda: make_traces(arguments.n, arguments.samples), settings, evaluation=evaluation)
     seconds = time.monotonic() - started - making
     record = selection.record

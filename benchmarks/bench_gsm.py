@@ -25,11 +25,18 @@ from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import TeachSettings
-from deepdistill.distill.run import write_text
+from deepdistill.distill.recipe import (
+    CurationRecipe,
+    ScoresRecipe,
+    TeacherRecipe,
+    TeachRecipe,
+    TracesRecipe,
+    TrainingRecipe,
+)
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.training.student import student_dir
+from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -93,21 +100,20 @@ def main() -> None:
     if "templates" not in cells:
         cells["templates"] = write_problems(out, arguments.n_problems, arguments.seed)
         write_text(cells_path, json.dumps(cells, indent=1))
-    settings = TeachSettings(
+    settings = TeachRecipe(
         problems=str(out / "seen.jsonl"),
-        teacher="worked",
+        teacher=TeacherRecipe(model="worked"),
         student=arguments.student,
-        n_traces=arguments.n_problems,
-        n_eval=arguments.n_eval,
+        traces=TracesRecipe(n=arguments.n_problems),
+        scores=ScoresRecipe(n=arguments.n_eval),
         seed=arguments.seed,
-        training={
-            "minutes": arguments.minutes,
-            "epochs": 100,
-            "batch_size": arguments.train_batch_size,
-            "full": arguments.student == "pocket",
-        },
-        # Questions of one template share their words by design: only copies are left out, and whole templates held out.
-        curation={"similarity": 1.0, "contamination_ngram": None},
+        training=TrainingRecipe(
+            minutes=arguments.minutes,
+            epochs=100,
+            batch_size=arguments.train_batch_size,
+            weights=arguments.student == "pocket",
+        ),
+        curation=CurationRecipe(similarity=1.0, contamination_ngram=None),
     )
     with Bars(quiet=False) as bars:
         result = teach(settings, out / "run", stop_after="training", on_progress=bars)

@@ -21,7 +21,7 @@ from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.recipe import TeachRecipe
 from deepdistill.distill.training.losses import projected_kl
 from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.quantize.choose.workbench import Workbench
@@ -111,7 +111,7 @@ def measure(run: Path, out: Path, paths: Sequence[Path]) -> dict[str, Any]:
 
 def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     """Return which held-out problems a file answers right."""
-    settings = TeachSettings.of_run(run)
+    settings = TeachRecipe.of_run(run)
     problems = load_problems(settings.problems, "test", n=n, seed=settings.seed)
     answers = file.with_suffix(".answers.jsonl")
     score = score_file(file, problems, max_tokens=settings.eval_max_tokens, answers_path=answers)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Trace
 from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
@@ -36,7 +36,6 @@ from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.lora import load_base
 from deepdistill.distill.training.losses import LOSSES, Head, projected_loss
 from deepdistill.distill.training.packing import pad
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainPaths, train
@@ -71,8 +70,8 @@ def make_pruned(out: Path, layer: int = 2) -> Path:
 def make_rows(traces_path: Path, share: float) -> list[Row]:
     """Return the rows of all right traces, with forward KL as `share` of their loss."""
     traces: list[Trace] = [trace for trace in TraceStore.read(traces_path) if trace.verdict == "right"]
-    tokenizer, loss = load_tokenizer(pocket_dir()), "logits" if share else "cross-entropy"
-    rows, _ = lessons(traces, traces_path, tokenizer, max_length=512, loss=loss, logit_share=share, work=Work())
+    training = TrainingRecipe(max_length=512, loss="logits" if share else "cross-entropy", logit_share=share)
+    rows, _ = lessons(traces, traces_path, tokenizer=load_tokenizer(pocket_dir()), training=training)
     return rows
 
 
@@ -115,8 +114,10 @@ def main() -> None:
     parser.add_argument("--n-seeds", type=int, default=1)
     arguments = parser.parse_args()
     out: Path = arguments.out
-    gathered = TeachSettings(
-        PROBLEMS, n_traces=arguments.n_traces, temperature=arguments.temperature, logprobs=64, max_tokens=128
+    gathered = TeachRecipe(
+        problems=PROBLEMS,
+        traces=TracesRecipe(n=arguments.n_traces),
+        teacher=TeacherRecipe(temperature=arguments.temperature, logprobs=64, max_tokens=128),
     )
     with Bars(quiet=False) as bars:
         teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
@@ -133,9 +134,9 @@ def main() -> None:
                 key, folder = f"{name} {seed}", out / f"{name}-{seed}"
                 if key in cells:
                     continue
-                settings = TrainSettings(
-                    full=True,
-                    lr=arguments.lr,
+                settings = TrainingRecipe(
+                    weights="full",
+                    learning_rate=arguments.lr,
                     batch_size=arguments.batch_size,
                     steps=arguments.steps,
                     epochs=1000,

@@ -26,7 +26,7 @@ from typing import Any
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Problem
 from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
@@ -35,7 +35,6 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.pass_rate import measure_pass_rates
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rl.grpo import GrpoSettings, grpo
 from deepdistill.distill.training.rl.stage import sometimes_solved
 from deepdistill.distill.training.rows import Row, order_rows
@@ -126,7 +125,7 @@ def rows_of(traces_path: Path) -> list[Row]:
     """Return the right traces as rows."""
     right = [trace for trace in TraceStore.read(traces_path) if trace.verdict == "right"]
     tokenizer = load_tokenizer(pocket_dir())
-    rows, _ = lessons(right, traces_path, tokenizer, max_length=512, loss="auto", logit_share=0.9, work=Work())
+    rows, _ = lessons(right, traces_path, tokenizer=tokenizer, training=TrainingRecipe(max_length=512))
     return rows
 
 
@@ -150,7 +149,9 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     tokenizer = load_tokenizer(pocket_dir())
     if "traces" not in cells:
         began = time.monotonic()
-        gathered = TeachSettings(PROBLEMS, n_traces=arguments.n_traces, max_tokens=128)
+        gathered = TeachRecipe(
+            problems=PROBLEMS, traces=TracesRecipe(n=arguments.n_traces), teacher=TeacherRecipe(max_tokens=128)
+        )
         teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
         cells.save("traces", {"minutes": (time.monotonic() - began) / 60})
     rows = rows_of(out / "traces" / "traces.jsonl")
@@ -158,7 +159,9 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
     while (found := cells.done.get("start", {"accuracy": 0.0}))["accuracy"] < arguments.least:
         part = found.get("parts", 0) + 1
         # The warm-up is the same for both arms: it is not counted.
-        settings = TrainSettings(full=True, lr=3e-3, batch_size=32, steps=arguments.warm_steps, epochs=1000, seed=part)
+        settings = TrainingRecipe(
+            weights="full", learning_rate=0.003, batch_size=32, steps=arguments.warm_steps, epochs=1000, seed=part
+        )
         paths = TrainPaths(start if part > 1 else student_dir("pocket"), out / f"warm-{part}", start)
         ordered = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=part)
         train(paths, ordered, tokenizer=tokenizer, settings=settings, report=bars)
@@ -175,8 +178,14 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
             if key not in cells:
                 began = time.monotonic()
                 if arm == "distilled":
-                    box = TrainSettings(
-                        full=True, lr=1e-3, batch_size=32, epochs=1000, minutes=part_minutes, n_validation=0, seed=part
+                    box = TrainingRecipe(
+                        weights="full",
+                        learning_rate=0.001,
+                        batch_size=32,
+                        epochs=1000,
+                        minutes=part_minutes,
+                        n_validation=0,
+                        seed=part,
                     )
                     paths = TrainPaths(model, out / f"{key}-checkpoints", target)
                     ordered = order_rows(rows, box.batch_size, epochs=box.epochs, seed=part)

@@ -22,7 +22,7 @@ from typing import Any
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Trace
 from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
@@ -30,7 +30,6 @@ from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.dataset import lessons
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import order_rows
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainPaths, train
@@ -50,11 +49,11 @@ def score(folder: Path, n: int) -> dict[str, Any]:
     return found.to_json()
 
 
-def imitate(start: Path, traces: list[Trace], path: Path, settings: TrainSettings, out: Path, bars: Bars) -> None:
+def imitate(start: Path, traces: list[Trace], path: Path, settings: TrainingRecipe, out: Path, bars: Bars) -> None:
     """Train on right traces by cross-entropy."""
     tokenizer = load_tokenizer(pocket_dir())
     right = [trace for trace in traces if trace.verdict == "right"]
-    rows, _ = lessons(right, path, tokenizer, max_length=512, loss="cross-entropy", logit_share=0, work=Work())
+    rows, _ = lessons(right, path, tokenizer=tokenizer, training=TrainingRecipe(max_length=512, loss="cross-entropy"))
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed)
     paths = TrainPaths(start, out.parent / "checkpoints", out)
@@ -77,7 +76,9 @@ def main() -> None:
     shared = {"full": True, "batch_size": 32, "epochs": 1000, "n_validation": 0}
     cells_path = out / "cells.json"
     with Bars(quiet=False) as bars:
-        gathered = TeachSettings(PROBLEMS, n_traces=n_all, max_tokens=MAX_TOKENS)
+        gathered = TeachRecipe(
+            problems=PROBLEMS, traces=TracesRecipe(n=n_all), teacher=TeacherRecipe(max_tokens=MAX_TOKENS)
+        )
         teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
         path = out / "traces" / "traces.jsonl"
         traces, asked = list(TraceStore.read(path)), [p.id for p in load_problems(PROBLEMS, "train", n=n_all, seed=0)]
@@ -86,7 +87,7 @@ def main() -> None:
         for seed in range(arguments.n_seeds):
             start = out / f"start-{seed}" / "student"
             if f"start {seed}" not in cells:
-                first = TrainSettings(**shared, lr=3e-3, steps=arguments.first_steps, seed=seed)
+                first = TrainingRecipe(**shared, lr=3e-3, steps=arguments.first_steps, seed=seed)
                 known = [trace for trace in traces if trace.problem_id in old]
                 imitate(student_dir("pocket"), known, path, first, start, bars)
                 cells[f"start {seed}"] = score(start, arguments.n_eval)
@@ -96,13 +97,13 @@ def main() -> None:
                 if key in cells:
                     continue
                 if arm == "imitation":
-                    more = TrainSettings(**shared, lr=1.5e-3, steps=arguments.steps, seed=seed + 1)
+                    more = TrainingRecipe(**shared, lr=1.5e-3, steps=arguments.steps, seed=seed + 1)
                     new = [trace for trace in traces if trace.problem_id not in old]
                     imitate(start, new, path, more, folder / "student", bars)
                 else:
                     if not (folder / "rounds" / "0" / "student").exists():
                         shutil.copytree(start, folder / "rounds" / "0" / "student")
-                    settings = TeachSettings(
+                    settings = TeachRecipe(
                         PROBLEMS,
                         student=str(student_dir("pocket")),
                         n_traces=arguments.n_traces,

@@ -231,7 +231,7 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     from deepdistill.distill.records import CURVE_FILE, CurvePoint
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.training import train as training
-    from deepdistill.distill.training.report import TrainSettings
+    from deepdistill.distill.training.report import TrainingRecipe
     from deepdistill.distill.training.rows import Row
     from deepdistill.distill.training.student import teach_template
     from deepdistill.localrun.core.record_log import read_records
@@ -240,16 +240,16 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     base = base_of(options)
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)
-    settings = TrainSettings(
-        full=options.full,
-        lr=1e-5 if options.full else 6e-4,
+    settings = TrainingRecipe(
+        weights=options.full,
+        learning_rate=1e-05 if options.full else 0.0006,
         batch_size=options.rows_a_step,
         micro_batch=options.at_once or None,
         epochs=1,
         warmup=0.0,
         final_lr=1.0,
         max_length=1 << 20,
-        save_every_s=1e9,
+        save_every_s=1000000000.0,
         patience=0,
         threads=1 if options.processor_time else None,
     )

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..distill.recipe import DEMO_PROBLEMS, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from ..localrun.core.settings import changed
 from .runs import export_gguf
-from .shared import DEMO_PROBLEMS, AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
+from .shared import AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
 
 if TYPE_CHECKING:
-    from ..distill.recipe import TeachSettings
     from ..localrun.core.reporter import Bars
 
 
@@ -31,33 +33,21 @@ def demo(
 ) -> None:
     """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
     from ..distill.evaluation.report import print_hops
-    from ..distill.recipe import TeachSettings, Work
     from ..distill.teach import teach
     from ..distill.training.student import student_dir
 
-    pupil = student or ("pocket" if quick else "smollm2")
-    full = pupil == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
-    boxed = minutes if minutes is not None else (0.4 if quick else 8.0)
-    settings = TeachSettings(
-        problems=DEMO_PROBLEMS,
-        student=pupil,
-        n_traces=1000 if quick else 6000,
-        n_eval=50 if quick else 200,
-        eval_max_tokens=96 if quick else 512,
-        seed=seed,
-        training={"minutes": boxed, "epochs": 100}
-        | ({"full": True, "lr": 3e-3} if full else {"batch_size": 4, "lr": 1.2e-3}),  # see docs/experiments.md
-    )
+    recipe = _recipe(student or ("pocket" if quick else "smollm2"), quick=quick, minutes=minutes, seed=seed)
+    recipe = changed(recipe, {"resources.offline": offline})
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     started = time.monotonic()
     with bars(quiet) as progress, resumable(folder):
-        result = teach(settings, folder, work=Work(offline=offline), on_progress=progress)
-        report = export_gguf(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, settings, progress)
-        scores = result.scores | {"gguf": _score_gguf(folder, report.path, settings, progress)}
-    question, thinking, answer = _ask(report.path, settings)
+        result = teach(recipe, folder, report=progress)
+        report = export_gguf(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, recipe, progress)
+        scores = result.scores | {"gguf": _score_gguf(folder, report.path, recipe, progress)}
+    question, thinking, answer = _ask(report.path, recipe)
     minutes_taken = (time.monotonic() - started) / 60
     sizes = {
-        "base": _weight_bytes(student_dir(pupil, offline)),
+        "base": _weight_bytes(student_dir(recipe.student, offline)),
         "student": _weight_bytes(folder / "student"),
         "gguf": report.path.stat().st_size,
     }
@@ -71,30 +61,47 @@ def demo(
         print(json.dumps({"run": str(folder), "gguf": str(report.path), "minutes": minutes_taken, "scores": scores}))
 
 
+def _recipe(student: str, *, quick: bool, minutes: float | None, seed: int) -> TeachRecipe:
+    """Return what the demo does: enough traces for its minutes, and what docs/experiments.md found to work."""
+    full = student == "pocket"  # a student that knows nothing yet: an adapter on random weights would learn nothing
+    boxed = minutes if minutes is not None else (0.4 if quick else 8.0)
+    training = TrainingRecipe(minutes=boxed, epochs=100)
+    return TeachRecipe(
+        DEMO_PROBLEMS,
+        student,
+        seed=seed,
+        traces=TracesRecipe(1000 if quick else 6000),
+        scores=ScoresRecipe(50, max_tokens=96) if quick else ScoresRecipe(),
+        training=replace(training, weights="full", learning_rate=3e-3)
+        if full
+        else replace(training, batch_size=4, learning_rate=1.2e-3),
+    )
+
+
 def _weight_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _ask(gguf: Path, settings: TeachSettings) -> tuple[str, str, str]:
+def _ask(gguf: Path, recipe: TeachRecipe) -> tuple[str, str, str]:
     """Ask the finished GGUF the first held-out question; return (question, thinking, answer)."""
     from ..distill.problems.load import load_problems
     from ..localrun.core.generation import Sampling
     from ..localrun.engine.engine import Engine
 
-    question = load_problems(settings.problems, "test", n=1, seed=settings.seed)[0].question
+    question = load_problems(recipe.problems, "test", n=1, seed=recipe.seed)[0].question
     with Engine(gguf, n_ctx=1024) as engine:
         prompt = engine.render([{"role": "user", "content": question}])
-        steps = list(engine.stream(prompt, Sampling(max_tokens=settings.eval_max_tokens)))
+        steps = list(engine.stream(prompt, Sampling(max_tokens=recipe.scores.max_tokens)))
     parts = {part: "".join(step.text for step in steps if step.part == part) for part in ("thinking", "answer")}
     return question, parts["thinking"], parts["answer"]
 
 
-def _score_gguf(folder: Path, path: Path, settings: TeachSettings, progress: Bars) -> dict[str, Any]:
+def _score_gguf(folder: Path, path: Path, recipe: TeachRecipe, progress: Bars) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
     from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
 
-    held_out = load_problems(settings.problems, "test", n=settings.n_eval, seed=settings.seed)
-    answers_path, max_tokens = folder / "answers" / "gguf.jsonl", settings.eval_max_tokens
+    held_out = load_problems(recipe.problems, "test", n=recipe.scores.n, seed=recipe.seed)
+    answers_path, max_tokens = folder / "answers" / "gguf.jsonl", recipe.scores.max_tokens
     score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers_path, report=progress)
     return score.to_json()

@@ -35,7 +35,7 @@ def plan(
     from ..distill.planning.plan import PlanSettings
     from ..distill.planning.plan import plan as make_plan
     from ..distill.planning.text import plan_json, print_plan
-    from ..distill.teachers.budget import Price
+    from ..distill.recipe import Price, read_price
 
     made = make_plan(
         PlanSettings(
@@ -50,7 +50,7 @@ def plan(
             concurrency,
             tokens_per_s,
             gpu_hour,
-            Price.parse(price) if price else None,
+            Price(*read_price(price)) if price else None,
         )
     )
     print_plan(made, console())

@@ -16,7 +16,7 @@ from .runs import metadata_of, questions_of, run_of
 from .shared import AsJson, Quiet, bars
 
 if TYPE_CHECKING:
-    from ..distill.recipe import TeachSettings
+    from ..distill.recipe import TeachRecipe
     from ..localrun.core.reporter import Bars
     from ..quantize.measure.paired import Answers
 
@@ -106,7 +106,7 @@ def quantize(
     questions = questions_of(problems, settings) if proofs else []
     with bars(quiet) as progress:
         ask = _asking(spec, settings, n_asked, progress) if spec and n_asked else None
-        recipe = dataclasses.asdict(settings) if settings else {}
+        recipe = {"teacher": settings.teacher.model, "problems": settings.problems} if settings else {}
         made = release(
             checkpoint,
             target_path,
@@ -155,14 +155,15 @@ def _verify(
         raise GateError(f"{path} is not what its sources make", "the lines above say what differs")
 
 
-def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
+def _asking(spec: str, settings: TeachRecipe | None, n: int, progress: Bars) -> Callable[[Path], Answers]:
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
     from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
+    from ..distill.recipe import ScoresRecipe
     from ..quantize.measure.paired import Answers
 
     held_out = load_problems(spec, "test", n=n, seed=settings.seed if settings else 0)
-    max_tokens = settings.eval_max_tokens if settings else 512
+    max_tokens = (settings.scores if settings else ScoresRecipe()).max_tokens
 
     def ask(path: Path) -> Answers:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,11 +175,11 @@ def _asking(spec: str, settings: TeachSettings | None, n: int, progress: Bars) -
     return ask
 
 
-def _traces_of(folder: Path | None, settings: TeachSettings | None) -> Path | None:
+def _traces_of(folder: Path | None, settings: TeachRecipe | None) -> Path | None:
     """Return a run's traces, where it keeps them or where it was given them."""
     found = [
         folder / "traces.jsonl" if folder else None,
-        Path(settings.traces) if settings and settings.traces else None,
+        settings.traces.file if settings else None,
     ]
     return next((path for path in found if path and path.is_file()), None)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,20 +10,20 @@ from .. import __version__
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..distill.recipe import TeachSettings
+    from ..distill.recipe import TeachRecipe
     from ..localrun.core.reporter import Bars
     from ..quantize.report import QuantizeReport
 
 
-def run_of(path: Path) -> tuple[Path | None, TeachSettings | None]:
+def run_of(path: Path) -> tuple[Path | None, TeachRecipe | None]:
     """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
     if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
         return None, None  # nothing to import a stage for
-    from ..distill.recipe import TeachSettings
+    from ..distill.recipe import TeachRecipe
     from ..distill.run import find_run
 
     folder = find_run(path)
-    return folder, TeachSettings.of_run(folder) if folder else None
+    return folder, TeachRecipe.of_run(folder) if folder else None
 
 
 def export_gguf(
@@ -32,7 +31,7 @@ def export_gguf(
     target: Path,
     type_: str,
     problems: str | None,
-    settings: TeachSettings | None,
+    settings: TeachRecipe | None,
     progress: Bars,
     proofs: bool = True,
 ) -> QuantizeReport:
@@ -43,13 +42,13 @@ def export_gguf(
     return report.proved(questions_of(problems, settings), report=progress) if proofs else report
 
 
-def metadata_of(settings: TeachSettings | None) -> dict[str, str | int | float | bool]:
+def metadata_of(settings: TeachRecipe | None) -> dict[str, str | int | float | bool]:
     """Return what a GGUF says of the version and the run that made it."""
-    recipe = {"deepdistill.recipe": json.dumps(dataclasses.asdict(settings))} if settings else {}
+    recipe = {"deepdistill.recipe": json.dumps(settings.to_json())} if settings else {}
     return {"deepdistill.version": __version__, **recipe}
 
 
-def questions_of(problems: str | None, settings: TeachSettings | None) -> list[str]:
+def questions_of(problems: str | None, settings: TeachRecipe | None) -> list[str]:
     """Return some test questions of a spec or of the run, or plain sums where there is neither or no way to it."""
     spec = problems or (settings.problems if settings else None)
     try:

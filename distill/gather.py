@@ -1,4 +1,4 @@
-"""The first stage of `teach`: judged traces in the run's store, asked of a teacher or taken in from others' files."""
+"""The first stage of `teach`: judged traces in the run's store, asked of a teacher or imported from other files."""
 
 from __future__ import annotations
 
@@ -7,98 +7,57 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..localrun.core.record_log import from_json
-from ..localrun.core.reporter import Progress, Relay
+from .context import Context
 from .graders.pool import Grader
-from .judging.judge_traces import settle
-from .recipe import TeachSettings, Work
+from .judging.judge_traces import REPLIES_FILE, judge_ungraded
 from .records import Problem, Trace
 from .run import Run
 from .teachers import Teacher
 from .teachers.ask_once import stored_replies
 from .teachers.budget import Budget
 from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
-from .teachers.expand import ExpandSettings, expand
+from .teachers.expand import expand
 from .teachers.worked import WORKED, WorkedTeacher
 from .traces.collect import CollectSettings, collect, failures_usd
 from .traces.importing import import_traces
 from .traces.store import TraceStore
 
-_EXPANDED, _JUDGED = "expand.jsonl", "judge.jsonl"
+_EXPANDED = "expand.jsonl"
 
 
-def gather(
-    run: Run,
-    problems: Sequence[Problem],
-    evaluation: Sequence[str],
-    settings: TeachSettings,
-    work: Work,
-    on_progress: Progress,
-) -> None:
-    """Ask for every trace that is still wanted, and judge what no grader could. What is there is not asked again.
+def gather(context: Context, problems: Sequence[Problem], evaluation: Sequence[str]) -> None:
+    """Ask for every trace that is still wanted, and judge what no grader could. No trace is asked for twice.
 
     `evaluation` holds the questions that the student will be scored on: no new problem may touch them.
 
     Raises:
         DeepDistillError: see each part; what was paid for is kept.
     """
-    expanded_path = run.folder / _EXPANDED
+    run, recipe, report = context.run, context.recipe, context.report
     with TraceStore(run.traces_path) as store, Grader() as grader:
         for repair in store.repairs:
-            work.say(repair)
-        budget = Budget(work.limits, spent_before(run) if work.limits.price else 0.0)
-
-        def open_teacher() -> Teacher:
-            return work.open_teacher(settings.teacher, settings.teacher_model)
-
-        def open_and_probe() -> Teacher:
-            if settings.teacher == WORKED:
-                return WorkedTeacher(problems)
-            teacher = open_teacher()
-            try:
-                for source in sorted({problem.source for problem in problems}):
-                    teacher.accepts(source)
-                if not settings.logprobs:
-                    teacher.on_note = lambda _: None  # what is not asked for later need not be said
-                work.say(describe(probe(teacher, settings.logprobs or USUAL_LOGPROBS)))
-                teacher.on_note = work.say
-            except BaseException:
-                teacher.close()
-                raise
-            return teacher
-
-        if settings.expand:
-            new = expand(
-                problems,
-                ExpandSettings(settings.teacher, settings.expand),
-                path=expanded_path,
-                open_teacher=open_teacher,
-                evaluation=evaluation,
-                budget=budget,
-                report=Relay(on_progress),
-            )
-            dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in new.dropped.items() if n)
-            work.say(
-                f"{len(new.problems)} new problems of {new.n_written} written" + (f"; {dropped}" if dropped else "")
-            )
-            problems = [*problems, *new.problems]
+            report.say(repair)
+        budget = Budget(recipe.cost, spent_before(run) if recipe.cost.price else 0.0)
+        if recipe.traces.expand.n:
+            problems = [*problems, *_expanded(context, problems, evaluation=evaluation, budget=budget)]
         collected = collect(
             problems,
             store,
             settings=CollectSettings(
-                settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep, settings.logprobs
+                recipe.teacher.model, recipe.sampling, recipe.traces.samples, recipe.keep, recipe.teacher.logprobs
             ),
-            open_teacher=open_and_probe,
+            open_teacher=lambda: _probed_teacher(context, problems),
             grader=grader,
             budget=budget,
-            report=Relay(on_progress),
+            report=report,
         )
         if collected.n_failed:
-            work.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
+            report.say(f"{collected.n_failed} requests failed for good: see {run.folder}/failures.jsonl")
         if collected.stopped:
-            work.say(f"no more traces: {collected.stopped}")
-        _settle(run, store, grader, settings, work, budget, on_progress)
-        if work.limits.price:
-            work.say(f"${budget.usd:.2f} spent on this run so far")
+            report.say(f"no more traces: {collected.stopped}")
+        _judge(context, store, grader=grader, budget=budget)
+        if recipe.cost.price:
+            report.say(f"${budget.usd:.2f} spent on this run so far")
 
 
 def spent_before(run: Run) -> float:
@@ -107,33 +66,33 @@ def spent_before(run: Run) -> float:
     for path in (run.traces_path, *run.folder.glob("rounds/*/corrections.jsonl")):
         if path.exists():
             spent += sum(trace.cost_usd or 0.0 for trace in TraceStore.read(path))
-    for name in (_EXPANDED, _JUDGED):
+    for name in (_EXPANDED, REPLIES_FILE):
         spent += sum(reply.cost_usd or 0.0 for reply in stored_replies(run.folder / name).values())
     return spent
 
 
-def take_in(run: Run, path: Path, settings: TeachSettings, work: Work, on_progress: Progress) -> None:
-    """Import the traces of another tool's file, each graded here if its row holds an answer; once for each trace.
+def take_in(context: Context, path: Path) -> None:
+    """Import the traces of another tool's file, each once, and grade those whose rows hold an answer.
 
     Raises:
         ArtifactError: the file is missing or broken, or nothing in it is recognised.
     """
-    n_skipped = 0
+    report, n_skipped = context.report, 0
 
     def skip(where: str, why: str) -> None:
         nonlocal n_skipped
         n_skipped += 1
 
-    with TraceStore(run.traces_path) as store, Grader() as grader:
+    with TraceStore(context.run.traces_path) as store, Grader() as grader:
         for n, (problem, trace) in enumerate(import_traces(path, on_skip=skip), 1):
             if not store.has(trace.id):
                 grade = grader.grade(problem, trace.content)
                 store.append(replace(trace, answer=grade.answer, verdict=grade.verdict, verdict_by=grade.verdict_by))
-            on_progress("import", n, n + 1, f"{len(store)} traces")
-        on_progress("import", 1, 1, f"{len(store)} traces")
-        _settle(run, store, grader, settings, work, Budget(work.limits), on_progress)
+            report.progress("import", n, n + 1, f"{len(store)} traces")
+        report.progress("import", 1, 1, f"{len(store)} traces")
+        _judge(context, store, grader=grader, budget=Budget(context.recipe.cost))
     if n_skipped:
-        work.say(f"{n_skipped} rows of {path} hold no answer and were left out")
+        report.say(f"{n_skipped} rows of {path} hold no answer and were left out")
 
 
 def is_traces_file(path: Path) -> bool:
@@ -148,26 +107,49 @@ def is_traces_file(path: Path) -> bool:
     return True
 
 
-def _settle(
-    run: Run,
-    store: TraceStore,
-    grader: Grader,
-    settings: TeachSettings,
-    work: Work,
-    budget: Budget,
-    on_progress: Progress,
-) -> None:
-    budget.price = work.limits.price_of_judge(settings.judge, settings.teacher)
-    judged = settle(
-        store,
-        grader,
-        voting=settings.vote_settings(),
-        judging=settings.judge_settings(),
-        replies_path=run.folder / _JUDGED,
-        open_judge=lambda: work.open_teacher(settings.judge or settings.teacher, settings.model_of_judge),
+def _expanded(
+    context: Context, problems: Sequence[Problem], *, evaluation: Sequence[str], budget: Budget
+) -> list[Problem]:
+    """Return the new problems that the teacher writes."""
+    recipe = context.recipe
+    new = expand(
+        problems,
+        recipe.traces.expand,
+        path=context.run.folder / _EXPANDED,
+        teacher=recipe.teacher.model,
+        open_teacher=context.open_teacher,
+        evaluation=evaluation,
         budget=budget,
-        say=work.say,
-        on_progress=on_progress,
+        report=context.report,
     )
+    dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in new.dropped.items() if n)
+    context.report.say(
+        f"{len(new.problems)} new problems of {new.n_written} written" + (f"; {dropped}" if dropped else "")
+    )
+    return new.problems
+
+
+def _probed_teacher(context: Context, problems: Sequence[Problem]) -> Teacher:
+    """Open the teacher, and say what it gives beside text."""
+    if context.recipe.teacher.model == WORKED:
+        return WorkedTeacher(problems)
+    teacher, n_logprobs = context.open_teacher(), context.recipe.teacher.logprobs
+    try:
+        for source in sorted({problem.source for problem in problems}):
+            teacher.accepts(source)
+        if not n_logprobs:
+            teacher.on_note = lambda _: None  # what is not asked for later need not be said
+        context.report.say(describe(probe(teacher, n_logprobs or USUAL_LOGPROBS)))
+        teacher.on_note = context.report.say
+    except BaseException:
+        teacher.close()
+        raise
+    return teacher
+
+
+def _judge(context: Context, store: TraceStore, *, grader: Grader, budget: Budget) -> None:
+    recipe = context.recipe
+    budget.price = recipe.cost.price_of_judge(recipe.judge.model, recipe.teacher.model)
+    judged = judge_ungraded(store, grader, context=context, budget=budget)
     if judged and judged.n_unreadable:
-        work.say(f"{judged.n_unreadable} verdicts of the judge could not be read: those traces stay unjudged")
+        context.report.say(f"{judged.n_unreadable} verdicts of the judge could not be read: those traces stay unjudged")

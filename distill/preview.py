@@ -11,10 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recipe import TeachSettings
+from .recipe import CostRecipe, TeachRecipe
 from .records import Problem, Trace, has_answer
-from .teachers.budget import Limits
-from .teachers.expand import ExpandSettings, missing_expansions
+from .teachers.expand import missing_expansions
 from .traces.collect import CollectSettings, Ledger
 from .traces.store import TraceStore
 
@@ -42,41 +41,32 @@ class Preview:
     """Whether the traces that are there say how long answers are, instead of their limit."""
 
 
-def preview(
-    problems: Sequence[Problem], held_out: Sequence[Problem], settings: TeachSettings, limits: Limits, folder: Path
-) -> Preview:
+def preview(recipe: TeachRecipe, folder: Path, *, problems: Sequence[Problem], held_out: Sequence[Problem]) -> Preview:
     """Return what a run would ask for.
 
     Raises:
         DeepDistillError: a setting is off, or what the folder holds is broken.
     """
-    settings.curate_settings()
-    seen = _Seen()
-    path = folder / "traces.jsonl"
-    wanted = CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep)
-    there = seen.watch(TraceStore.read(path)) if path.exists() else iter(())
-    ledger = Ledger(problems, wanted, there)
-    n_traces = 0 if settings.traces else ledger.n_left
-    limit = wanted.sampling.max_tokens
-    per_trace = seen.completion / seen.n if seen.is_telling else limit
+    seen, path = _Seen(), folder / "traces.jsonl"
+    wanted = CollectSettings(recipe.teacher.model, recipe.sampling, recipe.traces.samples, recipe.keep)
+    stored = seen.watch(TraceStore.read(path)) if path.exists() else iter(())
+    n_traces = 0 if recipe.traces.file else Ledger(problems, wanted, stored).n_left
+    per_trace = seen.completion / seen.n if seen.is_telling else wanted.sampling.max_tokens
 
-    expansion = ExpandSettings(settings.teacher, settings.expand) if settings.expand else None
-    expansions = missing_expansions(problems, expansion, folder / "expand.jsonl") if expansion else []
-    n_traces += len(problems) * settings.expand * settings.samples if expansions else 0  # none of them is known yet
-    n_judgements = _n_judgements(problems, settings)
+    expand, teacher = recipe.traces.expand, recipe.teacher.model
+    expansions = missing_expansions(problems, expand, folder / "expand.jsonl", teacher=teacher) if expand.n else []
+    n_traces += len(problems) * expand.n * recipe.traces.samples if expansions else 0  # none of them is known yet
+    n_judgements = _n_judgements(problems, recipe)
 
     asked = sum(len(problem.question) for problem in problems) / max(1, len(problems)) / _CHARACTERS_PER_TOKEN
     expand_prompts = sum(len(m["content"]) for ask in expansions for m in ask.messages) / _CHARACTERS_PER_TOKEN
-    expand_limit = expansion.sampling.max_tokens if expansion else 0
-    judging = settings.judge_settings()
-    judge_prompts = n_judgements * (asked + (2 if settings.judge_compare else 1) * per_trace)
-    judge_answers = n_judgements * judging.sampling.max_tokens if judging else 0
     prompts = n_traces * asked + expand_prompts
-    answers = n_traces * per_trace + len(expansions) * expand_limit
-    usd = None
-    if limits.price:
-        price_of_judge = limits.price_of_judge(settings.judge, settings.teacher) or limits.price
-        usd = limits.price.of(round(prompts), round(answers))
+    answers = n_traces * per_trace + len(expansions) * expand.max_tokens
+    judge_prompts, judge_answers = n_judgements * (asked + per_trace), n_judgements * recipe.judge.max_tokens
+    usd, price = None, recipe.cost.teacher_price
+    if price:
+        price_of_judge = recipe.cost.price_of_judge(recipe.judge.model, teacher) or price
+        usd = price.of(round(prompts), round(answers))
         usd = round(usd + price_of_judge.of(round(judge_prompts), round(judge_answers)), 6)
     return Preview(
         n_problems=len(problems),
@@ -93,53 +83,56 @@ def preview(
     )
 
 
-def describe_preview(
-    made: Preview, problems: Sequence[Problem], settings: TeachSettings, limits: Limits
-) -> Iterator[str]:
+def describe_preview(made: Preview, problems: Sequence[Problem], recipe: TeachRecipe) -> Iterator[str]:
     """Yield the plan of a run in lines."""
-    sampling = settings.teacher_sampling()
+    sampling, traces, judge = recipe.sampling, recipe.traces, recipe.judge
     sources = Counter(problem.source for problem in problems)
     n_open = sum(not has_answer(problem) for problem in problems)
     without = f", {n_open:,} of them without an answer" if n_open else ""
     yield f"problems  {made.n_problems:,} from the training part: {_listed(sources)}{without}"
-    if settings.traces:
-        yield f"traces    {settings.traces}: no teacher is asked"
-        yield from _student(made, settings)
+    if traces.file:
+        yield f"traces    {traces.file}: no teacher is asked"
+        yield from _student(made, recipe)
         return
-    until = f", until {settings.keep} are right" if settings.samples > settings.keep else ""
-    there = f" beside {made.n_there:,} that are there" if made.n_there else ""
-    requests = f"at most {made.n_traces:,} requests to {settings.teacher}{there}"
-    yield f"samples   {settings.samples} of each{until}: {requests}"
+    until = f", until {recipe.keep} are right" if traces.samples > recipe.keep else ""
+    stored = f" beside the {made.n_there:,} stored ones" if made.n_there else ""
+    requests = f"at most {made.n_traces:,} requests to {recipe.teacher.model}{stored}"
+    yield f"samples   {traces.samples} of each{until}: {requests}"
     yield (
         f"sampling  temperature {sampling.temperature:g}, top-p {sampling.top_p:g}; "
         f"{sampling.max_tokens:,} tokens or less"
     )
-    if settings.expand:
-        yield f"expand    {settings.expand} new problems to each, {made.n_expansions:,} requests"
-    if settings.judge:
-        yield f"judge     {settings.judge}: at most {made.n_judgements:,} requests for what no grader can judge"
+    if traces.expand.n:
+        yield f"expand    {traces.expand.n} new problems to each, {made.n_expansions:,} requests"
+    if judge.model:
+        yield f"judge     {judge.model}: at most {made.n_judgements:,} requests for what no grader can judge"
     how = (
-        f"as the {made.n_there:,} traces there had on average"
+        f"as the {made.n_there:,} stored traces had on average"
         if made.is_projected
         else f"if every answer took its limit; {_JUDGED_FROM} samples will tell better"
     )
     yield f"tokens    about {made.prompt_tokens:,} of prompts and {made.completion_tokens:,} of answers, {how}"
+    yield from _cost(made, recipe.cost)
+    yield from _student(made, recipe)
+
+
+def _cost(made: Preview, cost: CostRecipe) -> Iterator[str]:
     if made.usd is None:
-        yield "cost      not known: give --price IN,OUT in dollars a million tokens"
+        yield "cost      not known: give --price IN,OUT in dollars per million tokens"
     else:
-        yield f"cost      ${made.usd:,.2f}" + ("" if limits.max_usd is None else f"; it ends at ${limits.max_usd:g}")
-    time = "not known before some samples are there" if made.hours is None else _duration(made.hours)
-    yield f"time      {time}" + ("" if limits.max_hours is None else f"; it asks for {limits.max_hours:g} h at most")
-    yield from _student(made, settings)
+        yield f"cost      ${made.usd:,.2f}" + ("" if cost.max_usd is None else f"; it ends at ${cost.max_usd:g}")
+    time = "not known before some samples are stored" if made.hours is None else _duration(made.hours)
+    yield f"time      {time}" + ("" if cost.max_hours is None else f"; it asks for {cost.max_hours:g} h at most")
 
 
-def _student(made: Preview, settings: TeachSettings) -> Iterator[str]:
-    if settings.rounds:
+def _student(made: Preview, recipe: TeachRecipe) -> Iterator[str]:
+    rounds = recipe.on_policy
+    if rounds.rounds:
         yield (
-            f"rounds    {settings.rounds} of {settings.round_problems:,} new problems, answered "
-            f"{settings.round_samples} times; the teacher scores that, if it can, and answers what fails (not counted)"
+            f"rounds    {rounds.rounds} of {rounds.n_problems:,} new problems, answered {rounds.samples} times; "
+            "the teacher scores that, if it can, and answers what fails (not counted)"
         )
-    yield f"student   {settings.student}, scored on {made.n_held_out:,} held-out problems"
+    yield f"student   {recipe.student}, scored on {made.n_held_out:,} held-out problems"
     yield "nothing was asked"
 
 
@@ -161,15 +154,12 @@ class _Seen:
         return self.n >= _JUDGED_FROM and self.completion > 0
 
 
-def _n_judgements(problems: Sequence[Problem], settings: TeachSettings) -> int:
-    """Return how often the judge is asked at most: of every sample, or of every pair in a ring, in both orders."""
-    if settings.judge is None or settings.traces:
+def _n_judgements(problems: Sequence[Problem], recipe: TeachRecipe) -> int:
+    """Return how often the judge is asked at most: of every sample that no grader can judge."""
+    if recipe.judge.model is None or recipe.traces.file:
         return 0
-    n_open = sum(not has_answer(problem) for problem in problems) + len(problems) * settings.expand
-    if not settings.judge_compare:
-        return n_open * settings.samples
-    n_pairs = settings.samples if settings.samples > 2 else settings.samples - 1
-    return n_open * 2 * n_pairs
+    n_open = sum(not has_answer(problem) for problem in problems) + len(problems) * recipe.traces.expand.n
+    return n_open * recipe.traces.samples
 
 
 def _duration(hours: float) -> str:

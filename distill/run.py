@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ArtifactError
 from ..localrun.core.append_file import WriterLock
+from ..localrun.core.atomic import write_text
+from ..localrun.core.settings import fields_of, get
+from .recipe import TeachRecipe
 
 CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
 
@@ -20,15 +21,16 @@ CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was 
 class Run:
     """A folder of a run, held while work goes on in it; use it as a context manager.
 
-    What `may_change` names of the recipe may change until a training has a checkpoint: the traces that are there stay.
-    As long as nothing was made by it, all of it may.
+    The settings of the recipe that are not `fixed` may change until a training has a checkpoint: the traces that are
+    there stay. As long as nothing was made by it, all of it may.
 
     Raises on entry:
-        ArtifactError: another process holds it, which is named, or it was made with another recipe.
+        ArtifactError: `code` "file-locked": another process holds it, which is named; "run-differs": it was made with
+            another recipe; "recipe-broken", "recipe-newer".
     """
 
-    def __init__(self, folder: Path, recipe: dict[str, Any], may_change: Collection[str] = ()) -> None:
-        self.folder, self._recipe, self._may_change = folder, json.loads(json.dumps(recipe)), may_change
+    def __init__(self, folder: Path, recipe: TeachRecipe) -> None:
+        self.folder, self._recipe = folder, recipe
         self.traces_path = folder / "traces.jsonl"
         self.checkpoints_dir = folder / "checkpoints"
         self.student_dir = folder / "student"
@@ -37,7 +39,7 @@ class Run:
 
     def __enter__(self) -> Self:
         if self.folder.exists() and not self.folder.is_dir():
-            raise ArtifactError(f"{self.folder} is a file", "give another folder with --out")
+            raise ArtifactError(f"{self.folder} is a file", "give another folder with --out", code="out-is-file")
         lock = WriterLock(self.folder / "recipe.json", what=self.folder)
         try:
             self._check_recipe()
@@ -68,20 +70,26 @@ class Run:
         return any(p.is_dir() or p.stat().st_size for p in others if not p.name.startswith("."))
 
     def _check_recipe(self) -> None:
-        kept = (self.load("recipe.json") or {}) if self._holds_work() else {}
-        # A key that it lacks is one that the version before did not know.
-        changed = [key for key in sorted(kept) if kept[key] != self._recipe.get(key)]
-        fixed = [key for key in changed if self.is_trained or key not in self._may_change]
-        if fixed:
-            was = ", ".join(f"{key} was {kept[key]!r}, is {self._recipe.get(key)!r}" for key in fixed[:3])
-            hint = "give another folder with --out, or the same settings"
-            if self.is_trained and all(key in self._may_change for key in fixed):
-                hint += f"; to train anew on more traces, delete student/ and checkpoints/ in {self.folder}"
-            raise ArtifactError(f"{self.folder} holds a run with another recipe: {was}", hint)
-        if kept != self._recipe:
+        record = self._recipe.to_json()
+        kept = self.load("recipe.json") if self._holds_work() else None
+        if kept is not None:
+            before = TeachRecipe.from_json(kept, str(self.folder / "recipe.json"))
+            changed = [
+                (leaf, get(before, leaf.path), get(self._recipe, leaf.path))
+                for leaf in fields_of(TeachRecipe)
+                if leaf.path[0] in record and get(before, leaf.path) != get(self._recipe, leaf.path)
+            ]
+            fixed = [one for one in changed if self.is_trained or one[0].flag.fixed]
+            if fixed:
+                was = ", ".join(f"{leaf.key} was {_shown(old)}, is {_shown(new)}" for leaf, old, new in fixed[:3])
+                hint = "give another folder with --out, or the same settings"
+                if not any(leaf.flag.fixed for leaf, _, _ in fixed):
+                    hint += f"; to train anew on more traces, delete student/ and checkpoints/ in {self.folder}"
+                raise ArtifactError(f"{self.folder} holds a run with another recipe: {was}", hint, code="run-differs")
+        if kept != record:
             if not self.is_trained:
                 shutil.rmtree(self.checkpoints_dir, ignore_errors=True)  # a plan at most, made by the other settings
-            self.save("recipe.json", self._recipe)
+            self.save("recipe.json", record)
 
     def load(self, name: str) -> Any:
         """Return a JSON artifact of the run, or None if there is none yet."""
@@ -89,7 +97,8 @@ class Run:
         try:
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         except (OSError, ValueError) as error:
-            raise ArtifactError(f"{path} is broken: {error}", "move it away to have it made again") from error
+            hint = "move it away to have it made again"
+            raise ArtifactError(f"{path} is broken: {error}", hint, code="artifact-broken") from error
 
     def save(self, name: str, value: Any) -> None:
         """Write a JSON artifact beside its place and rename it."""
@@ -102,23 +111,13 @@ def find_run(path: Path) -> Path | None:
     return folder if (folder / "recipe.json").is_file() else None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that a half-written one is never seen.
-
-    Raises:
-        ArtifactError: the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ArtifactError(f"cannot write {path}: {error}", "free some disk space and run again") from error
-
-
 def run_name(student: str, problems: str) -> str:
     """Return a run's name from what it teaches: `smollm2-chain_sum`."""
     subject = Path(problems.partition("?")[0].removeprefix("gym:")).stem
     pupil = Path(student.removeprefix("hf:")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", f"{pupil}-{subject}").strip("-")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,28 +1,31 @@
 """The whole of `teach`: problems -> traces -> a trained student -> scores, each stage from the artifact before it.
 
-A stage that finds its artifact in the run folder is done, so the same command goes on where the last one stopped.
+A stage that finds its artifact in the run folder is done, so the same command resumes where the last one stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, UsageError
-from ..localrun.core.reporter import Progress, no_progress
+from ..localrun.core.reporter import SILENT, Reporter
+from ..localrun.core.settings import check
+from .context import Context
 from .curation.curate import apart_from, select
-from .curation.filters import LONG_SHARE_SMALL, CurateSettings
+from .curation.filters import LONG_SHARE_SMALL
 from .evaluation.hops import score_hops
 from .evaluation.report import write_report
 from .gather import gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
 from .problems.load import load_problems
-from .recipe import MAY_CHANGE, Stage, TeachSettings, Work
+from .recipe import CurationRecipe, Stage, TeachRecipe
 from .records import NONE, Problem, Trace
 from .run import Run
+from .teachers import Teacher, open_teacher
 from .traces.store import TraceStore
 from .training.pass_rate import own_pass_rates
 from .training.stage import check_training, train_first
@@ -41,40 +44,32 @@ class TeachResult:
 
 
 def teach(
-    settings: TeachSettings,
+    recipe: TeachRecipe,
     folder: Path,
     *,
-    work: Work | None = None,
+    report: Reporter = SILENT,
     stop_after: Stage | None = None,
-    on_progress: Progress = no_progress,
+    opener: Callable[..., Teacher] = open_teacher,
 ) -> TeachResult:
     """Run every stage that the folder does not hold yet and return what it holds then.
 
-    `stop_after` "samples" and "teacher" end before and after what a round wants of the teacher (see rounds).
+    `stop_after` "samples" and "teacher" end before and after what a round wants of the teacher (see on_policy/rounds).
+    `opener` opens teacher and judge; with one of your own they can be any `Teacher` objects.
 
     Raises:
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
-    work = work or Work()
-    with Run(folder, dataclasses.asdict(settings), MAY_CHANGE) as run:
+    recipe = check(recipe)
+    with Run(folder, recipe) as run:
+        context = Context(run, recipe, report, stop_after, opener)
         # Before anything is paid for: what is off with the student, the held-out problems or the filters ends it here.
-        base = student_dir(settings.student, work.offline) if stop_after != "traces" else None
-        filters = settings.curate_settings()
-        problems, held_out = draw_problems(settings, work.offline)
-        _check(settings, problems, base, work.device, stop_after)
-        kept: Iterable[Trace] = ()
-        done = True
-        if settings.method == "grpo":
-            if base is None or settings.rounds:
-                raise UsageError("--method grpo has no teacher, so no traces and no rounds", "leave those flags out")
-            from .training.rl.stage import reinforce
-
-            apart = apart_from(problems, held_out, filters, work.say)
-            reinforce(run, base, apart, settings, work, on_progress)
-        else:
-            kept, done = _distill(run, base, problems, held_out, filters, settings, work, stop_after, on_progress)
+        offline = recipe.resources.offline
+        base = student_dir(recipe.student, offline) if stop_after != "traces" else None
+        problems, held_out = draw_problems(recipe)
+        _check(context, problems, base)
+        kept, done = _learned(context, base, problems=problems, held_out=held_out)
         if base is not None and done and stop_after != "training":
-            score_hops(run, base, held_out, settings, work, on_progress)
+            score_hops(context, base, held_out)
         result = TeachResult(
             folder=folder,
             student_dir=run.student_dir if run.student_dir.exists() else None,
@@ -86,100 +81,114 @@ def teach(
         return result
 
 
-def _check(
-    settings: TeachSettings, problems: list[Problem], base: Path | None, device: str, stop_after: Stage | None
-) -> None:
-    """See that what is asked for can be had, as far as that can be told before a teacher is asked.
+def draw_problems(recipe: TeachRecipe) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to ask and the held-out ones, of which there need be none where no problem has an answer."""
+    spec, seed, offline = recipe.problems, recipe.seed, recipe.resources.offline
+    asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline)
+    try:
+        return asked, load_problems(spec, "test", n=recipe.scores.n, seed=seed, offline=offline)
+    except ArtifactError:
+        if all(problem.grader == NONE for problem in asked):
+            return asked, []
+        raise
+
+
+def _check(context: Context, problems: list[Problem], base: Path | None) -> None:
+    """Check that what is asked for can be had, as far as that can be told before a teacher is asked.
 
     Raises:
         UsageError: it cannot.
         ModelError: the student cannot be taught.
     """
-    if stop_after in ("samples", "teacher") and not settings.rounds:
-        raise UsageError(f"--stop-after {stop_after} ends a round, and there are none", "give --rounds")
-    if base is not None and settings.method == "distill":
-        check_training(base, settings, device)
-    if settings.rounds and all(problem.grader == NONE for problem in problems):
-        raise UsageError("--rounds needs problems with an answer to grade by", "leave --rounds out")
-    if settings.loss == "logits" and settings.traces is None and not settings.logprobs:
-        raise UsageError("--loss logits needs the teacher's log-probabilities", "give --logprobs 64")
+    recipe, rounds = context.recipe, context.recipe.on_policy.rounds
+    if recipe.training.method == "grpo" and (base is None or rounds):
+        hint = "leave --stop-after traces and --rounds out"
+        raise UsageError("--method grpo has no teacher, so no traces and no rounds", hint, code="settings-conflict")
+    if context.stop_after in ("samples", "teacher") and not rounds:
+        message = f"--stop-after {context.stop_after} ends a round, and there are none"
+        raise UsageError(message, "give --rounds", code="no-rounds")
+    if base is not None and recipe.training.method == "distill":
+        check_training(context, base)
+    if rounds and all(problem.grader == NONE for problem in problems):
+        message = "--rounds needs problems with an answer to grade by"
+        raise UsageError(message, "leave --rounds out", code="no-answers")
+    if recipe.training.loss == "logits" and recipe.traces.file is None and not recipe.teacher.logprobs:
+        message = "training.loss=logits needs the teacher's log-probabilities"
+        raise UsageError(message, "give --logprobs 64", code="logprobs-missing")
+
+
+def _learned(
+    context: Context, base: Path | None, *, problems: list[Problem], held_out: list[Problem]
+) -> tuple[Iterable[Trace], bool]:
+    """Have the student learn; return the traces that train, and whether all trainings are done."""
+    if context.recipe.training.method == "distill":
+        return _distill(context, base, problems=problems, held_out=held_out)
+    from .training.rl.stage import reinforce
+
+    assert base is not None, "checked before"
+    reinforce(context, base, apart_from(problems, held_out, filters=context.recipe.curation, report=context.report))
+    return (), True
 
 
 def _distill(
-    run: Run,
-    base: Path | None,
-    problems: list[Problem],
-    held_out: list[Problem],
-    filters: CurateSettings,
-    settings: TeachSettings,
-    work: Work,
-    stop_after: Stage | None,
-    on_progress: Progress,
+    context: Context, base: Path | None, *, problems: list[Problem], held_out: list[Problem]
 ) -> tuple[Iterable[Trace], bool]:
     """Gather traces, curate them and train on them; return those that train, and whether all trainings are done."""
-    if base and "long_share" not in settings.curation and _is_small(base):
-        filters = dataclasses.replace(filters, long_share=LONG_SHARE_SMALL)
-    traces_path = _traces(run, problems, held_out, settings, work, stop_after, on_progress)
-    rates = own_pass_rates(run, base, problems, settings, work, on_progress) if base else None
+    run, recipe = context.run, context.recipe
+    traces_path = _traces(context, problems, held_out)
+    rates = own_pass_rates(context, base, problems) if base else None
     selected = select(
         lambda: TraceStore.read(traces_path),
-        filters,
+        _filters(recipe, base),
         evaluation=[problem.question for problem in held_out],
         pass_rate=rates,
+        seed=recipe.seed,
     )
     if not run.is_trained:
         run.save("curation.json", selected.record)
-    if not selected and stop_after != "traces":
+    if not selected and context.stop_after != "traces":
         write_report(run, selected)
-        raise ArtifactError(f"no trace to train on in {traces_path}", _why_none(selected.record))
+        why = _why_none(selected.record)
+        raise ArtifactError(f"no trace to train on in {traces_path}", why, code="nothing-to-train")
     if base is None:
         return selected, False  # read again where they are wanted: there may be a million
     kept = list(selected)
-    rows = train_first(run, base, kept, traces_path, rates or {}, settings, work, on_progress)
-    if not settings.rounds:
+    rows = train_first(context, base, traces=kept, traces_path=traces_path, rates=rates or {})
+    if not recipe.on_policy.rounds:
         return kept, True
     from .training.on_policy.rounds import go_rounds  # loads torch
 
-    return kept, go_rounds(run, base, rows, held_out, filters, settings, work, stop_after, on_progress)
+    return kept, go_rounds(context, earlier=rows, held_out=held_out, base=base)
 
 
-def _traces(
-    run: Run,
-    problems: list[Problem],
-    held_out: list[Problem],
-    settings: TeachSettings,
-    work: Work,
-    stop_after: Stage | None,
-    on_progress: Progress,
-) -> Path:
-    """Return the file of the run's traces: asked for, taken in from another tool's file, or read where they are."""
+def _filters(recipe: TeachRecipe, base: Path | None) -> CurationRecipe:
+    """Return the filters with what the student's size decides: small students learn most from a mix of lengths."""
+    share = recipe.curation.long_share
+    if share is None:
+        share = LONG_SHARE_SMALL if base and _is_small(base) else 0.0
+    keep = recipe.curation.keep if recipe.traces.file else recipe.keep
+    return dataclasses.replace(recipe.curation, keep=keep, long_share=share)
+
+
+def _traces(context: Context, problems: list[Problem], held_out: list[Problem]) -> Path:
+    """Return the file of the run's traces: asked for, imported from another tool's file, or read where they are."""
+    run, file = context.run, context.recipe.traces.file
     if run.is_trained and run.traces_path.exists():
-        return run.traces_path  # with more of them the training would go on with other rows
-    if settings.traces is None:
-        if stop_after != "traces":
-            check_judged(problems, settings)
-        gather(run, problems, [problem.question for problem in held_out], settings, work, on_progress)
-    elif is_traces_file(elsewhere := Path(settings.traces)):
-        return elsewhere
+        return run.traces_path  # with more of them the training would resume with other rows
+    if file is None:
+        if context.stop_after != "traces":
+            check_judged(problems, context.recipe)
+        gather(context, problems, [problem.question for problem in held_out])
+    elif is_traces_file(file):
+        return file
     else:
-        take_in(run, elsewhere, settings, work, on_progress)
+        take_in(context, file)
     return run.traces_path
 
 
 def _is_small(base: Path) -> bool:
     """Say whether a checkpoint has less than 3 B parameters, taking two bytes for each."""
     return sum(path.stat().st_size for path in base.glob("*.safetensors")) < 6e9
-
-
-def draw_problems(settings: TeachSettings, offline: bool) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to ask and the held-out ones; of problems without an answer none need be held out."""
-    asked = load_problems(settings.problems, "train", n=settings.n_traces, seed=settings.seed, offline=offline)
-    try:
-        return asked, load_problems(settings.problems, "test", n=settings.n_eval, seed=settings.seed, offline=offline)
-    except ArtifactError:
-        if all(problem.grader == NONE for problem in asked):
-            return asked, []
-        raise
 
 
 def _why_none(record: dict[str, Any]) -> str:

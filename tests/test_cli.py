@@ -18,40 +18,36 @@ def _nothing_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "says", "hints"),
+    ("argv", "status", "code", "hints"),
     [
-        (["eval", "pocket", "--problems", "gym:chain_sam"], 2, "no data set 'chain_sam'", "chain_sum"),
-        (["eval", "pocket", "--problems", "gym:chain_sum?terms=2"], 2, "no parameter terms", "min_terms"),
-        (["eval", "pocket", "--problems", "gym:gcd"], 1, "has not learned gym:gcd", "it answers"),
-        (["eval", "pocket", "--problems", "{tmp}/empty.jsonl"], 1, "holds no problems", ""),
-        (["eval", "nowhere", "--n", "3"], 2, "no model 'nowhere'", "checkpoint folder"),
-        (["eval", "{tmp}/nowhere.gguf", "--n", "3"], 1, "no GGUF file", ""),
-        (["eval", "{tmp}/broken.gguf", "--n", "3"], 1, "broken.gguf", ""),
-        (["eval", "http://127.0.0.1:9/v1", "--n", "3"], 1, "127.0.0.1:9", ""),
-        (
-            ["teach", "--problems", "gym:chain_sum", "--student", "nobody", "--out", "{tmp}/run"],
-            2,
-            "no student",
-            "smollm2",
-        ),
-        (["teach", "--problems", "gym:chain_sum", "--out", "{tmp}/empty.jsonl"], 1, "is a file", "--out"),
-        (["quantize", "{tmp}/nowhere"], 1, "nowhere", ""),
-        (["quantize", "{tmp}"], 1, "config.json", ""),
-        (["chat", "{tmp}/nowhere.gguf", "-p", "hi"], 1, "nowhere.gguf", ""),
-        (["chat", "{tmp}/broken.gguf", "-p", "hi"], 1, "broken.gguf", ""),
+        (["eval", "pocket", "--problems", "gym:chain_sam"], 2, "no-such-dataset", "chain_sum"),
+        (["eval", "pocket", "--problems", "gym:chain_sum?terms=2"], 2, "no-such-parameter", "min_terms"),
+        (["eval", "pocket", "--problems", "gym:gcd"], 1, "pocket-cannot-answer", "it answers"),
+        (["eval", "pocket", "--problems", "{tmp}/empty.jsonl"], 1, "no-problems", ""),
+        (["eval", "nowhere", "--n", "3"], 2, "no-such-model", "checkpoint folder"),
+        (["eval", "{tmp}/nowhere.gguf", "--n", "3"], 1, "no-such-model", ""),
+        (["eval", "{tmp}/broken.gguf", "--n", "3"], 1, "gguf-broken", ""),
+        (["eval", "http://127.0.0.1:9/v1", "--n", "3"], 1, "server-down", ""),
+        (["teach", "--problems", "gym:chain_sum", "--student", "nobody", "--out", "{tmp}/run"], 2, "", "smollm2"),
+        (["teach", "--problems", "gym:chain_sum", "--out", "{tmp}/empty.jsonl"], 1, "out-is-file", "--out"),
+        (["quantize", "{tmp}/nowhere"], 1, "", ""),
+        (["quantize", "{tmp}"], 1, "", ""),
+        (["chat", "{tmp}/nowhere.gguf", "-p", "hi"], 1, "no-such-model", ""),
+        (["chat", "{tmp}/broken.gguf", "-p", "hi"], 1, "gguf-broken", ""),
     ],
 )
 def test_bad_input_is_one_line_and_a_hint(
-    argv: list[str], code: int, says: str, hints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], status: int, code: str, hints: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF\x03\x00\x00\x00 and no more")
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert main([word.replace("{tmp}", str(tmp_path)) for word in argv]) == code
-    error = capsys.readouterr().err
+    assert main([*(word.replace("{tmp}", str(tmp_path)) for word in argv), "--json"]) == status
+    printed, error = capsys.readouterr()
     lines = [line for line in error.splitlines() if line.startswith(("error:", "hint:"))]
     assert "Traceback" not in error
-    assert says in lines[0]
+    assert json.loads(printed.splitlines()[-1])["error"]["code"] == code
+    assert lines[0].startswith("error: ")
     assert hints in error
     assert set(before) <= {path.name for path in tmp_path.iterdir()}
 
@@ -106,3 +102,11 @@ def test_a_student_without_a_tokenizer_is_named(
     assert main(["quantize", str(tmp_path / "student")]) == 1
     assert "tokenizer" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_program_gets_an_errors_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["teach", "--problems", "p", "--max-usd", "3", "--dry-run", "--json"]) == 2
+    out, err = capsys.readouterr()
+    record = json.loads(out.splitlines()[-1])["error"]
+    assert record["code"] == "price-missing"
+    assert record["message"] in err

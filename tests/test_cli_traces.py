@@ -130,35 +130,36 @@ def test_plan_says_what_a_large_teacher_takes(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
-    ("argv", "code", "says"),
+    ("argv", "status", "code"),
     [
-        (["teach", "--problems", "{tmp}/none.jsonl"], 1, "no problem file at"),
-        (["teach", "--problems", "{tmp}/torn.jsonl", "--stop-after", "traces"], 1, "torn.jsonl:2 is no JSON"),
-        (["teach", "--problems", "{p}", "--traces", "{tmp}/none.jsonl", "--stop-after", "traces"], 1, "no traces at"),
-        (["teach", "--problems", "{p}", "--traces", "{p}", "--stop-after", "traces"], 1, "no trace is recognised in"),
-        (["teach", "--problems", "{p}", "--max-usd", "3", "--dry-run"], 2, "--max-usd needs the teacher's price"),
-        (["teach", "--problems", "{p}", "--price", "cheap", "--dry-run"], 2, "is not a price"),
-        (["teach", "--problems", "{p}", "--judge-price", "1", "--dry-run"], 2, "is not a price"),
-        (["teach", "--problems", "{p}", "--accept", "me", "--dry-run"], 2, "cannot make a trace train"),
-        (["teach", "--problems", "{p}", "--teacher", "nobody", "--stop-after", "traces"], 2, "no model 'nobody'"),
-        (["teach", "--problems", "{p}", "--device", "tpu", "--stop-after", "traces"], 2, "no device 'tpu'"),
-        (["teach", "--problems", "{p}", "--teacher", "https://api.deepseek.com/v1", "--offline"], 2, "--offline"),
-        (["teach", "--problems", "{p}", "--stop-after", "traces"], 1, "pocket teacher has not learned"),
-        (["inspect", "{tmp}/none"], 1, "cannot read"),
-        (["inspect", "{p}"], 1, "not a trace: it has no usage"),
-        (["inspect", "{tmp}"], 1, "is no run folder"),
-        (["export", "{p}", "--to", "messages"], 1, "not a trace"),
-        (["plan", "nobody"], 2, "'nobody' is neither a known model nor a file"),
-        (["plan", "{p}"], 1, "a plan needs the config.json"),
+        (["teach", "--problems", "{tmp}/none.jsonl"], 1, "no-such-file"),
+        (["teach", "--problems", "{tmp}/torn.jsonl", "--stop-after", "traces"], 1, "line-broken"),
+        (["teach", "--problems", "{p}", "--traces", "{tmp}/none.jsonl", "--stop-after", "traces"], 1, "no-such-file"),
+        (["teach", "--problems", "{p}", "--traces", "{p}", "--stop-after", "traces"], 1, "no-traces"),
+        (["teach", "--problems", "{p}", "--max-usd", "3", "--dry-run"], 2, "price-missing"),
+        (["teach", "--problems", "{p}", "--price", "cheap", "--dry-run"], 2, "bad-settings"),
+        (["teach", "--problems", "{p}", "--set", "cost.judge_price=1", "--dry-run"], 2, "bad-settings"),
+        (["teach", "--problems", "{p}", "--set", "curation.accept=me", "--dry-run"], 2, "bad-settings"),
+        (["teach", "--problems", "{p}", "--teacher", "nobody", "--stop-after", "traces"], 2, "no-such-model"),
+        (["teach", "--problems", "{p}", "--device", "tpu", "--stop-after", "traces"], 2, "no-such-device"),
+        (["teach", "--problems", "{p}", "--teacher", "https://api.deepseek.com/v1", "--offline"], 2, "offline"),
+        (["teach", "--problems", "{p}", "--stop-after", "traces"], 1, "pocket-cannot-answer"),
+        (["inspect", "{tmp}/none"], 1, "file-unreadable"),
+        (["inspect", "{p}"], 1, "line-broken"),
+        (["inspect", "{tmp}"], 1, "not-a-run"),
+        (["export", "{p}", "--to", "messages"], 1, "line-broken"),
+        (["plan", "nobody"], 2, "no-such-model"),
+        (["plan", "{p}"], 1, "config-broken"),
     ],
 )
 def test_what_is_off_is_one_line_with_its_exit_code(
-    argv: list[str], code: int, says: str, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], status: int, code: str, problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "torn.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c')
     argv = [word.replace("{tmp}", str(tmp_path)).replace("{p}", str(problems)) for word in argv]
     out = ["--out", str(tmp_path / "run"), "--student", "pocket"] if argv[0] == "teach" else []
-    assert main([*argv, *out]) == code
-    err = capsys.readouterr().err
-    assert says in err
+    assert main([*argv, *out, "--json"]) == status
+    printed, err = capsys.readouterr()
+    assert json.loads(printed.splitlines()[-1])["error"]["code"] == code
+    assert err.count("error: ") == 1
     assert "Traceback" not in err

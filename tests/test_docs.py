@@ -9,6 +9,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN_COMMAND = "python -m pip install -c constraints.txt '.[all]' && deepdistill demo"
@@ -24,20 +25,42 @@ def shell_lines(document: str) -> list[str]:
     return [line for block in blocks for line in block.splitlines()]
 
 
-def rendered_cli_reference() -> str:
+def rendered(function: str) -> str:
     loader = SourceFileLoader("scripts_docs", str(ROOT / "scripts" / "docs"))
     spec = spec_from_loader(loader.name, loader)
     assert spec is not None
     module = module_from_spec(spec)
     loader.exec_module(module)
-    text: str = module.render()
+    text: str = getattr(module, function)()
     return text
 
 
 def test_cli_reference_is_what_help_says() -> None:
-    text = rendered_cli_reference()
+    text = rendered("render")
     assert text.count("\n## deepdistill ") >= 5, "the reference lacks commands"
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == text, "out of date: run scripts/docs"
+
+
+def test_settings_page_is_what_is_declared() -> None:
+    text = rendered("render_settings")
+    assert "| `training.lora.rank` |" in text
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == text, "out of date: run scripts/docs"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_in_the_documents_have_flags_that_exist(document: Path) -> None:
+    from deepdistill.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    unknown = []
+    for line in shell_lines(document.read_text(encoding="utf-8")):
+        for call in re.findall(r"\bdeepdistill (\w+)([^|;&#]*)", line):
+            if call[0] in commands:
+                offered = {name for param in commands[call[0]].params for name in (*param.opts, *param.secondary_opts)}
+                unknown += [
+                    f"{call[0]} {flag}" for flag in re.findall(r"(?<!\S)--[a-z-]+", call[1]) if flag not in offered
+                ]
+    assert unknown == []
 
 
 @pytest.mark.parametrize("command", [MAIN_COMMAND, TEST_COMMAND])

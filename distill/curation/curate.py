@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...localrun.core.reporter import SILENT, Reporter
+from ...localrun.core.settings import values_of
 from ..problems.similarity import (
     N_HASHES,
     Words,
@@ -30,9 +32,9 @@ from ..problems.similarity import (
     word_hashes,
 )
 from ..problems.split import normalise_question
+from ..recipe import CurationRecipe
 from ..records import Problem, Trace
 from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
-from .filters import CurateSettings as CurateSettings
 
 
 @dataclass(frozen=True)
@@ -52,38 +54,40 @@ class Selection:
 
 def curate(
     traces: Iterable[Trace] | Callable[[], Iterable[Trace]],
-    settings: CurateSettings | None = None,
+    settings: CurationRecipe | None = None,
     *,
     evaluation: Iterable[str] = (),
     pass_rate: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> tuple[list[Trace], dict[str, Any]]:
     """Return the traces to train on and the record for curation.json; `select` does it without holding them."""
     if not callable(traces):
         held = list(traces)
-        selection = select(lambda: held, settings, evaluation=evaluation, pass_rate=pass_rate)
+        selection = select(lambda: held, settings, evaluation=evaluation, pass_rate=pass_rate, seed=seed)
     else:
-        selection = select(traces, settings, evaluation=evaluation, pass_rate=pass_rate)
+        selection = select(traces, settings, evaluation=evaluation, pass_rate=pass_rate, seed=seed)
     return list(selection), selection.record
 
 
 def select(
     source: Callable[[], Iterable[Trace]],
-    settings: CurateSettings | None = None,
+    settings: CurationRecipe | None = None,
     *,
     evaluation: Iterable[str] = (),
     pass_rate: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Selection:
     """Decide which of the traces that `source()` gives, the same at every call, train.
 
     `evaluation` holds the questions that the student will be scored on, `pass_rate` how often the untrained student
     solves a problem, by its id; a problem that is not in it counts as neither easy nor hard.
     """
-    settings = settings or CurateSettings()
+    settings = settings or CurationRecipe()
     record = _Record(settings)
     survey = _Survey(settings, pass_rate or {}, record)
     for trace in source():
         survey.add(trace)
-    decision = _Decision(survey, settings, record)
+    decision = _Decision(survey, settings, record, seed)
     decision.take_unjudged()
     decision.take_contaminated(list(evaluation))
     decision.take_same_questions()
@@ -97,7 +101,7 @@ def select(
 class _Record:
     """Counts what each filter takes and keeps where its first example stands."""
 
-    def __init__(self, settings: CurateSettings) -> None:
+    def __init__(self, settings: CurationRecipe) -> None:
         self.settings = settings
         self.dropped: Counter[str] = Counter()
         self.first: dict[str, tuple[int, int | str]] = {}  # position; what it is like
@@ -125,14 +129,14 @@ class _Record:
             "dropped": {name: self.dropped[name] for name in names},
             "why": FILTERS,
             "examples": {name: examples[name] for name in names},
-            "settings": self.settings.to_json(),
+            "settings": values_of(self.settings),
         }
 
 
 class _Survey:
     """The first pass: traces that no filter takes by themselves, as a few numbers each."""
 
-    def __init__(self, settings: CurateSettings, pass_rate: Mapping[str, float], record: _Record) -> None:
+    def __init__(self, settings: CurationRecipe, pass_rate: Mapping[str, float], record: _Record) -> None:
         self.settings, self.pass_rate, self.record = settings, pass_rate, record
         self.n_traces = 0
         self.problems: dict[bytes, int] = {}  # digest of the normalised question -> number
@@ -197,8 +201,8 @@ class _Survey:
 class _Decision:
     """What the traces are to each other. `stays[i]` is whether survivor i is still in."""
 
-    def __init__(self, survey: _Survey, settings: CurateSettings, record: _Record) -> None:
-        self.survey, self.settings, self.record = survey, settings, record
+    def __init__(self, survey: _Survey, settings: CurationRecipe, record: _Record, seed: int) -> None:
+        self.survey, self.settings, self.record, self.seed = survey, settings, record, seed
         self.problem = np.frombuffer(survey.problem, np.int32)
         self.stays = np.ones(len(self.problem), np.bool_)
 
@@ -272,7 +276,7 @@ class _Decision:
                 continue
             left = group.tolist()
             for slot in range(keep):
-                takes_long = share and _chance(self.settings.seed, self._question(left[0]), slot) < share
+                takes_long = share and _chance(self.seed, self._question(left[0]), slot) < share
                 left.pop(-1 if takes_long else 0)
             over[left] = True
         self._take("over_problem_cap", over)
@@ -284,7 +288,7 @@ class _Decision:
         index = np.flatnonzero(self.stays).tolist()
         by_source: dict[int, list[tuple[float, int]]] = {}
         for i in index:
-            chance = _chance(self.settings.seed, self.survey.text[i], self._question(i))
+            chance = _chance(self.seed, self.survey.text[i], self._question(i))
             by_source.setdefault(self.survey.source[i], []).append((chance, i))
         over = np.zeros(len(self.stays), np.bool_)
         for drawn in by_source.values():
@@ -332,7 +336,7 @@ def _at(traces: Iterable[Trace], positions: Sequence[int] | npt.NDArray[np.int64
 
 
 def apart_from(
-    problems: list[Problem], held_out: list[Problem], filters: CurateSettings, say: Callable[[str], None]
+    problems: list[Problem], held_out: list[Problem], *, filters: CurationRecipe, report: Reporter = SILENT
 ) -> list[Problem]:
     """Return the problems in which no held-out question stands, as the filter `contaminated` takes such traces out."""
     n = filters.contamination_ngram
@@ -341,5 +345,5 @@ def apart_from(
     asked, evaluation = ([word_hashes(problem.question) for problem in part] for part in (problems, held_out))
     apart = [problem for problem, found in zip(problems, contaminated(asked, evaluation, n), strict=True) if found < 0]
     if len(apart) < len(problems):
-        say(f"{len(problems) - len(apart)} problems ask what held-out ones ask: left out")
+        report.say(f"{len(problems) - len(apart)} problems ask what held-out ones ask: they are left out")
     return apart

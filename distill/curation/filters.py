@@ -1,15 +1,13 @@
-"""The filters of curation that look at one trace alone, and the settings of all."""
+"""The filters of curation that look at one trace alone."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
 
-from ...errors import UsageError
 from ...localrun.core.loops import find_loop
 from ..problems.similarity import Words, repeated_share
 from ..problems.split import bucket_of
+from ..recipe import CurationRecipe
 from ..records import Trace
 
 FILTERS = {
@@ -42,53 +40,7 @@ mix. Source: Li et al., Small models struggle to learn from strong reasoners, ar
 _N_EXCERPT = 100  # characters
 
 
-@dataclass(frozen=True)
-class CurateSettings:
-    """Which filters are on. None or False switches one off."""
-
-    accept: Collection[str] | None = None
-    """What may stand for a grader: `vote`, `judge`. None: both, for problems of which no grader judged any trace."""
-    train_bucket: bool = True
-    verified: bool = True
-    """Off: wrong and unknown answers train as well, to measure what verification is worth."""
-    whole: bool = True
-    """Neither cut off nor failed; there is an answer after the thinking, and no tag in either."""
-    reasoning: bool = True
-    min_tokens: int | None = None
-    max_trace_tokens: int | None = None
-    max_repeated: float | None = 0.5
-    """Share of a trace's 8-grams that stood in it before; a loop at its end is one too many at any share."""
-    min_pass_rate: float | None = None
-    max_pass_rate: float | None = 0.99
-    contamination_ngram: int | None = 8
-    """Words in a row that a question may not share with an evaluation question."""
-    similarity: float | None = 0.8
-    """Jaccard similarity of three-word shingles from which questions, and traces, count as the same; 1: only copies."""
-    keep: int | None = 1
-    """Traces of a problem, the shortest first."""
-    long_share: float = 0.0
-    """Share of the kept traces for which the longest of what a problem has is taken instead."""
-    per_source: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.accept or ()) - {"vote", "judge"}:
-            raise UsageError(f"{', '.join(sorted(unknown))} cannot make a trace train", "--accept takes vote and judge")
-        for name in ("min_pass_rate", "max_pass_rate", "max_repeated", "similarity", "long_share"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise UsageError(f"{name} is a share between 0 and 1, not {value}")
-        for name in ("keep", "per_source", "contamination_ngram"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON has them."""
-        return asdict(self) | {"accept": None if self.accept is None else sorted(self.accept)}
-
-
-def fault_of(trace: Trace, settings: CurateSettings, pass_rate: Mapping[str, float]) -> str | None:
+def fault_of(trace: Trace, settings: CurationRecipe, pass_rate: Mapping[str, float]) -> str | None:
     """Return the filter that takes a trace whatever its text says, or None."""
     if settings.train_bucket and bucket_of(next(iter(_user_turns(trace)), "")) != "train":
         return "held_out"
@@ -113,7 +65,7 @@ def fault_of(trace: Trace, settings: CurateSettings, pass_rate: Mapping[str, flo
     return None
 
 
-def fault_of_text(trace: Trace, words: Words, settings: CurateSettings) -> str | None:
+def fault_of_text(trace: Trace, words: Words, settings: CurationRecipe) -> str | None:
     """Return the filter that takes a trace for what it says, or None; `words` are those of reasoning and answer."""
     text = f"{trace.reasoning_content or ''} {trace.content}"
     if settings.whole and ("<think>" in text or "</think>" in text):

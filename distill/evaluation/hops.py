@@ -1,58 +1,82 @@
-"""Score every hop of a run, base and students, once each."""
+"""Score a model on held-out problems: every hop of a run once, or any model by itself."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.reporter import Progress, Relay
+from ...localrun.core.reporter import SILENT, Reporter
+from ..context import Context
 from ..graders.pool import Grader
-from ..recipe import TeachSettings, Work
+from ..problems.load import load_problems
+from ..recipe import EvalRecipe
 from ..records import NONE, Problem
-from ..run import Run
+from ..teachers import open_teacher
+from ..training.student import student_dir
 from .evaluate import Score, evaluate
 
 
-def score_hops(
-    run: Run, base: Path, held_out: list[Problem], settings: TeachSettings, work: Work, on_progress: Progress
-) -> None:
+def score_hops(context: Context, base: Path, held_out: Sequence[Problem]) -> None:
     """Score every hop that scores.json lacks."""
     graded = [problem for problem in held_out if problem.grader != NONE]
     if not graded:
-        work.say("nothing is scored: no held-out problem has an answer")
+        context.report.say("nothing is scored: no held-out problem has an answer")
         return
-    for hop, model in _hops(run, base, settings).items():
-        _score(run, hop, model, graded, settings, work, on_progress)
+    run, rounds = context.run, context.recipe.on_policy.rounds
+    imitated = {"imitation": run.first_student_dir(rounds)} if rounds else {}  # the student that only imitated
+    for hop, model in {"base": base, **imitated, "student": run.student_dir}.items():
+        if hop not in (run.load("scores.json") or {}):
+            _score(context, hop, model=model, problems=graded)
 
 
-def _hops(run: Run, base: Path, settings: TeachSettings) -> dict[str, Path]:
-    """Return the models to score: with rounds also the student that only imitated."""
-    imitated = {"imitation": run.first_student_dir(settings.rounds)} if settings.rounds else {}
-    return {"base": base, **imitated, "student": run.student_dir}
-
-
-def _score(
-    run: Run,
-    hop: str,
-    model: Path,
-    problems: list[Problem],
-    settings: TeachSettings,
-    work: Work,
-    on_progress: Progress,
-) -> Score | None:
-    """Score one hop and add it to scores.json, unless it stands there already."""
-    scores = run.load("scores.json") or {}
-    if hop in scores:
-        return None
-    with work.open_student(model) as teacher, Grader() as grader:
+def _score(context: Context, hop: str, *, model: Path, problems: Sequence[Problem]) -> None:
+    """Score one hop and add it to scores.json."""
+    run, recipe = context.run, context.recipe
+    with context.open_student(model) as student, Grader() as grader:
         score = evaluate(
-            teacher,
+            student,
             problems,
             grader=grader,
-            sampling=Sampling(max_tokens=settings.eval_max_tokens),
+            sampling=Sampling(max_tokens=recipe.scores.max_tokens),
             answers_path=run.folder / "answers" / f"{hop}.jsonl",
-            report=Relay(on_progress),
+            report=context.report,
             stage=f"scoring the {hop}",
         )
-    run.save("scores.json", scores | {hop: score.to_json() | {"problems": settings.problems, "seed": settings.seed}})
-    return score
+    asked = {"problems": recipe.problems, "seed": recipe.seed}
+    run.save("scores.json", (run.load("scores.json") or {}) | {hop: score.to_json() | asked})
+
+
+def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) -> Score:
+    """Score any model that can be opened as a teacher is, on the problems of the test bucket.
+
+    Raises:
+        UsageError, ArtifactError: the problems cannot be had.
+        TeacherError, ModelError: the model cannot be opened, or does not answer.
+    """
+    resources = recipe.resources
+    held_out = load_problems(recipe.problems, "test", n=recipe.n, seed=recipe.seed, offline=resources.offline)
+    with (
+        open_teacher(
+            str(student_dir(model)) if model == "smollm2" else model,
+            device=resources.device,
+            batch_size=resources.batch_size,
+            concurrency=resources.concurrency,
+            timeout_s=resources.timeout_s,
+            max_rpm=resources.max_rpm,
+            max_tpm=resources.max_tpm,
+            model=recipe.server_model,
+            offline=resources.offline,
+        ) as teacher,
+        Grader() as grader,
+    ):
+        for source in {problem.source for problem in held_out}:
+            teacher.accepts(source)
+        return evaluate(
+            teacher,
+            held_out,
+            grader=grader,
+            sampling=Sampling(temperature=recipe.temperature, seed=recipe.seed, max_tokens=recipe.max_tokens),
+            answers_path=recipe.answers,
+            report=report,
+        )

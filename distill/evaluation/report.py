@@ -24,11 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...localrun.core.atomic import write_text
 from ...localrun.core.record_log import read_records
+from ...localrun.core.settings import flat
 from ...localrun.core.text import shorten
 from ..curation.filters import question_of
+from ..recipe import upgraded
 from ..records import CURVE_FILE, CurvePoint, Trace
-from ..run import Run, write_text
+from ..run import Run
 from ..traces.store import TraceStore
 from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
 from .charts import Chart, curve, histogram, over_time
@@ -66,14 +69,14 @@ class Shown:
 def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     """Write report.html from the run's artifacts. The traces that were kept, where they are given, are marked so."""
     artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
-    recipe = artifacts["recipe"] or {}
-    is_elsewhere = recipe.get("traces") and not run.traces_path.exists()
-    traces_path = Path(recipe["traces"]) if is_elsewhere else run.traces_path
+    recipe = {".".join(path): value for path, value in flat(upgraded(artifacts["recipe"] or {}))}
+    is_elsewhere = recipe.get("traces.file") and not run.traces_path.exists()
+    traces_path = Path(recipe["traces.file"]) if is_elsewhere else run.traces_path
     summary = TraceSummary.of(TraceStore.read(traces_path) if traces_path.exists() else ())
     kept_ids = None if kept is None else {trace.id for trace in kept}
     shown = [_show(trace, kept_ids) for trace in summary.sample()]
     columns = [name for name in JUDGED_AS if any(counts[name] for counts in summary.sources.values())]
-    rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("rounds") or 0))]
+    rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("on_policy.rounds") or 0))]
     points = list(read_records(run.folder / CURVE_FILE, CurvePoint, missing_ok=True, skip_broken=True))
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
     values |= {"curves": {"loss": curve(points, "loss"), "accuracy": curve(points, "validation_accuracy")}}

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..recipe import VoteRecipe
 from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]
@@ -24,14 +25,6 @@ _DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)|([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
-
-
-@dataclass(frozen=True)
-class VoteSettings:
-    """When an answer is accepted: `min_share` of all samples, and `min_votes`, give it, and no other has as many."""
-
-    min_share: float = 0.6
-    min_votes: int = 2
 
 
 @dataclass(frozen=True)
@@ -51,14 +44,14 @@ class Election:
     agreement: dict[str, float | None]
 
 
-def vote(ballots: Sequence[Ballot], settings: VoteSettings | None = None, same: Same | None = None) -> Election:
+def vote(ballots: Sequence[Ballot], settings: VoteRecipe | None = None, same: Same | None = None) -> Election:
     """Return the answer that is accepted, the samples that give it, and how many agree with each.
 
     Answers are the same if they are written alike (case, white space, Markdown and LaTeX dressing aside), are the same
     number, or `same` says so. The outcome does not depend on the order of the ballots. `accepted` is the winners'
     shortest wording.
     """
-    settings = settings or VoteSettings()
+    settings = settings or VoteRecipe()
     groups = _group([ballot for ballot in ballots if ballot.answer is not None], same)
     agreement: dict[str, float | None] = {ballot.id: None for ballot in ballots}
     for group in groups:
@@ -73,7 +66,7 @@ def vote(ballots: Sequence[Ballot], settings: VoteSettings | None = None, same: 
 
 
 def vote_on_traces(
-    traces: Iterable[Trace], settings: VoteSettings | None = None, same: Same | None = None
+    traces: Iterable[Trace], settings: VoteRecipe | None = None, same: Same | None = None
 ) -> Iterator[Judgement]:
     """Yield a judgement of every trace that no grader judged: `vote` for those that agree, `none` for the others.
 

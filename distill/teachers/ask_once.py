@@ -17,10 +17,11 @@ from typing import Any
 from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import SILENT, Reporter
+from ..recipe import CostRecipe
 from ..records import Request
 from .asking import Asked, ask_all
 from .base import Teacher
-from .budget import Budget, Limits
+from .budget import Budget
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def ask_once(
     """
     stored = stored_replies(path)
     missing = {ask.id: ask for ask in asks if ask.id not in stored}
-    budget, asked = budget or Budget(Limits()), Asked(0, 0, None)
+    budget, asked = budget or Budget(CostRecipe()), Asked(0, 0, None)
     if missing:
         asked = Asked(0, 0, budget.why_stop(0))
         if not asked.stopped:

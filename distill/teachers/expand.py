@@ -12,18 +12,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ...errors import UsageError
-from ...localrun.core.generation import Message, Sampling
+from ...localrun.core.generation import Message
 from ...localrun.core.reporter import SILENT, Reporter
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_hash
+from ..recipe import ExpandRecipe
 from ..records import Problem
 from .ask_once import Ask, StoredReplies, StoredReply, ask_id, ask_once, stored_replies
 from .base import Teacher
@@ -52,29 +52,6 @@ _SOLVED = re.compile(r"^\W*(?:answer|solution|explanation|hint)\b\W*:.*", re.IGN
 
 
 @dataclass(frozen=True)
-class ExpandSettings:
-    """`n` new problems to each given one. `teacher` is the string that the user gave.
-
-    `similarity` is the Jaccard overlap of word trigrams from which two problems with the same numbers are one, `ngram`
-    the words in a row that may not be shared with an evaluation question.
-    """
-
-    teacher: str
-    n: int
-    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=1.0, top_p=0.95, max_tokens=4096))
-    similarity: float = 0.8
-    ngram: int = 8
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UsageError(
-                f"--expand takes 1 or more, not {self.n}",
-                "it is the number of new problems for each given one",
-                code="number-out-of-range",
-            )
-
-
-@dataclass(frozen=True)
 class Expanded:
     """The new problems in the order of the given ones, how many were written and dropped by reason, an example each."""
 
@@ -87,9 +64,10 @@ class Expanded:
 
 def expand(
     given: Sequence[Problem],
-    settings: ExpandSettings,
+    settings: ExpandRecipe,
     *,
     path: Path,
+    teacher: str,
     open_teacher: Callable[[], Teacher],
     evaluation: Iterable[str] = (),
     budget: Budget | None = None,
@@ -97,13 +75,14 @@ def expand(
 ) -> Expanded:
     """Return new problems like the given ones; replies that `path` holds from earlier runs are not asked for again.
 
-    The same replies give the same problems in the same order. `evaluation` are the questions that no new one may touch.
+    The same replies give the same problems in the same order. `teacher` is the string that the user gave, `evaluation`
+    are the questions that no new one may touch.
 
     Raises:
         TeacherError: the teacher cannot answer any more; every earlier reply is stored.
         ArtifactError: the file is broken or cannot be written.
     """
-    asks = list(_asks(given, settings))
+    asks = list(_asks(given, settings, teacher))
     replies = ask_once(
         [ask for ask, _, _ in asks],
         path,
@@ -124,14 +103,14 @@ def expand(
     return Expanded(problems, len(written), sieve.dropped, sieve.examples, replies)
 
 
-def missing_expansions(given: Sequence[Problem], settings: ExpandSettings, path: Path) -> list[Ask]:
+def missing_expansions(given: Sequence[Problem], settings: ExpandRecipe, path: Path, *, teacher: str) -> list[Ask]:
     """Return the requests that `expand` would pay for: those whose replies the file lacks.
 
     Raises:
         ArtifactError: the file is broken.
     """
     stored = stored_replies(path)
-    return [ask for ask, _, _ in _asks(given, settings) if ask.id not in stored]
+    return [ask for ask, _, _ in _asks(given, settings, teacher) if ask.id not in stored]
 
 
 def read_problems(reply: StoredReply) -> list[str]:
@@ -149,14 +128,14 @@ def read_problems(reply: StoredReply) -> list[str]:
     return [_tidy(item) for item in listed]
 
 
-def _asks(given: Sequence[Problem], settings: ExpandSettings) -> Iterator[tuple[Ask, Problem, int]]:
+def _asks(given: Sequence[Problem], settings: ExpandRecipe, teacher: str) -> Iterator[tuple[Ask, Problem, int]]:
     """Yield (request, the given problem, the number of new ones it asks for)."""
     for problem in given:
         for part, start in enumerate(range(0, settings.n, _A_REQUEST)):
             n = min(_A_REQUEST, settings.n - start)
             messages = _messages(problem.question, n)
             yield (
-                Ask(ask_id("expand", settings.teacher, asdict(settings.sampling), messages, part), messages),
+                Ask(ask_id("expand", teacher, asdict(settings.sampling), messages, part), messages),
                 problem,
                 n,
             )
@@ -182,7 +161,7 @@ def _instruction(question: str, n: int) -> str:
 class _Sieve:
     """Drops texts that are not new training problems, counts them by reason, and keeps an example of each."""
 
-    def __init__(self, given: Sequence[Problem], settings: ExpandSettings) -> None:
+    def __init__(self, given: Sequence[Problem], settings: ExpandRecipe) -> None:
         self.given, self.settings = given, settings
         self.dropped = dict.fromkeys(DROPPED, 0)
         self.examples: dict[str, str] = {}

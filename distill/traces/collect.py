@@ -16,6 +16,7 @@ from pathlib import Path
 from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import SILENT, Reporter
+from ..recipe import CostRecipe, TeacherRecipe, TracesRecipe
 from ..records import (
     GradesAnswers,
     Problem,
@@ -29,7 +30,7 @@ from ..records import (
 )
 from ..teachers.asking import Asked, ask_all
 from ..teachers.base import Teacher
-from ..teachers.budget import Budget, Limits
+from ..teachers.budget import Budget
 from .store import TraceStore
 
 _TELL_EVERY_S = 0.25
@@ -41,9 +42,9 @@ class CollectSettings:
 
     teacher: str
     sampling: Sampling
-    samples: int = 1
+    samples: int = TracesRecipe.samples
     keep: int = 1
-    top_logprobs: int = 0
+    top_logprobs: int = TeacherRecipe.logprobs
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def collect(
         ArtifactError: a trace cannot be written.
     """
     ledger = Ledger(problems, settings, store)
-    budget = budget or Budget(Limits())
+    budget = budget or Budget(CostRecipe())
     stopped = budget.why_stop(0)
     if stopped or next(ledger.wanted(), None) is None:
         return Asked(0, 0, stopped)

@@ -18,11 +18,11 @@ from ...errors import ModelError
 from ...localrun.core.atomic import write_text
 from ...localrun.core.record_log import RecordLog, read_records, to_json
 from ...localrun.core.reporter import SILENT, Reporter
+from ..recipe import TrainingRecipe
 from ..records import CURVE_FILE, CurvePoint
 from ..run import CLOCK_FILE
 from .distributed import agreed
 from .packing import Batch
-from .report import TrainSettings
 from .rows import Row
 
 _WINDOW = 20  # steps whose mean loss is watched
@@ -47,7 +47,7 @@ class Clock(TrainerCallback):
 
     def __init__(
         self,
-        settings: TrainSettings,
+        settings: TrainingRecipe,
         rows: Sequence[Row],
         *,
         computed_share: float = 1.0,

@@ -16,25 +16,15 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
+from ..recipe import CurriculumRecipe
 from .rows import Row, order_rows
 
 Level = Literal["easy", "middle", "hopeless"]
 
 
-@dataclass(frozen=True)
-class CurriculumSettings:
-    """`easy_from` is the pass rate from which a problem is easy; `easy_share` the share of passes that it comes in."""
-
-    easy_from: float = 0.75
-    easy_share: float = 0.5
-    middle_times: int = 2
-    head_start: float = 0.1
-
-
-def level_of(rate: float | None, settings: CurriculumSettings) -> Level:
+def level_of(rate: float | None, settings: CurriculumRecipe) -> Level:
     """Return the level of a pass rate; a problem that was never tried is in the middle."""
     if rate is None:
         return "middle"
@@ -63,14 +53,14 @@ def arrange(
     batch_size: int,
     epochs: int,
     seed: int,
-    settings: CurriculumSettings | None = None,
+    settings: CurriculumRecipe | None = None,
 ) -> list[Row]:
     """Return the rows of every pass in order, given each with its problem's pass rate.
 
     The first pass begins with rows of what the student solves now and then, `head_start` of its rows at most; then all
     levels come together. Where no problem was ever solved, or none was tried, this is the plain order.
     """
-    settings = settings or CurriculumSettings()
+    settings = settings or CurriculumRecipe()
     if all(rate is None for _, rate in rows):
         return order_rows([row for row, _ in rows], batch_size, epochs=epochs, seed=seed)
     levels = [level_of(rate, settings) for _, rate in rows]
@@ -92,7 +82,7 @@ def arrange(
     return ordered
 
 
-def counts(rates: Sequence[float | None], settings: CurriculumSettings | None = None) -> dict[str, int]:
+def counts(rates: Sequence[float | None], settings: CurriculumRecipe | None = None) -> dict[str, int]:
     """Return how many problems stand on each level."""
-    levels = [level_of(rate, settings or CurriculumSettings()) for rate in rates]
+    levels = [level_of(rate, settings or CurriculumRecipe()) for rate in rates]
     return {level: levels.count(level) for level in ("easy", "middle", "hopeless")}

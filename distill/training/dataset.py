@@ -12,13 +12,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArtifactError
-from ..recipe import Loss, Work
+from ...localrun.core.reporter import SILENT, Reporter
+from ..recipe import TrainingRecipe
 from ..records import Trace
 from ..teachers.vocabulary import is_same
 from ..tokenizer import Tokenizer
@@ -33,40 +33,36 @@ _HINT = "train with --loss cross-entropy, or take a student with the teacher's t
 def lessons(
     traces: Sequence[Trace],
     traces_path: Path,
-    tokenizer: Tokenizer,
     *,
-    max_length: int,
-    loss: Loss,
-    logit_share: float,
-    work: Work,
-    weights: Mapping[str, float] | None = None,
-    too_long: Literal["drop", "shorten"] = "drop",
+    tokenizer: Tokenizer,
+    training: TrainingRecipe,
+    report: Reporter = SILENT,
 ) -> tuple[list[Row], list[Trace]]:
-    """Return the rows of the traces that fit, and those traces. `weights` are `make_row`'s, by their names.
+    """Return the rows of the traces that fit `training.max_length`, and those traces.
 
-    Traces without any text are left out. With `too_long` "shorten" what does not fit loses lines from the middle of its
-    reasoning, never the closing tag or the answer.
+    Traces without any text are left out. With `too_long` "shorten" a trace that does not fit loses lines from the
+    middle of its reasoning, never the closing tag or the answer.
 
     Raises:
-        ArtifactError: every trace is too long, or logits are asked for that cannot be had.
+        ArtifactError: `code` "traces-too-long": every trace is; or log-probabilities are asked for that cannot be had.
     """
-    said = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
+    weights = {"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight}
+    limit = training.max_length
+    spoken = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
     made = [
-        (make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content, **(weights or {})), trace)
-        for trace in said
+        (make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content, **weights), trace)
+        for trace in spoken
     ]
-    if too_long == "shorten":
-        made = [(_shortened(tokenizer, row, trace, max_length, weights), trace) for row, trace in made]
-    fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= max_length]
+    if training.too_long == "shorten":
+        made = [(_shortened(tokenizer, row, trace, limit, weights), trace) for row, trace in made]
+    fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= limit]
     if not fitting:
-        raise ArtifactError(f"every trace is longer than {max_length} tokens", "raise --max-length")
+        raise ArtifactError(f"every trace is longer than {limit} tokens", "raise --max-length", code="traces-too-long")
     rows, kept = [row for row, _ in fitting], [trace for _, trace in fitting]
-    return _with_logits(rows, kept, traces_path, tokenizer, loss, logit_share, work), kept
+    return _with_logits(rows, kept, traces_path, tokenizer, training, report), kept
 
 
-def _shortened(
-    tokenizer: Tokenizer, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float] | None
-) -> Row:
+def _shortened(tokenizer: Tokenizer, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float]) -> Row:
     return shortened(tokenizer, row, trace.messages, trace.reasoning_content or "", trace.content, max_length, weights)
 
 
@@ -75,12 +71,11 @@ def _with_logits(
     traces: Sequence[Trace],
     traces_path: Path,
     tokenizer: Tokenizer,
-    loss: Loss,
-    share: float,
-    work: Work,
+    training: TrainingRecipe,
+    report: Reporter,
 ) -> list[Row]:
-    """Return the rows with the teacher's distribution where it is there; without it, only if none was asked for."""
-    path = logprobs_path(traces_path)
+    """Return the rows with the teacher's distribution where it was kept; without it, only if none was asked for."""
+    path, loss = logprobs_path(traces_path), training.loss
     if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
         return rows
     if not path.exists():
@@ -90,10 +85,10 @@ def _with_logits(
         if reason and loss == "logits":
             raise refuse(reason)
         if reason:
-            work.say(f"{reason}: training on the tokens alone (cross-entropy)")
+            report.say(f"{reason}: training on the tokens alone (cross-entropy)")
             return rows
-        rows, counted = add_logits(rows, traces, logprobs=logprobs, share=share)
-    work.say(counted.describe())
+        rows, counted = add_logits(rows, traces, logprobs=logprobs, share=training.logit_share)
+    report.say(counted.describe())
     return rows
 
 
@@ -111,11 +106,11 @@ def hold_out(rows: Sequence[Row], traces: Sequence[Trace], n: int, seed: int) ->
 
 
 def by_level(
-    rows: Sequence[Row], traces: Sequence[Trace], rates: Mapping[str, float], batch_size: int, epochs: int, seed: int
+    rows: Sequence[Row], traces: Sequence[Trace], *, rates: Mapping[str, float], training: TrainingRecipe
 ) -> list[Row]:
     """Return the rows of every pass, by how often the student solves their problems, or is likely to."""
     tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
-    return arrange(estimated(tried), batch_size, epochs, seed)
+    return arrange(estimated(tried), training.batch_size, training.epochs, training.seed or 0, training.curriculum)
 
 
 @dataclass
@@ -143,9 +138,7 @@ def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer:
     for known in {trace.teacher.vocabulary for trace in having}:
         if is_same(known, tokenizer) is False:
             return "the student's tokenizer is not the teacher's: the log-probabilities are of other tokens"
-    for trace in having[
-        :20
-    ]:  # the vocabulary was not recorded, or is the same: the tokens have to read as the trace's text
+    for trace in having[:20]:  # whatever was recorded of the vocabulary, the tokens have to read as the trace's text
         stored = logprobs.get(trace.id)
         if stored is not None and not _reads_as(tokenizer, stored[0], trace):
             return "the student's tokenizer reads the teacher's tokens as another text"
@@ -187,7 +180,7 @@ def mixture(name: str, share: float) -> tuple[tuple[str, float], ...]:
 
 def refuse(reason: str) -> ArtifactError:
     """Return the error for a user who asked for logits that cannot be had."""
-    return ArtifactError(f"--loss logits: {reason}", _HINT, code="no-logits")
+    return ArtifactError(f"training.loss=logits: {reason}", _HINT, code="no-logits")
 
 
 def _places(targets: list[int], tokens: list[int]) -> list[int] | None:

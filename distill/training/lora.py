@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from ...errors import ModelError, UsageError
 from ...localrun.core.text import first_line
 from ..device import quiet_transformers
-from .report import TrainSettings
+from ..recipe import TrainingRecipe
 from .rows import Row
 
 
-def load_student(base_dir: Path, settings: TrainSettings, *, device: torch.device, dtype: torch.dtype) -> Any:
+def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a student to train: a frozen base in dtype with an adapter in fp32, or everything in fp32.
 
     Raises:
@@ -27,24 +27,24 @@ def load_student(base_dir: Path, settings: TrainSettings, *, device: torch.devic
     """
     quiet_transformers()
     model = load_base(
-        base_dir, torch.float32 if settings.full else dtype, four_bits(device) if settings.qlora else None
+        base_dir, torch.float32 if settings.full else dtype, four_bits(device) if settings.is_qlora else None
     )
-    model = model if settings.qlora else model.to(device)
+    model = model if settings.is_qlora else model.to(device)
     model.config.use_cache = False
     if settings.full:
         return model
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed or 0)
     lora = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        r=settings.lora.rank,
+        lora_alpha=settings.lora.alpha,
         target_modules=_targets(model, settings),
-        use_dora=settings.dora,
-        use_rslora=settings.rslora,
+        use_dora=settings.lora.dora,
+        use_rslora=settings.lora.rslora,
         task_type="CAUSAL_LM",
     )
-    if settings.qlora:
+    if settings.is_qlora:
         from peft import prepare_model_for_kbit_training
 
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
@@ -84,26 +84,26 @@ def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:
         )
 
 
-def parameter_groups(model: Any, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Any, settings: TrainingRecipe) -> list[dict[str, Any]]:
     """Return the optimizer's groups: LoRA's B apart if its learning rate differs, and no weight decay on vectors."""
     groups: dict[tuple[bool, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_b = "lora_B" in name and settings.lora_plus != 1.0
+            is_b = "lora_B" in name and settings.lora.plus != 1.0
             groups.setdefault((is_b, parameter.ndim > 1), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": settings.peak_lr * (settings.lora_plus if is_b else 1.0),
+            "lr": settings.peak_lr * (settings.lora.plus if is_b else 1.0),
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
         }
         for (is_b, is_matrix), parameters in groups.items()
     ]
 
 
-def _targets(model: Any, settings: TrainSettings) -> list[str]:
+def _targets(model: Any, settings: TrainingRecipe) -> list[str]:
     """Return the full names of the linear maps that get an adapter."""
-    wanted = {name.strip() for name in settings.lora_targets.split(",") if name.strip()}
+    wanted = set(settings.lora.targets)
     linears = list(_linears(model))
     kinds = {name.rpartition(".")[2] for _, name in linears}
     if unknown := wanted - kinds:
@@ -115,12 +115,12 @@ def _targets(model: Any, settings: TrainSettings) -> list[str]:
     found = [
         name
         for layer, name in linears
-        if layer >= settings.lora_first_layer and (not wanted or name.rpartition(".")[2] in wanted)
+        if layer >= settings.lora.first_layer and (not wanted or name.rpartition(".")[2] in wanted)
     ]
     if not found:
         raise UsageError(
-            f"the student has no layer {settings.lora_first_layer}",
-            "give a smaller --lora-first-layer",
+            f"the student has no layer {settings.lora.first_layer}",
+            "give a smaller training.lora.first_layer",
             code="no-such-layer",
         )
     return found
@@ -143,7 +143,9 @@ def four_bits(device: torch.device) -> Any:
 
     if device.type != "cuda":
         raise ModelError(
-            "--qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down", "leave --qlora out", code="needs-gpu"
+            "--weights qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down",
+            "take --weights lora",
+            code="needs-gpu",
         )
     try:
         with warnings.catch_warnings():
@@ -151,7 +153,7 @@ def four_bits(device: torch.device) -> Any:
             importlib.import_module("bitsandbytes")
     except (ImportError, RuntimeError, OSError) as error:
         raise ModelError(
-            f"--qlora needs bitsandbytes: {first_line(error)}", "pip install bitsandbytes", code="not-installed"
+            f"--weights qlora needs bitsandbytes: {first_line(error)}", "pip install bitsandbytes", code="not-installed"
         ) from error
     return BitsAndBytesConfig(
         load_in_4bit=True,

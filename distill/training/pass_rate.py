@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ...localrun.core.generation import Sampling
 from ...localrun.core.reporter import Progress, no_progress
+from ..context import Context
 from ..graders.pool import Grader
-from ..recipe import TeachSettings, Work
 from ..records import NONE, GradesAnswers, Problem, Request, messages_of
-from ..run import Run
 from ..teachers.base import Teacher
 
 _CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problems that stand for the rest
@@ -37,31 +36,25 @@ def measure_pass_rates(
     return {problem_id: n / n_tries for problem_id, n in right.items()}
 
 
-def own_pass_rates(
-    run: Run,
-    base: Path,
-    problems: list[Problem],
-    settings: TeachSettings,
-    work: Work,
-    on_progress: Progress,
-) -> dict[str, float] | None:
+def own_pass_rates(context: Context, base: Path, problems: list[Problem]) -> dict[str, float] | None:
     """Return how often the untrained student solves each problem that it tries; None if it need not try any.
 
     It tries each `pass_samples` times; a curriculum alone has it try some, which stand for the rest.
     """
     graded = [problem for problem in problems if problem.grader != NONE]
-    n_samples = settings.pass_samples
-    if not n_samples and settings.curriculum:
+    recipe, run = context.recipe, context.run
+    n_samples = recipe.training.pass_samples
+    if not n_samples and recipe.training.curriculum.enabled:
         n_samples = _CURRICULUM_SAMPLES
-        graded = random.Random(settings.seed).sample(graded, min(len(graded), _CURRICULUM_PROBLEMS))
+        graded = random.Random(recipe.seed).sample(graded, min(len(graded), _CURRICULUM_PROBLEMS))
     if not n_samples:
         return None
     known = run.load("pass_rate.json")
     if known and known["samples"] == n_samples and known["rates"].keys() == {problem.id for problem in graded}:
         return dict(known["rates"])
     temperature = 0.7 if n_samples > 1 else 0.0
-    sampling = Sampling(temperature, max_tokens=settings.eval_max_tokens, seed=settings.seed)
-    with work.open_student(base) as student, Grader() as grader:
-        rates = measure_pass_rates(student, graded, grader, sampling, n_samples, on_progress)
+    sampling = Sampling(temperature, max_tokens=recipe.scores.max_tokens, seed=recipe.seed)
+    with context.open_student(base) as student, Grader() as grader:
+        rates = measure_pass_rates(student, graded, grader, sampling, n_samples, context.report.progress)
     run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
     return rates

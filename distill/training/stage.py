@@ -6,10 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...localrun.core.reporter import Progress, Relay
-from ..recipe import TeachSettings, Work
+from ..context import Context
 from ..records import Trace
-from ..run import Run
 from ..tokenizer import Tokenizer
 from .distributed import everywhere
 from .student import teach_template
@@ -18,59 +16,41 @@ if TYPE_CHECKING:
     from .rows import Row
 
 
-def check_training(base: Path, settings: TeachSettings, device: str) -> None:
-    """See that the student can be taught with these settings: nothing is paid for one that cannot.
+def check_training(context: Context, base: Path) -> None:
+    """Check that the student can be taught with these settings, before anything is paid for.
 
     Raises:
-        UsageError: settings that do not go together, or a tracker that is not there.
+        UsageError: settings that do not go together, or a tracker that is not installed.
         ModelError: a chat template that cannot be taught to think, or no way to 4 bits.
     """
     from ..device import choose_device
     from .lora import four_bits
-    from .report import TrainSettings
     from .rows import make_row
     from .trainer import reporters
 
-    training = TrainSettings(**settings.stage_training())
+    training = context.recipe.training
     reporters(training.report_to)
-    if training.qlora:
-        four_bits(choose_device(device))
+    if training.is_qlora:
+        four_bits(choose_device(context.resources.device))
     make_row(tokenizer_of(base), [{"role": "user", "content": "1 + 1?"}], "1 + 1 = 2", "2")
 
 
 def train_first(
-    run: Run,
-    base: Path,
-    traces: list[Trace],
-    traces_path: Path,
-    rates: dict[str, float],
-    settings: TeachSettings,
-    work: Work,
-    on_progress: Progress,
+    context: Context, base: Path, *, traces: list[Trace], traces_path: Path, rates: dict[str, float]
 ) -> list[Row]:
     """Train the student on the kept traces unless the folder holds it already; return the rows, for rounds."""
-    out = run.first_student_dir(settings.rounds)
+    run, recipe = context.run, context.recipe
+    out = run.first_student_dir(recipe.on_policy.rounds)
     if run.student_dir.exists():
         return []
     from .dataset import by_level, hold_out, lessons
-    from .report import TrainSettings
     from .rows import order_rows
     from .train import TrainPaths, train
 
-    training = TrainSettings(**settings.stage_training(), seed=settings.seed)
+    training = recipe.one_training()
     tokenizer = tokenizer_of(base)
-    rows, kept = lessons(
-        traces,
-        traces_path,
-        tokenizer,
-        max_length=training.max_length,
-        loss=settings.loss,
-        logit_share=settings.logit_share,
-        work=work,
-        weights={"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight},
-        too_long=training.too_long,
-    )
-    trained, validation = hold_out(rows, kept, training.n_validation, settings.seed)
+    rows, kept = lessons(traces, traces_path, tokenizer=tokenizer, training=training, report=context.report)
+    trained, validation = hold_out(rows, kept, training.n_validation, recipe.seed)
     if out.exists():
         return rows
     if not run.is_trained:
@@ -80,13 +60,13 @@ def train_first(
         run.save("curation.json", record)
     out.parent.mkdir(parents=True, exist_ok=True)
     ordered = [rows[i] for i in trained]
-    if settings.curriculum:
+    if training.curriculum.enabled:
         asked = [kept[i] for i in trained]
         if not any(trace.problem_id in rates for trace in asked):
-            work.say("no problem of the traces could be tried: their order is the plain one, without a curriculum")
-        ordered = by_level(ordered, asked, rates, training.batch_size, training.epochs, settings.seed)
+            context.report.say("no problem of the traces could be tried: they keep their order, without a curriculum")
+        ordered = by_level(ordered, asked, rates=rates, training=training)
     else:
-        ordered = order_rows(ordered, training.batch_size, epochs=training.epochs, seed=training.seed)
+        ordered = order_rows(ordered, training.batch_size, epochs=training.epochs, seed=training.seed or 0)
     result = everywhere(
         train,
         TrainPaths(base, run.checkpoints_dir, out),
@@ -94,8 +74,8 @@ def train_first(
         tokenizer=tokenizer,
         settings=training,
         validation=validation,
-        device=work.device,
-        own={"report": Relay(on_progress, work.say)},
+        device=context.resources.device,
+        own={"report": context.report},
     )
     run.save("training.json", dataclasses.asdict(result))
     return rows

@@ -19,8 +19,8 @@ import torch
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.core.atomic import write_text
 from ..device import SMALL_MODEL, fastest
+from ..recipe import TrainingRecipe
 from .distributed import is_first, processes
-from .report import TrainSettings
 from .rows import Row
 
 _PLAN_FILE = "plan.json"  # in the folder of the checkpoints
@@ -39,7 +39,7 @@ class StepPlan:
         """The number format of frozen weights and products."""
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
-    def smaller(self, settings: TrainSettings, folder: Path) -> StepPlan:
+    def smaller(self, settings: TrainingRecipe, folder: Path) -> StepPlan:
         """Return, and keep, the plan with half the rows at once or fewer; a step still has as many rows in all.
 
         Raises:
@@ -48,7 +48,7 @@ class StepPlan:
         if self.micro_batch == 1:
             raise ModelError(
                 "not even one row at a time fits the memory",
-                "give a smaller --max-length, or train an adapter, not --full",
+                "give a smaller --max-length, or train an adapter, not --weights full",
                 code="model-too-large",
             )
         plan = replace(self, micro_batch=_divisor(settings.batch_size // processes(), self.micro_batch // 2))
@@ -57,7 +57,7 @@ class StepPlan:
 
 
 def make_plan(
-    base_dir: Path, rows: Sequence[Row], *, settings: TrainSettings, device: torch.device, folder: Path
+    base_dir: Path, rows: Sequence[Row], *, settings: TrainingRecipe, device: torch.device, folder: Path
 ) -> StepPlan:
     """Return the plan that the training began with, or make it; `folder` is that of its checkpoints.
 
@@ -69,7 +69,7 @@ def make_plan(
     if left or not share:
         raise UsageError(
             f"{processes()} processes cannot share the {settings.batch_size} rows of a step",
-            "give --train-batch-size",
+            "set training.batch_size",
             code="batch-not-shared",
         )
     if not is_first():

@@ -22,6 +22,7 @@ from ...errors import ArtifactError
 from ...localrun.core.atomic import write_text
 from ...localrun.core.reporter import SILENT, Reporter
 from ..device import NO_MEMORY, choose_device
+from ..recipe import TrainingRecipe
 from ..tokenizer import Tokenizer
 from .callback import Clock, Validation, last_checkpoint, validation_of
 from .distributed import is_first, processes
@@ -29,7 +30,7 @@ from .lora import check_vocabulary, load_base, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
 from .packing import Batch
-from .report import TrainReport, TrainSettings
+from .report import TrainReport
 from .rows import Row
 from .step_plan import StepPlan, make_plan
 from .trainer import StudentTrainer, arguments
@@ -64,7 +65,7 @@ def train(
     rows: Sequence[Row],
     *,
     tokenizer: Tokenizer,
-    settings: TrainSettings,
+    settings: TrainingRecipe,
     validation: Sequence[Row] = (),
     device: str = "auto",
     report: Reporter = SILENT,
@@ -110,7 +111,7 @@ class _Training:
     rows: Sequence[Row]
     validation: Sequence[Row]
     tokenizer: Tokenizer
-    settings: TrainSettings
+    settings: TrainingRecipe
     device: torch.device
     report: Reporter
 

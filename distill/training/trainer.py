@@ -6,7 +6,7 @@ the step, whatever micro-batches and processes it is cut into.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +17,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ...errors import UsageError
+from ..recipe import TrainingRecipe
 from .callback import Clock
 from .distributed import processes
 from .lora import parameter_groups
-from .report import TrainSettings
 
 
 class StudentTrainer(Trainer):
@@ -28,7 +28,7 @@ class StudentTrainer(Trainer):
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, settings: TrainSettings, clock: Clock, **keywords: Any) -> None:
+    def __init__(self, settings: TrainingRecipe, clock: Clock, **keywords: Any) -> None:
         self._settings, self._clock = settings, clock
         super().__init__(callbacks=[clock], **keywords)
         self.remove_callback(PrinterCallback)
@@ -95,7 +95,7 @@ class StudentTrainer(Trainer):
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Callable[[int], float]:
+def schedule(settings: TrainingRecipe, progress: Callable[[int], float]) -> Callable[[int], float]:
     """Return the learning rate's factor by step: a linear warm-up, then a linear decay to `final_lr`."""
 
     def rate(step: int) -> float:
@@ -108,7 +108,7 @@ def schedule(settings: TrainSettings, progress: Callable[[int], float]) -> Calla
 
 
 def arguments(
-    settings: TrainSettings, output_dir: Path, *, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
+    settings: TrainingRecipe, output_dir: Path, *, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
 ) -> TrainingArguments:
     """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of all epochs."""
     n_processes = processes()
@@ -138,7 +138,7 @@ def arguments(
         dataloader_num_workers=int(device.type == "cuda"),
         dataloader_pin_memory=device.type == "cuda",
         accelerator_config={"non_blocking": device.type == "cuda"},
-        seed=settings.seed,
+        seed=settings.seed or 0,
         ddp_find_unused_parameters=False if n_processes > 1 else None,
     )
     return on_one_gpu(given)
@@ -150,25 +150,26 @@ def on_one_gpu(given: Arguments) -> Arguments:
     return given
 
 
-def reporters(names: str) -> list[str]:
+def reporters(names: Sequence[str]) -> list[str]:
     """Return the trackers that are to get the loss.
 
     Raises:
-        UsageError: `code` "no-such-choice" or "not-installed".
+        UsageError: `code` "no-such-tracker" or "not-installed".
     """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
         get_available_reporting_integrations,
     )
 
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
+    for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UsageError(
-                f"--report-to: there is no tracker {name}",
+                f"training.report_to: there is no tracker {name}",
                 f"choose from {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
-                code="no-such-choice",
+                code="no-such-tracker",
             )
         if name not in get_available_reporting_integrations():
-            raise UsageError(f"--report-to: {name} is not installed", f"pip install {name}", code="not-installed")
-    return wanted
+            raise UsageError(
+                f"training.report_to: {name} is not installed", f"pip install {name}", code="not-installed"
+            )
+    return list(names)

@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,8 +18,10 @@ from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ..engine.engine import Engine
-from ..families.thinking import Think
+from ..engine.json_schema import grammar_of_schema
+from ..families.tool_calls import read_tools
 from ..find import find_model
+from ..recipe import ChatRecipe
 from .conversations import Conversation, Store
 from .oneshot import answer_once, is_terminal, read_question
 from .session import Question, Session
@@ -27,76 +29,21 @@ from .session import Question, Session
 _MOST_LISTED = 20
 
 
-@dataclass(frozen=True)
-class ChatSettings:
-    """How to chat. None leaves a matter to the conversation that is resumed, or else to the default."""
-
-    system: str | None = None
-    think: Think | None = None
-    think_budget: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    max_tokens: int | None = None
-    seed: int | None = None
-    repeat_penalty: float = 1.0
-    dry: float = 0.0
-    """DRY's multiplier: what repeats itself is penalized the more, the longer it is."""
-    grammar: str | None = None
-    """GBNF that holds every answer."""
-    tools: tuple[dict[str, Any], ...] = ()
-    """Offered to the model in OpenAI's form."""
-    images: tuple[Path, ...] = ()
-    """What the first question is about."""
-    loop_guard: bool = True
-    speculate: bool = False
-    n_ctx: int | None = None
-    kv_type: str = "f16"
-    draft_path: Path | None = None
-    mmproj_path: Path | None = None
-    """The projector for images; None is the one beside the model, where one may be shown."""
-    resume: Literal["newest", "pick"] | None = None
-    """Go on with the newest kept conversation, or one picked from a list."""
-    keep: bool = True
-    """Keep the conversation, and what is typed, on disk."""
-    fold: bool = False
-    """Fold thinking into one line."""
-    offline: bool = False
-
-    def override(self, session: Session) -> None:
-        """Put what was given into a session."""
-        session.system = (session.system if self.system is None else self.system) or None
-        session.think = self.think or session.think
-        budget = session.guidance.think_budget if self.think_budget is None else self.think_budget
-        session.guidance = replace(
-            session.guidance,
-            think_budget=budget,
-            grammar=self.grammar,
-            loop_guard=self.loop_guard,
-            speculate=self.speculate,
-            repeat_penalty=self.repeat_penalty,
-            dry_multiplier=self.dry,
-        )
-        session.tools = self.tools
-        names = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        session.sampling = replace(session.sampling, **given)
-
-
-_DEFAULTS = ChatSettings()
+_DEFAULTS = ChatRecipe()
 
 
 def chat(
     model: str | Path | None,
-    settings: ChatSettings = _DEFAULTS,
+    recipe: ChatRecipe = _DEFAULTS,
     *,
     prompt: str | None = None,
+    resume: Literal["newest", "pick"] | None = None,
     json_output: bool = False,
 ) -> int:
     """Chat in the terminal, or answer once if there is a prompt, a pipe or no terminal to write to; return 0.
 
-    `model` is a spec for `find_model`; None is the resumed conversation's model, or else the newest run's.
+    `model` is a spec for `find_model`; None is the resumed conversation's model, or else the newest run's. `resume`
+    continues the newest kept conversation, or one picked from a list.
 
     Raises:
         ArtifactError, ModelError: the file cannot be run, or the question does not fit the context.
@@ -104,27 +51,29 @@ def chat(
     """
     piped = not is_terminal(sys.stdin)
     once = prompt is not None or piped or not is_terminal(sys.stdout)
-    _check_once(settings, once=once, json_output=json_output)
+    _check_once(recipe, once=once, json_output=json_output)
+    constraint = _grammar(recipe)
+    tools = read_tools(_read(recipe.tools)) if recipe.tools else ()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer
     store = Store()
-    path, conversation = _kept(store, settings.resume) if settings.resume else (None, Conversation(messages=[]))
+    path, conversation = _kept(store, resume) if resume else (None, Conversation(messages=[]))
     question = read_question(prompt, read_stdin=piped or prompt is None) if once else ""
-    open_engine = partial(_open_engine, settings=settings, may_see=bool(settings.images) or not once)
-    model_path = _model_path(model, conversation, settings.offline)
+    open_engine = partial(_open_engine, recipe=recipe, may_see=bool(recipe.images) or not once)
+    model_path = _model_path(model, conversation, recipe.offline)
     with _loading(model_path):
         session = Session(open_engine(model_path))
     try:
         _warn_of_long_context(session.engine)
         session.adopt(conversation)
-        settings.override(session)
-        images = tuple(str(image.absolute()) for image in settings.images)
+        _override(session, recipe, grammar=constraint, tools=tools)
+        images = tuple(str(image.absolute()) for image in recipe.images)
         if once:
             if path:
                 store.load_state(path, session.engine)
-            answer_once(session, Question(question, images=images), json_output=json_output, folded=settings.fold)
-            if path and settings.keep:
+            answer_once(session, Question(question, images=images), json_output=json_output, folded=recipe.fold)
+            if path and recipe.keep:
                 store.write(path, session.record(conversation.created))
                 store.save_state(path, session.engine, session.n_used())
         else:
@@ -134,9 +83,9 @@ def chat(
             dialogue = Dialogue(
                 session,
                 open_engine=open_engine,
-                store=store if settings.keep else None,
-                folded=settings.fold,
-                offline=settings.offline,
+                store=store if recipe.keep else None,
+                folded=recipe.fold,
+                offline=recipe.offline,
             )
             converse(dialogue, (path, conversation) if path else None, images)
     finally:
@@ -144,11 +93,11 @@ def chat(
     return 0
 
 
-def _check_once(settings: ChatSettings, *, once: bool, json_output: bool) -> None:
+def _check_once(recipe: ChatRecipe, *, once: bool, json_output: bool) -> None:
     """Refuse what only works with one question."""
     if json_output and not once:
         raise UsageError("--json answers one question", "add -p 'QUESTION', or pipe one in", code="needs-question")
-    if settings.tools and not once:
+    if recipe.tools and not once:
         raise UsageError(
             "--tools answers one question: deepdistill itself runs no tool",
             "add -p 'QUESTION'",
@@ -160,6 +109,44 @@ def _warn_of_long_context(engine: Engine) -> None:
     if engine.n_ctx > engine.n_ctx_train > 0:
         trained = f"the model was trained for {engine.n_ctx_train:,} tokens of context"
         print(f"note: {trained}: beyond them its answers may get worse", file=sys.stderr)
+
+
+def _override(session: Session, recipe: ChatRecipe, *, grammar: str | None, tools: tuple[dict[str, Any], ...]) -> None:
+    """Put into a session what was given; what was not stays as the resumed conversation has it."""
+    session.system = (session.system if recipe.system is None else recipe.system) or None
+    session.think = recipe.think or session.think
+    budget = session.guidance.think_budget if recipe.think_budget is None else recipe.think_budget
+    session.guidance = replace(
+        session.guidance,
+        think_budget=budget,
+        grammar=grammar,
+        loop_guard=recipe.loop_guard,
+        speculate=recipe.speculate or recipe.draft is not None,
+        repeat_penalty=recipe.repeat_penalty,
+        dry_multiplier=recipe.dry,
+    )
+    session.tools = tools
+    given = {name: value for name, value in asdict(recipe.sampling).items() if value is not None}
+    session.sampling = replace(session.sampling, **given)
+
+
+def _grammar(recipe: ChatRecipe) -> str | None:
+    """Return the GBNF of the grammar file, or what holds an answer to the JSON schema."""
+    if recipe.schema and recipe.grammar:
+        hint = "give one of them"
+        raise UsageError("--schema and --grammar are two ways to say one thing", hint, code="settings-conflict")
+    if recipe.grammar:
+        return _read(recipe.grammar)
+    return grammar_of_schema(_read(recipe.schema)) if recipe.schema else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 text", code="file-not-text") from error
 
 
 def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Conversation]:
@@ -197,17 +184,17 @@ def _loading(path: Path) -> Iterator[None]:
         print(end=f"\r{' ' * len(text)}\r", file=sys.stderr, flush=True)
 
 
-def _open_engine(path: Path, settings: ChatSettings, may_see: bool) -> Engine:
+def _open_engine(path: Path, recipe: ChatRecipe, may_see: bool) -> Engine:
     """Load a model, with its projector if it may be shown images."""
-    load = partial(Engine, path, n_ctx=settings.n_ctx, kv_type=settings.kv_type, draft_path=settings.draft_path)
-    if settings.mmproj_path or not may_see or not any("mmproj" in file.name for file in path.parent.glob("*.gguf")):
-        return load(mmproj_path=settings.mmproj_path)
+    load = partial(Engine, path, n_ctx=recipe.n_ctx, kv_type=recipe.kv_type, draft_path=recipe.draft)
+    if recipe.mmproj or not may_see or not any("mmproj" in file.name for file in path.parent.glob("*.gguf")):
+        return load(mmproj_path=recipe.mmproj)
     from ..engine.vision import find_mmproj
 
     try:
         return load(mmproj_path=find_mmproj(path))
     except ModelError:  # the projector beside it may be another model's
-        if settings.images:
+        if recipe.images:
             raise
         return load()
 

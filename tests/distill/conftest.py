@@ -1,6 +1,32 @@
-"""The scripts of benchmarks/pocket, which import each other by their plain names, can be imported by the tests too."""
+"""What the tests of this stage share. The scripts of benchmarks/pocket can be imported by their plain names."""
+
+from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+
+from deepdistill.localrun.core.reporter import Reporter
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "pocket"))
+
+
+class Recorder(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.steps: list[tuple[str, float, float, str]] = []
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        self.steps.append((stage, done, total, note))
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    """A reporter that keeps what it is told, in `said` and `steps`."""
+    return Recorder()

@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 
+from deepdistill.distill.context import Context
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import CostRecipe, TeachRecipe, TracesRecipe
 from deepdistill.distill.records import Request, Trace
+from deepdistill.distill.run import Run
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.base import Teacher
-from deepdistill.distill.teachers.budget import Limits, Price
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.core.reporter import SILENT, Reporter
+from deepdistill.localrun.core.settings import changed
 
 
 class Writer(Teacher):
@@ -45,14 +48,6 @@ class Writer(Teacher):
             yield index, Completion(content, f"let me see: {content}", True, "stop", 10, 20, 10, 0.1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted(Work):
-    writer: Any = None
-
-    def open_teacher(self, spec: str, model: str | None = None) -> Teacher:
-        return self.writer  # type: ignore[no-any-return]
-
-
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     """Problems without answers: ten of them in the training bucket."""
@@ -63,15 +58,14 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def settings_of(problems: Path, **changes: Any) -> TeachSettings:
-    return dataclasses.replace(
-        TeachSettings(problems=str(problems), teacher="toy", samples=4, keep=1, temperature=1.0), **changes
-    )
+def settings_of(problems: Path, changes: dict[str, Any] | None = None) -> TeachRecipe:
+    base = {"teacher.model": "toy", "teacher.temperature": 1.0, "traces.samples": 4, "curation.keep": 1}
+    return changed(TeachRecipe(str(problems)), base | (changes or {}))
 
 
-def gather_only(folder: Path, settings: TeachSettings, writer: Writer, **work: Any) -> list[Trace]:
+def gather_only(folder: Path, settings: TeachRecipe, writer: Writer, report: Reporter = SILENT) -> list[Trace]:
     with suppress(ArtifactError):  # nothing may be fit to train on
-        teach(settings, folder, work=Scripted(writer=writer, **work), stop_after="traces")
+        teach(settings, folder, report=report, stop_after="traces", opener=lambda *_, **__: writer)
     return list(TraceStore.read(folder / "traces.jsonl"))
 
 
@@ -82,7 +76,7 @@ def agreeing(text: str, seed: int) -> str:
 
 
 def test_samples_that_agree_are_voted_in_and_no_others(prompts: Path, tmp_path: Path) -> None:
-    settings = settings_of(prompts, curation={"similarity": None})  # the questions are much alike
+    settings = settings_of(prompts, {"curation.similarity": None})  # the questions are much alike
     traces = gather_only(tmp_path / "run", settings, Writer({"": agreeing}))
     assert len(traces) == 40
     for trace in traces:
@@ -113,7 +107,7 @@ def test_a_judge_looks_at_what_the_vote_leaves_open_and_is_asked_once(prompts: P
     def say(text: str, seed: int) -> str:
         return f"Answer: 70{seed}" if seed % 2 else f"Answer: 6{seed}"
 
-    settings = settings_of(prompts, judge="judge", samples=2)
+    settings = settings_of(prompts, {"judge.model": "judge", "traces.samples": 2})
     writer = Writer({"VERDICT": verdict, "": say})
     traces = gather_only(tmp_path / "run", settings, writer)
     assert {(t.verdict_by, "Answer: 70" in t.content) for t in traces} <= {("judge", True), ("none", False)}
@@ -131,7 +125,7 @@ def test_new_problems_are_asked_too_and_bought_once(prompts: Path, tmp_path: Pat
         return json.dumps(new)
 
     writer = Writer({"<problem>": write, "": "Answer: 7"})
-    settings = settings_of(prompts, samples=2, expand=2)
+    settings = settings_of(prompts, {"traces.samples": 2, "traces.expand.n": 2})
     traces = gather_only(tmp_path / "run", settings, writer)
     new = {t.problem_id for t in traces if t.source.startswith("expand:")}
     assert 8 <= len(new) <= 20, "some fall into the held-out part of the split"
@@ -140,83 +134,82 @@ def test_new_problems_are_asked_too_and_bought_once(prompts: Path, tmp_path: Pat
     assert gather_only(tmp_path / "run", settings, again) == traces
 
 
-def test_the_budget_holds_for_everything_together(prompts: Path, tmp_path: Path) -> None:
-    price, said = Price(0, 1e6 / 20), list[str]()  # a dollar for each answer
+def test_the_budget_holds_for_everything_together(prompts: Path, tmp_path: Path, recorder: Any) -> None:
+    price = (0.0, 1e6 / 20)  # a dollar for each answer
     writer = Writer({"VERDICT": verdict, "": lambda text, seed: f"Answer: {seed}"})
-    settings = settings_of(prompts, samples=1, judge="toy")
-    limits = Limits(price, max_usd=14.0)
-    gather_only(tmp_path / "run", settings, writer, limits=limits, say=said.append)
+    settings = settings_of(prompts, {"traces.samples": 1, "judge.model": "toy"})
+    bounded = changed(settings, {"cost": CostRecipe(price=price, max_usd=14.0)})
+    gather_only(tmp_path / "run", bounded, writer, recorder)
     assert len(writer.asked) == 14, "ten traces, four judgements"
-    assert any("$14.00 spent" in line for line in said)
-    gather_only(tmp_path / "run", settings, writer, limits=limits)
+    assert any("$14.00 spent" in line for line in recorder.said)
+    gather_only(tmp_path / "run", bounded, writer)
     assert len(writer.asked) == 14
-    gather_only(tmp_path / "run", settings, writer, limits=Limits(price, max_usd=99.0))
+    gather_only(tmp_path / "run", changed(bounded, {"cost.max_usd": 99.0}), writer)
     assert len(writer.asked) == 20
 
 
-def test_what_failed_has_been_paid_for_when_a_run_goes_on(prompts: Path, tmp_path: Path) -> None:
+def test_what_failed_has_been_paid_for_when_a_run_goes_on(prompts: Path, tmp_path: Path, recorder: Any) -> None:
     class Breaks(Writer):
         def generate(self, *arguments: Any, **options: Any) -> Iterator[tuple[int, Completion]]:
             for index, completion in super().generate(*arguments, **options):
                 lost = dataclasses.replace(completion, completion_tokens=0, lost_tokens=(0, 20))
                 yield index, dataclasses.replace(lost, finish_reason="error") if self.asked else completion
 
-    price, said = Price(0, 1e6 / 20), list[str]()  # a dollar for each answer, and for each failure
-    settings = settings_of(prompts, samples=2, judge="toy")
-    gather_only(tmp_path / "run", settings, Breaks({"": "7"}), limits=Limits(price, max_usd=5.0))
+    price = (0.0, 1e6 / 20)  # a dollar for each answer, and for each failure
+    settings = settings_of(prompts, {"traces.samples": 2, "judge.model": "toy"})
+    settings = changed(settings, {"cost": CostRecipe(price=price, max_usd=5.0)})
+    gather_only(tmp_path / "run", settings, Breaks({"": "7"}))
     again = Writer({"": "7"})
-    gather_only(tmp_path / "run", settings, again, limits=Limits(price, max_usd=7.0), say=said.append)
+    gather_only(tmp_path / "run", changed(settings, {"cost.max_usd": 7.0}), again, recorder)
     assert len(again.asked) == 2
-    assert any("$7.00 spent" in line for line in said)
+    assert any("$7.00 spent" in line for line in recorder.said)
 
 
-def test_a_judge_has_a_name_and_a_price_of_its_own(prompts: Path, tmp_path: Path) -> None:
+def test_a_judge_has_a_name_and_a_price_of_its_own(prompts: Path, tmp_path: Path, recorder: Any) -> None:
     opened: list[tuple[str, str | None]] = []
-
-    @dataclasses.dataclass(frozen=True)
-    class Notes(Scripted):
-        def open_teacher(self, spec: str, model: str | None = None) -> Teacher:
-            opened.append((spec, model))
-            return super().open_teacher(spec, model)
-
     writer = Writer({"VERDICT": verdict, "": lambda text, seed: f"Answer: {seed}"})
-    judge = {"judge": "http://judge/v1", "judge_model": "strict"}
-    settings = settings_of(prompts, samples=1, teacher_model="r1", **judge)
-    limits = Limits(Price(0, 1e6 / 20), judge_price=Price(0, 2e6 / 20))
-    said: list[str] = []
+
+    def opener(spec: str, *, model: str | None, **_: Any) -> Teacher:
+        opened.append((spec, model))
+        return writer
+
+    judge = {"judge.model": "http://judge/v1", "judge.server_model": "strict"}
+    settings = settings_of(prompts, {"traces.samples": 1, "teacher.server_model": "r1"} | judge)
+    settings = changed(settings, {"cost": CostRecipe(price=(0.0, 1e6 / 20), judge_price=(0.0, 2e6 / 20))})
     with suppress(ArtifactError):
-        teach(
-            settings, tmp_path / "run", work=Notes(writer=writer, limits=limits, say=said.append), stop_after="traces"
-        )
+        teach(settings, tmp_path / "run", report=recorder, stop_after="traces", opener=opener)
     assert opened == [("toy", "r1"), ("http://judge/v1", "strict")]
-    assert any("$30.00 spent" in line for line in said), "ten traces at one dollar, ten judgements at two"
-    assert dataclasses.replace(settings, judge_model=None).model_of_judge is None, "r1 is the teacher's server's name"
-    assert dataclasses.replace(settings, judge="toy", judge_model=None).model_of_judge == "r1"
-    other = dataclasses.replace(settings, judge_model="other")
-    assert other.judge_settings() != settings.judge_settings(), "another model's verdicts are not taken for its own"
+    assert any("$30.00 spent" in line for line in recorder.said), "ten traces at one dollar, ten judgements at two"
+    for name, model in (("http://judge/v1", None), ("toy", "r1")):  # r1 is a name on the teacher's server
+        opened.clear()
+        of_judge = changed(settings, {"judge.model": name, "judge.server_model": None})
+        with Run(tmp_path / name.partition(":")[0], of_judge) as run:
+            Context(run, of_judge, opener=opener).open_judge()
+        assert opened == [(name, model)]
 
 
 def test_traces_that_nothing_would_judge_are_not_paid_for(prompts: Path, tmp_path: Path) -> None:
     writer = Writer({"": "7"})
-    lonely = settings_of(prompts, samples=1, student="pocket")
-    for settings in (lonely, settings_of(prompts, accept=["judge"], student="pocket")):
-        with pytest.raises(UsageError, match="nothing would say which traces are good") as caught:
-            teach(settings, tmp_path / "run", work=Scripted(writer=writer))
+    lonely = settings_of(prompts, {"traces.samples": 1, "student": "pocket"})
+    for settings in (lonely, settings_of(prompts, {"curation.accept": ["judge"], "student": "pocket"})):
+        with pytest.raises(UsageError, check=lambda error: error.code == "nothing-judges") as caught:
+            teach(settings, tmp_path / "run", opener=lambda *_, **__: writer)
         assert "--samples 8" in caught.value.hint
     assert not writer.asked
-    result = teach(lonely, tmp_path / "run", work=Scripted(writer=writer), stop_after="traces")
+    result = teach(lonely, tmp_path / "run", opener=lambda *_, **__: writer, stop_after="traces")
     assert (len(writer.asked), result.curation["kept"]) == (10, 0), "who wants traces alone gets them"
 
 
-def test_the_probe_tells_what_a_teacher_gives_though_it_is_not_asked_for(prompts: Path, tmp_path: Path) -> None:
+def test_the_probe_tells_what_a_teacher_gives_though_it_is_not_asked_for(
+    prompts: Path, tmp_path: Path, recorder: Any
+) -> None:
     class Knows(Writer):
         def score(self, *_: Any, **__: Any) -> Any:
             self.on_note("asked for more than is wanted later")
 
-    said: list[str] = []
-    gather_only(tmp_path / "run", settings_of(prompts), Knows({"": "7"}), say=said.append)
-    assert "on-policy distillation" in said[0]
-    assert not any("asked for more" in line for line in said)
+    gather_only(tmp_path / "run", settings_of(prompts), Knows({"": "7"}), recorder)
+    assert "on-policy distillation" in recorder.said[0]
+    assert not any("asked for more" in line for line in recorder.said)
 
 
 def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:
@@ -229,7 +222,7 @@ def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:
     theirs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = tmp_path / "p.jsonl"
     problems.write_text("".join(json.dumps({"question": r["problem"], "answer": r["answer"]}) + "\n" for r in rows))
-    settings = TeachSettings(problems=str(problems), traces=str(theirs))
+    settings = TeachRecipe(problems=str(problems), traces=TracesRecipe(file=str(theirs)))
     for _ in range(2):  # the second time there is nothing to do
         result = teach(settings, tmp_path / "run", stop_after="traces")
     traces = list(TraceStore.read(tmp_path / "run" / "traces.jsonl"))
@@ -243,35 +236,21 @@ def test_traces_of_other_tools_are_graded_here(tmp_path: Path) -> None:
 
 def test_more_may_be_asked_for_until_the_training_has_begun(prompts: Path, tmp_path: Path) -> None:
     first, more = Writer({"": agreeing}), Writer({"": agreeing})
-    gather_only(tmp_path / "run", settings_of(prompts, n_traces=4, samples=2), first)
-    traces = gather_only(tmp_path / "run", settings_of(prompts, n_traces=10, samples=3), more)
+    gather_only(tmp_path / "run", settings_of(prompts, {"traces.n": 4, "traces.samples": 2}), first)
+    traces = gather_only(tmp_path / "run", settings_of(prompts, {"traces.n": 10, "traces.samples": 3}), more)
     assert (len(first.asked), len(more.asked), len(traces)) == (8, 22, 30)
-    with pytest.raises(ArtifactError, match="temperature was"):
-        teach(settings_of(prompts, temperature=0.5), tmp_path / "run", stop_after="traces")
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "run-differs"):
+        teach(settings_of(prompts, {"teacher.temperature": 0.5}), tmp_path / "run", stop_after="traces")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-7"
     checkpoint.mkdir(parents=True)
     (checkpoint / "clock.json").touch()
-    with pytest.raises(ArtifactError, match="samples was 3, is 4") as caught:
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "run-differs") as caught:
         teach(settings_of(prompts), tmp_path / "run", stop_after="traces")
     assert "delete student/" in caught.value.hint
 
 
-@pytest.mark.parametrize("text", ["colour=1", "similarity", "similarity=", "similarity=much", "verified=3", "keep=2"])
-def test_filters_that_are_none(text: str) -> None:
-    with pytest.raises(UsageError, match="--curate"):
-        TeachSettings.curation_of([text])
-
-
-def test_filters_are_switched_by_their_names() -> None:
-    given = TeachSettings.curation_of(["similarity=.9", "per-source=20", "verified=off", "max_repeated=off"])
-    assert given == {"similarity": 0.9, "per_source": 20, "verified": False, "max_repeated": None}
-    settings = TeachSettings(problems="x", keep=3, accept=["vote"], curation=given).curate_settings()
-    assert (settings.similarity, settings.per_source, settings.verified) == (0.9, 20, False)
-    assert settings.max_repeated is None
-    assert (settings.keep, settings.accept) == (3, ["vote"])
-
-
 def test_several_greedy_samples_are_refused() -> None:
-    with pytest.raises(UsageError, match="temperature 0"):
-        TeachSettings(problems="x", samples=2, temperature=0.0).teacher_sampling()
-    assert TeachSettings(problems="x", samples=2).teacher_sampling().temperature > 0
+    several = TeachRecipe("x", traces=TracesRecipe(samples=2))
+    assert several.sampling.temperature > 0
+    with pytest.raises(UsageError, check=lambda error: error.code == "samples-alike"):
+        _ = changed(several, {"teacher.temperature": 0.0}).sampling

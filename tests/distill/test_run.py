@@ -8,66 +8,83 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.run import Run, find_run, run_name, write_text
+from deepdistill.distill.recipe import CostRecipe, TeachRecipe, TrainingRecipe
+from deepdistill.distill.run import Run, find_run, run_name
 from deepdistill.errors import ArtifactError
+from deepdistill.localrun.core.atomic import write_text
+from deepdistill.localrun.core.settings import changed
 
 
 def test_a_run_is_locked_against_another_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with Run(folder, {"a": 1}):
+    with Run(folder, TeachRecipe("p")):
         code = (
             "import sys; from pathlib import Path\n"
+            "from deepdistill.distill.recipe import TeachRecipe\n"
             "from deepdistill.distill.run import Run\nfrom deepdistill.errors import ArtifactError\n"
-            "try:\n    Run(Path(sys.argv[1]), {'a': 1}).__enter__()\n"
+            "try:\n    Run(Path(sys.argv[1]), TeachRecipe('p')).__enter__()\n"
             "except ArtifactError as error:\n    print(error.message)\n"
         )
         other = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
-        assert re.search(rf"run is being written by process {os.getpid()} on .* since 20", other.stdout)
-    with Run(folder, {"a": 1}) as run:  # and free afterwards
-        assert run.load("recipe.json") == {"a": 1}
+        assert re.search(rf"process {os.getpid()} on .* since 20", other.stdout)
+    with Run(folder, TeachRecipe("p")) as run:  # and free afterwards
+        assert TeachRecipe.from_json(run.load("recipe.json")) == TeachRecipe("p")
 
 
 def test_another_recipe_is_refused_and_nothing_is_overwritten(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", {"seed": 1, "same": 2}) as run:
+    recipe = TeachRecipe("p", seed=1)
+    with Run(tmp_path / "run", recipe) as run:
         run.save("curation.json", {})
-    with pytest.raises(ArtifactError, match="seed was 1, is 5"), Run(tmp_path / "run", {"seed": 5, "same": 2}):
+    with (
+        pytest.raises(ArtifactError, match="seed was 1, is 5", check=lambda error: error.code == "run-differs"),
+        Run(tmp_path / "run", changed(recipe, {"seed": 5})),
+    ):
         pass
-    with Run(tmp_path / "run", {"seed": 1, "same": 2}):  # the failed entry let the lock go
+    with Run(tmp_path / "run", recipe):  # the failed entry let the lock go
         pass
+
+
+def test_limits_and_resources_belong_to_a_command(tmp_path: Path) -> None:
+    with Run(tmp_path / "run", TeachRecipe("p")) as run:
+        run.save("curation.json", {})
+    other = changed(TeachRecipe("p"), {"resources.device": "cpu", "cost": CostRecipe(price=(1, 2), max_usd=3)})
+    with Run(tmp_path / "run", other) as run:
+        assert TeachRecipe.from_json(run.load("recipe.json")) == TeachRecipe("p")
 
 
 def test_a_run_that_made_nothing_binds_nobody(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", {"model": "typo"}) as run:
+    with Run(tmp_path / "run", TeachRecipe("typo")) as run:
         run.traces_path.touch()
         (run.folder / "failures.jsonl").write_text("{}\n")
-    with Run(tmp_path / "run", {"model": "right"}) as run:
-        assert run.load("recipe.json") == {"model": "right"}
+    with Run(tmp_path / "run", TeachRecipe("right")) as run:
+        assert run.load("recipe.json")["problems"] == "right"
         run.traces_path.write_text("{}\n")
-    with pytest.raises(ArtifactError, match="model was 'right'"), Run(tmp_path / "run", {"model": "other"}):
+    with pytest.raises(ArtifactError, match='problems was "right"'), Run(tmp_path / "run", TeachRecipe("other")):
         pass
 
 
 def test_a_training_that_failed_before_its_first_checkpoint_may_be_tried_with_other_settings(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", {"lr": 1, "teacher": "x"}, ["lr"]) as run:
+    first, second, third = (TeachRecipe("p", training=TrainingRecipe(learning_rate=lr)) for lr in (1.0, 2.0, 3.0))
+    with Run(tmp_path / "run", first) as run:
         run.traces_path.write_text("{}\n")
         run.checkpoints_dir.mkdir()
         (run.checkpoints_dir / "plan.json").write_text("{}")
         (run.checkpoints_dir / "checkpoint-3").mkdir()  # cut off while it was written
-    with Run(tmp_path / "run", {"lr": 1, "teacher": "x"}, ["lr"]):
+    with Run(tmp_path / "run", first):
         assert run.checkpoints_dir.exists()  # the same settings keep their plan
-    with Run(tmp_path / "run", {"lr": 2, "teacher": "x"}, ["lr"]) as run:
+    with Run(tmp_path / "run", second) as run:
         assert not run.checkpoints_dir.exists()
         assert run.traces_path.exists()
         (run.checkpoints_dir / "checkpoint-3").mkdir(parents=True)
         (run.checkpoints_dir / "checkpoint-3" / "clock.json").touch()
-    with pytest.raises(ArtifactError, match="lr was 2, is 3") as caught, Run(tmp_path / "run", {"lr": 3}, ["lr"]):
+    with pytest.raises(ArtifactError, match=r"learning_rate was 2\.0, is 3\.0") as caught, Run(tmp_path / "run", third):
         pass
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-3").exists()
     assert "another folder" in caught.value.hint
 
 
 def test_a_broken_artifact_is_named(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", {}) as run:
+    with Run(tmp_path / "run", TeachRecipe("p")) as run:
         (tmp_path / "run" / "scores.json").write_text('{"base": ')
         with pytest.raises(ArtifactError, match=r"scores\.json is broken"):
             run.load("scores.json")
@@ -75,7 +92,7 @@ def test_a_broken_artifact_is_named(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
-    with pytest.raises(ArtifactError, match="is a file"), Run(tmp_path / "run", {}):
+    with pytest.raises(ArtifactError, match="is a file"), Run(tmp_path / "run", TeachRecipe("p")):
         pass
     assert (tmp_path / "run").read_text() == "mine"
 

@@ -18,16 +18,17 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
-from deepdistill.distill.curation.curate import CurateSettings, apart_from, curate
+from deepdistill.distill.curation.curate import apart_from, curate
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import Work
+from deepdistill.distill.recipe import CurationRecipe, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Problem
-from deepdistill.distill.teach import TeachSettings, teach
+from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import ArtifactError, ModelError, TeacherError, UsageError
+from deepdistill.localrun.core.settings import changed
 
-TRAINING = {"full": True, "epochs": 2, "lr": 1e-3, "save_every_s": 0.0}
+TRAINING = TrainingRecipe(weights="full", epochs=2, learning_rate=1e-3, save_every_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chain_sum: str) -> Path:
     return folder
 
 
-def _settings(problems: str, **changes: Any) -> TeachSettings:
-    settings = TeachSettings(
-        problems=problems, student="pocket", n_traces=48, n_eval=8, eval_max_tokens=24, training=dict(TRAINING)
+def _settings(problems: str, **changes: Any) -> TeachRecipe:
+    """Return a small recipe; a change's key has `__` where a setting's has a dot."""
+    base = TeachRecipe(
+        problems, "pocket", traces=TracesRecipe(48), scores=ScoresRecipe(8, max_tokens=24), training=TRAINING
     )
-    return dataclasses.replace(settings, **changes)
+    return changed(base, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 def test_a_run_folder_holds_every_artifact(finished: Path) -> None:
@@ -78,7 +80,7 @@ def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) 
 
 
 def test_traces_of_another_run_train_without_a_teacher(finished: Path, chain_sum: str, tmp_path: Path) -> None:
-    settings = _settings(chain_sum, teacher="http://127.0.0.1:9/v1", traces=str(finished / "traces.jsonl"))
+    settings = _settings(chain_sum, teacher__model="http://127.0.0.1:9/v1", traces__file=finished / "traces.jsonl")
     result = teach(settings, tmp_path / "run", stop_after="training")
     assert result.student_dir
     assert not (tmp_path / "run" / "traces.jsonl").exists()
@@ -103,7 +105,9 @@ def test_wrong_unknown_cut_and_held_out_traces_are_kept_out_of_training(finished
 
 def test_what_the_untrained_student_always_solves_is_left_out(chain_sum: str, tmp_path: Path) -> None:
     # It solves nearly all, if it may write as much as that takes.
-    skilled = _settings(chain_sum, student=str(pocket_dir()), n_traces=16, pass_samples=2, eval_max_tokens=96)
+    skilled = _settings(
+        chain_sum, student=str(pocket_dir()), traces__n=16, training__pass_samples=2, scores__max_tokens=96
+    )
     with suppress(ArtifactError):  # nothing may be left
         teach(skilled, tmp_path / "run", stop_after="training")
     known = json.loads((tmp_path / "run" / "pass_rate.json").read_text())
@@ -126,14 +130,25 @@ def test_no_right_trace_is_said_with_the_reasons(finished: Path, chain_sum: str,
         for trace in TraceStore.read(finished / "traces.jsonl"):
             store.append(dataclasses.replace(trace, verdict="wrong"))
     with pytest.raises(ArtifactError) as caught:
-        teach(_settings(chain_sum, traces=str(tmp_path / "t.jsonl")), tmp_path / "run")
+        teach(_settings(chain_sum, traces__file=tmp_path / "t.jsonl"), tmp_path / "run")
     assert "48 wrong" in caught.value.hint
 
 
 def _command(folder: Path, chain_sum: str) -> subprocess.Popen[bytes]:
     arguments = ["teach", "--problems", chain_sum]
-    arguments += ["--student", "pocket", "--full", "--n-traces", "200", "--n-eval", "4", "--eval-max-tokens", "8"]
-    arguments += ["--epochs", "4", "--batch-size", "16", "--out", str(folder), "--quiet"]
+    arguments += [
+        "--student",
+        "pocket",
+        "--weights",
+        "full",
+        "--n-traces",
+        "200",
+        "--n-eval",
+        "4",
+        "--set",
+        "scores.max_tokens=8",
+    ]
+    arguments += ["--epochs", "4", "--set", "resources.batch_size=16", "--out", str(folder), "--quiet"]
     return subprocess.Popen(
         [sys.executable, "-m", "deepdistill", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -168,17 +183,17 @@ def test_killed_while_asking_and_run_again_no_trace_is_asked_for_twice(
     assert len(ids) == len(set(ids)) == 200
 
 
-def test_killed_while_training_it_goes_on_from_the_last_checkpoint(
-    finished: Path, chain_sum: str, tmp_path: Path
+def test_killed_while_training_it_resumes_at_the_last_checkpoint(
+    finished: Path, chain_sum: str, tmp_path: Path, recorder: Any
 ) -> None:
     folder = tmp_path / "run"
-    settings = _settings(chain_sum, traces=str(finished / "traces.jsonl"), training={**TRAINING, "epochs": 40})
+    settings = _settings(chain_sum, traces__file=finished / "traces.jsonl", training__epochs=40)
     code = (
         "import json, sys; from pathlib import Path\n"
-        "from deepdistill.distill.teach import TeachSettings, teach\n"
-        "teach(TeachSettings(**json.loads(sys.argv[1])), Path(sys.argv[2]), stop_after='training')\n"
+        "from deepdistill.distill.teach import TeachRecipe, teach\n"
+        "teach(TeachRecipe.from_json(json.loads(sys.argv[1])), Path(sys.argv[2]), stop_after='training')\n"
     )
-    arguments = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(settings)), str(folder)]
+    arguments = [sys.executable, "-c", code, json.dumps(settings.to_json()), str(folder)]
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def saved() -> list[int]:
@@ -189,13 +204,8 @@ def test_killed_while_training_it_goes_on_from_the_last_checkpoint(
     assert process.wait() == -signal.SIGKILL
     assert not (folder / "student").exists()
     reached = max(saved())
-    done: list[float] = []
-    result = teach(
-        settings,
-        folder,
-        stop_after="training",
-        on_progress=lambda stage, part, whole, note: done.append(part) if stage == "training" else None,
-    )
+    result = teach(settings, folder, stop_after="training", report=recorder)
+    done = [part for stage, part, _, _ in recorder.steps if stage == "training"]
     assert result.training
     assert len(done) == result.training["steps"] - reached  # not one step twice
     assert (folder / "student" / "model.safetensors").exists()
@@ -203,21 +213,25 @@ def test_killed_while_training_it_goes_on_from_the_last_checkpoint(
 
 def test_what_is_wrong_with_the_training_is_found_before_the_teacher_is_asked(chain_sum: str, tmp_path: Path) -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"training": {"full": True, "dora": True}}, "--full trains all weights"),
-        ({"training": {"reasoning_weight": 0.0, "answer_weight": 0.0}}, "nothing to learn"),
-        ({"training": {"report_to": "carrier-pigeon"}}, "carrier-pigeon is unknown"),
+        ({"training__report_to": ("carrier-pigeon",)}, "no-such-tracker"),
+        ({"training__epochs": 0}, "bad-settings"),
     ]
-    for changes, message in bad:
-        with pytest.raises(UsageError, match=message):
-            teach(_settings(chain_sum, teacher="http://127.0.0.1:9/v1", **changes), tmp_path / "run")
-    with pytest.raises(ModelError, match="--qlora needs"):
-        teach(_settings(chain_sum, training={"qlora": True}), tmp_path / "run", work=Work(device="cpu"))
-    with pytest.raises(UsageError, match="ends a round, and there are none"):
+    for changes, code in bad:
+        with pytest.raises(UsageError, check=lambda error, code=code: error.code == code):  # type: ignore[misc]
+            teach(_settings(chain_sum, teacher__model="http://127.0.0.1:9/v1", **changes), tmp_path / "run")
+    with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
+        changed(TRAINING, {"lora.dora": True})
+    with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
+        TrainingRecipe(reasoning_weight=0.0, answer_weight=0.0)
+    qlora = _settings(chain_sum, training__weights="qlora", resources__device="cpu")
+    with pytest.raises(ModelError, match="needs"):
+        teach(qlora, tmp_path / "run")
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-rounds"):
         teach(_settings(chain_sum), tmp_path / "run", stop_after="samples")
     assert not (tmp_path / "run" / "traces.jsonl").exists()
-    teach(_settings(chain_sum, n_traces=4), tmp_path / "run", stop_after="traces")
-    changed = _settings(chain_sum, n_traces=4, training=TRAINING | {"lr": 2e-3})
-    teach(changed, tmp_path / "run", stop_after="traces")  # nothing was trained with the other
+    teach(_settings(chain_sum, traces__n=4), tmp_path / "run", stop_after="traces")
+    other = _settings(chain_sum, traces__n=4, training__learning_rate=2e-3)
+    teach(other, tmp_path / "run", stop_after="traces")  # nothing was trained with the other
 
 
 def test_a_run_that_is_trained_asks_for_no_more_traces(finished: Path, chain_sum: str, tmp_path: Path) -> None:
@@ -233,17 +247,16 @@ def test_a_run_that_is_trained_asks_for_no_more_traces(finished: Path, chain_sum
     )
 
 
-def test_problems_that_ask_what_held_out_ones_ask_are_left_out() -> None:
+def test_problems_that_ask_what_held_out_ones_ask_are_left_out(recorder: Any) -> None:
     def problem(text: str) -> Problem:
         return Problem(text, text, "1", "x", "number")
 
     long = "how many legs do seven dogs and two very old blue chairs have"
-    said: list[str] = []
     asked = [problem(f"please answer: {long}"), problem("what is one and one")]
-    kept = apart_from(asked, [problem(long)], CurateSettings(), said.append)
+    kept = apart_from(asked, [problem(long)], filters=CurationRecipe(), report=recorder)
     assert [one.question for one in kept] == ["what is one and one"]
-    assert said == ["1 problems ask what held-out ones ask: left out"]
-    assert apart_from(asked, [problem(long)], CurateSettings(contamination_ngram=None), said.append) == asked
+    assert len(recorder.said) == 1
+    assert apart_from(asked, [problem(long)], filters=CurationRecipe(contamination_ngram=None)) == asked
 
 
 def test_a_run_without_traces_ends_without_a_word_of_them(

@@ -17,7 +17,7 @@ import numpy as np
 
 from ....localrun.core.generation import TopLogprobs
 from ....localrun.core.loops import Loop, find_loop
-from ...recipe import OnPolicy
+from ...recipe import OnPolicyLoss, OnPolicyRecipe, TrainingRecipe
 from ...records import Trace
 from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs
@@ -36,18 +36,16 @@ _REPLAYED = 1.0  # earlier rows count as easy: half of them come in each pass
 class MixtureSettings:
     """What goes in. `imitation_share` is cross-entropy's share in a right sample that the teacher scored.
 
-    The teacher answers problems that the student solves less often than `correct_below`; `replay` earlier rows come for
-    each new one.
+    `replay` earlier rows come for each new one.
     """
 
-    on_policy: OnPolicy = "reverse-kl"
-    imitation_share: float = 0.2
-    correct_below: float = 0.5
-    replay: float = 0.5
-    max_length: int = 1024
-    too_long: Literal["drop", "shorten"] = "drop"
-    reasoning_weight: float = 1.0
-    answer_weight: float = 1.0
+    on_policy: OnPolicyLoss = "reverse-kl"
+    imitation_share: float = OnPolicyRecipe.imitation_share
+    replay: float = OnPolicyRecipe.replay
+    max_length: int = TrainingRecipe.max_length
+    too_long: Literal["drop", "shorten"] = TrainingRecipe.too_long
+    reasoning_weight: float = TrainingRecipe.reasoning_weight
+    answer_weight: float = TrainingRecipe.answer_weight
     seed: int = 0
 
 

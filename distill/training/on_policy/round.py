@@ -1,29 +1,11 @@
-"""What a round is: its settings, and where its artifacts stand."""
+"""Where the artifacts of a round are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...recipe import OnPolicy
 from ...run import Run
-
-
-@dataclass(frozen=True)
-class RoundSettings:
-    """What a round does: `n_problems` new problems are answered `samples` times each.
-
-    The training of a round goes `epochs` times over its rows (with `minutes`, as often as they allow), at `lr_scale` of
-    the first training's learning rate.
-    """
-
-    n_problems: int = 500
-    samples: int = 4
-    on_policy: OnPolicy = "auto"
-    temperature: float = 1.0
-    top_logprobs: int = 64
-    epochs: int = 2
-    lr_scale: float = 0.5
 
 
 @dataclass(frozen=True)

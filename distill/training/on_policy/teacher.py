@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.reporter import SILENT, Progress, Relay, Reporter
+from ....localrun.core.reporter import SILENT, Relay, Reporter
+from ...context import Context
 from ...gather import spent_before
 from ...graders.pool import Grader
-from ...recipe import TeachSettings, Work
+from ...recipe import TeachRecipe
 from ...records import Problem, Trace, id_key
 from ...run import Run
 from ...teachers import Teacher, TeacherInfo
@@ -27,47 +28,45 @@ from ...tokenizer import Tokenizer
 from ...traces.collect import CollectSettings, collect
 from ...traces.logprobs import Logprobs, LogprobsWriter, encode, logprobs_path
 from ...traces.store import TraceStore
-from .dataset import MixtureSettings, pass_rates
-from .round import Round, RoundSettings
+from .dataset import pass_rates
+from .round import Round
 
 
 def ask_teacher(
-    run: Run,
+    context: Context,
     round_: Round,
+    *,
     problems: Sequence[Problem],
     samples: Sequence[Trace],
     tokenizer: Tokenizer,
-    settings: TeachSettings,
-    options: RoundSettings,
-    work: Work,
-    on_progress: Progress,
 ) -> dict[str, Any]:
     """Have the teacher score the samples and answer what the student could not solve; return round.json's record.
 
     Raises:
         TeacherError: the teacher is not the one of the run, or cannot do what was asked for.
     """
+    run, options = context.run, context.recipe.on_policy
     record: dict[str, Any] = run.load(f"rounds/{round_.number}/round.json") or {}
     record["settings"] = dataclasses.asdict(options)
     with ExitStack() as opened:
 
         @cache
         def teacher() -> Teacher:
-            one = WorkedTeacher(problems) if settings.teacher == WORKED else _open(work, settings)
+            is_worked = context.recipe.teacher.model == WORKED
+            one = WorkedTeacher(problems) if is_worked else context.open_teacher()
             opened.callback(one.close)
-            _must_be_the_same(run, one.info, settings)
+            _must_be_the_same(run, one.info, context.recipe)
             return one
 
-        if options.on_policy == "off":
-            record |= {"scored": False, "why_not": "--on-policy-loss off"}
+        if options.loss == "off":
+            record |= {"scored": False, "why_not": "on_policy.loss is off"}
         elif "scored" not in record:
             why = why_not_scored(teacher(), tokenizer)
-            if why and options.on_policy != "auto":
-                raise TeacherError(
-                    f"--on-policy-loss {options.on_policy}: {why}", "leave it out, or take another teacher"
-                )
+            if why and options.loss != "auto":
+                hint = "leave it out, or take another teacher"
+                raise TeacherError(f"on_policy.loss={options.loss}: {why}", hint, code="cannot-score")
             if why:
-                work.say(f"{why}: a round is the student's own right answers and the teacher's corrections")
+                context.report.say(f"{why}: a round is the student's own right answers and the teacher's corrections")
             record |= {"scored": not why, "why_not": why}
         record["teacher"] = run.load("teacher.json")
         run.save(f"rounds/{round_.number}/round.json", record)
@@ -78,31 +77,26 @@ def ask_teacher(
                 teacher=teacher,
                 out=round_.scores_path,
                 top_logprobs=options.top_logprobs,
-                report=Relay(on_progress),
+                report=context.report,
             )
-        _correct(run, round_, problems, samples, teacher, settings, work, on_progress)
+        _correct(context, round_, problems=problems, samples=samples, teacher=teacher)
     record["teacher_done"] = True
     run.save(f"rounds/{round_.number}/round.json", record)
     return record
 
 
-def _open(work: Work, settings: TeachSettings) -> Teacher:
-    return work.open_teacher(settings.teacher, settings.teacher_model)
-
-
 def _correct(
-    run: Run,
+    context: Context,
     round_: Round,
+    *,
     problems: Sequence[Problem],
     samples: Sequence[Trace],
     teacher: Callable[[], Teacher],
-    settings: TeachSettings,
-    work: Work,
-    on_progress: Progress,
 ) -> None:
     """Ask for answers to the problems that the student solves too rarely, but for those that have one in the run."""
+    run, recipe = context.run, context.recipe
     rates = pass_rates(samples)
-    failed = [problem for problem in problems if rates.get(problem.id, 1.0) < MixtureSettings.correct_below]
+    failed = [problem for problem in problems if rates.get(problem.id, 1.0) < recipe.on_policy.correct_below]
     with TraceStore(round_.corrections_path) as store, Grader() as grader:
         known = {trace.problem_id for trace in store}
         wanted = {problem.id for problem in failed} - known
@@ -114,17 +108,19 @@ def _correct(
         collect(
             [problem for problem in failed if problem.id in wanted or problem.id in known],
             store,
-            settings=CollectSettings(settings.teacher, settings.teacher_sampling(), settings.samples, settings.keep),
+            settings=CollectSettings(recipe.teacher.model, recipe.sampling, recipe.traces.samples, recipe.keep),
             open_teacher=teacher,
             grader=grader,
-            budget=Budget(work.limits, spent_before(run) if work.limits.price else 0.0),
+            budget=Budget(recipe.cost, spent_before(run) if recipe.cost.price else 0.0),
             report=Relay(
-                lambda _, done, total, note: on_progress(f"round {round_.number}, corrected", done, total, note)
+                lambda _, done, total, note: context.report.progress(
+                    f"round {round_.number}, corrected", done, total, note
+                )
             ),
         )
 
 
-def _must_be_the_same(run: Run, info: TeacherInfo, settings: TeachSettings) -> None:
+def _must_be_the_same(run: Run, info: TeacherInfo, recipe: TeachRecipe) -> None:
     """Remember who teaches this run, and refuse another.
 
     Raises:
@@ -132,7 +128,7 @@ def _must_be_the_same(run: Run, info: TeacherInfo, settings: TeachSettings) -> N
     """
     now = dataclasses.asdict(info)
     before = run.load("teacher.json")
-    if before is None and settings.traces is None and run.traces_path.exists():
+    if before is None and recipe.traces.file is None and run.traces_path.exists():
         with suppress(StopIteration):
             before = dataclasses.asdict(next(TraceStore.read(run.traces_path)).teacher)
     # What a teacher does not tell about itself, or an older run did not keep, cannot differ.

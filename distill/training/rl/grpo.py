@@ -27,6 +27,7 @@ from ....localrun.core.generation import Sampling
 from ....localrun.core.reporter import Progress, no_progress
 from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
+from ...recipe import GrpoRecipe, TrainingRecipe
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, new_sequence
@@ -52,18 +53,18 @@ class GrpoSettings:
     steps: int = 200
     minutes: float | None = None
     group_size: int = 8
-    problems_per_step: int = 16
+    problems_per_step: int = GrpoRecipe.problems_per_step
     max_tokens: int = 256
-    temperature: float = 1.0
+    temperature: float = GrpoRecipe.temperature
     lr: float | None = None
-    warmup_steps: int = 5
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    kl_weight: float = 0.0
-    format_weight: float = 0.1
+    warmup_steps: int = GrpoRecipe.warmup_steps
+    clip_low: float = GrpoRecipe.clip_low
+    clip_high: float = GrpoRecipe.clip_high
+    kl_weight: float = GrpoRecipe.kl_weight
+    format_weight: float = GrpoRecipe.format_weight
     rows_per_pass: int | None = None
-    max_grad_norm: float = 1.0
-    save_every_s: float = 60.0
+    max_grad_norm: float = GrpoRecipe.max_grad_norm
+    save_every_s: float = TrainingRecipe.save_every_s
     seed: int = 0
 
 

@@ -5,66 +5,52 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ....errors import UsageError
-from ....localrun.core.reporter import Progress
+from ....localrun.core.settings import fields_of, get
+from ...context import Context
 from ...graders.pool import Grader
-from ...recipe import TeachSettings, Work
+from ...recipe import TeachRecipe
 from ...records import NONE, Problem
-from ...run import Run
 from ..pass_rate import own_pass_rates
-from ..report import TrainSettings
 from ..student import teach_template
 
-_GROUP, _PROBLEMS = 8, 16  # answers of a problem, problems of a step
+if TYPE_CHECKING:
+    from .grpo import GrpoSettings
+
+_GROUP = 8  # answers to a problem
 _FEW = 256  # problems; docs/experiments.md has what a model learned from 36
 
 
-def reinforce(
-    run: Run, base: Path, problems: Sequence[Problem], settings: TeachSettings, work: Work, on_progress: Progress
-) -> None:
+def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None:
     """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
 
-    With `pass_samples` it tries each problem so often before, and those that it solves now and then train.
+    With `training.pass_samples` it tries each problem so often before, and those that it solves now and then train.
 
     Raises:
         UsageError: no problem has an answer to be graded by, or several processes were started.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
-    if unused := _unused(settings):
-        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", "leave them out: all weights train")
+    run, recipe = context.run, context.recipe
+    if unused := unused_settings(recipe):
+        hint = "leave them out: all weights train"
+        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
     if run.student_dir.exists():
         return
     from ...teachers.huggingface.loading import load_tokenizer
     from ..distributed import processes
-    from .grpo import GrpoSettings, grpo
+    from .grpo import grpo
 
     graded = [problem for problem in problems if problem.grader != NONE]
     if not graded:
-        raise UsageError("--method grpo needs problems with an answer", "give another --problems, or a teacher")
+        hint = "give another --problems, or a teacher"
+        raise UsageError("--method grpo needs problems with an answer", hint, code="no-answers")
     if processes() > 1:
-        raise UsageError("--method grpo trains in one process", "start it without torchrun or accelerate launch")
-    rates = own_pass_rates(run, base, graded, settings, work, on_progress)
-    if rates is not None:
-        n_given, graded = len(graded), sometimes_solved(graded, rates)
-        if len(graded) < n_given:
-            work.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
-    if len(graded) < _FEW:
-        work.say(f"{len(graded)} problems are soon learned by heart, which helps with no others: --n-traces takes more")
-    training = settings.training
-    per_step = min(_PROBLEMS, len(graded))
-    options = GrpoSettings(
-        steps=training.get("steps") or _steps(training, len(graded), per_step),
-        minutes=training.get("minutes"),
-        group_size=settings.samples if settings.samples > 1 else _GROUP,
-        problems_per_step=per_step,
-        max_tokens=settings.max_tokens or settings.eval_max_tokens,
-        temperature=1.0 if settings.temperature is None else settings.temperature,
-        lr=training.get("lr"),
-        save_every_s=training.get("save_every_s", GrpoSettings.save_every_s),
-        seed=settings.seed,
-    )
+        hint = "start it without torchrun or accelerate launch"
+        raise UsageError("--method grpo trains in one process", hint, code="one-process")
+    graded = _chosen(context, base, graded)
+    options = _options(recipe, len(graded))
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)
     with Grader() as grader:
@@ -76,38 +62,60 @@ def reinforce(
             options,
             run.checkpoints_dir,
             run.student_dir,
-            device=work.device,
-            on_progress=on_progress,
+            device=context.resources.device,
+            on_progress=context.report.progress,
         )
     run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})
 
 
-def _unused(settings: TeachSettings) -> list[str]:
-    """Return the flags that were given, by their difference from the default, and say nothing to reinforcement."""
-    of_traces = ("traces", "logprobs", "loss", "curriculum", "expand")
-    plain = TeachSettings(settings.problems)
-    given = [name for name in of_traces if getattr(settings, name) != getattr(plain, name)]
-    of_training = (
-        "batch_size",
-        "lora_targets",
-        "lora_first_layer",
-        "lora_plus",
-        "dora",
-        "rslora",
-        "qlora",
-        "micro_batch",
-        "dtype",
+def unused_settings(recipe: TeachRecipe) -> list[str]:
+    """Return the settings that were given, by their difference from the default, and that the method ignores."""
+    return [
+        leaf.key
+        for leaf in fields_of(TeachRecipe)
+        if recipe.training.method in leaf.flag.unused_by and get(recipe, leaf.path) != leaf.default
+    ]
+
+
+def _chosen(context: Context, base: Path, graded: list[Problem]) -> list[Problem]:
+    """Return the problems that train, and say what a person should know of them."""
+    rates = own_pass_rates(context, base, graded)
+    if rates is not None:
+        n_given, graded = len(graded), sometimes_solved(graded, rates)
+        if len(graded) < n_given:
+            context.report.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
+    if len(graded) < _FEW:
+        context.report.say(
+            f"the student soon learns {len(graded)} problems by heart, which helps with no others; "
+            "--n-traces takes more"
+        )
+    return graded
+
+
+def _options(recipe: TeachRecipe, n_problems: int) -> GrpoSettings:
+    from .grpo import GrpoSettings
+
+    training, grpo, samples = recipe.training, recipe.grpo, recipe.traces.samples
+    per_step = min(grpo.problems_per_step, n_problems)
+    # With `minutes` the clock says when it is enough.
+    n_steps = 10**6 if training.minutes else max(1, training.epochs * n_problems // per_step)
+    return GrpoSettings(
+        steps=training.steps or n_steps,
+        minutes=training.minutes,
+        group_size=grpo.group_size or (samples if samples > 1 else _GROUP),
+        problems_per_step=per_step,
+        max_tokens=recipe.teacher.max_tokens or recipe.scores.max_tokens,
+        temperature=grpo.temperature if recipe.teacher.temperature is None else recipe.teacher.temperature,
+        lr=training.learning_rate,
+        warmup_steps=grpo.warmup_steps,
+        clip_low=grpo.clip_low,
+        clip_high=grpo.clip_high,
+        kl_weight=grpo.kl_weight,
+        format_weight=grpo.format_weight,
+        max_grad_norm=grpo.max_grad_norm,
+        save_every_s=training.save_every_s,
+        seed=recipe.seed,
     )
-    default = TrainSettings()
-    for name in (*of_training, "lora_rank", "lora_alpha", "threads", "report_to"):
-        if settings.training.get(name, getattr(default, name)) != getattr(default, name):
-            given.append({"dtype": "train_dtype", "batch_size": "train_batch_size"}.get(name, name))
-    return [f"--{name.replace('_', '-')}" for name in given]
-
-
-def _steps(training: dict[str, Any], n_problems: int, per_step: int) -> int:
-    """Return how many steps the passes over the problems take; with `minutes` the clock says when it is enough."""
-    return 10**6 if training.get("minutes") else max(1, training.get("epochs", 1) * n_problems // per_step)
 
 
 def sometimes_solved(problems: Sequence[Problem], rates: Mapping[str, float]) -> list[Problem]:

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from deepdistill.distill.curation.curate import curate, select
-from deepdistill.distill.curation.filters import FILTERS, CurateSettings
+from deepdistill.distill.curation.filters import FILTERS
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of, question_hash
+from deepdistill.distill.recipe import CurationRecipe
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Sampling
+from deepdistill.localrun.core.settings import build
 
 VOCABULARY = [f"{a}{b}" for a in ("ba", "ko", "ri", "mu", "te") for b in ("lan", "pir", "son", "dek", "vum", "gra")]
-ANYTHING = CurateSettings(
+ANYTHING = CurationRecipe(
     train_bucket=False,
     verified=False,
     whole=False,
@@ -73,7 +75,7 @@ def trace(question: str | int = 0, **fields: Any) -> Trace:
     return made
 
 
-def dropped(traces: Iterable[Trace], changes: CurateSettings | None = None, **more: Any) -> dict[str, int]:
+def dropped(traces: Iterable[Trace], changes: CurationRecipe | None = None, **more: Any) -> dict[str, int]:
     """Return what the filters took."""
     counts: dict[str, int] = curate(list(traces), changes, **more)[1]["dropped"]
     return counts
@@ -116,21 +118,21 @@ def test_a_filter_takes_its_trace_and_can_be_switched_off(name: str, fields: dic
 
 def test_lengths_are_the_teachers_tokens_and_words_where_it_counted_none() -> None:
     traces = [trace(i, usage=Usage(1, n, n)) for i, n in enumerate((9, 10, 20, 21))]
-    assert dropped(traces, CurateSettings(min_tokens=10, max_trace_tokens=20)) == {"too_short": 1, "overlong": 1}
+    assert dropped(traces, CurationRecipe(min_tokens=10, max_trace_tokens=20)) == {"too_short": 1, "overlong": 1}
     uncounted = trace(5, usage=Usage(0, 0, 0), reasoning_content="one two three", content="four")
-    assert dropped([uncounted], CurateSettings(min_tokens=4, max_trace_tokens=4)) == {}
-    assert dropped([uncounted], CurateSettings(min_tokens=5)) == {"too_short": 1}
+    assert dropped([uncounted], CurationRecipe(min_tokens=4, max_trace_tokens=4)) == {}
+    assert dropped([uncounted], CurationRecipe(min_tokens=5)) == {"too_short": 1}
 
 
 def test_difficulty_is_the_students_own_pass_rate() -> None:
     traces = [trace(i) for i in range(4)]
     rates = {traces[0].problem_id: 1.0, traces[1].problem_id: 0.5, traces[2].problem_id: 0.0}
     assert dropped(traces, pass_rate=rates) == {"too_easy": 1}
-    band = CurateSettings(min_pass_rate=0.1, max_pass_rate=0.6)
+    band = CurationRecipe(min_pass_rate=0.1, max_pass_rate=0.6)
     kept, record = curate(traces, band, pass_rate=rates)
     assert record["dropped"] == {"too_easy": 1, "too_hard": 1}
     assert kept == [traces[1], traces[3]]  # of the last the rate is not known
-    assert dropped(traces, CurateSettings(max_pass_rate=None), pass_rate=rates) == {}
+    assert dropped(traces, CurationRecipe(max_pass_rate=None), pass_rate=rates) == {}
 
 
 def test_votes_count_where_no_grader_judged_and_where_they_are_named() -> None:
@@ -141,18 +143,19 @@ def test_votes_count_where_no_grader_judged_and_where_they_are_named() -> None:
     traces = [vote, judge, disputed, graded]
     assert curate(traces)[0] == [vote, judge]
     assert dropped(traces) == {"wrong": 1, "unknown": 1}
-    assert curate(traces, CurateSettings(accept=frozenset({"vote"})))[0] == [vote, disputed]
-    assert curate(traces, CurateSettings(accept=frozenset()))[0] == []
-    with pytest.raises(UsageError, match="hope cannot make"):
-        CurateSettings(accept=frozenset({"hope"}))
+    assert curate(traces, CurationRecipe(accept=("vote",)))[0] == [vote, disputed]
+    assert curate(traces, CurationRecipe(accept=()))[0] == []
+    with pytest.raises(UsageError, check=lambda error: error.code == "bad-settings"):
+        build(CurationRecipe, {"accept": ["hope"]})
 
 
 def test_the_shortest_of_a_problem_are_kept_and_a_share_of_long_ones() -> None:
     lengths = (50, 20, 40, 30)
     traces = [trace(i, reasoning_content=prose(99 * i + n, n)) for i in range(200) for n in lengths]
 
-    def kept_lengths(**changes: Any) -> list[int]:
-        return [len(str(t.reasoning_content).split()) for t in curate(traces, CurateSettings(**changes))[0]]
+    def kept_lengths(seed: int = 0, **changes: Any) -> list[int]:
+        kept, _ = curate(traces, CurationRecipe(**changes), seed=seed)
+        return [len(str(t.reasoning_content).split()) for t in kept]
 
     assert kept_lengths() == [20] * 200
     assert sorted(kept_lengths(keep=2)) == [20] * 200 + [30] * 200
@@ -167,11 +170,11 @@ def test_the_shortest_of_a_problem_are_kept_and_a_share_of_long_ones() -> None:
 
 def test_a_cap_on_each_source_takes_the_same_ones_in_any_order() -> None:
     traces = [trace(i, source="big" if i % 4 else "small") for i in range(40)]
-    kept, record = curate(traces, CurateSettings(per_source=15))
+    kept, record = curate(traces, CurationRecipe(per_source=15))
     assert record["dropped"] == {"over_source_cap": 15}
     assert sum(t in kept for t in traces[::4]) == 10
-    assert {t.id for t in curate(traces[::-1], CurateSettings(per_source=15))[0]} == {t.id for t in kept}
-    assert {t.id for t in curate(traces, CurateSettings(per_source=15, seed=3))[0]} != {t.id for t in kept}
+    assert {t.id for t in curate(traces[::-1], CurationRecipe(per_source=15))[0]} == {t.id for t in kept}
+    assert {t.id for t in curate(traces, CurationRecipe(per_source=15), seed=3)[0]} != {t.id for t in kept}
 
 
 def changed(text: str, n: int, seed: int = 0) -> str:
@@ -195,7 +198,7 @@ def test_nearly_the_same_question_is_asked_once() -> None:
     assert kept == [traces[0], traces[2]]
     assert record["examples"]["same_question"]["id"] == traces[1].id
     assert record["examples"]["same_question"]["like"] == traces[0].id
-    assert dropped(traces, CurateSettings(similarity=1.0)) == {}
+    assert dropped(traces, CurationRecipe(similarity=1.0)) == {}
     # Nobody takes the place of a question whose own traces are no good.
     assert curate([trace(text, verdict="wrong"), traces[1]])[0] == [traces[1]]
 
@@ -209,13 +212,13 @@ def test_nearly_the_same_trace_is_kept_once_but_not_with_other_numbers() -> None
     text = prose(5, 80)
     both = [trace(1, reasoning_content=text), trace(2, reasoning_content=changed(text, 1))]
     assert dropped(both) == {"same_trace": 1}
-    assert dropped(both, CurateSettings(similarity=1.0)) == {}
+    assert dropped(both, CurationRecipe(similarity=1.0)) == {}
     copies = [trace(1, reasoning_content=text), trace(2, reasoning_content=text)]
-    assert dropped(copies, CurateSettings(similarity=1.0)) == {"same_trace": 1}
+    assert dropped(copies, CurationRecipe(similarity=1.0)) == {"same_trace": 1}
     other_numbers = [trace(i, reasoning_content=f"{text} {i}") for i in (1, 2)]
     assert dropped(other_numbers) == {}
     same_problem = [trace(1, reasoning_content=f"{text} {i}") for i in (1, 2)]
-    assert dropped(same_problem, CurateSettings(keep=2)) == {"same_trace": 1}
+    assert dropped(same_problem, CurationRecipe(keep=2)) == {"same_trace": 1}
 
 
 def test_a_question_that_shares_eight_words_with_the_evaluation_does_not_train() -> None:
@@ -224,12 +227,12 @@ def test_a_question_that_shares_eight_words_with_the_evaluation_does_not_train()
     seven = f"{prose(3, 12)} has a wolf, a goat and a {prose(4, 12)}"
     questions = [eight, seven, exam.upper(), "short question"]
     kept, record = curate(
-        [trace(q) for q in questions], CurateSettings(train_bucket=False), evaluation=[exam, "Short question?"]
+        [trace(q) for q in questions], CurationRecipe(train_bucket=False), evaluation=[exam, "Short question?"]
     )
     assert record["dropped"] == {"contaminated": 3}
     assert [t.messages[0]["content"] for t in kept] == [seven]
     assert "farmer" in record["examples"]["contaminated"]["like_excerpt"]
-    off = CurateSettings(train_bucket=False, contamination_ngram=None)
+    off = CurationRecipe(train_bucket=False, contamination_ngram=None)
     assert dropped([trace(q) for q in questions], off, evaluation=[exam]) == {}
 
 
@@ -239,7 +242,7 @@ def test_problems_of_one_template_are_neither_duplicates_nor_contaminated(chain_
     problems = load_problems(chain_sum, "train", n=300, seed=1)
     took = dropped([trace(p.question) for p in problems], evaluation=evaluation)
     assert sum(took.values()) <= 3
-    leak = CurateSettings(train_bucket=False)
+    leak = CurationRecipe(train_bucket=False)
     leaked = [trace(p.question) for p in problems] + [trace(f"  {evaluation[0].upper()}")]
     assert dropped(leaked, leak, evaluation=evaluation)["contaminated"] >= 1
 
@@ -252,10 +255,10 @@ def test_what_is_read_twice_gives_the_same_and_is_not_held() -> None:
         passes.append(1)
         yield from traces
 
-    selection = select(read, CurateSettings(keep=2))
+    selection = select(read, CurationRecipe(keep=2))
     assert len(selection) == selection.record["kept"] == 60
     kept = list(selection)
-    assert kept == list(selection) == curate(traces, CurateSettings(keep=2))[0]
+    assert kept == list(selection) == curate(traces, CurationRecipe(keep=2))[0]
     assert [traces.index(t) for t in kept] == selection.positions.tolist()
     assert json.loads(json.dumps(selection.record)) == selection.record
 
@@ -263,13 +266,13 @@ def test_what_is_read_twice_gives_the_same_and_is_not_held() -> None:
 def test_nothing_at_all() -> None:
     kept, record = curate([], evaluation=["a question"])
     assert (kept, record["traces"], record["kept"], record["dropped"]) == ([], 0, 0, {})
-    assert curate([trace(verdict="wrong")], CurateSettings(per_source=1))[0] == []
+    assert curate([trace(verdict="wrong")], CurationRecipe(per_source=1))[0] == []
 
 
 def test_hostile_text_passes_through() -> None:
     odd = trace(1, reasoning_content="\ud800 \x00 " + prose(1), content="﷽" * 5)
     question = [{"role": "user", "content": "\udfff"}, {"role": "assistant", "content": "what?"}]
-    kept, record = curate([odd, trace(2, messages=question)], CurateSettings(train_bucket=False))
+    kept, record = curate([odd, trace(2, messages=question)], CurationRecipe(train_bucket=False))
     assert (len(kept), record["problems"]) == (2, 2)
 
 
@@ -277,5 +280,5 @@ def test_hostile_text_passes_through() -> None:
     "bad", [{"similarity": 1.5}, {"long_share": -0.1}, {"keep": 0}, {"per_source": 0}, {"max_repeated": 3}]
 )
 def test_settings_out_of_range_are_refused(bad: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(bad))):
-        CurateSettings(**bad)
+    with pytest.raises(UsageError, match=next(iter(bad)), check=lambda error: error.code == "bad-settings"):
+        build(CurationRecipe, bad)

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepdistill.distill.curation.filters import CurateSettings, fault_of_text
+from deepdistill.distill.curation.filters import fault_of_text
 from deepdistill.distill.evaluation.evaluate import is_loop, sum_up, wilson_interval
 from deepdistill.distill.problems.similarity import word_hashes
+from deepdistill.distill.recipe import CurationRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Verdict
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.endpoint.stream import LoopWatch
@@ -45,7 +46,7 @@ def is_loop_to_scores(tokens: Sequence[int], path: Path) -> bool:
 
 
 def is_loop_to_filters(tokens: Sequence[int], path: Path) -> bool:
-    everything_else_passes = CurateSettings(max_repeated=1.0)
+    everything_else_passes = CurationRecipe(max_repeated=1.0)
     words = word_hashes(as_text(tokens))
     return fault_of_text(trace_of(as_text(tokens)), words, everything_else_passes) == "looped"
 

@@ -25,6 +25,7 @@ from deepdistill.distill.curation.curate import curate
 from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.problems.split import bucket_of
+from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe
 from deepdistill.distill.records import CurvePoint, TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
 from deepdistill.distill.traces.summary import TraceSummary
@@ -32,7 +33,7 @@ from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.record_log import to_json
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"
-RECIPE = {"problems": "my.jsonl", "teacher": "https://api.example.org/v1", "student": "smollm2", "training": {"lr": 1}}
+RECIPE = TeachRecipe("my.jsonl", teacher=TeacherRecipe(model="https://api.example.org/v1"))
 SCORE = {
     "accuracy": 0.745, "n": 200, "interval": [0.68, 0.8], "closed": None, "looped": 0.01, "tokens_per_answer": 35.1,
     "tokens_per_s": 268.6,

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.judging.vote import Ballot, Election, VoteSettings, answer_key, vote, vote_on_traces
+from deepdistill.distill.judging.vote import Ballot, Election, answer_key, vote, vote_on_traces
+from deepdistill.distill.recipe import VoteRecipe
 from deepdistill.distill.records import Judgement, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.localrun.core.generation import FinishReason, Sampling
 
@@ -49,12 +50,12 @@ def test_without_enough_agreement_nothing_is_accepted(answers: tuple[str | None,
 
 def test_the_share_is_reached_exactly() -> None:
     assert vote(ballots(*["7"] * 3, "8", "9")).accepted == "7", "3 of 5 is 0.6"
-    assert vote(ballots(*["7"] * 7, *"123"), VoteSettings(min_share=0.7)).accepted == "7"
-    assert vote(ballots(*["7"] * 6, *"1234"), VoteSettings(min_share=0.7)).accepted is None
+    assert vote(ballots(*["7"] * 7, *"123"), VoteRecipe(min_share=0.7)).accepted == "7"
+    assert vote(ballots(*["7"] * 6, *"1234"), VoteRecipe(min_share=0.7)).accepted is None
 
 
 def test_a_tie_is_no_majority_however_low_the_share_is_set() -> None:
-    low = VoteSettings(min_share=0.1)
+    low = VoteRecipe(min_share=0.1)
     assert vote(ballots("1", "1", "2", "2", "3"), low).accepted is None
     assert vote(ballots("1", "1", "2", "2", "1"), low).accepted == "1"
 
@@ -115,7 +116,7 @@ ANSWERS = st.lists(st.sampled_from(["1", "1.0", "2", "two", "Two", None, "1/2", 
 def test_neither_order_nor_repetition_of_the_count_changes_it(
     answers: list[str | None], share: float, least: int, rng: object
 ) -> None:
-    cast, rules = ballots(*answers), VoteSettings(share, least)
+    cast, rules = ballots(*answers), VoteRecipe(share, least)
     election = vote(cast, rules)
     shuffled = list(cast)
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -177,7 +178,7 @@ def test_traces_vote_problem_by_problem_and_only_the_finished_ones() -> None:
         trace("c", "7", finish="length"),
         trace("d", "  "),
     ]
-    found = {judgement.id: judgement for judgement in vote_on_traces(said, VoteSettings(min_share=0.5))}
+    found = {judgement.id: judgement for judgement in vote_on_traces(said, VoteRecipe(min_share=0.5))}
     assert found == {
         "a": Judgement("a", "vote", 0.5),
         "b": Judgement("b", "vote", 0.5),

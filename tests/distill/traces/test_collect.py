@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepdistill.distill.recipe import CostRecipe
 from deepdistill.distill.records import Grade, Problem, Request, Trace
 from deepdistill.distill.teachers.asking import Asked
 from deepdistill.distill.teachers.base import Teacher
-from deepdistill.distill.teachers.budget import Budget, Limits, Price
+from deepdistill.distill.teachers.budget import Budget
 from deepdistill.distill.traces.collect import CollectSettings, Ledger, collect
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.errors import TeacherError
@@ -93,7 +94,7 @@ def run(
             settings=CollectSettings("toy", SAMPLING, samples, keep),
             open_teacher=lambda: teacher,
             grader=Judges(),
-            budget=Budget(Limits(**limits), sum(trace.cost_usd or 0 for trace in store)),
+            budget=Budget(CostRecipe(**limits), sum(trace.cost_usd or 0 for trace in store)),
         )
 
 
@@ -207,7 +208,7 @@ def test_failures_are_recorded_counted_and_asked_again_by_the_next_run(tmp_path:
 
 @pytest.mark.parametrize("width", [1, 5, 16])
 def test_the_bound_is_passed_by_no_more_than_what_is_in_flight(tmp_path: Path, width: int) -> None:
-    price = Price(0, 1e6 / 90)  # a dollar a sample
+    price = (0, 1e6 / 90)  # a dollar a sample
     collected = run(tmp_path, Scripted(lambda q, n: "right", width), n=200, price=price, max_usd=40.0)
     traces = list(TraceStore.read(tmp_path / "traces.jsonl"))
     assert "--max-usd" in (collected.stopped or "")
@@ -239,7 +240,7 @@ def test_until_answers_are_known_each_may_take_its_limit_and_short_ones_make_roo
             settings=wanted,
             open_teacher=lambda: Watched(lambda q, n: "right", 16),
             grader=Judges(),
-            budget=Budget(Limits(Price(0, 1e6 / 900), max_usd=5.0)),
+            budget=Budget(CostRecipe(price=(0, 1e6 / 900), max_usd=5.0)),
         )
     assert (collected.n_asked, collected.stopped) == (40, None)
     assert (ahead[0], max(ahead)) == (5, 16)

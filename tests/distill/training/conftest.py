@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from deepdistill.distill.training.report import TrainReport, TrainSettings
+from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.training.report import TrainReport
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.reporter import SILENT, Relay, Reporter
@@ -43,9 +44,9 @@ def go(pocket_student: Path) -> Go:
         validation: Sequence[Row] = (),
         **options: Any,
     ) -> TrainReport:
-        settings = TrainSettings(**({"dtype": "fp32", "threads": 1, "lr": 3e-3} | options))
+        settings = TrainingRecipe(**({"dtype": "fp32", "threads": 1, "learning_rate": 3e-3} | options))
         ordered = order_rows(
-            rows_of() if rows is None else rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed
+            rows_of() if rows is None else rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed or 0
         )
         if progress is not None:
             report = Relay(lambda stage, done, total, note: progress(done))

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deepdistill.distill.recipe import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.distill.training import train as train_module
 from deepdistill.distill.training.callback import Clock, cut_curve
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.trainer import schedule
 from deepdistill.errors import ModelError
@@ -41,14 +41,14 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_minutes_box_the_time_and_shape_the_schedule(rows_of: Rows) -> None:
-    settings, times = TrainSettings(minutes=1.0, warmup=0.1, final_lr=0.05), iter((0, 0, 3, 6, 33, 60, 90))
+    settings, times = TrainingRecipe(minutes=1.0, warmup=0.1, final_lr=0.05), iter((0, 0, 3, 6, 33, 60, 90))
     clock = Clock(settings, rows_of(4), now=lambda: next(times))
     rate = schedule(settings, lambda step: clock.progress(step / 1000))
     assert [round(rate(0), 3) for _ in range(6)] == [0.01, 0.5, 1.0, 0.525, 0.05, 0.05]
 
 
 def test_a_checkpoint_remembers_the_time_it_took(go: Go, rows_of: Rows, tmp_path: Path) -> None:
-    go(tmp_path, rows_of(8), full=True, epochs=1, batch_size=4, save_every_s=0)
+    go(tmp_path, rows_of(8), weights="full", epochs=1, batch_size=4, save_every_s=0)
     checkpoint = max((tmp_path / "c").glob("checkpoint-*"))
     assert json.loads((checkpoint / "clock.json").read_text())["seconds"] > 0
 
@@ -77,13 +77,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoi
 
 def test_a_diverging_loss_ends_the_run(go: Go, tmp_path: Path) -> None:
     with pytest.raises(ModelError, check=lambda error: error.code == "loss-diverged"):
-        go(tmp_path, full=True, batch_size=2, epochs=20, lr=3.0, warmup=0.5)
+        go(tmp_path, weights="full", batch_size=2, epochs=20, learning_rate=3.0, warmup=0.5)
 
 
 def test_training_ends_early_where_held_out_rows_get_no_better(go: Go, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(9)
     held_out = [Row(torch.randint(5, 60, (14,), generator=generator).tolist(), 4) for _ in range(8)]  # of another kind
-    report = go(tmp_path, batch_size=4, epochs=30, lr=1e-2, patience=2, full=True, validation=held_out)
+    report = go(tmp_path, batch_size=4, epochs=30, learning_rate=1e-2, patience=2, weights="full", validation=held_out)
     curve = curve_of(tmp_path)
     losses = [point.validation_loss for point in curve if point.validation_loss is not None]
     assert report.stopped == "early"
@@ -100,7 +100,7 @@ def test_training_ends_early_where_held_out_rows_get_no_better(go: Go, tmp_path:
 
 def test_validation_is_the_loss_and_accuracy_of_the_held_out_targets(go: Go, rows_of: Rows, tmp_path: Path) -> None:
     held_out = rows_of(6)
-    report = go(tmp_path, batch_size=8, epochs=1, full=True, validation=held_out)
+    report = go(tmp_path, batch_size=8, epochs=1, weights="full", validation=held_out)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "s", dtype=torch.float32)
     logprobs, right = [], []
     for row in held_out:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from deepdistill.distill.training.curriculum import CurriculumSettings, arrange, counts, estimated, level_of
+from deepdistill.distill.recipe import CurriculumRecipe
+from deepdistill.distill.training.curriculum import arrange, counts, estimated, level_of
 from deepdistill.distill.training.rows import Row, order_rows
 
 
@@ -12,7 +13,7 @@ def rows_at(rate: float | None, n: int, first: int) -> list[tuple[Row, float | N
 
 def test_levels() -> None:
     rates = [None, 0.0, 0.25, 0.74, 0.75, 1.0]
-    settings = CurriculumSettings()
+    settings = CurriculumRecipe()
     assert [level_of(rate, settings) for rate in rates] == ["middle", "hopeless", "middle", "middle", "easy", "easy"]
     assert counts(rates) == {"easy": 2, "middle": 3, "hopeless": 1}
 

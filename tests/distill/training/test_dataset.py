@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import OnPolicyRecipe, TeachRecipe, TrainingRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
@@ -44,51 +45,53 @@ def test_validation_rows_ask_what_no_training_row_asks() -> None:
     assert hold_out(rows, traces, 6, seed=0) == (list(range(80)), [])  # more than an eighth of so few
 
 
-def test_logits_that_cannot_be_had_are_an_error_only_if_they_were_asked_for(tmp_path: Path) -> None:
+def test_logits_that_cannot_be_had_are_an_error_only_if_they_were_asked_for(tmp_path: Path, recorder: Any) -> None:
     tokenizer = load_tokenizer(pocket_dir())
     teach_template(tokenizer)
-    traces, path, said = traces_of(3), tmp_path / "traces.jsonl", list[str]()
+    traces, path = traces_of(3), tmp_path / "traces.jsonl"
 
     def rows_with(loss: str) -> list[Row]:
-        work = Work(say=said.append)
-        rows, _ = lessons(traces, path, tokenizer, max_length=64, loss=loss, logit_share=0.9, work=work)  # type: ignore[arg-type]
+        training = TrainingRecipe(max_length=64, loss=loss)  # type: ignore[arg-type]
+        rows, _ = lessons(traces, path, tokenizer=tokenizer, training=training, report=recorder)
         return rows
 
-    with pytest.raises(ArtifactError, match="--loss logits: the traces have no log-probabilities") as caught:
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "no-logits") as caught:
         rows_with("logits")
     assert "cross-entropy" in caught.value.hint
     assert {row.losses for row in rows_with("auto")} == {(("cross_entropy", 1.0),)}
-    assert said == []  # nobody asked, and there is nothing beside the traces
+    assert recorder.said == []  # nobody asked, and there is nothing beside the traces
     path.with_name("traces.logprobs.bin").write_bytes(b"")
     assert len(rows_with("auto")) == 3
-    assert said == ["no trace that trains has log-probabilities: training on the tokens alone (cross-entropy)"]
+    assert recorder.said == ["no trace that trains has log-probabilities: training on the tokens alone (cross-entropy)"]
 
 
 def test_rows_that_are_too_long_are_left_out() -> None:
     tokenizer = load_tokenizer(pocket_dir())
     teach_template(tokenizer)
     first, *others = traces_of(3)
-    traces = [dataclasses.replace(first, reasoning_content="1+1=2\n" * 50), *others]
-    rows, kept = lessons(
-        traces, Path("none.jsonl"), tokenizer, max_length=64, loss="auto", logit_share=0.9, work=Work()
-    )
+    traces, none = [dataclasses.replace(first, reasoning_content="1+1=2\n" * 50), *others], Path("none.jsonl")
+    rows, kept = lessons(traces, none, tokenizer=tokenizer, training=TrainingRecipe(max_length=64))
     assert [trace.id for trace in kept] == [trace.id for trace in others]
     assert len(rows) == 2
-    with pytest.raises(ArtifactError, match="every trace is longer than 8 tokens"):
-        lessons(traces, Path("none.jsonl"), tokenizer, max_length=8, loss="auto", logit_share=0.9, work=Work())
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "traces-too-long"):
+        lessons(traces, none, tokenizer=tokenizer, training=TrainingRecipe(max_length=16))
 
 
 def test_a_curriculum_puts_hopeless_problems_second() -> None:
     traces = traces_of(16)
     rows = [Row([1, int(trace.problem_id) + 5], 1) for trace in traces]
     rates = {trace.problem_id: 0.5 if int(trace.problem_id) < 8 else 0.0 for trace in traces}
-    ordered = by_level(rows, traces, rates, batch_size=2, epochs=1, seed=0)
+    ordered = by_level(rows, traces, rates=rates, training=TrainingRecipe(batch_size=2, epochs=1))
     numbers = [row.input_ids[1] - 5 for row in ordered]
     assert set(numbers[:2]) <= set(range(8))
     assert sorted(numbers) == list(range(16))
 
 
 def test_trainings_share_the_minutes() -> None:
-    settings = TeachSettings("x.jsonl", rounds=2, training={"minutes": 12.0, "lr": 1e-3})
-    assert settings.stage_training() == {"minutes": 4.0, "lr": 1e-3}
-    assert settings.training["minutes"] == 12.0
+    settings = TeachRecipe(
+        problems="x.jsonl",
+        on_policy=OnPolicyRecipe(rounds=2),
+        training=TrainingRecipe(minutes=12.0, learning_rate=0.001),
+    )
+    assert (settings.one_training().minutes, settings.one_training(2).seed) == (4.0, 2)
+    assert settings.training.minutes == 12.0

@@ -16,8 +16,9 @@ from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.localrun.core.record_log import read_records
 
 SUMS = "gym:chain_sum?min_terms=2&max_terms=2&min_digits=1&max_digits=2"
-TEACH = ["--problems", SUMS, "--n-traces", "60", "--n-eval", "4", "--eval-max-tokens", "8"]
-TRAIN = ["--steps", "3", "--train-batch-size", "4", "--train-dtype", "fp32", "--n-validation", "0"]
+TEACH = ["--problems", SUMS, "--n-traces", "60", "--n-eval", "4", "--set", "scores.max_tokens=8"]
+SETTINGS = ("steps=3", "batch_size=4", "dtype=fp32", "n_validation=0")
+TRAIN = [word for setting in SETTINGS for word in ("--set", f"training.{setting}")]
 PROCESSES = ["-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHER = [*PROCESSES, "-m"]
 
@@ -78,8 +79,8 @@ def teach(
 
 @pytest.mark.slow
 def test_teach_in_two_processes_comes_to_what_one_comes_to(pocket_student: Path, tmp_path: Path) -> None:
-    one = teach(["-m"], pocket_student, tmp_path / "one", "--full", "--json", "--quiet")
-    two = teach(LAUNCHER, pocket_student, tmp_path / "two", "--full", "--json", "--quiet")
+    one = teach(["-m"], pocket_student, tmp_path / "one", "--weights", "full", "--json", "--quiet")
+    two = teach(LAUNCHER, pocket_student, tmp_path / "two", "--weights", "full", "--json", "--quiet")
     assert (one.returncode, two.returncode) == (0, 0), two.stderr[-3000:]
     results = [json.loads(done.stdout.strip().splitlines()[-1]) for done in (one, two)]
     assert results[0]["training"]["steps"] == results[1]["training"]["steps"] == 3
@@ -97,7 +98,8 @@ def test_processes_that_hold_a_part_of_the_weights_each_come_to_the_student_of_o
 ) -> None:
     if sharding != "fsdp":
         pytest.importorskip("deepspeed")
-    flags = ["--json", "--quiet", "--n-validation", "4", *(["--full"] if kind == "full" else [])]
+    flags = ["--json", "--quiet", "--set", "training.n_validation=4"]
+    flags += ["--weights", "full"] if kind == "full" else []
     one = teach(["-m"], pocket_student, tmp_path / "one", *flags)
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)

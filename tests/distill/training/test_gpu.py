@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill.problems.load import load_problems
+from deepdistill.distill.recipe import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint, messages_of
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.training.losses import LOSSES, Head, Segment, Targets, projected_loss
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.train import TrainPaths, train
 from deepdistill.localrun.core.generation import Sampling
@@ -52,7 +52,9 @@ def test_the_projected_loss_and_its_gradient_are_those_of_the_cpu() -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_training_comes_to_the_loss_of_the_cpus(full: bool, pocket_student: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
-    settings = TrainSettings(full=full, epochs=20, batch_size=8, lr=1e-3 if full else 5e-3, dtype="fp32")
+    settings = TrainingRecipe(
+        weights=full, epochs=20, batch_size=8, learning_rate=0.001 if full else 0.005, dtype="fp32"
+    )
     reports = []
     for device in ("cpu", "cuda"):
         folder = tmp_path / device

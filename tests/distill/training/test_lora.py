@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.lora import load_student, parameter_groups
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import ModelError
 
@@ -23,7 +23,7 @@ Rows = Callable[..., list[Row]]
 
 def test_lora_plus_gives_b_another_learning_rate(pocket_student: Path, tmp_path: Path) -> None:
 
-    settings = TrainSettings(lora_plus=16.0, lr=1e-3)
+    settings = TrainingRecipe(lora=LoraRecipe(plus=16.0), learning_rate=0.001)
     model = load_student(pocket_student, settings, device=torch.device("cpu"), dtype=torch.float32)
     groups = parameter_groups(model, settings)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -44,4 +44,4 @@ def test_qlora_without_a_gpu_is_said(go: Go, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(ModelError, check=lambda error: error.code == "needs-gpu"):
-        go(tmp_path, qlora=True)
+        go(tmp_path, weights="qlora")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.lora import load_student
 from deepdistill.distill.training.objective import Objective
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import ModelError
 
@@ -51,7 +51,7 @@ def test_the_packed_pass_has_the_loss_and_gradients_of_separate_rows(kind: str, 
     from deepdistill.distill.teachers import pocket_dir
 
     base = pocket_dir() if kind == "deepseek" else pocket_student
-    settings = TrainSettings(full=kind != "dora", dora=kind == "dora")
+    settings = TrainingRecipe(weights="lora" if kind == "dora" else "full", lora=LoraRecipe(dora=kind == "dora"))
     model = load_student(base, settings, device=torch.device("cpu"), dtype=torch.float32)
     rows = [Row([5, 6, 7, 8, 9], 2), Row([5, 6, 7, 10, 11, 12], 3), Row([20, 21], 1)]
     expected = torch.stack([_naive(model, row) for row in rows]).sum()
@@ -120,5 +120,7 @@ def test_a_student_of_experts_takes_the_packed_pass(go: Go, tmp_path: Path, pock
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "moe")
     AutoTokenizer.from_pretrained(pocket_student).save_pretrained(tmp_path / "moe")
-    report = go(tmp_path, [Row(list(range(5, 20)), 3)] * 8, base=tmp_path / "moe", batch_size=4, epochs=1, full=True)
+    report = go(
+        tmp_path, [Row(list(range(5, 20)), 3)] * 8, base=tmp_path / "moe", batch_size=4, epochs=1, weights="full"
+    )
     assert report.pass_ == "packed"

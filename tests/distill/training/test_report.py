@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import UsageError
 
@@ -18,7 +18,7 @@ Rows = Callable[..., list[Row]]
 
 
 def test_settings_that_do_not_go_together_are_said() -> None:
-    with pytest.raises(UsageError, match="--dora"):
-        TrainSettings(full=True, dora=True)
+    with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
+        TrainingRecipe(weights="full", lora=LoraRecipe(dora=True))
     with pytest.raises(UsageError, match="nothing to learn"):
-        TrainSettings(reasoning_weight=0, answer_weight=0)
+        TrainingRecipe(reasoning_weight=0, answer_weight=0)

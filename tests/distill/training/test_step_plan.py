@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepdistill.distill.training.report import TrainSettings
+from deepdistill.distill.recipe import TrainingRecipe
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.step_plan import make_plan
 from deepdistill.distill.training.trainer import arguments
@@ -34,7 +34,7 @@ def test_a_run_keeps_what_it_measured_at_its_start(go: Go, tmp_path: Path) -> No
 def test_a_step_is_as_many_rows_as_asked_whatever_is_computed_at_once(
     pocket_student: Path, tmp_path: Path, rows_of: Rows, batch_size: int, micro_batch: int, at_once: int
 ) -> None:
-    settings = TrainSettings(batch_size=batch_size, micro_batch=micro_batch, dtype="fp32", threads=1)
+    settings = TrainingRecipe(batch_size=batch_size, micro_batch=micro_batch, dtype="fp32", threads=1)
     cpu = torch.device("cpu")
     plan = make_plan(pocket_student, rows_of(8), settings=settings, device=cpu, folder=tmp_path)
     options: dict[str, Any] = {"device": cpu, "micro_batch": plan.micro_batch, "autocast": False, "n_rows": 8}

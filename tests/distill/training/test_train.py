@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepdistill.distill.recipe import LoraRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.distill.training import train as train_module
 from deepdistill.distill.training.rows import Row
@@ -42,11 +43,11 @@ RUN = (
     ROWS
     + """
 from transformers import AutoTokenizer
-from deepdistill.distill.training.report import TrainSettings
+
 from deepdistill.distill.training.rows import order_rows
 from deepdistill.distill.training.train import TrainPaths, train
 base, out, options = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
-settings = TrainSettings(**options)
+settings = TrainingRecipe(**options)
 rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed)
 paths = TrainPaths(base, out / "c", out / "s")
 report = train(paths, rows, tokenizer=AutoTokenizer.from_pretrained(base), settings=settings)
@@ -78,7 +79,14 @@ def spawn(base: Path, out: Path, options: dict[str, Any]) -> subprocess.Popen[st
 def test_a_run_that_was_killed_comes_to_the_very_weights_of_one_that_was_not(
     pocket_student: Path, tmp_path: Path, full: bool, ends: dict[str, int]
 ) -> None:
-    options = {"full": full, "batch_size": 8, "lr": 3e-3, "save_every_s": 0.0, "threads": 1, **ends}
+    options = {
+        "weights": "full" if full else "lora",
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "save_every_s": 0.0,
+        "threads": 1,
+        **ends,
+    }
     straight = spawn(pocket_student, tmp_path / "straight", options)
     assert straight.wait(300) == 0, straight.communicate()[1]
     killed = spawn(pocket_student, tmp_path / "killed", options)
@@ -102,7 +110,7 @@ def test_a_run_that_was_killed_comes_to_the_very_weights_of_one_that_was_not(
 
 @pytest.mark.slow
 def test_two_processes_come_to_the_loss_and_weights_of_one(pocket_student: Path, tmp_path: Path) -> None:
-    options = {"batch_size": 8, "lr": 3e-3, "epochs": 2, "dtype": "fp32"}
+    options = {"batch_size": 8, "learning_rate": 3e-3, "epochs": 2, "dtype": "fp32"}
     alone = spawn(pocket_student, tmp_path / "one", options)
     out, err = alone.communicate(timeout=300)
     assert alone.returncode == 0, err
@@ -137,7 +145,7 @@ def test_lora_is_merged_and_only_the_asked_weights_learn(
     go: Go, rows_of: Rows, pocket_student: Path, tmp_path: Path
 ) -> None:
     rows = rows_of(8)
-    report = go(tmp_path, rows, epochs=20, batch_size=8, lr=5e-3)
+    report = go(tmp_path, rows, epochs=20, batch_size=8, learning_rate=5e-3)
     assert (report.steps, report.rows) == (20, 160)
     base = AutoModelForCausalLM.from_pretrained(pocket_student)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "s")  # plain transformers loads it
@@ -149,7 +157,7 @@ def test_lora_is_merged_and_only_the_asked_weights_learn(
 
 
 def test_full_training_moves_every_matrix(go: Go, rows_of: Rows, pocket_student: Path, tmp_path: Path) -> None:
-    go(tmp_path, rows_of(8), full=True, epochs=5, batch_size=8, lr=1e-3)
+    go(tmp_path, rows_of(8), weights="full", epochs=5, batch_size=8, learning_rate=1e-3)
     before, after = weights(pocket_student), weights(tmp_path / "s")
     assert not any(torch.equal(before[name], after[name]) for name in before if before[name].dim() == 2)
 
@@ -157,7 +165,13 @@ def test_full_training_moves_every_matrix(go: Go, rows_of: Rows, pocket_student:
 def test_training_resumes_from_its_last_whole_checkpoint_to_the_same_weights(
     go: Go, rows_of: Rows, tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"full": True, "epochs": 6, "batch_size": 4, "lr": 1e-3, "save_every_s": 0}
+    settings: dict[str, Any] = {
+        "weights": "full",
+        "epochs": 6,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "save_every_s": 0,
+    }
     go(tmp_path / "straight", rows_of(16), **settings)
 
     class Killed(BaseException):
@@ -219,31 +233,32 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_says_so_each_time(
 @pytest.mark.parametrize(
     "options",
     [
-        {"lora_targets": "q_proj,v_proj"},
-        {"full": True},
-        pytest.param({"dora": True}, marks=pytest.mark.slow),
-        pytest.param({"rslora": True}, marks=pytest.mark.slow),
-        pytest.param({"lora_first_layer": 2}, marks=pytest.mark.slow),
+        {"lora": LoraRecipe(targets=("q_proj", "v_proj"))},
+        {"weights": "full"},
+        pytest.param({"lora": LoraRecipe(dora=True)}, marks=pytest.mark.slow),
+        pytest.param({"lora": LoraRecipe(rslora=True)}, marks=pytest.mark.slow),
+        pytest.param({"lora": LoraRecipe(first_layer=2)}, marks=pytest.mark.slow),
     ],
-    ids=lambda options: next(iter(options)),
+    ids=["targets", "full", "dora", "rslora", "first_layer"],
 )
 def test_each_way_to_adapt_learns_and_merges(
     go: Go, rows_of: Rows, pocket_student: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    report = go(tmp_path, rows_of(8), batch_size=8, epochs=25, lr=5e-3, **options)
+    report = go(tmp_path, rows_of(8), batch_size=8, epochs=25, learning_rate=5e-3, **options)
     losses = losses_of(tmp_path)
     assert losses[-1] < losses[0] - 0.05
-    assert report.pass_ == ("packed" if {"dora", "full"} & set(options) else "fast")
+    lora, is_full = options.get("lora", LoraRecipe()), options.get("weights") == "full"
+    assert report.pass_ == ("packed" if is_full or lora.dora else "fast")
     changed = {
         name
         for name, tensor in weights(tmp_path / "s").items()
         if not torch.equal(tensor, weights(pocket_student)[name])
     }
-    if "lora_targets" in options:
+    if lora.targets:
         assert {name.split(".")[-2] for name in changed} == {"q_proj", "v_proj"}
-    if "lora_first_layer" in options:
+    if lora.first_layer:
         assert {name.split(".")[2] for name in changed} == {"2"}
-    if "full" in options:
+    if is_full:
         assert report.merge_error is None
     else:
         assert report.merge_error is not None
@@ -251,13 +266,15 @@ def test_each_way_to_adapt_learns_and_merges(
         assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("options", [{"full": True}, {"dora": True}, {}], ids=["full", "dora", "lora"])
+@pytest.mark.parametrize(
+    "options", [{"weights": "full"}, {"lora": LoraRecipe(dora=True)}, {}], ids=["full", "dora", "lora"]
+)
 def test_in_bf16_the_first_loss_is_that_of_fp32_up_to_rounding_and_it_learns(
     go: Go, rows_of: Rows, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     losses = {}
     for dtype in ("bf16", "fp32"):
-        go(tmp_path / dtype, rows_of(8), batch_size=8, epochs=12, lr=5e-3, dtype=dtype, **options)
+        go(tmp_path / dtype, rows_of(8), batch_size=8, epochs=12, learning_rate=5e-3, dtype=dtype, **options)
         losses[dtype] = losses_of(tmp_path / dtype)
     assert losses["bf16"][0] == pytest.approx(losses["fp32"][0], rel=1e-2)
     assert losses["bf16"][-1] == pytest.approx(losses["fp32"][-1], rel=5e-2)
@@ -265,7 +282,7 @@ def test_in_bf16_the_first_loss_is_that_of_fp32_up_to_rounding_and_it_learns(
 
 
 def test_steps_are_at_most_and_never_more_passes(go: Go, rows_of: Rows, tmp_path: Path) -> None:
-    report = go(tmp_path, batch_size=4, epochs=2, steps=100, full=True, validation=rows_of(2))
+    report = go(tmp_path, batch_size=4, epochs=2, steps=100, weights="full", validation=rows_of(2))
     assert (report.steps, report.rows) == (24, 96)
     validated = [point for point in curve_of(tmp_path) if point.validation_loss is not None]
     assert len(validated) > 1
@@ -276,7 +293,7 @@ def test_a_checkpoint_resumes_with_its_own_rows_only(go: Go, rows_of: Rows, tmp_
         if done > 0.6:
             raise KeyboardInterrupt
 
-    options: dict[str, Any] = {"batch_size": 8, "steps": 6, "full": True, "save_every_s": 0.0}
+    options: dict[str, Any] = {"batch_size": 8, "steps": 6, "weights": "full", "save_every_s": 0.0}
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, progress=stop, **options)
     with pytest.raises(ArtifactError, check=lambda error: error.code == "other-rows"):
@@ -291,14 +308,14 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line_and_keeps_the_last(
     code = (
         "import resource, signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
         "from deepdistill.distill.training.rows import Row\n"
-        "from deepdistill.distill.training.report import TrainSettings\n"
+        "from deepdistill.distill.recipe import TrainingRecipe\n"
         "from deepdistill.distill.training.train import TrainPaths, train\n"
         "from deepdistill.errors import ArtifactError\n"
         "base, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
         "rows = [Row(list(range(5, 25)), 4)] * 8\n"
-        "settings = TrainSettings(full=True, epochs=1, batch_size=4, save_every_s=0)\n"
+        "settings = TrainingRecipe(weights='full', epochs=1, batch_size=4, save_every_s=0)\n"
         "paths, tokenizer = TrainPaths(base, out / 'c', out / 's'), AutoTokenizer.from_pretrained(base)\n"
         "try:\n    train(paths, rows, tokenizer=tokenizer, settings=settings)\n"
         "except ArtifactError as error:\n    print(error.code, error.message)"

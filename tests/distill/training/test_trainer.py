@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from deepdistill.distill.recipe import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
-from deepdistill.distill.training.report import TrainSettings
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.trainer import arguments
 from deepdistill.errors import UsageError
@@ -35,7 +35,7 @@ def test_tensorboard_gets_the_loss(go: Go, tmp_path: Path, monkeypatch: pytest.M
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    go(tmp_path, batch_size=8, steps=3, report_to="tensorboard")
+    go(tmp_path, batch_size=8, steps=3, report_to=("tensorboard",))
     (events,) = (tmp_path / "c").rglob("events.out.tfevents.*")
     accumulated = EventAccumulator(str(events.parent))
     accumulated.Reload()
@@ -45,12 +45,12 @@ def test_tensorboard_gets_the_loss(go: Go, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_tracker_shows_the_name_of_the_run_folder(tmp_path: Path) -> None:
     options: dict[str, Any] = {"device": torch.device("cpu"), "micro_batch": 8, "autocast": False, "n_rows": 8}
-    given = arguments(TrainSettings(batch_size=8), tmp_path / "sums" / "checkpoints", **options)
+    given = arguments(TrainingRecipe(batch_size=8), tmp_path / "sums" / "checkpoints", **options)
     assert (given.project, given.run_name) == ("deepdistill", "sums")
 
 
 def test_a_reporter_that_is_not_installed_is_said(go: Go, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, check=lambda error: error.code == "no-such-choice"):
-        go(tmp_path, batch_size=8, steps=1, report_to="nobody")
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-such-tracker"):
+        go(tmp_path, batch_size=8, steps=1, report_to=("nobody",))
     with pytest.raises(UsageError, check=lambda error: error.code == "not-installed"):
-        go(tmp_path, batch_size=8, steps=1, report_to="neptune")
+        go(tmp_path, batch_size=8, steps=1, report_to=("neptune",))

@@ -19,11 +19,12 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.errors import DeepDistillError
-from deepdistill.localrun.chat.chat import ChatSettings, chat
+from deepdistill.localrun.chat.chat import chat
 from deepdistill.localrun.chat.conversations import Store
 from deepdistill.localrun.chat.session import Question, Session
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.recipe import ChatRecipe, SamplingRecipe
 
 BuildGGUF = Callable[..., Path]
 THINKING, ANSWER = "3+4=7", "The answer is 7 é🦙."
@@ -220,7 +221,7 @@ def test_one_question_goes_on_with_the_newest_conversation_and_its_model(
     kept: list[Path], scripted_gguf: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("and then?"))
-    assert chat(None, ChatSettings(resume="newest", n_ctx=400), json_output=True) == 0
+    assert chat(None, ChatRecipe(n_ctx=400), resume="newest", json_output=True) == 0
     record = json.loads(capsys.readouterr().out)
     with Engine(scripted_gguf) as engine:
         system, asked, answered = json.loads(kept[0].read_text())["messages"]
@@ -234,7 +235,7 @@ def test_a_number_on_standard_input_picks_one_and_the_rest_is_the_question(
     kept: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("2\nmore\n"))
-    assert chat(None, ChatSettings(resume="pick", temperature=0.5)) == 0
+    assert chat(None, ChatRecipe(sampling=SamplingRecipe(temperature=0.5)), resume="pick") == 0
     out, err = capsys.readouterr()
     assert out == ANSWER + "\n"
     assert re.search(r" 1  .*question 1\n 2  .*question 0\n", err)
@@ -245,7 +246,7 @@ def test_a_number_on_standard_input_picks_one_and_the_rest_is_the_question(
 
 def test_what_is_not_to_be_kept_is_not(kept: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("more"))
-    assert chat(None, ChatSettings(resume="newest", keep=False)) == 0
+    assert chat(None, ChatRecipe(keep=False), resume="newest") == 0
     assert questions(kept[1]) == ["question 1"]
 
 
@@ -265,19 +266,19 @@ def test_a_conversation_that_cannot_go_on_is_said(
     os.utime(kept[0], (0, 0))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{number}\nmore"))
     with pytest.raises(DeepDistillError, check=lambda error: error.code == code):
-        chat(None, ChatSettings(resume="pick"))
+        chat(None, resume="pick")
 
 
 def test_nothing_to_continue_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     with pytest.raises(DeepDistillError, check=lambda error: error.code == "no-such-conversation"):
-        chat(None, ChatSettings(resume="newest"), prompt="hi")
+        chat(None, resume="newest", prompt="hi")
 
 
 def test_a_pipe_loads_nothing_that_draws(scripted_gguf: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom deepdistill.localrun.chat.chat import ChatSettings, chat\n"
-        "chat(sys.argv[1], ChatSettings(), prompt='hi')\n"
+        "import sys\nfrom pathlib import Path\nfrom deepdistill.localrun.chat.chat import chat\n"
+        "chat(sys.argv[1], prompt='hi')\n"
         "print(*({'rich', 'prompt_toolkit', 'pygments', 'huggingface_hub'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", code, str(scripted_gguf)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,34 +12,31 @@ import numpy as np
 import pytest
 
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import OnPolicyRecipe, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Trace
 from deepdistill.distill.teach import teach
-from deepdistill.distill.teachers import open_teacher, pocket_dir
+from deepdistill.distill.teachers import Teacher, open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.on_policy import teacher as round_teacher
 from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix, pass_rates
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
+from deepdistill.localrun.core.reporter import Reporter
+from deepdistill.localrun.core.settings import changed
 
-TRAINING = {"full": True, "epochs": 1, "lr": 1e-3}
 
-
-def _settings(chain_sum: str, **changes: Any) -> TeachSettings:
+def _settings(chain_sum: str, **changes: Any) -> TeachRecipe:
     """The pocket teacher's own checkpoint as the student: it solves nearly all, so rounds have right samples."""
-    settings = TeachSettings(
+    settings = TeachRecipe(
         chain_sum,
-        student=str(pocket_dir()),
-        n_traces=8,
-        n_eval=4,
-        eval_max_tokens=48,
-        rounds=1,
-        round_problems=6,
-        round_samples=2,
-        training=dict(TRAINING),
+        str(pocket_dir()),
+        traces=TracesRecipe(8),
+        scores=ScoresRecipe(4, max_tokens=48),
+        on_policy=OnPolicyRecipe(1, n_problems=6, samples=2),
+        training=TrainingRecipe(weights="full", epochs=1, learning_rate=1e-3),
     )
-    return dataclasses.replace(settings, **changes)
+    return changed(settings, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 @pytest.fixture(scope="module")
@@ -101,19 +97,17 @@ def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) 
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_the_teacher_is_needed_for_its_part_alone(run: Path, chain_sum: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = _settings(chain_sum, on_policy_loss="policy-gradient")
-    recipe = run / "recipe.json"
-    recipe.write_text(recipe.read_text().replace('"on_policy_loss": "auto"', '"on_policy_loss": "policy-gradient"'))
+def test_the_teacher_is_needed_for_its_part_alone(run: Path, chain_sum: str) -> None:
+    settings = _settings(chain_sum, on_policy__loss="policy-gradient")
+    (run / "recipe.json").write_text(json.dumps(settings.to_json()))
     teach(settings, run, stop_after="teacher")
     assert (run / "rounds/1/scores.bin").exists()
     assert not (run / "student").exists()
 
-    def no_teacher(self: Work, spec: str, model: str | None = None) -> None:
+    def no_teacher(*_: Any, **__: Any) -> Teacher:
         raise AssertionError("the teacher is not here")
 
-    monkeypatch.setattr(Work, "open_teacher", no_teacher)
-    assert teach(settings, run, stop_after="training").student_dir
+    assert teach(settings, run, stop_after="training", opener=no_teacher).student_dir
     assert (run / "rounds/1/own_scores.bin").exists()  # the student's own, to compare with
 
 
@@ -124,17 +118,18 @@ def test_a_round_that_was_cut_off_scores_only_what_is_left(run: Path, chain_sum:
     class Killed(BaseException):
         pass
 
-    def die(stage: str, done: float, total: float, note: str = "") -> None:
-        if stage == "the teacher scores":
-            asked.append(int(total))
-            if (done, total) == (5, 12):
-                raise Killed
+    class Dies(Reporter):
+        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+            if stage == "the teacher scores":
+                asked.append(int(total))
+                if (done, total) == (5, 12):
+                    raise Killed
 
     with pytest.raises(Killed):
-        teach(settings, run, stop_after="teacher", on_progress=die)
+        teach(settings, run, stop_after="teacher", report=Dies())
     path = run / "rounds/1/scores.bin"
     path.write_bytes(path.read_bytes()[:-7])  # and the last record torn
-    teach(settings, run, stop_after="teacher", on_progress=die)
+    teach(settings, run, stop_after="teacher", report=Dies())
     assert (asked[0], asked[-1]) == (12, 8)
     with Logprobs.open(path) as scores:
         assert len(scores) == 12
@@ -143,37 +138,35 @@ def test_a_round_that_was_cut_off_scores_only_what_is_left(run: Path, chain_sum:
 def test_another_teacher_is_refused(run: Path, chain_sum: str) -> None:
     first, *others = (run / "traces.jsonl").read_text().splitlines(keepends=True)
     (run / "traces.jsonl").write_text(first.replace('"revision": "', '"revision": "another') + "".join(others))
-    with pytest.raises(TeacherError, match="not the teacher of this run: its revision was another"):
+    with pytest.raises(TeacherError, match="revision was another"):
         teach(_settings(chain_sum), run, stop_after="teacher")
 
 
 def test_samples_of_another_student_are_refused(run: Path, chain_sum: str) -> None:
     path = run / "rounds/1/samples.jsonl"
     path.write_text(path.read_text().replace('"revision": "', '"revision": "another'))
-    with pytest.raises(ArtifactError, match="are of another student"):
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "student-differs"):
         teach(_settings(chain_sum), run, stop_after="teacher")
 
 
 def test_a_foreign_tokenizer_leaves_own_right_answers_and_corrections_and_says_so(
-    run: Path, chain_sum: str, monkeypatch: pytest.MonkeyPatch
+    run: Path, chain_sum: str, monkeypatch: pytest.MonkeyPatch, recorder: Any
 ) -> None:
     monkeypatch.setattr(round_teacher, "why_not_scored", lambda teacher, tokenizer: "the teacher has another tokenizer")
-    said: list[str] = []
-    with pytest.raises(TeacherError, match="--on-policy-loss reverse-kl: the teacher has another tokenizer"):
-        ask_for(run, _settings(chain_sum, on_policy_loss="reverse-kl"))
-    teach(_settings(chain_sum), run, work=Work(say=said.append), stop_after="training")
+    with pytest.raises(TeacherError, check=lambda error: error.code == "cannot-score"):
+        ask_for(run, _settings(chain_sum, on_policy__loss="reverse-kl"))
+    teach(_settings(chain_sum), run, report=recorder, stop_after="training")
     record = json.loads((run / "rounds/1/round.json").read_text())
     assert record["scored"] is False
     assert set(record["rows"]) <= {"own_right", "corrected", "replayed"}
     assert record["rows"]["own_right"] >= 1
-    assert any("another tokenizer" in line and "corrections" in line for line in said)
+    assert any("another tokenizer" in line and "corrections" in line for line in recorder.said)
 
 
-def ask_for(run: Path, settings: TeachSettings) -> None:
+def ask_for(run: Path, settings: TeachRecipe) -> None:
     """Ask the teacher with other settings than the recipe's, as a run does before its training."""
-    (recipe := run / "recipe.json").write_text(
-        json.dumps(json.loads(before := recipe.read_text()) | {"on_policy_loss": settings.on_policy_loss})
-    )
+    before = (recipe := run / "recipe.json").read_text()
+    recipe.write_text(json.dumps(settings.to_json()))
     try:
         teach(settings, run, stop_after="teacher")
     finally:
@@ -234,9 +227,11 @@ def test_scores_are_the_teachers_own(finished: Path) -> None:
 
 def test_what_cannot_be_had_is_said_before_anything_is_asked(tmp_path: Path, chain_sum: str) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"Tell me of the number {i}.\n" for i in range(40)))
-    ungraded = TeachSettings(str(tmp_path / "prompts.txt"), student=str(pocket_dir()), rounds=1)
-    with pytest.raises(UsageError, match="--rounds needs problems with an answer"):
+    ungraded = TeachRecipe(
+        problems=str(tmp_path / "prompts.txt"), student=str(pocket_dir()), on_policy=OnPolicyRecipe(rounds=1)
+    )
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-answers"):
         teach(ungraded, tmp_path / "run")
-    with pytest.raises(UsageError, match="--loss logits needs"):
-        teach(_settings(chain_sum, loss="logits"), tmp_path / "run")
+    with pytest.raises(UsageError, check=lambda error: error.code == "logprobs-missing"):
+        teach(_settings(chain_sum, training__loss="logits"), tmp_path / "run")
     assert not (tmp_path / "run" / "traces.jsonl").exists()

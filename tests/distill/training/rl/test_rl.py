@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachSettings, Work
+from deepdistill.distill.recipe import (
+    CurriculumRecipe,
+    OnPolicyRecipe,
+    ScoresRecipe,
+    TeachRecipe,
+    TracesRecipe,
+    TrainingRecipe,
+)
 from deepdistill.distill.records import Grade, Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
@@ -173,14 +180,12 @@ def test_rows_without_an_advantage_are_left_out_and_one_stays() -> None:
 @pytest.mark.slow
 def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the rl extra is not installed")
-    settings = TeachSettings(
-        chain_sum,
+    settings = TeachRecipe(
+        problems=chain_sum,
         student=str(pocket_dir()),
-        method="grpo",
-        n_traces=16,
-        n_eval=8,
-        eval_max_tokens=64,
-        training={"epochs": 1, "lr": 1e-5},
+        training=TrainingRecipe(method="grpo", epochs=1, learning_rate=1e-05),
+        traces=TracesRecipe(n=16),
+        scores=ScoresRecipe(n=8, max_tokens=64),
     )
     result = teach(settings, tmp_path / "run")
     assert result.student_dir
@@ -194,39 +199,51 @@ def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_grpo_leaves_out_what_the_student_always_or_never_solves(tmp_path: Path) -> None:
+def test_grpo_leaves_out_what_the_student_always_or_never_solves(tmp_path: Path, recorder: Any) -> None:
     pytest.importorskip("trl", reason="the rl extra is not installed")
-    said: list[str] = []
-    settings = TeachSettings(
-        "gym:leg_counting",
+    settings = TeachRecipe(
+        problems="gym:leg_counting",
         student=str(pocket_dir()),
-        method="grpo",
-        n_traces=48,
-        n_eval=4,
-        pass_samples=4,
-        eval_max_tokens=160,
-        training={"steps": 1, "lr": 1e-5},
+        training=TrainingRecipe(method="grpo", pass_samples=4, steps=1, learning_rate=1e-05),
+        traces=TracesRecipe(n=48),
+        scores=ScoresRecipe(n=4, max_tokens=160),
     )
-    teach(settings, tmp_path / "run", work=Work(say=said.append))
+    teach(settings, tmp_path / "run", report=recorder)
     rates = json.loads((tmp_path / "run" / "pass_rate.json").read_text())["rates"]
     n_between = sum(0 < rate < 1 for rate in rates.values())
     assert 0 < n_between < len(rates)
-    assert f"{n_between} of {len(rates)} problems train: the student solves them now and then" in said
-    assert f"{n_between} problems are soon learned by heart" in said[-1]
+    assert f"{n_between} of {len(rates)} problems train: the student solves them now and then" in recorder.said
+    assert f"learns {n_between} problems by heart" in recorder.said[-1]
 
 
 def test_grpo_has_no_traces_and_no_rounds(chain_sum: str, tmp_path: Path) -> None:
-    for changes in ({"rounds": 1}, {}):
-        settings = TeachSettings(chain_sum, student="pocket", method="grpo", n_traces=4, **changes)  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match="no teacher"):
-            teach(settings, tmp_path / "run", stop_after=None if changes else "traces")
+    for rounds, stop_after in ((1, None), (0, "traces")):
+        settings = TeachRecipe(
+            chain_sum,
+            "pocket",
+            traces=TracesRecipe(4),
+            on_policy=OnPolicyRecipe(rounds),
+            training=TrainingRecipe(method="grpo"),
+        )
+        with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
+            teach(settings, tmp_path / "run", stop_after=stop_after)  # type: ignore[arg-type]
 
 
 def test_flags_that_reinforcement_makes_no_use_of_are_refused(tmp_path: Path) -> None:
-    settings = TeachSettings("gym:leg_counting", student="pocket", method="grpo", n_traces=4, n_eval=2, curriculum=True)
-    settings.training.update({"qlora": True, "dtype": "bf16"})
-    with pytest.raises(UsageError, match="no use of --curriculum, --qlora, --train-dtype"):
+    from deepdistill.distill.training.rl.stage import unused_settings
+
+    settings = TeachRecipe(
+        problems="gym:leg_counting",
+        student="pocket",
+        training=TrainingRecipe(
+            method="grpo", weights="qlora", dtype="bf16", curriculum=CurriculumRecipe(enabled=True)
+        ),
+        traces=TracesRecipe(n=4),
+        scores=ScoresRecipe(n=2),
+    )
+    with pytest.raises(UsageError, check=lambda error: error.code == "settings-unused"):
         teach(settings, tmp_path / "run")
+    assert unused_settings(settings) == ["training.weights", "training.dtype", "training.curriculum.enabled"]
 
 
 def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
