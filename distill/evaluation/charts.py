@@ -1,4 +1,4 @@
-"""Bars for the report: where each stands in a unit square, so that the page only draws them."""
+"""Bars for the report, with their places in a square of 100 by 100, so that the page only draws them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ...localrun.core.text import format_duration
 from ..records import CurvePoint
 
 _BINS = 40
-_PAUSE_S = 60.0  # nothing ended for so long: nobody was working
+_PAUSE_S = 60.0  # nothing ended for longer: the teacher was not asked
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Chart:
-    """Bars, the labels under them from left to right, and in words what is to be seen."""
+    """Bars, the labels under them from left to right, and a sentence that says what they show."""
 
     bars: list[Bar]
     ticks: list[str]
     summary: str
-    top: str  # what the full height stands for
+    top: str  # what the full height means
     series: list[str] = field(default_factory=list)
 
 
@@ -91,7 +92,7 @@ def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart 
             return None
         totals, _ = np.histogram(worked, _BINS, weights=values[order])
         rates = totals / (worked[-1] / _BINS)
-        ticks = ["start", _duration(worked[-1] / 2), _duration(worked[-1])]
+        ticks = ["start", format_duration(worked[-1] / 2), format_duration(worked[-1])]
         each, what = "all requests", "mean"
     top = float(rates.max()) or 1.0
     labels = [f"{rate:,.0f} tokens/s" for rate in rates]
@@ -148,9 +149,3 @@ def _amount(value: float, unit: str) -> str:
     if unit == "$" and value < 100:
         return f"${np.format_float_positional(value, precision=2, fractional=False, trim='-')}"
     return f"{value:,.0f} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

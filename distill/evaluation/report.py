@@ -27,7 +27,7 @@ from rich.text import Text
 from ...localrun.core.atomic import write_text
 from ...localrun.core.record_log import read_records
 from ...localrun.core.settings import flat
-from ...localrun.core.text import shorten
+from ...localrun.core.text import format_bytes, shorten
 from ..curation.filters import question_of
 from ..recipe import upgraded
 from ..records import CURVE_FILE, CurvePoint, Trace
@@ -43,7 +43,7 @@ _VERIFIED_BY = ("held_out", "wrong", "unknown")  # the filters that come before 
 
 
 @dataclass(frozen=True)
-class Step:
+class FunnelRow:
     """One row of the funnel: how many traces a filter took, and how many were left then."""
 
     name: str
@@ -107,23 +107,23 @@ def _with_files(page: str, before: Path) -> str:
     return _FILES.sub(lambda _: found[0], page, count=1) if found else page
 
 
-def funnel(curation: dict[str, Any] | None, summary: TraceSummary) -> Iterator[Step]:
+def funnel(curation: dict[str, Any] | None, summary: TraceSummary) -> Iterator[FunnelRow]:
     """Yield what the traces came to, filter by filter."""
-    yield Step("problems asked", summary.n_problems)
+    yield FunnelRow("problems asked", summary.n_problems)
     left = curation["traces"] if curation else summary.n_traces
-    yield Step("traces", left)
+    yield FunnelRow("traces", left)
     if not curation:
         return
     dropped = {name: count for name, count in curation["dropped"].items() if count}
     early = [name for name in dropped if name in _VERIFIED_BY]
     for name in early + [name for name in dropped if name not in early]:
         if early and name not in early:
-            yield Step("verified", left)
+            yield FunnelRow("verified", left)
             early = []
         left -= dropped[name]
         example = curation.get("examples", {}).get(name)
-        yield Step(name.replace("_", " "), left, dropped[name], curation["why"].get(name, ""), example)
-    yield Step("training rows", curation["kept"])
+        yield FunnelRow(name.replace("_", " "), left, dropped[name], curation["why"].get(name, ""), example)
+    yield FunnelRow("training rows", curation["kept"])
 
 
 @cache
@@ -161,7 +161,7 @@ def _cut(text: str, n_bytes: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Return the text without what UTF-8 or HTML cannot hold: half a surrogate pair, a null byte."""
+    """Return the text without what UTF-8 or HTML cannot have: half a surrogate pair, a null byte."""
     return text.encode("utf-8", "replace").decode().replace("\0", "�")
 
 
@@ -201,5 +201,5 @@ def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[
             f"{score['tokens_per_answer']:.0f}",
             f"{score['tokens_per_s']:.0f}",
         ]
-        table.add_row(*cells, *([f"{sizes[hop] / 1e6:.1f} MB"] if sizes else []))
+        table.add_row(*cells, *([format_bytes(sizes[hop])] if sizes else []))
     console.print(table)

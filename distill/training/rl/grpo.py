@@ -169,7 +169,10 @@ class _Sampler:
             kept = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
             text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             problem = self._problems[question]
-            self.rewards.append(reward_of(problem, text, opened[question], self.grader, self.settings.format_weight))
+            weight, is_open = self.settings.format_weight, opened[question]
+            self.rewards.append(
+                reward_of(problem, text, starts_inside=is_open, grader=self.grader, format_weight=weight)
+            )
         return [reward.total for reward in self.rewards]
 
 

@@ -1,12 +1,11 @@
-"""What an answer earns: the graders that verify traces, plus a little for an answer in the right form.
+"""The reward of an answer: the verdict of the graders that verify traces, and a little for the right form.
 
-Source: DeepSeek-R1, arXiv 2501.12948, section 2.2.2: a reward for accuracy and one for the format, and no model of
-rewards that could be fooled.
+Source: DeepSeek-R1, arXiv 2501.12948, section 2.2.2: a reward for accuracy and one for the format, and no reward
+model that could be fooled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ....localrun.families.thinking import split_thinking
@@ -15,27 +14,22 @@ from ...records import GradesAnswers, Problem
 
 @dataclass(frozen=True)
 class Reward:
-    """What one answer earned: `total` is what the policy learns from."""
+    """What one answer earned; the policy learns from `total`."""
 
     total: float
     is_right: bool
     is_closed: bool | None
-    """Whether it closed its thinking; None if it never opened any."""
+    """Whether it closed its thinking; None if it did not open any."""
 
 
 def reward_of(
-    problem: Problem, text: str, starts_inside: bool, grader: GradesAnswers, format_weight: float = 0.1
+    problem: Problem, text: str, *, starts_inside: bool, grader: GradesAnswers, format_weight: float = 0.1
 ) -> Reward:
-    """Grade a generated text, whose thinking the prompt may have opened already.
+    """Grade a generated text; `starts_inside` says that the prompt opened its thinking.
 
-    A right answer earns 1; thinking that is closed and followed by an answer earns `format_weight`.
+    A correct answer earns 1; thinking that is closed and followed by an answer earns `format_weight`.
     """
     _, content, closed = split_thinking(text, starts_inside)
     is_right = bool(content.strip()) and grader.grade(problem, content).verdict == "right"
     has_form = bool(closed) and bool(content.strip())
     return Reward(is_right + format_weight * has_form, is_right, closed)
-
-
-def mean(rewards: Sequence[Reward]) -> float:
-    """Return the share of right answers."""
-    return sum(reward.is_right for reward in rewards) / len(rewards) if rewards else 0.0

@@ -1,8 +1,8 @@
 """TRL's `GRPOTrainer` on packed rows that teach something, with a learning rate that falls to zero.
 
-TRL pads every answer to the longest. Here rows lie end to end, a problem's prompt once for its whole group (see
-`packing`). And where all answers of a group earned the same, none has an advantage: such rows are half of them or more,
-and are left out of the passes. The loss and its gradient are TRL's.
+TRL pads every answer to the longest. Here rows are packed end to end, a problem's prompt once for its whole group (see
+`packing`). And if all answers of a group earned the same, none has an advantage: such rows, often half of them or more,
+are left out of the passes. The loss and its gradient are TRL's.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
         # DDP, FSDP and DeepSpeed need the call of the whole model
         if not is_plain or self.accelerator.num_processes > 1:
             return 0
-        with _own_attention(self.model):
+        with _kept_attention(self.model):
             return window_of(config) if can_pack(self.model) else 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule."""
         if self.lr_scheduler is None:
-            of = optimizer if optimizer is not None else self.optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(of, self._rate)
+            optimizer = optimizer if optimizer is not None else self.optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return self.lr_scheduler
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -82,18 +82,18 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies `[n, n_kept]` of rows whose last n_kept places hold the answers."""
-        there, device = attention_mask.bool().cpu(), input_ids.device
-        n_prompt = there[:, :-n_kept].sum(1).tolist()
-        given = [Row(ids[here].tolist(), n) for ids, here, n in zip(input_ids.cpu(), there, n_prompt, strict=True)]
+        is_token, device = attention_mask.bool().cpu(), input_ids.device  # [n, L]
+        n_prompt = is_token[:, :-n_kept].sum(1).tolist()
+        given = [Row(ids[here].tolist(), n) for ids, here, n in zip(input_ids.cpu(), is_token, n_prompt, strict=True)]
         order = sorted(range(len(given)), key=lambda i: list(given[i].input_ids))  # as they are packed
         batch = pack([given[i] for i in order])
-        with _own_attention(model), self.accelerator.autocast():
+        with _kept_attention(model), self.accelerator.autocast():
             use_row_attention(model)
             input_ids, position_ids = batch.input_ids.to(device), batch.position_ids
             states = states_of(model, None, input_ids=input_ids, position_ids=position_ids, layout=batch.layout)
             states, ids = states[batch.positions.to(device)], batch.targets.ids.to(device)
-            scored = _of_tokens(states, ids, model.get_output_embeddings(), self.temperature)
-        row, place = there[order, -n_kept:].nonzero(as_tuple=True)
+            scored = _token_scores(states, ids, head=model.get_output_embeddings(), temperature=self.temperature)
+        row, place = is_token[order, -n_kept:].nonzero(as_tuple=True)
         index = torch.tensor(order, device=device)[row.to(device)], place.to(device)
         shape = len(given), n_kept
         chosen, spread = (flat.new_zeros(shape).index_put(index, flat) for flat in scored)
@@ -107,14 +107,14 @@ def teaching_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if not len(kept):
         kept = kept.new_zeros(1)
 
-    def of(value: Any) -> Any:
+    def teaching(value: Any) -> Any:
         is_by_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(advantages)
         return value[kept] if is_by_row else value
 
-    return {name: of(value) for name, value in inputs.items()}
+    return {name: teaching(value) for name, value in inputs.items()}
 
 
-def _of_tokens(states: Tensor, ids: Tensor, head: Any, temperature: float) -> tuple[Tensor, Tensor]:
+def _token_scores(states: Tensor, ids: Tensor, *, head: Any, temperature: float) -> tuple[Tensor, Tensor]:
     """Return log-probability and entropy of each token `[N]` of the states `[N, H]` that predict them, in chunks."""
 
     def score(states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +133,8 @@ def _of_tokens(states: Tensor, ids: Tensor, head: Any, temperature: float) -> tu
 
 
 @contextmanager
-def _own_attention(model: Any) -> Iterator[None]:
-    """Leave a model with the attention that it has now: answers are sampled with it."""
+def _kept_attention(model: Any) -> Iterator[None]:
+    """Restore a model's attention afterwards: answers are sampled with it."""
     attention = model.config._attn_implementation
     try:
         yield

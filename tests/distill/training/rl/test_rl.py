@@ -45,7 +45,7 @@ class Contains:
     ],
 )
 def test_what_an_answer_earns(text: str, total: float, is_right: bool, is_closed: bool) -> None:
-    reward = reward_of(Problem("p", "1+1?", "2", "s", "number"), text, True, Contains())
+    reward = reward_of(Problem("p", "1+1?", "2", "s", "number"), text, starts_inside=True, grader=Contains())
     assert reward.total == pytest.approx(total)
     assert (reward.is_right, reward.is_closed) == (is_right, is_closed)
 
