@@ -197,14 +197,12 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
                     options = grpo_settings(arguments, left, _RL_TOKENS, part)
                     with Grader() as grader:
                         report_rl = grpo(
-                            model,
+                            TrainPaths(model, out / f"{key}-checkpoints", target),
                             problems,
-                            tokenizer,
-                            grader,
-                            options,
-                            out / f"{key}-checkpoints",
-                            target,
-                            on_progress=bars,
+                            tokenizer=tokenizer,
+                            grader=grader,
+                            settings=options,
+                            report=bars,
                         )
                     sampled += report_rl.sampled_tokens
                     learned += report_rl.sampled_tokens

@@ -30,9 +30,10 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.training.pass_rate import measure_pass_rates
 from deepdistill.distill.training.rl.grpo import GrpoReport, GrpoSettings, grpo
 from deepdistill.distill.training.rl.stage import sometimes_solved
+from deepdistill.distill.training.train import TrainPaths
 from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.reporter import Bars, Progress, no_progress
+from deepdistill.localrun.core.reporter import Bars, Progress, Relay, no_progress
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load
@@ -70,14 +71,12 @@ def reinforce(
         if settings.minutes is not None:
             settings = replace(settings, minutes=settings.minutes - (time.monotonic() - began) / 60)
         return grpo(
-            start,
+            TrainPaths(start, out.with_name(f"{out.name}-checkpoints"), out),
             problems,
-            load_tokenizer(start),
-            grader,
-            settings,
-            out.with_name(f"{out.name}-checkpoints"),
-            out,
-            on_progress=on_progress,
+            tokenizer=load_tokenizer(start),
+            grader=grader,
+            settings=settings,
+            report=Relay(on_progress),
         )
 
 

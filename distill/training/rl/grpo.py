@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ....errors import ModelError, UsageError
 from ....localrun.core.generation import Sampling
-from ....localrun.core.reporter import Progress, no_progress
+from ....localrun.core.reporter import SILENT, Reporter
 from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
 from ...recipe import GrpoRecipe, TrainingRecipe
@@ -35,6 +35,7 @@ from ...tokenizer import Tokenizer
 from ..callback import checkpoints, last_checkpoint
 from ..lora import load_base
 from ..merge import save_checkpoint
+from ..train import TrainPaths
 from ..trainer import on_one_gpu
 from .reward import Reward, reward_of
 
@@ -83,37 +84,39 @@ class GrpoReport:
 
 
 def grpo(
-    base_dir: Path,
+    paths: TrainPaths,
     problems: Sequence[Problem],
+    *,
     tokenizer: Tokenizer,
     grader: GradesAnswers,
     settings: GrpoSettings,
-    checkpoints_dir: Path,
-    out: Path,
-    *,
     device: str = "auto",
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> GrpoReport:
-    """Train all weights of the checkpoint in base_dir by reward and save it to out; go on from the last checkpoint.
+    """Train all weights of a checkpoint by reward and save the result; resume from the last checkpoint.
 
     Raises:
-        ModelError: TRL is not installed, or the weights cannot be loaded.
-        UsageError: a group holds one answer.
+        ModelError: `code` "not-installed": TRL is missing; or the weights cannot be loaded.
+        UsageError: `code` "group-too-small": a group has one answer.
     """
     try:
         import trl  # noqa: F401
     except ImportError as error:
-        raise ModelError("reinforcement learning needs TRL", "pip install 'deepdistill[rl]'") from error
+        raise ModelError(
+            "reinforcement learning needs TRL", "pip install 'deepdistill[rl]'", code="not-installed"
+        ) from error
     if settings.group_size < 2:
-        raise UsageError("a group of one answer has nothing to compare", "give a group size of at least 2")
+        raise UsageError(
+            "a group of one answer has nothing to compare", "give a group size of at least 2", code="group-too-small"
+        )
     where = choose_device(device)
     quiet_transformers()
-    model: Any = load_base(base_dir, torch.float32).to(where)
+    model: Any = load_base(paths.base_dir, torch.float32).to(where)
     sampler = _Sampler(tokenizer, problems, grader, settings)
-    watch = _Watch(settings, sampler, on_progress)
-    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, checkpoints_dir, where)
-    trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints_dir))
-    save_checkpoint(trainer.model, base_dir, tokenizer=tokenizer, out=out)
+    watch = _Watch(settings, sampler, report)
+    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, paths.checkpoints_dir, where)
+    trainer.train(resume_from_checkpoint=last_checkpoint(paths.checkpoints_dir))
+    save_checkpoint(trainer.model, paths.base_dir, tokenizer=tokenizer, out=paths.out)
     return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
 
 
@@ -179,8 +182,8 @@ class _Sampler:
 class _Watch(TrainerCallback):
     """Keeps the time, the curve and the checkpoints."""
 
-    def __init__(self, settings: GrpoSettings, sampler: _Sampler, on_progress: Progress) -> None:
-        self._settings, self._sampler, self._on_progress = settings, sampler, on_progress
+    def __init__(self, settings: GrpoSettings, sampler: _Sampler, report: Reporter) -> None:
+        self._settings, self._sampler, self._report = settings, sampler, report
         self._before = 0.0
         self._started = self._saved = time.monotonic()
         self.curve: list[dict[str, float]] = []
@@ -222,7 +225,7 @@ class _Watch(TrainerCallback):
         control.should_training_stop |= done >= 1
         if time.monotonic() - self._saved >= self._settings.save_every_s or done >= 1:
             control.should_save, self._saved = True, time.monotonic()
-        self._on_progress(
+        self._report.progress(
             "reinforcing",
             done,
             1.0,

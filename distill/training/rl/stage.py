@@ -40,6 +40,7 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
         return
     from ...teachers.huggingface.loading import load_tokenizer
     from ..distributed import processes
+    from ..train import TrainPaths
     from .grpo import grpo
 
     graded = [problem for problem in problems if problem.grader != NONE]
@@ -54,18 +55,16 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
     tokenizer = load_tokenizer(base)
     teach_template(tokenizer)
     with Grader() as grader:
-        report = grpo(
-            base,
+        result = grpo(
+            TrainPaths(base, run.checkpoints_dir, run.student_dir),
             graded,
-            tokenizer,
-            grader,
-            options,
-            run.checkpoints_dir,
-            run.student_dir,
+            tokenizer=tokenizer,
+            grader=grader,
+            settings=options,
             device=context.resources.device,
-            on_progress=context.report.progress,
+            report=context.report,
         )
-    run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(report)})
+    run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(result)})
 
 
 def unused_settings(recipe: TeachRecipe) -> list[str]:

@@ -23,8 +23,10 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.training.rl.reward import reward_of
+from deepdistill.distill.training.train import TrainPaths
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
+from deepdistill.localrun.core.reporter import Relay
 
 
 class Contains:
@@ -80,18 +82,17 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
         if done >= 0.5:
             raise Killed
 
-    folders = (tmp_path / "checkpoints", tmp_path / "student")
+    paths = TrainPaths(pocket_student, tmp_path / "checkpoints", tmp_path / "student")
     with pytest.raises(Killed):
-        grpo(pocket_student, problems, tokenizer, Likes(), settings, *folders, on_progress=die)
+        grpo(paths, problems, tokenizer=tokenizer, grader=Likes(), settings=settings, report=Relay(die))
     seen: list[float] = []
     report = grpo(
-        pocket_student,
+        paths,
         problems,
-        tokenizer,
-        Likes(),
-        settings,
-        *folders,
-        on_progress=lambda stage, done, total, note="": seen.append(done),
+        tokenizer=tokenizer,
+        grader=Likes(),
+        settings=settings,
+        report=Relay(lambda stage, done, total, note="": seen.append(done)),
     )
     assert report.steps == 12
     assert seen[0] > 0.4  # it went on and did not begin again
@@ -154,7 +155,13 @@ def test_packed_rows_that_teach_have_the_log_probabilities_and_gradients_of_trls
     tokenizer = load_tokenizer(start)
     if not is_sparse:  # a random student rarely closes its thinking
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    report = grpo(start, load_problems(chain_sum, "train", n=4, seed=0), tokenizer, LikesLong(), settings, *folders)
+    report = grpo(
+        TrainPaths(start, *folders),
+        load_problems(chain_sum, "train", n=4, seed=0),
+        tokenizer=tokenizer,
+        grader=LikesLong(),
+        settings=settings,
+    )
     assert sum(n_compared) > 500
     assert 0 < sum(left_out) < 32
     assert 0 < sum(point["groups"] for point in report.curve) < 2
