@@ -1,8 +1,8 @@
-"""Which traces train, and what each filter took: verified, whole, unlike each other, not too many of a kind.
+"""Which traces train, and what each filter drops: traces should be verified, whole, distinct, and not too many alike.
 
-The traces are read twice. The first pass judges each trace by itself and keeps a few numbers of those that are left
-(200 to 1,000 bytes, a MinHash signature among them); duplicates, evaluation questions and the caps are decided on
-these. The second pass yields what stays. So a million traces need no more memory than their numbers.
+The traces are read twice. The first pass looks at each trace alone and keeps some numbers of those that pass (200 to
+1,000 bytes, with a MinHash signature). Duplicates, evaluation questions and the caps are decided on these numbers. The
+second pass yields the traces that stay. So memory holds no text, however many traces there are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ...localrun.core.reporter import SILENT, Reporter
 from ...localrun.core.settings import values_of
+from ...localrun.core.text import shorten
 from ..problems.similarity import (
     N_HASHES,
     Words,
@@ -34,12 +35,12 @@ from ..problems.similarity import (
 from ..problems.split import normalise_question
 from ..recipe import CurationRecipe
 from ..records import Problem, Trace
-from .filters import FILTERS, excerpt, fault_of, fault_of_text, question_of, shorten
+from .filters import FILTERS, N_EXCERPT, excerpt, fault_of, fault_of_text, question_of
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What stays: iterating reads the traces again and yields them in order. `record` is for curation.json."""
+    """The traces that train: iterating reads the source again and yields them in order. `record` is curation.json."""
 
     source: Callable[[], Iterable[Trace]]
     positions: npt.NDArray[np.int64]  # in the source, ascending
@@ -52,23 +53,6 @@ class Selection:
         return _at(self.source(), self.positions)
 
 
-def curate(
-    traces: Iterable[Trace] | Callable[[], Iterable[Trace]],
-    settings: CurationRecipe | None = None,
-    *,
-    evaluation: Iterable[str] = (),
-    pass_rate: Mapping[str, float] | None = None,
-    seed: int = 0,
-) -> tuple[list[Trace], dict[str, Any]]:
-    """Return the traces to train on and the record for curation.json; `select` does it without holding them."""
-    if not callable(traces):
-        held = list(traces)
-        selection = select(lambda: held, settings, evaluation=evaluation, pass_rate=pass_rate, seed=seed)
-    else:
-        selection = select(traces, settings, evaluation=evaluation, pass_rate=pass_rate, seed=seed)
-    return list(selection), selection.record
-
-
 def select(
     source: Callable[[], Iterable[Trace]],
     settings: CurationRecipe | None = None,
@@ -77,10 +61,10 @@ def select(
     pass_rate: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Decide which of the traces that `source()` gives, the same at every call, train.
+    """Decide which traces train. `source()` has to give the same traces at every call.
 
-    `evaluation` holds the questions that the student will be scored on, `pass_rate` how often the untrained student
-    solves a problem, by its id; a problem that is not in it counts as neither easy nor hard.
+    `evaluation` has the questions that the student will be scored on. `pass_rate` says by problem id how often the
+    untrained student solves a problem; one that it lacks counts as neither easy nor hard.
     """
     settings = settings or CurationRecipe()
     record = _Record(settings)
@@ -99,14 +83,14 @@ def select(
 
 
 class _Record:
-    """Counts what each filter takes and keeps where its first example stands."""
+    """Counts the traces that each filter drops, and remembers the position of its first example."""
 
     def __init__(self, settings: CurationRecipe) -> None:
         self.settings = settings
         self.dropped: Counter[str] = Counter()
-        self.first: dict[str, tuple[int, int | str]] = {}  # position; what it is like
+        self.first: dict[str, tuple[int, int | str]] = {}  # position, and the position or text that it resembles
 
-    def take(self, name: str, position: int, like: int | str = "", count: int = 1) -> None:
+    def take(self, name: str, position: int, *, like: int | str = "", count: int = 1) -> None:
         self.dropped[name] += count
         self.first.setdefault(name, (position, like))
 
@@ -119,7 +103,7 @@ class _Record:
             if isinstance(like, int):
                 example |= {"like": found[like].id, "like_excerpt": excerpt(found[like])}
             elif like:
-                example["like_excerpt"] = shorten(like)
+                example["like_excerpt"] = shorten(like, N_EXCERPT)
             examples[name] = example
         names = [name for name in FILTERS if self.dropped[name]]
         return {
@@ -134,20 +118,20 @@ class _Record:
 
 
 class _Survey:
-    """The first pass: traces that no filter takes by themselves, as a few numbers each."""
+    """The first pass: some numbers of each survivor, a trace that no filter drops by itself."""
 
     def __init__(self, settings: CurationRecipe, pass_rate: Mapping[str, float], record: _Record) -> None:
         self.settings, self.pass_rate, self.record = settings, pass_rate, record
         self.n_traces = 0
         self.problems: dict[bytes, int] = {}  # digest of the normalised question -> number
-        self._is_graded, self._asked = bytearray(), array("i")  # of each problem; the question's number, or -1
+        self._is_graded, self._asked = bytearray(), array("i")  # by problem; the number of its question, or -1
         self.sources: dict[str, int] = {}
         self.position, self.problem, self.source = array("q"), array("i"), array("i")
         self.length = array("q")  # characters
         self.needs_judge = bytearray()
         self.text, self.numbers = array("Q"), array("Q")
         self.signatures = bytearray()
-        self._words, self._ends = array("I"), array("q", [0])  # of the questions that survivors ask
+        self._words, self._ends = array("I"), array("q", [0])  # of the survivors' questions
 
     def add(self, trace: Trace) -> None:
         position = self.n_traces
@@ -166,15 +150,15 @@ class _Survey:
         if reason:
             self.record.take(reason, position)
         else:
-            self._note(trace, words, position, problem, question)
+            if self._asked[problem] < 0:
+                self._asked[problem] = len(self._ends) - 1
+                self._words.frombytes(word_hashes(question).tobytes())
+                self._ends.append(len(self._words))
+            self.position.append(position)
+            self.problem.append(self._asked[problem])
+            self._keep_numbers(trace, words)
 
-    def _note(self, trace: Trace, words: Words, position: int, problem: int, question: str) -> None:
-        if self._asked[problem] < 0:
-            self._asked[problem] = len(self._ends) - 1
-            self._words.frombytes(word_hashes(question).tobytes())
-            self._ends.append(len(self._words))
-        self.position.append(position)
-        self.problem.append(self._asked[problem])
+    def _keep_numbers(self, trace: Trace, words: Words) -> None:
         self.source.append(self.sources.setdefault(trace.source, len(self.sources)))
         self.length.append(len(trace.reasoning_content or "") + len(trace.content))
         self.needs_judge.append(self.settings.verified and trace.verdict == "unknown")
@@ -185,13 +169,13 @@ class _Survey:
 
     @cached_property
     def questions(self) -> list[Words]:
-        """The words of each question that a survivor asks, by its number."""
+        """The words of the survivors' questions, by number."""
         words, ends = np.frombuffer(self._words, np.uint32), self._ends
         return [words[ends[i] : ends[i + 1]] for i in range(len(ends) - 1)]
 
     @cached_property
     def graded_questions(self) -> npt.NDArray[np.bool_]:
-        """Whether a grader judged any trace of it, for each of `questions`."""
+        """Whether a grader judged any trace of a question, for each of `questions`; [Q]."""
         asked = np.frombuffer(self._asked, np.int32)
         graded = np.zeros(len(self._ends) - 1, np.bool_)
         graded[asked[asked >= 0]] = np.frombuffer(self._is_graded, np.bool_)[asked >= 0]
@@ -199,7 +183,7 @@ class _Survey:
 
 
 class _Decision:
-    """What the traces are to each other. `stays[i]` is whether survivor i is still in."""
+    """Drops traces for what they are to each other. `stays[i]` says whether survivor i still trains; [N]."""
 
     def __init__(self, survey: _Survey, settings: CurationRecipe, record: _Record, seed: int) -> None:
         self.survey, self.settings, self.record, self.seed = survey, settings, record, seed
@@ -207,7 +191,7 @@ class _Decision:
         self.stays = np.ones(len(self.problem), np.bool_)
 
     def take_unjudged(self) -> None:
-        """Without --accept, a vote or a judge counts only where no grader judged."""
+        """Without --accept, a vote or a judge counts only for questions that no grader judged."""
         if self.settings.accept is None:
             unjudged = np.frombuffer(self.survey.needs_judge, np.bool_) & self.survey.graded_questions[self.problem]
             self._take("unknown", unjudged)
@@ -220,7 +204,7 @@ class _Decision:
         self._take("contaminated", found >= 0, lambda i: evaluation[found[i]])
 
     def take_same_questions(self) -> None:
-        """Of problems that ask nearly the same, the one whose trace came first stays."""
+        """Of problems with nearly the same question, keep the one whose trace came first."""
         if self.settings.similarity is None:
             return
         asked, firsts = np.unique(self.problem[self.stays], return_index=True)
@@ -232,9 +216,8 @@ class _Decision:
         texts = np.array([digest(words) for words in questions], np.uint64)
 
         def may_match(i: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-            return self._is_alike(
-                i, others, texts, (numbers[others] == numbers[i]) & is_distinctive[others] & is_distinctive[i]
-            )
+            is_near = (numbers[others] == numbers[i]) & is_distinctive[others] & is_distinctive[i]
+            return self._is_alike(i, others, texts=texts, is_near=is_near)
 
         repeated = near_duplicates(signatures, self.settings.similarity, may_match)
         like = np.full(len(self.survey.questions), -1, np.int64)
@@ -243,7 +226,7 @@ class _Decision:
         self._take("same_question", found >= 0, lambda i: self._position(found[i]))
 
     def take_same_traces(self) -> None:
-        """Traces of different problems with different numbers are different, however alike their words."""
+        """Keep the first of nearly the same traces; those of other problems with other numbers are not the same."""
         if self.settings.similarity is None:
             return
         index = np.flatnonzero(self.stays)
@@ -254,7 +237,7 @@ class _Decision:
 
         def may_match(i: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
             is_near = (numbers[others] == numbers[i]) | (problem[others] == problem[i])
-            return self._is_alike(i, others, texts, is_near)
+            return self._is_alike(i, others, texts=texts, is_near=is_near)
 
         repeated = near_duplicates(signatures, self.settings.similarity, may_match)
         found = np.full(len(self.stays), -1, np.int64)
@@ -262,7 +245,7 @@ class _Decision:
         self._take("same_trace", found >= 0, lambda i: self._position(found[i]))
 
     def take_over_keep(self) -> None:
-        """Keep the shortest traces of a problem, and as often as `long_share` says the longest instead."""
+        """Keep the shortest traces of a problem, or with a chance of `long_share` the longest instead."""
         keep, share = self.settings.keep, self.settings.long_share
         if keep is None:
             return
@@ -282,7 +265,7 @@ class _Decision:
         self._take("over_problem_cap", over)
 
     def take_over_source(self) -> None:
-        """Keep a random part of what a source has too much of, the same at every order of the file."""
+        """Keep a random part of a source's traces, the same for every order of the file."""
         if self.settings.per_source is None:
             return
         index = np.flatnonzero(self.stays).tolist()
@@ -296,7 +279,7 @@ class _Decision:
         self._take("over_source_cap", over)
 
     def _is_alike(
-        self, i: int, others: npt.NDArray[np.int64], texts: npt.NDArray[np.uint64], is_near: npt.NDArray[np.bool_]
+        self, i: int, others: npt.NDArray[np.int64], *, texts: npt.NDArray[np.uint64], is_near: npt.NDArray[np.bool_]
     ) -> npt.NDArray[np.bool_]:
         is_copy: npt.NDArray[np.bool_] = texts[others] == texts[i]
         return is_copy if self.settings.similarity == 1 else np.logical_or(is_copy, is_near)
@@ -305,11 +288,11 @@ class _Decision:
         indices = np.flatnonzero(taken & self.stays)
         if len(indices):
             first = int(indices[0])
-            self.record.take(name, self._position(first), like(first), len(indices))
+            self.record.take(name, self._position(first), like=like(first), count=len(indices))
         self.stays[indices] = False
 
     def _question(self, i: int) -> int:
-        """Return a hash of what survivor i asks."""
+        """Return a hash of survivor i's question."""
         return digest(self.survey.questions[self.problem[i]])
 
     def _position(self, i: int) -> int:
@@ -317,12 +300,12 @@ class _Decision:
 
 
 def _chance(*key: int) -> float:
-    """Return a number in [0, 1) that depends on the key alone."""
+    """Return a number in [0, 1) that depends only on the key."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") / 2**64
 
 
 def _at(traces: Iterable[Trace], positions: Sequence[int] | npt.NDArray[np.int64]) -> Iterator[Trace]:
-    """Yield the traces at these positions, which ascend; read no further than the last."""
+    """Yield the traces at these ascending positions, reading no further than the last."""
     wanted = iter(np.asarray(positions).tolist())
     position = next(wanted, None)
     if position is None:
@@ -338,12 +321,12 @@ def _at(traces: Iterable[Trace], positions: Sequence[int] | npt.NDArray[np.int64
 def apart_from(
     problems: list[Problem], held_out: list[Problem], *, filters: CurationRecipe, report: Reporter = SILENT
 ) -> list[Problem]:
-    """Return the problems in which no held-out question stands, as the filter `contaminated` takes such traces out."""
+    """Return the problems that contain no held-out question; the filter `contaminated` drops traces of the others."""
     n = filters.contamination_ngram
     if n is None or not held_out or not problems:
         return problems
     asked, evaluation = ([word_hashes(problem.question) for problem in part] for part in (problems, held_out))
     apart = [problem for problem, found in zip(problems, contaminated(asked, evaluation, n), strict=True) if found < 0]
     if len(apart) < len(problems):
-        report.say(f"{len(problems) - len(apart)} problems ask what held-out ones ask: they are left out")
+        report.say(f"{len(problems) - len(apart)} problems contain a held-out question and are left out")
     return apart

@@ -1,8 +1,8 @@
-"""A judge where problems have no answer: a model that scores an answer by a rubric.
+"""A judge for problems without an answer: a model that scores answers by a rubric.
 
-A judge can be wrong and can be talked to, so little is believed. Its verdict is one line with a mark that no answer can
-contain (a hash of the answer itself), and what cannot be read to the letter is no verdict. What is judged stands
-between lines with that mark, as material.
+A judge can be wrong, and an answer can try to talk it round, so we trust it little. Its verdict is one line with a mark
+that no answer can contain (a hash of the answer itself); a line that differs in any letter is not a verdict. The answer
+stands between lines with that mark, as material.
 
 Source: Zheng et al., Judging LLM-as-a-judge, arXiv 2306.05685.
 """
@@ -35,7 +35,7 @@ _EXAMINER = (
 
 @dataclass(frozen=True)
 class Judged:
-    """What the judge said of each trace that it could be asked about, and what came back unreadable."""
+    """The judge's verdicts on the traces that it replied to, and how many of its replies were unreadable."""
 
     judgements: list[Judgement]
     n_unreadable: int
@@ -45,21 +45,21 @@ class Judged:
 def judge_traces(
     traces: Iterable[Trace],
     settings: JudgeRecipe,
-    path: Path,
     *,
+    path: Path,
     open_judge: Callable[[], Teacher],
     budget: Budget | None = None,
     report: Reporter = SILENT,
 ) -> Judged:
-    """Have the traces that no grader judged judged, each once: what the file at `path` has is not asked again.
+    """Ask the judge about the traces that no grader judged, each once: the file at `path` keeps its replies.
 
-    A trace is accepted (`judge`) if its score reaches `min_score`, its agreement being (score − 1) / 4. Other judged
-    traces are `none`. One whose verdict is still to come (a failed request, a spent budget) is left out, and so is one
-    that was cut off. Who lets votes count too gives only what a vote left over.
+    A trace whose score reaches `min_score` is accepted (`judge`); its agreement is (score − 1) / 4. Other judged traces
+    are `none`. A trace without a reply (a failed request, a spent budget) is left out, and so is one that was cut off.
+    Callers that also count votes pass only the traces that no vote accepted.
 
     Raises:
-        TeacherError: the judge cannot answer any more; what it said before is kept.
-        ArtifactError: the file is broken or cannot be written.
+        TeacherError: the judge can no longer answer; its replies so far are stored.
+        ArtifactError: `code` "line-broken" or "write-failed".
     """
     asks = [(trace.id, score_ask(question_of(trace), trace.content, settings)) for trace in traces if _is_open(trace)]
     replies = ask_once(
@@ -90,10 +90,10 @@ def score_ask(question: str, answer: str, settings: JudgeRecipe) -> Ask:
 
 
 def score_of(reply: StoredReply) -> int | None:
-    """Return the score from 1 to 5 that a reply gives; None if it is not readable.
+    """Return the score from 1 to 5 in a reply; None if it is unreadable.
 
-    The last line has to be marked, and no other to say otherwise; its JSON has the one key asked for, and nothing else;
-    and the judge ended by itself.
+    A readable reply ended by itself, its last line has the mark and JSON with the key `score` alone, and no other
+    marked line says anything else.
     """
     line = re.compile(rf"VERDICT {_mark(reply.id)} (\{{.*\}})")
     lines = [text.strip().strip("*`").strip() for text in reply.content.splitlines()]
@@ -123,17 +123,17 @@ def _judgements(
 
 
 def _is_open(trace: Trace) -> bool:
-    """Say whether there is something to judge: no grader told, and the answer is whole."""
+    """Say whether a trace is for the judge: no grader could tell, and the answer is complete."""
     return trace.verdict == "unknown" and trace.finish_reason == "stop" and bool(trace.content.strip())
 
 
 def question_of(trace: Trace) -> str:
-    """Return what the first user turn asks."""
+    """Return the first user turn."""
     return next((message["content"] for message in trace.messages if message["role"] == "user"), "")
 
 
 def _messages(body: list[str], mark: str) -> list[Message]:
-    """Return all of it as one turn: not every chat template takes a system's."""
+    """Return the request as one user turn, since not every chat template takes a system turn."""
     return [{"role": "user", "content": "\n\n".join([_EXAMINER.format(mark=mark), *body])}]
 
 
@@ -142,5 +142,5 @@ def _fenced(name: str, text: str, mark: str) -> str:
 
 
 def _mark(id_: str) -> str:
-    """Return a request's mark: it depends on the answer, so that no answer can hold its own."""
+    """Return a request's mark, which depends on the answer, so that no answer can contain its own."""
     return hashlib.sha256(f"mark {id_}".encode()).hexdigest()[:16]

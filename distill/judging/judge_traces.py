@@ -51,7 +51,7 @@ def judge_ungraded(
         judged = judge_traces(
             left,
             recipe.judging,
-            context.run.folder / REPLIES_FILE,
+            path=context.run.folder / REPLIES_FILE,
             open_judge=context.open_judge,
             budget=budget,
             report=report,

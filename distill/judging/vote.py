@@ -1,10 +1,10 @@
-"""Agreement decides where problems have no answer: of the samples of one problem, the answer that most of them give.
+"""A vote for problems without an answer: the samples of a problem elect the answer that most of them give.
 
-A sample that was cut off (its limit, a loop) or that states no answer votes for nothing and still counts as a sample,
-so that it lowers the share of every answer: an answer that three of eight samples reach has 3/8, whatever became of the
-other five. A vote is no proof: it makes no trace `right`, it says that samples agree.
+A sample that was cut off (by its limit or a loop) or that has no answer does not vote, but it counts as a sample: an
+answer of three out of eight samples has a share of 3/8, whatever the other five say. A vote is not a proof: it makes no
+trace `right`, it only says that samples agree.
 
-Source: self-consistency, Wang et al., arXiv 2203.11171; the least share and the least number of votes are ours.
+Source: self-consistency, Wang et al., arXiv 2203.11171; the minimum share and number of votes are ours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..recipe import VoteRecipe
 from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]
-"""Says whether two answers mean the same, beyond being written alike: a grader, asked without a problem."""
+"""Says whether two differently written answers mean the same, as a grader does."""
 
 _DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
@@ -29,7 +29,7 @@ _WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Ballot:
-    """One sample's vote; `answer` is None if it was cut off or states none."""
+    """One sample's vote; `answer` is None if the sample was cut off or has no answer."""
 
     id: str
     answer: str | None
@@ -37,7 +37,10 @@ class Ballot:
 
 @dataclass(frozen=True)
 class Election:
-    """What the samples of one problem came to. `agreement` has the share of a sample's answer, None for no answer."""
+    """The outcome of one problem: the accepted answer, the ids that gave it, and by id the share that agrees with it.
+
+    `agreement` is None for a sample without an answer.
+    """
 
     accepted: str | None
     favoured: frozenset[str]
@@ -45,11 +48,10 @@ class Election:
 
 
 def vote(ballots: Sequence[Ballot], settings: VoteRecipe | None = None, same: Same | None = None) -> Election:
-    """Return the answer that is accepted, the samples that give it, and how many agree with each.
+    """Return the outcome of a vote.
 
-    Answers are the same if they are written alike (case, white space, Markdown and LaTeX dressing aside), are the same
-    number, or `same` says so. The outcome does not depend on the order of the ballots. `accepted` is the winners'
-    shortest wording.
+    Answers are the same if they are written alike (up to case, white space, Markdown and LaTeX markup), are the same
+    number, or `same` says so. The order of the ballots does not matter. `accepted` is the winners' shortest wording.
     """
     settings = settings or VoteRecipe()
     groups = _group([ballot for ballot in ballots if ballot.answer is not None], same)
@@ -68,9 +70,9 @@ def vote(ballots: Sequence[Ballot], settings: VoteRecipe | None = None, same: Sa
 def vote_on_traces(
     traces: Iterable[Trace], settings: VoteRecipe | None = None, same: Same | None = None
 ) -> Iterator[Judgement]:
-    """Yield a judgement of every trace that no grader judged: `vote` for those that agree, `none` for the others.
+    """Yield a judgement of every trace that no grader judged: `vote` for the winners, `none` for the others.
 
-    Traces of one problem are its samples, in whatever order they come; one that did not end by itself has no vote.
+    The traces of a problem are its samples, in any order; one that did not end by itself does not vote.
     """
     problems: dict[str, list[Ballot]] = {}
     for trace in traces:
@@ -85,15 +87,15 @@ def vote_on_traces(
 
 
 def answer_key(answer: str) -> str | Fraction:
-    """Return what two answers share if they are the same as text or as a number: `1,000`, `1000.0` and `$1000$`."""
+    """Return the number or the plain text of an answer, the same for `1,000`, `1000.0` and `$1000$`."""
     text = unicodedata.normalize("NFKC", answer).replace("−", "-").replace("–", "-")
-    while (plain := _undress(text)) != text:
+    while (plain := _without_markup(text)) != text:
         text = plain
     number = _number(text)
     return text if number is None else number
 
 
-def _undress(text: str) -> str:
+def _without_markup(text: str) -> str:
     text = _WRAPPED.sub(r"\1", text)
     for mark in ("\\left", "\\right", "\\,", "\\!", "\\;", "\\(", "\\)", "\\[", "\\]"):
         text = text.replace(mark, "")
@@ -113,7 +115,7 @@ def _number(text: str) -> Fraction | None:
 
 
 def _group(ballots: Sequence[Ballot], same: Same | None) -> list[list[Ballot]]:
-    """Put together the ballots whose answers are the same: by their keys first, then the keys as `same` says."""
+    """Group the ballots whose answers are the same: by their keys first, then keys that `same` joins."""
     by_key: dict[str | Fraction, list[Ballot]] = {}
     for ballot in sorted(ballots, key=lambda ballot: (ballot.answer or "", ballot.id)):
         by_key.setdefault(answer_key(ballot.answer or ""), []).append(ballot)
@@ -122,9 +124,9 @@ def _group(ballots: Sequence[Ballot], same: Same | None) -> list[list[Ballot]]:
     groups: list[list[Ballot]] = []
     for members in by_key.values():
         answer = members[0].answer or ""
-        like = next((group for group in groups if same(group[0].answer or "", answer)), None)
-        if like is None:
+        group = next((group for group in groups if same(group[0].answer or "", answer)), None)
+        if group is None:
             groups.append(members)
         else:
-            like += members
+            group += members
     return groups

@@ -18,7 +18,7 @@ import pytest
 
 from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
-from deepdistill.distill.curation.curate import apart_from, curate
+from deepdistill.distill.curation.curate import apart_from, select
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.recipe import CurationRecipe, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
 from deepdistill.distill.records import Problem
@@ -98,7 +98,8 @@ def test_wrong_unknown_cut_and_held_out_traces_are_kept_out_of_training(finished
         dataclasses.replace(good[5], messages=[{"role": "user", "content": held_out}]),
         dataclasses.replace(good[0], reasoning_content="1"),  # shorter: it takes the first one's place
     ]
-    kept, record = curate(traces)
+    selection = select(lambda: traces)
+    kept, record = list(selection), selection.record
     assert [t.reasoning_content for t in kept] == ["1"]
     assert record["dropped"] == dict.fromkeys(record["dropped"], 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.curation.curate import curate, select
+from deepdistill.distill.curation.curate import select
 from deepdistill.distill.curation.filters import FILTERS
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of, question_hash
@@ -73,6 +73,14 @@ def trace(question: str | int = 0, **fields: Any) -> Trace:
     if source is not None:
         object.__setattr__(made, "source", source)
     return made
+
+
+def curate(
+    traces: list[Trace], settings: CurationRecipe | None = None, **more: Any
+) -> tuple[list[Trace], dict[str, Any]]:
+    """Select from traces in memory; return those that stay, and the record."""
+    selection = select(lambda: traces, settings, **more)
+    return list(selection), selection.record
 
 
 def dropped(traces: Iterable[Trace], changes: CurationRecipe | None = None, **more: Any) -> dict[str, int]:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from deepdistill.distill.curation.curate import curate
+from deepdistill.distill.curation.curate import select
 from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.problems.split import bucket_of
@@ -61,6 +61,11 @@ def trace(number: int, **fields: Any) -> Trace:
         source="a" if number % 3 else "b",
     )
     return dataclasses.replace(made, **fields)
+
+
+def curate(traces: list[Trace]) -> tuple[list[Trace], dict[str, Any]]:
+    selection = select(lambda: traces)
+    return list(selection), selection.record
 
 
 class Page(HTMLParser):

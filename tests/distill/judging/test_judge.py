@@ -95,7 +95,7 @@ def scores(by_answer: dict[str, int]) -> Scripted:
 
 
 def run(tmp_path: Path, traces: list[Trace], judge: Scripted, settings: JudgeRecipe = SCORE, **more: Any) -> Judged:
-    return judge_traces(traces, settings, tmp_path / "judge.jsonl", open_judge=lambda: judge, **more)
+    return judge_traces(traces, settings, path=tmp_path / "judge.jsonl", open_judge=lambda: judge, **more)
 
 
 def test_a_score_that_reaches_the_bar_is_accepted(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
     def never() -> Teacher:
         raise AssertionError("there is nothing to ask")
 
-    again = judge_traces(said, SCORE, path, open_judge=never)
+    again = judge_traces(said, SCORE, path=path, open_judge=never)
     assert (again.judgements, again.replies.n_asked) == (judged.judgements, 0)
     for other in (
         JudgeRecipe("other-judge"),
@@ -210,8 +210,8 @@ def test_nothing_is_asked_twice(tmp_path: Path) -> None:
         JudgeRecipe("toy-judge", max_tokens=100),
     ):
         with pytest.raises(AssertionError, match="nothing to ask"):
-            judge_traces(said, other, path, open_judge=never)
-    lower = judge_traces(said, JudgeRecipe("toy-judge", min_score=2), path, open_judge=never)
+            judge_traces(said, other, path=path, open_judge=never)
+    lower = judge_traces(said, JudgeRecipe("toy-judge", min_score=2), path=path, open_judge=never)
     assert lower.replies.n_asked == 0, "the bar is not asked about"
 
 
@@ -265,7 +265,7 @@ def test_a_real_small_model_judges_or_is_not_believed(tmp_path: Path) -> None:
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
     settings = JudgeRecipe("smollm2", rubric="5: right. 1: wrong.", sampling=Sampling(max_tokens=24))
     said = [trace("a", "2 + 2 is 4."), trace("b", "2 + 2 is 5.")]
-    judged = judge_traces(said, settings, tmp_path / "j.jsonl", open_judge=lambda: open_teacher(str(gguf)))
+    judged = judge_traces(said, settings, path=tmp_path / "j.jsonl", open_judge=lambda: open_teacher(str(gguf)))
     assert [judgement.id for judgement in judged.judgements] == ["a", "b"]
     for judgement, reply in zip(judged.judgements, judged.replies.by_id.values(), strict=True):
         assert (judgement.verdict_by == "judge") == (score_of(reply) in (4, 5))
