@@ -51,6 +51,7 @@ def estimated(rows: Sequence[tuple[Row, float | None]], nearest: int = 8) -> lis
 def arrange(
     rows: Sequence[tuple[Row, float | None]],
     batch_size: int,
+    *,
     epochs: int,
     seed: int,
     settings: CurriculumRecipe | None = None,

@@ -92,7 +92,7 @@ def _with_logits(
     return rows
 
 
-def hold_out(rows: Sequence[Row], traces: Sequence[Trace], n: int, seed: int) -> tuple[list[int], list[Row]]:
+def hold_out(rows: Sequence[Row], traces: Sequence[Trace], *, n: int, seed: int) -> tuple[list[int], list[Row]]:
     """Return which rows train and up to n validation rows, of problems that none of the others asks.
 
     They come from the training bucket, as all rows do. Where n is more than an eighth of the problems there are none.
@@ -110,7 +110,8 @@ def by_level(
 ) -> list[Row]:
     """Return the rows of every pass, by how often the student solves their problems, or is likely to."""
     tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
-    return arrange(estimated(tried), training.batch_size, training.epochs, training.seed or 0, training.curriculum)
+    seed, settings = training.seed or 0, training.curriculum
+    return arrange(estimated(tried), training.batch_size, epochs=training.epochs, seed=seed, settings=settings)
 
 
 @dataclass

@@ -50,7 +50,7 @@ def train_first(
     training = recipe.one_training()
     tokenizer = tokenizer_of(base)
     rows, kept = lessons(traces, traces_path, tokenizer=tokenizer, training=training, report=context.report)
-    trained, validation = hold_out(rows, kept, training.n_validation, recipe.seed)
+    trained, validation = hold_out(rows, kept, n=training.n_validation, seed=recipe.seed)
     if out.exists():
         return rows
     if not run.is_trained:

@@ -106,7 +106,8 @@ def go_round(
     run.save(name, record)
     report.say(f"round {round_.number}: {record['right']} of {len(samples)} right; rows: {_listed(record['rows'])}")
     seed = training.seed or 0
-    rows = arrange(mixture.lessons, training.batch_size, training.epochs, seed, training.curriculum)
+    settings, epochs = training.curriculum, training.epochs
+    rows = arrange(mixture.lessons, training.batch_size, epochs=epochs, seed=seed, settings=settings)
     trained = everywhere(
         train,
         TrainPaths(round_.student, round_.folder / "checkpoints", round_.out),

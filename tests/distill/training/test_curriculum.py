@@ -26,13 +26,13 @@ def test_easy_come_less_middle_more_and_hopeless_after_a_head_start() -> None:
     assert set(kinds[:12]) == {2}, "a tenth of the rows before what it never solves"
     assert Counter(kinds[12:100]) == {1: 20, 2: 28, 3: 40}
     assert 3 in kinds[12:40], "which then comes soon"
-    assert arrange([*easy, *middle, *hopeless], 4, 2, 0) == ordered
-    assert arrange([*easy, *middle, *hopeless], 4, 2, 1) != ordered
+    assert arrange([*easy, *middle, *hopeless], 4, epochs=2, seed=0) == ordered
+    assert arrange([*easy, *middle, *hopeless], 4, epochs=2, seed=1) != ordered
 
 
 def test_without_differences_it_is_the_plain_order() -> None:
     rows = rows_at(0.0, 30, 300)
-    assert sorted(list(row.input_ids) for row in arrange(rows, 4, 1, 0)) == sorted(
+    assert sorted(list(row.input_ids) for row in arrange(rows, 4, epochs=1, seed=0)) == sorted(
         list(row.input_ids) for row in order_rows([row for row, _ in rows], 4, epochs=1, seed=0)
     )
 

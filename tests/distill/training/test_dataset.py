@@ -36,13 +36,13 @@ def traces_of(n: int, samples: int = 1) -> list[Trace]:
 def test_validation_rows_ask_what_no_training_row_asks() -> None:
     traces = traces_of(40, samples=2)
     rows = [Row([1, int(trace.problem_id) + 5], 1) for trace in traces]
-    trained, validation = hold_out(rows, traces, 4, seed=0)
+    trained, validation = hold_out(rows, traces, n=4, seed=0)
     held = {row.input_ids[1] for row in validation}
     assert len(validation) == 4
     assert not held & {rows[i].input_ids[1] for i in trained}
     assert 72 <= len(trained) <= 76
-    assert hold_out(rows, traces, 4, seed=0) == (trained, validation)
-    assert hold_out(rows, traces, 6, seed=0) == (list(range(80)), [])  # more than an eighth of so few
+    assert hold_out(rows, traces, n=4, seed=0) == (trained, validation)
+    assert hold_out(rows, traces, n=6, seed=0) == (list(range(80)), [])  # more than an eighth of so few
 
 
 def test_logits_that_cannot_be_had_are_an_error_only_if_they_were_asked_for(tmp_path: Path, recorder: Any) -> None:
