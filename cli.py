@@ -19,7 +19,7 @@ from .commands.eval import EvalCommand, eval_
 from .commands.export import export
 from .commands.inspect import inspect
 from .commands.plan import plan
-from .commands.quantize import quantize
+from .commands.quantize import QuantizeCommand, quantize
 from .commands.recipe import recipe
 from .commands.teach import TeachCommand, teach
 from .errors import DeepDistillError
@@ -34,7 +34,7 @@ app = typer.Typer(
 for _name, _class, _command in (
     ("demo", Command, demo),
     ("teach", TeachCommand, teach),
-    ("quantize", Command, quantize),
+    ("quantize", QuantizeCommand, quantize),
     ("chat", ChatCommand, chat),
     ("eval", EvalCommand, eval_),
     ("inspect", Command, inspect),

@@ -22,7 +22,7 @@ from typing import Any
 from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.convert.writer import write
-from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.recipe import QuantizeRecipe
 from deepdistill.quantize.release import release
 
 
@@ -83,7 +83,7 @@ def chosen(bench: Workbench, recipe: str, n_bytes: int, deadline: float) -> dict
             if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:
                 raise SystemExit("the time is over; run it again and it resumes from here")
 
-    settings = ReleaseSettings(size=n_bytes, traces=bench.traces_path, fidelity=False)
+    settings = QuantizeRecipe(size=n_bytes, traces=bench.traces_path, fidelity=False)
     made = release(bench.student_dir, bench.kept_dir / f"at-{recipe}.gguf", settings=settings, report=Printed())
     types = [f"{one['tensor']} {one['type']} {one['nats']:.2g}" for one in made.choices]
     return {"bytes": made.report.n_bytes, "types": types} | bench.fidelity(made.report.path).to_json()

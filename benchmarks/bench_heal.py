@@ -26,7 +26,7 @@ from deepdistill.distill.training.losses import projected_kl
 from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.paired import compare
-from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.recipe import HealRecipe, QuantizeRecipe
 from deepdistill.quantize.release import DistillStage, quantize, release
 
 _MINUTES = {"plain": 1.0, "healed": 5.5, "f16": 0.2, "answers": 2.0, "divergence": 2.5}  # about, on 2 cores
@@ -86,7 +86,7 @@ def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
             if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
                 print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 
-    settings = ReleaseSettings(bpw=bpw, heal=steps, traces=run / "traces.jsonl", fidelity=False)
+    settings = QuantizeRecipe(bpw=bpw, heal=HealRecipe(steps), traces=run / "traces.jsonl", fidelity=False)
     made = release(
         run / "student", out, settings=settings, stage=DistillStage(divergence=projected_kl), report=Printed()
     )

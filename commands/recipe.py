@@ -12,9 +12,10 @@ from ..distill.recipe import EvalRecipe, TeachRecipe
 from ..errors import UsageError
 from ..localrun.core.settings import as_toml, values_of
 from ..localrun.recipe import ChatRecipe
+from ..quantize.recipe import QuantizeRecipe
 from .shared import AsJson
 
-TREES: dict[str, type] = {"teach": TeachRecipe, "chat": ChatRecipe, "eval": EvalRecipe}
+TREES: dict[str, type] = {"teach": TeachRecipe, "quantize": QuantizeRecipe, "chat": ChatRecipe, "eval": EvalRecipe}
 """The settings of every command that has a tree of them."""
 
 

@@ -1,75 +1,172 @@
-"""How a student is quantized: a recipe or a budget, what to measure with, and what has to hold."""
+"""Every setting of `quantize`, declared once: a type mixture or a budget, what to measure, and what has to hold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
 from ..errors import UsageError
-from .convert.ftypes import check_ftype
-from .measure.gate import Gate
-from .measure.texts import CalibrationSettings
+from ..localrun.core.settings import Flag
 
+_FILE, _MEASURED = "File", "Measurements"
 _PLAIN = frozenset({"F32", "F16", "BF16", "Q8_0"})  # an importance matrix changes nothing in them
 
 
+def _bytes(text: str) -> int:
+    from .convert.files import parse_size
+
+    return parse_size(text)
+
+
 @dataclass(frozen=True)
-class ReleaseSettings:
-    """How to quantize. At most one of `size` (bytes of the file), `bpw` (of all weights) and `target` chooses types.
+class HealRecipe:
+    """Training under the types of the file. The learning rate rises over a tenth of the steps and then falls to 0."""
 
-    `base` is an adapter's; `imatrix` is a file, "none", or None for one from the traces; `heal` counts optimizer steps;
-    `compare` names recipes that are measured beside the file.
-    """
+    steps: Annotated[
+        int,
+        Flag("Steps of distillation under the file's types; needs torch. 0: none.", min=0, name="heal", heading=_FILE),
+    ] = 0
+    lr: Annotated[float, Flag("Peak learning rate.", min=0)] = 5e-5
+    batch_tokens: Annotated[int, Flag("Tokens per step.", min=1)] = 1_024
+    refresh: Annotated[int, Flag("Steps between two quantizations of the weights.", min=1)] = 8
+    top_k: Annotated[int, Flag("The unquantized model's likeliest tokens that are learned per position.", min=1)] = 128
+    seed: Annotated[int, Flag("Seed of the order of the texts.", min=0)] = 0
+    save_every_s: Annotated[float, Flag("Seconds between two savings of what is done.", min=0)] = 120.0
 
-    type: str = "Q8_0"
-    size: int | None = None
-    bpw: float | None = None
-    target: str | None = None
-    base: Path | None = None
-    imatrix: str | None = None
-    traces: Path | None = None
-    gate: Gate | None = None
-    promote: bool = False
-    heal: int = 0
-    fidelity: bool = True
-    compare: tuple[str, ...] = ()
-    split: int | None = None
-    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """How many tokens of the traces are read, at most; of `choose` and `measure` the replies' alone are counted."""
+
+    n_calibrate: Annotated[int, Flag("Tokens for the importance matrix.", min=1)] = 8_192
+    n_heal: Annotated[int, Flag("Tokens for healing, those of the importance matrix among them.", min=0)] = 0
+    n_choose: Annotated[int, Flag("Tokens that choose the types.", min=1)] = 256
+    n_measure: Annotated[int, Flag("Tokens that the file is measured on.", min=1)] = 2_048
+    max_length: Annotated[int, Flag("Tokens of a trace; longer ones are cut.", min=1)] = 2_048
+
+
+@dataclass(frozen=True)
+class QuantizeRecipe:
+    """How a student becomes a GGUF. At most one of `size`, `bpw` and `target` chooses types by measurement."""
+
+    type: Annotated[
+        str,
+        Flag(
+            "The type mixture: F32 F16 BF16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_XS Q3_K_M Q2_K …",
+            heading=_FILE,
+            metavar="TYPE",
+            parse=str.upper,
+        ),
+    ] = "Q8_0"
+    size: Annotated[
+        int | None,
+        Flag(
+            "Choose the best types for a file of at most this size, such as 90MB.",
+            min=1,
+            heading=_FILE,
+            metavar="SIZE",
+            parse=_bytes,
+        ),
+    ] = None
+    bpw: Annotated[
+        float | None,
+        Flag("Choose the best types for at most so many bits per weight, such as 4.5.", min=1, max=16, heading=_FILE),
+    ] = None
+    target: Annotated[
+        Literal["phone", "laptop"] | None,
+        Flag("Choose the best types for such a machine's memory and speed.", heading=_FILE),
+    ] = None
+    split: Annotated[
+        int | None,
+        Flag(
+            "Write parts of at most so many bytes of tensors, such as 500MB.",
+            min=1,
+            heading=_FILE,
+            metavar="SIZE",
+            parse=_bytes,
+        ),
+    ] = None
+    base: Annotated[
+        Path | None,
+        Flag("The base of an adapter. The one that it names, unless given.", heading=_FILE, metavar="FOLDER"),
+    ] = None
+    heal: HealRecipe = field(default_factory=HealRecipe)
+    imatrix: Annotated[
+        str | None,
+        Flag(
+            "An importance matrix (a GGUF), or none. Made from the traces, unless given.",
+            heading=_MEASURED,
+            metavar="FILE",
+        ),
+    ] = None
+    traces: Annotated[
+        Path | None,
+        Flag("The traces to measure with. The run's own, unless given.", heading=_MEASURED, metavar="FILE"),
+    ] = None
+    fidelity: Annotated[bool, Flag("Measure the file against the unquantized model.", heading=_MEASURED)] = True
+    proofs: Annotated[bool, Flag("Prove the file against the checkpoint after writing it.", heading=_MEASURED)] = True
+    problems: Annotated[
+        str | None,
+        Flag(
+            "Ask the test questions of these problems. The run's own, unless given.", heading=_MEASURED, metavar="SPEC"
+        ),
+    ] = None
+    n: Annotated[
+        int, Flag("Test problems to ask the file and the unquantized model; 200 for a gate.", min=0, heading=_MEASURED)
+    ] = 0
+    gate: Annotated[
+        str | None,
+        Flag(
+            "Write the file only if this holds, else exit with 3: 'accuracy >= 0.98 of bf16, loops <= 1%'.",
+            heading=_MEASURED,
+            metavar="GATE",
+        ),
+    ] = None
+    promote: Annotated[
+        bool, Flag("Raise the worst tensors until the gate is met or --size is reached.", heading=_MEASURED)
+    ] = False
+    compare: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Type mixtures to measure beside the file, such as Q4_K_M,Q4_0, for the table and the plot.",
+            heading=_MEASURED,
+            metavar="TYPES",
+            parse=str.upper,
+        ),
+    ] = ()
+    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+
+    def __post_init__(self) -> None:
+        """Check what does not go together.
+
+        Raises:
+            UsageError: `code` "settings-conflict" or "gate-missing".
+        """
+        if sum(one is not None for one in (self.size, self.bpw, self.target)) > 1:
+            message, hint = "--size, --bpw and --target are three ways to say one thing", "give one of them"
+            raise UsageError(message, hint, code="settings-conflict")
+        if self.promote and not self.gate:
+            message, hint = "--promote raises tensors until a gate is met", "give one with --gate"
+            raise UsageError(message, hint, code="gate-missing")
+        if self.promote and self.heal.steps:
+            message = "--heal trains under one choice of types, and --promote makes others"
+            raise UsageError(message, "heal at a larger --size", code="settings-conflict")
 
     @property
     def has_budget(self) -> bool:
         """Whether types are chosen by measurement."""
         return self.size is not None or self.bpw is not None or self.target is not None
 
-    def check(self) -> None:
-        """Say what does not go together.
-
-        Raises:
-            UsageError: something does not.
-        """
-        if sum(one is not None for one in (self.size, self.bpw, self.target)) > 1:
-            raise UsageError("--size, --bpw and --target are three ways to say one thing", "give one of them")
-        if self.bpw is not None and not 1 <= self.bpw <= 16:
-            raise UsageError(f"{self.bpw:g} bits a weight", "between 1 and 16")
-        if self.promote and not self.gate:
-            raise UsageError("--promote raises tensors until a gate is met", "give one with --gate")
-        if self.promote and self.heal:
-            raise UsageError(
-                "--heal trains under one choice of types, and --promote makes others", "heal at a larger --size"
-            )
-        has_imatrix = self.imatrix_path != "none" and bool(self.imatrix or self.traces)
-        for name in (*(() if self.has_budget else (self.type,)), *self.compare):
-            check_ftype(name, has_imatrix=has_imatrix)
-
     @property
     def reads_traces(self) -> bool:
         """Whether anything is measured, or made, with the traces."""
-        wanted = self.fidelity or self.has_budget or self.promote or self.heal or self.imatrix_path is None
+        wanted = self.fidelity or self.has_budget or self.promote or self.heal.steps or self.imatrix_path is None
         return self.traces is not None and bool(wanted)
 
     @property
     def imatrix_path(self) -> str | None:
-        """The file to read, "none", or None where one is to be made: not for types that make no use of it."""
+        """The file to read, "none", or None where one is to be made: types that make no use of it need none."""
         types = {name.upper() for name in (self.type, *self.compare)}
         is_plain = not self.has_budget and not self.promote and types <= _PLAIN
         return "none" if self.imatrix is None and is_plain else self.imatrix

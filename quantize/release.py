@@ -23,15 +23,15 @@ from .convert.ftypes import check_ftype
 from .convert.lora_adapter import is_adapter
 from .convert.writer import Conversion, Value, plan, write
 from .heal.heal import heal
-from .heal.training import Divergence, HealSettings
+from .heal.training import Divergence
 from .measure.fidelity import Fidelity
-from .measure.gate import Metrics
+from .measure.gate import Gate, Metrics
 from .measure.paired import Answers, Paired, compare
 from .provenance import comparison
 from .provenance.card import write_card
 from .provenance.comparison import ComparedFile
 from .provenance.metadata import file_bytes, fill_in, source_key
-from .recipe import ReleaseSettings
+from .recipe import QuantizeRecipe
 from .report import QuantizeReport, report_of
 from .sign import as_metadata, sign
 
@@ -153,7 +153,7 @@ def release(
     student_dir: Path,
     out: Path,
     *,
-    settings: ReleaseSettings,
+    settings: QuantizeRecipe,
     stage: DistillStage = DistillStage(),
     metadata: Mapping[str, Value] | None = None,
     report: Reporter = SILENT,
@@ -184,7 +184,7 @@ def release(
             out.parent,
             traces_path=settings.traces,
             imatrix_path=settings.imatrix_path,
-            settings=replace(settings.calibration, n_heal=settings.heal * HealSettings.batch_tokens),
+            settings=replace(settings.calibration, n_heal=settings.heal.steps * settings.heal.batch_tokens),
             base=settings.base,
             n_threads=n_threads or default_threads(),
             report=report,
@@ -193,28 +193,36 @@ def release(
         return _Work(workbench, out, settings=settings, stage=stage, metadata=dict(metadata or {})).run()
 
 
-def _check(student_dir: Path, out: Path, *, settings: ReleaseSettings, evaluates: bool) -> None:
+def _check(student_dir: Path, out: Path, *, settings: QuantizeRecipe, evaluates: bool) -> None:
     """Raise if settings contradict each other, the student or the file's name."""
-    settings.check()
+    gate = Gate.parse(settings.gate) if settings.gate else None
+    _check_types(settings)
     if out.is_dir():
         hint = f"name the file: {out / student_dir.resolve().name}.gguf"
         raise UsageError(f"{out} is a folder", hint, code="is-folder")
     if out.suffix != ".gguf":
         raise UsageError(f"{out.name} does not end in .gguf", f"name it {out.name}.gguf", code="bad-name")
-    if settings.heal and is_adapter(student_dir):
+    if settings.heal.steps and is_adapter(student_dir):
         raise UsageError(
             f"--heal trains whole checkpoints, and {student_dir} is an adapter",
             "give the merged student: a run folder, or its student/",
             code="adapter-not-healable",
         )
-    if settings.gate and settings.gate.needs_answers and not evaluates:
+    if gate and gate.needs_answers and not evaluates:
         hint = "give --problems and --n"
         raise UsageError("the gate asks for answers, and there are no problems to ask", hint, code="no-problems")
 
 
-def _measurable(workbench: Workbench, settings: ReleaseSettings) -> ReleaseSettings:
+def _check_types(settings: QuantizeRecipe) -> None:
+    """Raise if a type mixture is unknown, or needs an importance matrix that there is nothing to make of."""
+    has_imatrix = settings.imatrix_path != "none" and bool(settings.imatrix or settings.traces)
+    for name in (*(() if settings.has_budget else (settings.type,)), *settings.compare):
+        check_ftype(name, has_imatrix=has_imatrix)
+
+
+def _measurable(workbench: Workbench, settings: QuantizeRecipe) -> QuantizeRecipe:
     """Return the settings without measurements if the traces are too few and no setting needs them."""
-    needs = settings.has_budget or settings.gate or settings.heal
+    needs = settings.has_budget or settings.gate or settings.heal.steps
     if needs or not settings.reads_traces:
         return settings
     try:
@@ -223,7 +231,7 @@ def _measurable(workbench: Workbench, settings: ReleaseSettings) -> ReleaseSetti
         workbench.notes.append(f"not measured, and no importance matrix: {error.message}")
         workbench.traces_path = None
         settings = replace(settings, traces=None)
-        settings.check()  # a type may need the importance matrix
+        _check_types(settings)  # a type may need the importance matrix
     return settings
 
 
@@ -235,12 +243,13 @@ class _Work:
         workbench: Workbench,
         out: Path,
         *,
-        settings: ReleaseSettings,
+        settings: QuantizeRecipe,
         stage: DistillStage,
         metadata: dict[str, Value],
     ) -> None:
         self.bench, self.out, self.settings, self.stage, self.extra = workbench, out, settings, stage, metadata
         self.chooser = Chooser(workbench, settings, lambda one: file_bytes(one, self._metadata(one)))
+        self.gate = Gate.parse(settings.gate) if settings.gate else None
         self.healed: Mapping[str, Any] | None = None
         self.reference_answers: Answers | None = None
         self._facts: dict[str, Any] = {}  # the part of the metadata that the card shows
@@ -248,7 +257,7 @@ class _Work:
     def run(self) -> Release:
         """Choose, heal, then write and measure until the gate is met."""
         self.chooser.choose()
-        if self.settings.heal:
+        if self.settings.heal.steps:
             self._heal()
         n_promotions = 0
         while True:
@@ -260,7 +269,7 @@ class _Work:
                 return self._publish(conversion, paths, measured=measured, n_promotions=n_promotions)
             if not self.settings.promote or not self.chooser.promote():
                 hint = f"{self.out} was not written" + (
-                    "" if self.settings.heal else "; --heal 200 keeps more in the same size"
+                    "" if self.settings.heal.steps else "; --heal 200 keeps more in the same size"
                 )
                 raise GateError(f"the gate was not met: {'; '.join(failures)}", hint, code="gate-not-met")
             n_promotions += 1
@@ -288,7 +297,7 @@ class _Work:
             tensors=self.chooser.plan().tensors,
             texts=self.bench.texts.heal,
             divergence=self.stage.divergence,
-            settings=HealSettings(steps=self.settings.heal),
+            settings=self.settings.heal,
             report=self.bench.report,
         )
         if healed["loss_after"] >= healed["loss_before"]:
@@ -318,12 +327,12 @@ class _Work:
         return Measured(fidelity, answers, compare(self.reference_answers.right, answers.right))
 
     def _failures(self, measured: Measured, n_bytes: int) -> Sequence[str]:
-        if not self.settings.gate:
+        if self.gate is None:
             return []
         kl = measured.fidelity
         unquantized = Fidelity(0, 0.0, 0.0, 0.0, 1.0, kl.reference_perplexity, kl.reference_perplexity) if kl else None
         reference = Measured(unquantized, self.reference_answers).metrics(_n_bytes(self.bench.f16))
-        return self.settings.gate.failures(measured.metrics(n_bytes), reference)
+        return self.gate.failures(measured.metrics(n_bytes), reference)
 
     def _publish(
         self, conversion: Conversion, paths: Sequence[Path], *, measured: Measured, n_promotions: int

@@ -5,24 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .choose.workbench import Workbench
 from .convert.writer import Conversion, Value
+from .measure.gate import Gate
 from .measure.texts import Text
 from .provenance.metadata import MEASURED, licence_chain, placeholder, sampler_of, source_of, tools
-from .recipe import ReleaseSettings
+from .recipe import QuantizeRecipe
 
-_RECORDED = ("type", "size", "bpw", "target", "heal")
+_RECORDED = ("type", "size", "bpw", "target")
 
 
 def sign(
     workbench: Workbench,
     conversion: Conversion,
     *,
-    settings: ReleaseSettings,
+    settings: QuantizeRecipe,
     source_dir: Path,
     folder: Path,
     recipe: Mapping[str, Any],
@@ -69,8 +69,10 @@ def think_budget(texts: Sequence[Text]) -> int:
     return max(32, -(-wanted // 32) * 32)
 
 
-def _how(settings: ReleaseSettings) -> dict[str, Any]:
-    how = {key: value for key, value in asdict(settings).items() if key in _RECORDED and value}
+def _how(settings: QuantizeRecipe) -> dict[str, Any]:
+    how = {key: value for key in _RECORDED if (value := getattr(settings, key))}
+    if settings.heal.steps:
+        how["heal"] = settings.heal.steps
     if settings.has_budget:
         how.pop("type")
-    return how | ({"gate": str(settings.gate)} if settings.gate else {})
+    return how | ({"gate": str(Gate.parse(settings.gate))} if settings.gate else {})

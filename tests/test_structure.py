@@ -36,7 +36,12 @@ POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "term
 POSIX_MODULES = {"distill.graders.code.sandbox", "localrun.chat.keyboard"}  # one a stage at most
 # System calls that Python has no function for:
 KERNEL_MODULES = {"distill.graders.code.sandbox", "distill.graders.code.seccomp"}
-DECLARATIONS = {"distill.recipe", "localrun.core.settings", "localrun.recipe"}  # what flags come from
+DECLARATIONS = {
+    "distill.recipe",
+    "localrun.core.settings",
+    "localrun.recipe",
+    "quantize.recipe",
+}  # what flags come from
 SHARED_FLAGS = {"problems", "teacher", "student", "out", "seed", "json", "offline", "quiet"}
 
 

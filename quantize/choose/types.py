@@ -11,7 +11,7 @@ from typing import Any
 from ...errors import UsageError
 from ..convert.ftypes import FTYPES, UNQUANTIZED
 from ..convert.writer import Conversion, Importance, Types, plan
-from ..recipe import ReleaseSettings
+from ..recipe import QuantizeRecipe
 from .allocate import Choice, Item, promoted, solve, target_bytes
 from .sensitivity import describe, refine
 from .workbench import Workbench
@@ -24,7 +24,7 @@ _FIRST = 0.75  # the share of a budget to start with, if a gate decides how much
 class Chooser:
     """Chooses the types of a file. `source_dir` is the checkpoint of the file: the student, or the healed one."""
 
-    def __init__(self, workbench: Workbench, settings: ReleaseSettings, size_of: Callable[[Conversion], int]) -> None:
+    def __init__(self, workbench: Workbench, settings: QuantizeRecipe, size_of: Callable[[Conversion], int]) -> None:
         """Take a workbench to measure with, and a function that returns the exact file size of a plan."""
         self._bench, self._settings, self._size_of = workbench, settings, size_of
         self.source_dir: Path = workbench.student_dir

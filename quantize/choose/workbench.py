@@ -17,8 +17,9 @@ from ...localrun.machine.hardware import default_threads
 from ...localrun.weights.swap import LogitReader, Probe
 from ..convert.writer import Conversion, Importance, Types, plan, write
 from ..measure.fidelity import Fidelity, Reference
-from ..measure.texts import CalibrationSettings, Texts, read_texts
+from ..measure.texts import Texts, read_texts
 from ..provenance.metadata import source_key, source_of
+from ..recipe import CalibrationRecipe
 from .imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
 from .sensitivity import DamageMeter, Sensitivity, items_of
 
@@ -35,7 +36,7 @@ class Workbench:
     kept_dir: Path
     traces_path: Path | None = None
     imatrix_path: Path | str | None = None
-    settings: CalibrationSettings = field(default_factory=CalibrationSettings)
+    settings: CalibrationRecipe = field(default_factory=CalibrationRecipe)
     base: Path | None = None
     n_threads: int = field(default_factory=default_threads)
     report: Reporter = SILENT

@@ -28,10 +28,11 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..convert.origins import origins
 from ..convert.writer import TypedTensor
 from ..measure.texts import Text
+from ..recipe import HealRecipe
 from .fake_quantize import Quantizer
 from .model import load_model, save_model, tensors_of
 from .teacher import teach
-from .training import Divergence, Healing, HealSettings
+from .training import Divergence, Healing
 
 _RECORD = "healing.json"  # in the healed folder: the key of its inputs, and its report
 
@@ -43,7 +44,7 @@ def heal(
     tensors: Sequence[TypedTensor],
     texts: Sequence[Text],
     divergence: Divergence,
-    settings: HealSettings,
+    settings: HealRecipe,
     report: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Train a checkpoint under the types of a file's tensors, and write the result in float32.
@@ -105,7 +106,7 @@ def _summary(healing: Healing, quantizer: Quantizer) -> dict[str, Any]:
     }
 
 
-def _key(student_dir: Path, tensors: Sequence[TypedTensor], *, texts: Sequence[Text], settings: HealSettings) -> str:
+def _key(student_dir: Path, tensors: Sequence[TypedTensor], *, texts: Sequence[Text], settings: HealRecipe) -> str:
     """Return a hash that tells one healing from another."""
     digest = hashlib.sha256(repr((texts, settings)).encode())
     for path in sorted(student_dir.glob("*.safetensors")):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...localrun.core.atomic import replacing_file
 from ...localrun.core.reporter import Reporter
+from ..recipe import HealRecipe
 from .fake_quantize import Quantizer
 from .model import states_of, uses_bf16
 from .teacher import TaughtText, collate, cut
@@ -24,19 +24,6 @@ Divergence = Callable[..., Any]
 `[N, k]`."""
 
 
-@dataclass(frozen=True)
-class HealSettings:
-    """How to heal. `lr` is the peak of a rate that rises over a tenth of the steps and then falls to 0."""
-
-    steps: int = 100
-    lr: float = 5e-5
-    batch_tokens: int = 1_024
-    refresh: int = 8
-    top_k: int = 128
-    seed: int = 0
-    save_every_s: float = 120.0
-
-
 class Healing:
     """A student being healed."""
 
@@ -46,7 +33,7 @@ class Healing:
         texts: Sequence[TaughtText],
         *,
         divergence: Divergence,
-        settings: HealSettings,
+        settings: HealRecipe,
         device: torch.device,
     ) -> None:
         """Take the student under its types, and the texts to learn from."""
@@ -145,7 +132,7 @@ def _rate(step: int, n_steps: int) -> float:
     return min(1.0, (step + 1) / max(1, n_steps // 10)) * (1 - step / n_steps)
 
 
-def _batches(texts: Sequence[TaughtText], settings: HealSettings) -> Iterator[list[TaughtText]]:
+def _batches(texts: Sequence[TaughtText], settings: HealRecipe) -> Iterator[list[TaughtText]]:
     """Yield batches of about `batch_tokens`, of texts of similar length, endlessly, in a new order each epoch."""
     rng = random.Random(settings.seed)
     while True:

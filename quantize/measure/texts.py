@@ -18,23 +18,10 @@ from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.engine.llama import Model
 from ...localrun.families import template
 from ..convert.files import sha256_of
+from ..recipe import CalibrationRecipe
 
 Purpose = Literal["calibrate", "choose", "measure"]
 _SHARES: tuple[tuple[int, Purpose], ...] = ((60, "calibrate"), (75, "choose"), (100, "measure"))  # upper bounds in %
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """How many tokens of each part are read, at most; of `choose` and `measure` the replies' alone are counted.
-
-    Healing reads the traces that calibrate, and more of that part, `n_heal` tokens in all.
-    """
-
-    n_calibrate: int = 8_192
-    n_heal: int = 0
-    n_choose: int = 256
-    n_measure: int = 2_048
-    max_length: int = 2_048  # tokens of a trace; longer ones are cut
 
 
 @dataclass(frozen=True)
@@ -65,7 +52,7 @@ def purpose_of(question: str) -> Purpose:
     return next(purpose for bound, purpose in _SHARES if share < bound)
 
 
-def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSettings = CalibrationSettings()) -> Texts:
+def read_texts(traces_path: Path, model_path: Path, settings: CalibrationRecipe) -> Texts:
     """Read verified traces as the model in a GGUF sees them.
 
     Raises:
@@ -92,7 +79,7 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationSetting
     )
 
 
-def _by_purpose(traces_path: Path, model: Model, settings: CalibrationSettings) -> dict[Purpose, list[Text]]:
+def _by_purpose(traces_path: Path, model: Model, settings: CalibrationRecipe) -> dict[Purpose, list[Text]]:
     """Return as many texts of each purpose as the settings ask for."""
     n_calibrate = max(settings.n_calibrate, settings.n_heal)
     limits: dict[Purpose, int] = {

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.measure.proofs import STRESS
-from deepdistill.quantize.measure.texts import CalibrationSettings
+from deepdistill.quantize.recipe import CalibrationRecipe
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TEMPLATE = (ROOT / "distill" / "pocket" / "chat_template.jinja").read_text()
@@ -266,9 +266,9 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small() -> CalibrationSettings:
+def small() -> CalibrationRecipe:
     """Few tokens of each part, for tests that need any."""
-    return CalibrationSettings(n_calibrate=600, n_choose=60, n_measure=120)
+    return CalibrationRecipe(n_calibrate=600, n_choose=60, n_measure=120)
 
 
 @pytest.fixture(scope="session")

@@ -18,28 +18,27 @@ from deepdistill.errors import ArtifactError, GateError, UsageError
 from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.localrun.weights.swap import LogitReader
 from deepdistill.quantize.measure.fidelity import Reference
-from deepdistill.quantize.measure.gate import Gate
 from deepdistill.quantize.measure.paired import Answers
-from deepdistill.quantize.measure.texts import CalibrationSettings, read_texts
+from deepdistill.quantize.measure.texts import read_texts
 from deepdistill.quantize.provenance.comparison import update_report
 from deepdistill.quantize.provenance.inspect import inspect_gguf, own_metadata, summary
-from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.recipe import CalibrationRecipe, HealRecipe, QuantizeRecipe
 from deepdistill.quantize.release import DistillStage, Release, release
 from deepdistill.quantize.verify import verify
 
 
 @pytest.fixture
-def settings(traces: Path, small: CalibrationSettings) -> ReleaseSettings:
-    return ReleaseSettings(traces=traces, calibration=small)
+def settings(traces: Path, small: CalibrationRecipe) -> QuantizeRecipe:
+    return QuantizeRecipe(traces=traces, calibration=small)
 
 
 @pytest.fixture(scope="module")
 def budgeted(
-    tied: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory, small: CalibrationSettings
+    tied: Path, traces: Path, tmp_path_factory: pytest.TempPathFactory, small: CalibrationRecipe
 ) -> tuple[Path, Release]:
     """A file of at most 5.5 bits a weight, with a recipe beside it in the table."""
     path = tmp_path_factory.mktemp("budget") / "small.gguf"
-    wanted = ReleaseSettings(bpw=5.5, traces=traces, calibration=small, compare=("Q4_0",))
+    wanted = QuantizeRecipe(bpw=5.5, traces=traces, calibration=small, compare=("Q4_0",))
     recipe = {"teacher": "pocket", "problems": "gym:chain_sum?seed=1"}
     return path, release(tied, path, settings=wanted, stage=DistillStage(recipe), n_threads=1)
 
@@ -76,7 +75,7 @@ def test_a_file_of_chosen_types_keeps_its_budget_and_knows_itself(budgeted: tupl
 
 
 def test_measured_is_what_llama_cpp_says_of_the_file(
-    budgeted: tuple[Path, Release], f16: Path, traces: Path, small: CalibrationSettings
+    budgeted: tuple[Path, Release], f16: Path, traces: Path, small: CalibrationRecipe
 ) -> None:
     path, made = budgeted
     texts = read_texts(traces, f16, small).measure
@@ -111,14 +110,14 @@ def test_the_runs_report_shows_the_files(budgeted: tuple[Path, Release], tmp_pat
     assert page.count("<td>small.gguf</td>") == page.count("<svg") == 1
 
 
-def test_a_card_of_somebody_else_is_left_alone(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_a_card_of_somebody_else_is_left_alone(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     release(tied, tmp_path / "a.gguf", settings=replace(settings, fidelity=False), n_threads=1)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "# " in (tmp_path / "a.gguf.md").read_text()
 
 
-def test_a_size_is_kept_to_the_byte(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_a_size_is_kept_to_the_byte(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     wanted = replace(settings, size=150_000)
     made = release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1)
     assert 140_000 < (tmp_path / "a.gguf").stat().st_size == made.report.n_bytes <= 150_000
@@ -149,10 +148,10 @@ def test_a_file_is_made_again_and_a_changed_one_is_found_out(
     assert [str(other / "generation_config.json") in text for text in found.sources] == [True]
 
 
-def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     out.write_text("before")
-    wanted = replace(settings, type="Q4_0", gate=Gate.parse("accuracy >= 0.9 of bf16, kl <= 10"))
+    wanted = replace(settings, type="Q4_0", gate="accuracy >= 0.9 of bf16, kl <= 10")
     given = iter([answers(20), answers(10)])
     with pytest.raises(GateError, match=r"accuracy is 0\.5, not >= 0\.9"):
         release(tied, out, settings=wanted, stage=DistillStage(evaluate=lambda _: next(given)), n_threads=1)
@@ -167,26 +166,26 @@ def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: Relea
         release(tied, out, settings=wanted, n_threads=1)
 
 
-def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_tensors_are_raised_until_the_gate_is_met(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     plain = release(tied, tmp_path / "a.gguf", settings=replace(settings, type="Q4_0"), n_threads=1)
     assert plain.fidelity is not None
     limit = plain.fidelity.kl_mean / 3
-    wanted = replace(settings, type="Q4_0", gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
+    wanted = replace(settings, type="Q4_0", gate=f"kl <= {limit:.6f}", promote=True)
     made = release(tied, tmp_path / "b.gguf", settings=wanted, n_threads=1)
     assert made.fidelity is not None
     assert made.n_promotions > 0
     assert made.fidelity.kl_mean <= limit
     assert made.report.n_bytes > plain.report.n_bytes
     assert not (tmp_path / "c.gguf").exists()
-    limited = replace(settings, size=2 * made.report.n_bytes, gate=Gate.parse(f"kl <= {limit:.6f}"), promote=True)
+    limited = replace(settings, size=2 * made.report.n_bytes, gate=f"kl <= {limit:.6f}", promote=True)
     lean = release(tied, tmp_path / "d.gguf", settings=limited, n_threads=1)
     assert lean.report.n_bytes < 2 * made.report.n_bytes
-    never = replace(settings, type="Q4_0", gate=Gate.parse(f"bytes <= 1000, kl <= {limit:.6f}"), promote=True)
+    never = replace(settings, type="Q4_0", gate=f"bytes <= 1000, kl <= {limit:.6f}", promote=True)
     with pytest.raises(GateError, check=lambda error: error.code == "gate-not-met" and "bytes" in error.message):
         release(tied, tmp_path / "c.gguf", settings=never, n_threads=1)
 
 
-def test_an_imatrix_may_be_given_or_left_out(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_an_imatrix_may_be_given_or_left_out(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     first = release(tied, tmp_path / "made.gguf", settings=replace(settings, type="Q4_0"), n_threads=1)
     (matrix,) = tmp_path.glob(f"{tied.name}-*.imatrix.gguf")
     given = replace(settings, type="Q4_0", imatrix=str(matrix), traces=None, fidelity=False)
@@ -205,7 +204,7 @@ def blocks(path: Path, name: str) -> Any:
     return np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.offset)
 
 
-def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: ReleaseSettings, tmp_path: Path) -> None:
+def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: QuantizeRecipe, tmp_path: Path) -> None:
     made = release(tied, tmp_path / "a.gguf", settings=replace(settings, type="Q4_0", split=60_000), n_threads=1)
     first = made.report.path
     assert first.name.startswith("a-00001-of-0000")
@@ -223,10 +222,10 @@ def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: Releas
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma3", "deepseek2", "deepseek3"])
 def test_every_architecture_gets_chosen_types(
-    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str, small: CalibrationSettings
+    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str, small: CalibrationRecipe
 ) -> None:
     folder = make_checkpoint(arch)
-    wanted = ReleaseSettings(bpw=7, traces=traces, calibration=small)
+    wanted = QuantizeRecipe(bpw=7, traces=traces, calibration=small)
     made = release(folder, tmp_path / "a.gguf", settings=wanted, n_threads=1)
     assert made.report.bits_per_weight <= 7
     assert made.fidelity is not None
@@ -243,16 +242,16 @@ def test_every_architecture_gets_chosen_types(
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["qwen2", "qwen3", "qwen3moe", "gemma3", "deepseek3"])
 def test_every_architecture_can_be_healed(
-    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str, small: CalibrationSettings
+    make_checkpoint: Callable[..., Path], traces: Path, tmp_path: Path, arch: str, small: CalibrationRecipe
 ) -> None:
     projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
-    wanted = ReleaseSettings(type="Q4_0", traces=traces, calibration=small)
+    wanted = QuantizeRecipe(type="Q4_0", traces=traces, calibration=small)
     folder = make_checkpoint(arch)
     plain = release(folder, tmp_path / "plain.gguf", settings=wanted, n_threads=1)
     healed = release(
         folder,
         tmp_path / "healed.gguf",
-        settings=replace(wanted, heal=15),
+        settings=replace(wanted, heal=HealRecipe(15)),
         stage=DistillStage(divergence=projected_kl),
         n_threads=1,
     )
@@ -269,21 +268,21 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:3]))
-    made = release(tied, tmp_path / "a.gguf", settings=ReleaseSettings(type="Q4_0", traces=few), n_threads=1)
+    made = release(tied, tmp_path / "a.gguf", settings=QuantizeRecipe(type="Q4_0", traces=few), n_threads=1)
     assert made.fidelity is None
     assert any("too few verified traces" in note for note in made.report.notes)
     with pytest.raises(UsageError, check=lambda error: error.code == "too-few-traces"):
-        release(tied, tmp_path / "b.gguf", settings=ReleaseSettings(bpw=5, traces=few), n_threads=1)
+        release(tied, tmp_path / "b.gguf", settings=QuantizeRecipe(bpw=5, traces=few), n_threads=1)
 
 
 def test_settings_that_contradict_are_refused(tied: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
     with pytest.raises(UsageError, match="three ways"):
-        release(tied, out, settings=ReleaseSettings(size=10**6, bpw=4))
+        release(tied, out, settings=QuantizeRecipe(size=10**6, bpw=4))
     with pytest.raises(UsageError, match="until a gate is met"):
-        release(tied, out, settings=ReleaseSettings(promote=True))
+        release(tied, out, settings=QuantizeRecipe(promote=True))
     with pytest.raises(UsageError, check=lambda error: error.code == "no-traces"):
-        release(tied, out, settings=ReleaseSettings(bpw=5), n_threads=1)
+        release(tied, out, settings=QuantizeRecipe(bpw=5), n_threads=1)
 
 
 def test_on_the_command_line(
@@ -337,18 +336,18 @@ def test_what_cannot_be_done_is_said_before_anything_is(
     assert main(["quantize", str(tied), "--out", str(tmp_path), "--no-proofs", "--quiet"]) == 0
     assert [path.name for path in tmp_path.glob("*.gguf")] == [f"{tied.name}-Q8_0.gguf"], "by its own name"
     with pytest.raises(UsageError, check=lambda error: error.code == "is-folder"):
-        release(tied, tmp_path, settings=ReleaseSettings(), n_threads=1)
+        release(tied, tmp_path, settings=QuantizeRecipe(), n_threads=1)
 
 
 def test_bytes_are_a_share_of_the_unquantized_ones_though_nothing_is_measured(tied: Path, tmp_path: Path) -> None:
-    wanted = ReleaseSettings(type="Q8_0", fidelity=False, gate=Gate.parse("bytes <= 0.9 of bf16"))
+    wanted = QuantizeRecipe(type="Q8_0", fidelity=False, gate="bytes <= 0.9 of bf16")
     assert release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1).report.path.exists()
 
 
 def test_too_few_traces_hinder_only_what_reads_them(tied: Path, traces: Path, tmp_path: Path) -> None:
     few = tmp_path / "traces.jsonl"
     few.write_text("".join(f"{line}\n" for line in traces.read_text().splitlines()[:2]))
-    wanted = ReleaseSettings(type="Q4_0", traces=few, imatrix="none", fidelity=False)
+    wanted = QuantizeRecipe(type="Q4_0", traces=few, imatrix="none", fidelity=False)
     assert release(tied, tmp_path / "a.gguf", settings=wanted, n_threads=1).report.path.exists()
     with pytest.raises(UsageError, check=lambda error: error.code == "needs-imatrix"):
-        release(tied, tmp_path / "b.gguf", settings=ReleaseSettings(type="IQ2_S", traces=few), n_threads=1)
+        release(tied, tmp_path / "b.gguf", settings=QuantizeRecipe(type="IQ2_S", traces=few), n_threads=1)

@@ -16,11 +16,11 @@ from deepdistill.quantize.choose.allocate import Choice, Item, promoted, solve
 from deepdistill.quantize.choose.sensitivity import Sensitivity, refine
 from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.fidelity import Reference
-from deepdistill.quantize.measure.texts import CalibrationSettings
+from deepdistill.quantize.recipe import CalibrationRecipe
 
 
 def test_a_measured_damage_is_that_of_the_changed_weights(
-    tied: Path, traces: Path, tmp_path: Path, small: CalibrationSettings
+    tied: Path, traces: Path, tmp_path: Path, small: CalibrationRecipe
 ) -> None:
     torch = pytest.importorskip("torch")
     AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM

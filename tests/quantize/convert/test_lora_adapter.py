@@ -16,7 +16,7 @@ from deepdistill.localrun.gguf.header import read_gguf
 from deepdistill.quantize.convert.checkpoint import Checkpoint
 from deepdistill.quantize.convert.writer import plan, write
 from deepdistill.quantize.provenance.metadata import source_key, source_of
-from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.recipe import HealRecipe, QuantizeRecipe
 from deepdistill.quantize.release import release
 from deepdistill.quantize.verify import verify
 
@@ -145,9 +145,14 @@ def test_an_adapter_is_known_by_its_base_too(student: Path, tmp_path: Path) -> N
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
     assert source_key(source_of(tmp_path / "adapter", student)) not in keys
-    wanted = ReleaseSettings(type="Q8_0", base=other)
+    wanted = QuantizeRecipe(type="Q8_0", base=other)
     made = release(tmp_path / "adapter", tmp_path / "a.gguf", settings=wanted, n_threads=1)
     assert verify(made.report.path).holds
     assert not verify(made.report.path, base=student).holds
     with pytest.raises(UsageError, check=lambda error: error.code == "adapter-not-healable"):
-        release(tmp_path / "adapter", tmp_path / "b.gguf", settings=ReleaseSettings(heal=2, base=other), n_threads=1)
+        release(
+            tmp_path / "adapter",
+            tmp_path / "b.gguf",
+            settings=QuantizeRecipe(heal=HealRecipe(2), base=other),
+            n_threads=1,
+        )

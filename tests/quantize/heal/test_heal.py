@@ -16,10 +16,9 @@ from deepdistill.cli import main
 from deepdistill.localrun.core.reporter import SILENT, Reporter
 from deepdistill.quantize.convert.writer import plan
 from deepdistill.quantize.heal.heal import heal
-from deepdistill.quantize.heal.training import HealSettings
-from deepdistill.quantize.measure.texts import CalibrationSettings, Text
+from deepdistill.quantize.measure.texts import Text
 from deepdistill.quantize.provenance.inspect import own_metadata
-from deepdistill.quantize.recipe import ReleaseSettings
+from deepdistill.quantize.recipe import CalibrationRecipe, HealRecipe, QuantizeRecipe
 from deepdistill.quantize.release import DistillStage, release
 from deepdistill.quantize.verify import verify
 
@@ -37,12 +36,12 @@ def _write_traces(path: Path) -> Path:
 def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student: Path, tmp_path: Path) -> None:
     projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
     traces = _write_traces(tmp_path / "traces.jsonl")
-    settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationSettings(1500, 40, 300)}
-    plain = release(student, tmp_path / "plain.gguf", settings=ReleaseSettings(**settings), n_threads=1)  # type: ignore[arg-type]
+    settings = {"type": "Q4_0", "traces": traces, "calibration": CalibrationRecipe(1500, 40, 300)}
+    plain = release(student, tmp_path / "plain.gguf", settings=QuantizeRecipe(**settings), n_threads=1)  # type: ignore[arg-type]
     healed = release(
         student,
         tmp_path / "healed.gguf",
-        settings=ReleaseSettings(heal=30, **settings),  # type: ignore[arg-type]
+        settings=QuantizeRecipe(heal=HealRecipe(30), **settings),  # type: ignore[arg-type]
         stage=DistillStage(divergence=projected_kl),
         n_threads=1,
     )
@@ -74,7 +73,7 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
             if stage == "healing" and done == self._last:
                 raise Killed
 
-    def run(name: str, tensors: Any, settings: HealSettings, report: Reporter = SILENT) -> dict[str, Any]:
+    def run(name: str, tensors: Any, settings: HealRecipe, report: Reporter = SILENT) -> dict[str, Any]:
         return heal(
             student,
             tmp_path / name,
@@ -88,7 +87,7 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
     rng = np.random.default_rng(0)
     texts = [Text(tuple(rng.integers(5, 60, 10 + i % 7).tolist()), 4) for i in range(12)]
     tensors = plan(student, "Q8_0").tensors
-    settings = HealSettings(steps=10, lr=1e-3, batch_tokens=64, refresh=2, save_every_s=0.0)
+    settings = HealRecipe(steps=10, lr=1e-3, batch_tokens=64, refresh=2, save_every_s=0.0)
     wanted = run("straight", tensors, settings)
     with pytest.raises(Killed):
         run("cut", tensors, settings, Steps(last=7))

@@ -10,11 +10,12 @@ import pytest
 
 from deepdistill.errors import ArtifactError, UsageError
 from deepdistill.localrun.engine.engine import Engine
-from deepdistill.quantize.measure.texts import CalibrationSettings, purpose_of, read_texts
+from deepdistill.quantize.measure.texts import purpose_of, read_texts
+from deepdistill.quantize.recipe import CalibrationRecipe
 
 
 def test_texts_are_rendered_as_taught_and_parts_share_no_problem(
-    f16: Path, traces: Path, tmp_path: Path, small: CalibrationSettings
+    f16: Path, traces: Path, tmp_path: Path, small: CalibrationRecipe
 ) -> None:
     texts = read_texts(traces, f16, replace(small, n_calibrate=10**6, n_measure=10**6))
     with Engine(f16, n_ctx=256, n_threads=1) as engine:
@@ -41,7 +42,7 @@ def engine_tokens(path: Path, asked: str, whole: str) -> list[int]:
         return engine.model.tokenize(reasoning, whole=False)
 
 
-def test_too_few_traces_are_said_so(f16: Path, traces: Path, tmp_path: Path, small: CalibrationSettings) -> None:
+def test_too_few_traces_are_said_so(f16: Path, traces: Path, tmp_path: Path, small: CalibrationRecipe) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(traces.read_text().splitlines(keepends=True)[:2]))
     with pytest.raises(UsageError, check=lambda error: error.code == "too-few-traces"):
@@ -52,7 +53,7 @@ def test_too_few_traces_are_said_so(f16: Path, traces: Path, tmp_path: Path, sma
 
 
 def test_what_was_judged_later_counts_as_verified(
-    f16: Path, traces: Path, tmp_path: Path, small: CalibrationSettings
+    f16: Path, traces: Path, tmp_path: Path, small: CalibrationRecipe
 ) -> None:
     """Votes and judges' verdicts stand beside the traces, which are unknown without them."""
     stored = [json.loads(line) | {"id": f"{i:016x}"} for i, line in enumerate(traces.read_text().splitlines())]
