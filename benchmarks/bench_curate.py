@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from deepdistill.distill.curation.curate import select
 from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.recipe import CurationRecipe
+from deepdistill.distill.recipe.gathering import CurationRecipe
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.record_log import to_json

@@ -25,14 +25,9 @@ from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import (
-    CurationRecipe,
-    ScoresRecipe,
-    TeacherRecipe,
-    TeachRecipe,
-    TracesRecipe,
-    TrainingRecipe,
-)
+from deepdistill.distill.recipe.gathering import CurationRecipe, TeacherRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.training.student import student_dir

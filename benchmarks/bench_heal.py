@@ -21,7 +21,7 @@ from typing import Any
 
 from deepdistill.distill.evaluation.evaluate import score_file
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeachRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.training.losses import projected_kl
 from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.quantize.choose.workbench import Workbench

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from deepdistill.distill.recipe.gathering import TeacherRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Trace
 from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach

@@ -26,7 +26,9 @@ from typing import Any
 from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from deepdistill.distill.recipe.gathering import TeacherRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Problem
 from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..distill.recipe import DEMO_PROBLEMS, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from ..distill.recipe.gathering import TracesRecipe
+from ..distill.recipe.teach import DEMO_PROBLEMS, ScoresRecipe, TeachRecipe
+from ..distill.recipe.training import TrainingRecipe
 from ..localrun.core.settings import changed
 from .runs import export_gguf
 from .shared import AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
 
 if TYPE_CHECKING:
-    from ..localrun.core.reporter import Bars
+    from ..localrun.core.reporter import Reporter
 
 
 def demo(
@@ -42,8 +44,10 @@ def demo(
     started = time.monotonic()
     with bars(quiet) as progress, resumable(folder):
         result = teach(recipe, folder, report=progress)
-        report = export_gguf(folder / "student", folder / "student-Q8_0.gguf", "Q8_0", None, recipe, progress)
-        scores = result.scores | {"gguf": _score_gguf(folder, report.path, recipe, progress)}
+        report = export_gguf(
+            folder / "student", folder / "student-Q8_0.gguf", type_="Q8_0", recipe=recipe, report=progress
+        )
+        scores = result.scores | {"gguf": _score_gguf(folder, report.path, recipe=recipe, report=progress)}
     question, thinking, answer = _ask(report.path, recipe)
     minutes_taken = (time.monotonic() - started) / 60
     sizes = {
@@ -96,12 +100,12 @@ def _ask(gguf: Path, recipe: TeachRecipe) -> tuple[str, str, str]:
     return question, parts["thinking"], parts["answer"]
 
 
-def _score_gguf(folder: Path, path: Path, recipe: TeachRecipe, progress: Bars) -> dict[str, Any]:
+def _score_gguf(folder: Path, path: Path, *, recipe: TeachRecipe, report: Reporter) -> dict[str, Any]:
     """Score a GGUF on the problems that its run was scored on, with the same limits."""
     from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
 
     held_out = load_problems(recipe.problems, "test", n=recipe.scores.n, seed=recipe.seed)
     answers_path, max_tokens = folder / "answers" / "gguf.jsonl", recipe.scores.max_tokens
-    score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers_path, report=progress)
+    score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers_path, report=report)
     return score.to_json()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..distill.recipe import EvalRecipe
+from ..distill.recipe.teach import EvalRecipe
 from .declared import declared
 from .runs import run_of
 from .shared import AsJson, Quiet, bars

@@ -36,7 +36,7 @@ def export(
 ) -> None:
     """A GGUF as a folder for phones with a page that runs it offline, or traces as other trainers load them."""
     if to != "phone":
-        _export_traces(path, to, out, reasoning, all_traces, json_output)
+        _export_traces(path, out, to=to, reasoning=reasoning, all_traces=all_traces, json_output=json_output)
         return
     from ..localrun.find import find_model
     from ..localrun.phone.phone import export_phone
@@ -44,13 +44,13 @@ def export(
     folder = Path(path) if path and Path(path).is_dir() else None
     model = folder or find_model(path, offline=offline)
     name = (folder or model.with_suffix("")).resolve().name
-    run, settings = run_of(folder) if folder else (None, None)
+    run, taught = run_of(folder) if folder else (None, None)
     with bars(quiet) as progress:
 
         def make(type_: str) -> Path:
             assert run is not None
             target = run / f"student-{type_}.gguf"
-            return export_gguf(run / "student", target, type_, None, settings, progress, proofs=False).path
+            return export_gguf(run / "student", target, type_=type_, recipe=taught, report=progress, proofs=False).path
 
         report = export_phone(
             model,
@@ -67,8 +67,9 @@ def export(
 
 def _export_traces(
     path: str | None,
-    to: Literal["messages", "parquet"],
     out: Path | None,
+    *,
+    to: Literal["messages", "parquet"],
     reasoning: Literal["field", "think"],
     all_traces: bool,
     json_output: bool,
@@ -77,7 +78,7 @@ def _export_traces(
     from ..distill.traces.exporting import export_traces
 
     if path is None:
-        raise UsageError("which traces?", "give a traces.jsonl or a run folder")
+        raise UsageError("which traces?", "give a traces.jsonl or a run folder", code="no-traces")
     source = Path(path) / "traces.jsonl" if Path(path).is_dir() else Path(path)
     target = out or source.with_name(f"{source.stem}-{to}.{'parquet' if to == 'parquet' else 'jsonl'}")
     n_rows = export_traces(source, target, to=to, reasoning=reasoning, include="all" if all_traces else "accepted")

@@ -35,7 +35,7 @@ def plan(
     from ..distill.planning.plan import PlanSettings
     from ..distill.planning.plan import plan as make_plan
     from ..distill.planning.text import plan_json, print_plan
-    from ..distill.recipe import Price, read_price
+    from ..distill.recipe.gathering import Price, read_price
 
     made = make_plan(
         PlanSettings(

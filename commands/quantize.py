@@ -19,7 +19,7 @@ from .runs import metadata_of, questions_of, run_of
 from .shared import AsJson, Quiet, bars
 
 if TYPE_CHECKING:
-    from ..distill.recipe import TeachRecipe
+    from ..distill.recipe.teach import TeachRecipe
     from ..localrun.core.reporter import Reporter
     from ..quantize.measure.paired import Answers
     from ..quantize.release import DistillStage
@@ -138,7 +138,7 @@ def _asking(spec: str, taught: TeachRecipe | None, *, n: int, report: Reporter) 
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
     from ..distill.evaluation.evaluate import score_file
     from ..distill.problems.load import load_problems
-    from ..distill.recipe import ScoresRecipe
+    from ..distill.recipe.teach import ScoresRecipe
     from ..quantize.measure.paired import Answers
 
     held_out = load_problems(spec, "test", n=n, seed=taught.seed if taught else 0)

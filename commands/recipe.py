@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..distill.recipe import EvalRecipe, TeachRecipe
+from ..distill.recipe.teach import EvalRecipe, TeachRecipe
 from ..errors import UsageError
 from ..localrun.core.settings import as_toml, values_of
 from ..localrun.recipe import ChatRecipe

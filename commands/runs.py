@@ -10,8 +10,8 @@ from .. import __version__
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    from ..distill.recipe import TeachRecipe
-    from ..localrun.core.reporter import Bars
+    from ..distill.recipe.teach import TeachRecipe
+    from ..localrun.core.reporter import Reporter
     from ..quantize.report import QuantizeReport
 
 
@@ -19,7 +19,7 @@ def run_of(path: Path) -> tuple[Path | None, TeachRecipe | None]:
     """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
     if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
         return None, None  # nothing to import a stage for
-    from ..distill.recipe import TeachRecipe
+    from ..distill.recipe.teach import TeachRecipe
     from ..distill.run import find_run
 
     folder = find_run(path)
@@ -29,34 +29,35 @@ def run_of(path: Path) -> tuple[Path | None, TeachRecipe | None]:
 def export_gguf(
     checkpoint: Path,
     target: Path,
+    *,
     type_: str,
-    problems: str | None,
-    settings: TeachRecipe | None,
-    progress: Bars,
+    recipe: TeachRecipe | None,
+    report: Reporter,
     proofs: bool = True,
 ) -> QuantizeReport:
     """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
     from ..quantize.release import quantize as run_quantize
 
-    report = run_quantize(checkpoint, target, ftype=type_, metadata=metadata_of(settings), report=progress)
-    return report.proved(questions_of(problems, settings), report=progress) if proofs else report
+    made = run_quantize(checkpoint, target, ftype=type_, metadata=metadata_of(recipe), report=report)
+    return made.proved(questions_of(None, recipe), report=report) if proofs else made
 
 
-def metadata_of(settings: TeachRecipe | None) -> dict[str, str | int | float | bool]:
+def metadata_of(recipe: TeachRecipe | None) -> dict[str, str | int | float | bool]:
     """Return what a GGUF says of the version and the run that made it."""
-    recipe = {"deepdistill.recipe": json.dumps(settings.to_json())} if settings else {}
-    return {"deepdistill.version": __version__, **recipe}
+    kept = {"deepdistill.recipe": json.dumps(recipe.to_json())} if recipe else {}
+    return {"deepdistill.version": __version__, **kept}
 
 
-def questions_of(problems: str | None, settings: TeachRecipe | None) -> list[str]:
+def questions_of(problems: str | None, recipe: TeachRecipe | None) -> list[str]:
     """Return some test questions of a spec or of the run, or plain sums where there is neither or no way to it."""
-    spec = problems or (settings.problems if settings else None)
+    spec = problems or (recipe.problems if recipe else None)
     try:
         from ..distill.problems.load import load_problems
 
         if spec is not None:
-            return [p.question for p in load_problems(spec, "test", n=20, seed=settings.seed if settings else 0)]
+            return [p.question for p in load_problems(spec, "test", n=20, seed=recipe.seed if recipe else 0)]
     except ImportError:  # the quantize extra alone
         if problems:
-            raise UsageError(f"{problems} takes the teach extra", "pip install 'deepdistill[teach]'") from None
+            hint = "pip install 'deepdistill[teach]'"
+            raise UsageError(f"{problems} needs the teach extra", hint, code="not-installed") from None
     return [f"What is {3 * i + 2} + {7 * i + 5}?" for i in range(1, 21)]

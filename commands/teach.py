@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..distill.recipe import Stage, TeachRecipe
+from ..distill.recipe.teach import Stage, TeachRecipe
 from .declared import declared
 from .shared import AsJson, Quiet, bars, console, resumable
 

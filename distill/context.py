@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..localrun.core.reporter import SILENT, Reporter
-from .recipe import ResourcesRecipe, Stage, TeachRecipe
+from .recipe.teach import ResourcesRecipe, Stage, TeachRecipe
 from .run import Run
 from .teachers import Teacher, open_teacher
 

@@ -13,7 +13,7 @@ from .judging.judge_traces import REPLIES_FILE, judge_ungraded
 from .records import Problem, Trace
 from .run import Run
 from .teachers import Teacher
-from .teachers.ask_once import stored_replies
+from .teachers.ask_once import ask_once, stored_replies
 from .teachers.budget import Budget
 from .teachers.capabilities import USUAL_LOGPROBS, describe, probe
 from .teachers.expand import expand
@@ -115,12 +115,17 @@ def _expanded(
     new = expand(
         problems,
         recipe.traces.expand,
-        path=context.run.folder / _EXPANDED,
         teacher=recipe.teacher.model,
-        open_teacher=context.open_teacher,
+        ask=lambda asks: ask_once(
+            asks,
+            context.run.folder / _EXPANDED,
+            sampling=recipe.traces.expand.sampling,
+            open_teacher=context.open_teacher,
+            budget=budget,
+            report=context.report,
+            stage="new problems",
+        ),
         evaluation=evaluation,
-        budget=budget,
-        report=context.report,
     )
     dropped = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in new.dropped.items() if n)
     context.report.say(

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .recipe import CostRecipe, TeachRecipe
+from .recipe.gathering import CostRecipe
+from .recipe.teach import TeachRecipe
 from .records import Problem, Trace, has_answer
 from .teachers.expand import missing_expansions
 from .traces.collect import CollectSettings, Ledger
@@ -54,7 +55,7 @@ def preview(recipe: TeachRecipe, folder: Path, *, problems: Sequence[Problem], h
     per_trace = seen.completion / seen.n if seen.is_telling else wanted.sampling.max_tokens
 
     expand, teacher = recipe.traces.expand, recipe.teacher.model
-    expansions = missing_expansions(problems, expand, folder / "expand.jsonl", teacher=teacher) if expand.n else []
+    expansions = missing_expansions(problems, expand, path=folder / "expand.jsonl", teacher=teacher) if expand.n else []
     n_traces += len(problems) * expand.n * recipe.traces.samples if expansions else 0  # none of them is known yet
     n_judgements = _n_judgements(problems, recipe)
 

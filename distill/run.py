@@ -13,7 +13,7 @@ from ..errors import ArtifactError
 from ..localrun.core.append_file import WriterLock
 from ..localrun.core.atomic import write_text
 from ..localrun.core.settings import fields_of, get
-from .recipe import TeachRecipe
+from .recipe.teach import TeachRecipe
 
 CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
 

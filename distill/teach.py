@@ -22,7 +22,8 @@ from .evaluation.report import write_report
 from .gather import gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
 from .problems.load import load_problems
-from .recipe import CurationRecipe, Stage, TeachRecipe
+from .recipe.gathering import CurationRecipe
+from .recipe.teach import Stage, TeachRecipe
 from .records import NONE, Problem, Trace
 from .run import Run
 from .teachers import Teacher, open_teacher

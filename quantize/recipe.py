@@ -14,7 +14,7 @@ _PLAIN = frozenset({"F32", "F16", "BF16", "Q8_0"})  # an importance matrix chang
 
 
 def _bytes(text: str) -> int:
-    from .convert.files import parse_size
+    from ..localrun.core.text import parse_size
 
     return parse_size(text)
 

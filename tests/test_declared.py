@@ -16,7 +16,7 @@ import typer
 from deepdistill.cli import app, main
 from deepdistill.commands.declared import settings_of
 from deepdistill.commands.recipe import TREES
-from deepdistill.distill.recipe import TeachRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.settings import build
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from deepdistill.cli import main
-from deepdistill.distill.recipe import VERSION, TeachRecipe, upgraded
+from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.upgrade import VERSION, upgraded
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.settings import fields_of
 

@@ -33,7 +33,7 @@ from ..problems.similarity import (
     word_hashes,
 )
 from ..problems.split import normalise_question
-from ..recipe import CurationRecipe
+from ..recipe.gathering import CurationRecipe
 from ..records import Problem, Trace
 from .filters import FILTERS, N_EXCERPT, excerpt, fault_of, fault_of_text, question_of
 
@@ -71,7 +71,7 @@ def select(
     survey = _Survey(settings, pass_rate or {}, record)
     for trace in source():
         survey.add(trace)
-    decision = _Decision(survey, settings, record, seed)
+    decision = _Decision(survey, settings, record=record, seed=seed)
     decision.take_unjudged()
     decision.take_contaminated(list(evaluation))
     decision.take_same_questions()
@@ -185,7 +185,7 @@ class _Survey:
 class _Decision:
     """Drops traces for what they are to each other. `stays[i]` says whether survivor i still trains; [N]."""
 
-    def __init__(self, survey: _Survey, settings: CurationRecipe, record: _Record, seed: int) -> None:
+    def __init__(self, survey: _Survey, settings: CurationRecipe, *, record: _Record, seed: int) -> None:
         self.survey, self.settings, self.record, self.seed = survey, settings, record, seed
         self.problem = np.frombuffer(survey.problem, np.int32)
         self.stays = np.ones(len(self.problem), np.bool_)

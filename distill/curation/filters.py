@@ -8,7 +8,7 @@ from ...localrun.core.loops import find_loop
 from ...localrun.core.text import shorten
 from ..problems.similarity import Words, repeated_share
 from ..problems.split import bucket_of
-from ..recipe import CurationRecipe
+from ..recipe.gathering import CurationRecipe
 from ..records import Trace
 
 FILTERS = {

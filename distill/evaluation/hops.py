@@ -10,7 +10,7 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..context import Context
 from ..graders.pool import Grader
 from ..problems.load import load_problems
-from ..recipe import EvalRecipe
+from ..recipe.teach import EvalRecipe
 from ..records import NONE, Problem
 from ..teachers import open_teacher
 from ..training.student import student_dir

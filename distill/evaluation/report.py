@@ -29,7 +29,7 @@ from ...localrun.core.record_log import read_records
 from ...localrun.core.settings import flat
 from ...localrun.core.text import format_bytes, shorten
 from ..curation.filters import question_of
-from ..recipe import upgraded
+from ..recipe.upgrade import upgraded
 from ..records import CURVE_FILE, CurvePoint, Trace
 from ..run import Run
 from ..traces.store import TraceStore

@@ -19,7 +19,7 @@ from typing import Any
 
 from ...localrun.core.generation import Message
 from ...localrun.core.reporter import SILENT, Reporter
-from ..recipe import JudgeRecipe
+from ..recipe.gathering import JudgeRecipe
 from ..records import Judgement, Trace
 from ..teachers.ask_once import Ask, StoredReplies, StoredReply, ask_id, ask_once
 from ..teachers.base import Teacher

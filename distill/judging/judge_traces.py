@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from ...errors import UsageError
 from ..context import Context
-from ..recipe import TeachRecipe
+from ..recipe.teach import TeachRecipe
 from ..records import GradesAnswers, Problem, Trace, has_answer
 from ..teachers.budget import Budget
 from ..traces.store import TraceStore

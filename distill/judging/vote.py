@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..recipe import VoteRecipe
+from ..recipe.gathering import VoteRecipe
 from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ...errors import UsageError
 from ...localrun.core.text import format_bytes
-from ..recipe import Price
+from ..recipe.gathering import Price
 from .catalogue import GPUS, Gpu
 from .layouts import MOST_GPUS, GpuLayout, Load, gpu_layouts
 from .parameters import BITS, DecoderShape, Dtype, Parameters, count_parameters, load_shape

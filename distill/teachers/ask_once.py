@@ -17,7 +17,7 @@ from typing import Any
 from ...localrun.core.generation import Completion, FinishReason, Message, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import SILENT, Reporter
-from ..recipe import CostRecipe
+from ..recipe.gathering import CostRecipe
 from ..records import Request
 from .asking import Asked, ask_all
 from .base import Teacher

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ...localrun.core.generation import Completion
 from ...localrun.core.text import format_duration
-from ..recipe import CostRecipe
+from ..recipe.gathering import CostRecipe
 
 _JUDGED_FROM = 20  # samples: fewer say little about the rest
 

@@ -20,14 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...localrun.core.generation import Message
-from ...localrun.core.reporter import SILENT, Reporter
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_hash
-from ..recipe import ExpandRecipe
+from ..recipe.gathering import ExpandRecipe
 from ..records import Problem
-from .ask_once import Ask, StoredReplies, StoredReply, ask_id, ask_once, stored_replies
-from .base import Teacher
-from .budget import Budget
+from .ask_once import Ask, StoredReplies, StoredReply, ask_id, stored_replies
 
 DROPPED = {
     "malformed": "too short, too long, cut off or a placeholder",
@@ -66,36 +63,21 @@ def expand(
     given: Sequence[Problem],
     settings: ExpandRecipe,
     *,
-    path: Path,
     teacher: str,
-    open_teacher: Callable[[], Teacher],
+    ask: Callable[[list[Ask]], StoredReplies],
     evaluation: Iterable[str] = (),
-    budget: Budget | None = None,
-    report: Reporter = SILENT,
 ) -> Expanded:
-    """Return new problems like the given ones; replies that `path` holds from earlier runs are not asked for again.
+    """Return new problems like the given ones. The same replies give the same problems in the same order.
 
-    The same replies give the same problems in the same order. `teacher` is the string that the user gave, `evaluation`
-    are the questions that no new one may touch.
-
-    Raises:
-        TeacherError: the teacher cannot answer any more; every earlier reply is stored.
-        ArtifactError: the file is broken or cannot be written.
+    `teacher` is the string that the user gave; `ask` asks it what it was not asked before (see `ask_once`);
+    `evaluation` has the questions that no new problem may touch.
     """
     asks = list(_asks(given, settings, teacher))
-    replies = ask_once(
-        [ask for ask, _, _ in asks],
-        path,
-        sampling=settings.sampling,
-        open_teacher=open_teacher,
-        budget=budget,
-        report=report,
-        stage="new problems",
-    )
+    replies = ask([one for one, _, _ in asks])
     written = [
         (text, origin)
-        for ask, origin, n in asks
-        if (reply := replies.by_id.get(ask.id))
+        for one, origin, n in asks
+        if (reply := replies.by_id.get(one.id))
         for text in read_problems(reply)[:n]
     ]
     sieve = _Sieve(given, settings)
@@ -103,7 +85,7 @@ def expand(
     return Expanded(problems, len(written), sieve.dropped, sieve.examples, replies)
 
 
-def missing_expansions(given: Sequence[Problem], settings: ExpandRecipe, path: Path, *, teacher: str) -> list[Ask]:
+def missing_expansions(given: Sequence[Problem], settings: ExpandRecipe, *, path: Path, teacher: str) -> list[Ask]:
     """Return the requests that `expand` would pay for: those whose replies the file lacks.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import SILENT, Reporter
-from ..recipe import CostRecipe, TeacherRecipe, TracesRecipe
+from ..recipe.gathering import CostRecipe, TeacherRecipe, TracesRecipe
 from ..records import (
     GradesAnswers,
     Problem,

@@ -18,7 +18,7 @@ from ...errors import ModelError
 from ...localrun.core.atomic import write_text
 from ...localrun.core.record_log import RecordLog, read_records, to_json
 from ...localrun.core.reporter import SILENT, Reporter
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from ..records import CURVE_FILE, CurvePoint
 from ..run import CLOCK_FILE
 from .distributed import agreed

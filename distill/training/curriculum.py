@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from ..recipe import CurriculumRecipe
+from ..recipe.training import CurriculumRecipe
 from .rows import Row, order_rows
 
 Level = Literal["easy", "middle", "hopeless"]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ...errors import ArtifactError
 from ...localrun.core.reporter import SILENT, Reporter
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from ..records import Trace
 from ..teachers.vocabulary import is_same
 from ..tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ...errors import ModelError, UsageError
 from ...localrun.core.text import first_line
 from ..device import quiet_transformers
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from .rows import Row
 
 

@@ -19,7 +19,7 @@ import torch
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.core.atomic import write_text
 from ..device import SMALL_MODEL, fastest
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from .distributed import is_first, processes
 from .rows import Row
 

@@ -22,7 +22,7 @@ from ...errors import ArtifactError
 from ...localrun.core.atomic import write_text
 from ...localrun.core.reporter import SILENT, Reporter
 from ..device import NO_MEMORY, choose_device
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from ..tokenizer import Tokenizer
 from .callback import Clock, Validation, last_checkpoint, validation_of
 from .distributed import is_first, processes

@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
 from ...errors import UsageError
-from ..recipe import TrainingRecipe
+from ..recipe.training import TrainingRecipe
 from .callback import Clock
 from .distributed import processes
 from .lora import parameter_groups

@@ -88,15 +88,11 @@ def build(cls: type[_S], values: Mapping[str, Any], where: str = "") -> _S:
             what a section itself says of values that do not go together.
     """
     faults = list[str]()
-    made = _built(cls, values, (), faults)
+    made = _built(cls, values, path=(), faults=faults)
     if faults:
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         named = "; ".join(faults)
-        raise UsageError(
-            f"{where}: {named}" if where else named,
-            f"{_hint(cls)}{more if len(faults) > 6 else ''}",
-            code="bad-settings",
-        )
+        hint = "`deepdistill recipe` prints every setting with its default"
+        raise UsageError(f"{where}: {named}" if where else named, hint, code="bad-settings")
     return made  # type: ignore[no-any-return]
 
 
@@ -217,7 +213,7 @@ def plain_default(leaf: Leaf) -> str:
     return f"`{_toml(_plain(leaf.default))}`"
 
 
-def _built(cls: type, values: Any, path: tuple[str, ...], faults: list[str]) -> Any:
+def _built(cls: type, values: Any, *, path: tuple[str, ...], faults: list[str]) -> Any:
     """Make one section, or note what is wrong with it and return None."""
     name = ".".join(path)
     if not isinstance(values, Mapping):
@@ -235,7 +231,7 @@ def _built(cls: type, values: Any, path: tuple[str, ...], faults: list[str]) -> 
     for key in fields:
         if key in sections:
             hint = get_type_hints(cls)[key]
-            made[key] = _built(hint, values.get(key, {}), (*path, key), faults)
+            made[key] = _built(hint, values.get(key, {}), path=(*path, key), faults=faults)
         elif key in values:
             try:
                 made[key] = _checked(leaves[key], values[key])
@@ -390,14 +386,7 @@ def _assignment(leaf: Leaf, value: Any) -> str:
 
 def _toml(value: Any) -> str:
     """Return a plain value as TOML writes it: as JSON does, but for one control character."""
-    if isinstance(value, str) and "\n" in value and '"""' not in value:
+    if isinstance(value, str) and "\n" in value and value.replace("\n", "").isprintable() and '"""' not in value:
         body = value.replace("\\", "\\\\").replace("\x7f", "\\u007f")
         return f'"""\n{body}"""' if not value.endswith('"') else json.dumps(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _hint(cls: type) -> str:
-    return f"every setting, with its default: deepdistill recipe{_SHOWN.get(cls.__name__, '')}"
-
-
-_SHOWN: dict[str, str] = {}

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...errors import UsageError
+
+_SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
+
 
 def format_bytes(n: float) -> str:
     """Return a size as download pages write it: 512 B, 3.2 kB, 145 MB, 4.1 GB (decimal)."""
@@ -42,3 +46,20 @@ def listed(items: Iterable[object], *, most: int | None = None) -> str:
     if most is not None and len(texts) > most:
         texts[most:] = [f"{len(texts) - most:,} more"]
     return " and ".join([", ".join(texts[:-1]), texts[-1]] if len(texts) > 1 else texts)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as `500M`, `2G` or `90MB`, where 1K is 1,000 as on disks.
+
+    Raises:
+        UsageError: `code` "bad-size".
+    """
+    plain = text.strip().upper().removesuffix("B")
+    factor = _SIZES.get(plain[-1:], 1.0)
+    try:
+        size = int(float(plain[:-1] if plain[-1:] in _SIZES else plain) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size", "write it as 500M or 2G", code="bad-size")
+    return size

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ...errors import ArtifactError, UsageError
+from ...errors import ArtifactError
 from ...localrun.core.atomic import replacing_file
-
-_SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
 
 
 def shard_paths(out: Path, n: int) -> list[Path]:
@@ -36,23 +34,6 @@ def shards(sizes: Sequence[int], limit: int | None) -> list[range]:
             filled = 0
         filled += size
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `500M`, `2G` or `90MB`, where 1K is 1,000 as on disks.
-
-    Raises:
-        UsageError: `code` "bad-size".
-    """
-    plain = text.strip().upper().removesuffix("B")
-    factor = _SIZES.get(plain[-1:], 1.0)
-    try:
-        size = int(float(plain[:-1] if plain[-1:] in _SIZES else plain) * factor)
-    except (ValueError, OverflowError):
-        size = 0
-    if size <= 0:
-        raise UsageError(f"{text!r} is not a size", "write it as 500M or 2G", code="bad-size")
-    return size
 
 
 def sha256_of(path: Path) -> str:

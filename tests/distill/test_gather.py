@@ -14,7 +14,8 @@ import pytest
 
 from deepdistill.distill.context import Context
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import CostRecipe, TeachRecipe, TracesRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.records import Request, Trace
 from deepdistill.distill.run import Run
 from deepdistill.distill.teach import teach

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from deepdistill.distill.preview import Preview, describe_preview, preview
-from deepdistill.distill.recipe import CostRecipe, CurationRecipe, TeacherRecipe, TeachRecipe, TracesRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe, CurationRecipe, TeacherRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.localrun.core.generation import Completion

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.recipe import CostRecipe, TeachRecipe, TrainingRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.run import Run, find_run, run_name
 from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.atomic import write_text
@@ -20,7 +22,7 @@ def test_a_run_is_locked_against_another_process(tmp_path: Path) -> None:
     with Run(folder, TeachRecipe("p")):
         code = (
             "import sys; from pathlib import Path\n"
-            "from deepdistill.distill.recipe import TeachRecipe\n"
+            "from deepdistill.distill.recipe.teach import TeachRecipe\n"
             "from deepdistill.distill.run import Run\nfrom deepdistill.errors import ArtifactError\n"
             "try:\n    Run(Path(sys.argv[1]), TeachRecipe('p')).__enter__()\n"
             "except ArtifactError as error:\n    print(error.message)\n"

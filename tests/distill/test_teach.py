@@ -20,7 +20,9 @@ from deepdistill.cli import main
 from deepdistill.distill import teach as teach_module
 from deepdistill.distill.curation.curate import apart_from, select
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import CurationRecipe, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from deepdistill.distill.recipe.gathering import CurationRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir

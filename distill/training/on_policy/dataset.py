@@ -17,7 +17,7 @@ import numpy as np
 
 from ....localrun.core.generation import TopLogprobs
 from ....localrun.core.loops import Loop, find_loop
-from ...recipe import OnPolicyLoss, OnPolicyRecipe, TrainingRecipe
+from ...recipe.training import OnPolicyLoss, OnPolicyRecipe, TrainingRecipe
 from ...records import Trace
 from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs

@@ -25,7 +25,8 @@ from ...context import Context
 from ...curation.curate import apart_from
 from ...graders.pool import Grader
 from ...problems.load import load_problems
-from ...recipe import TeachRecipe, TrainingRecipe
+from ...recipe.teach import TeachRecipe
+from ...recipe.training import TrainingRecipe
 from ...records import NONE, Problem, Trace
 from ...teachers import Teacher
 from ...teachers.huggingface.loading import weights_hash

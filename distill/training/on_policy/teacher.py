@@ -17,7 +17,7 @@ from ....localrun.core.reporter import SILENT, Relay, Reporter
 from ...context import Context
 from ...gather import spent_before
 from ...graders.pool import Grader
-from ...recipe import TeachRecipe
+from ...recipe.teach import TeachRecipe
 from ...records import Problem, Trace, id_key
 from ...run import Run
 from ...teachers import Teacher, TeacherInfo

@@ -27,7 +27,7 @@ from ....localrun.core.generation import Sampling
 from ....localrun.core.reporter import SILENT, Reporter
 from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
-from ...recipe import GrpoRecipe, TrainingRecipe
+from ...recipe.training import GrpoRecipe, TrainingRecipe
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, new_sequence

@@ -11,7 +11,7 @@ from ....errors import UsageError
 from ....localrun.core.settings import fields_of, get
 from ...context import Context
 from ...graders.pool import Grader
-from ...recipe import TeachRecipe
+from ...recipe.teach import TeachRecipe
 from ...records import NONE, Problem
 from ..pass_rate import own_pass_rates
 from ..student import teach_template

@@ -14,7 +14,7 @@ from deepdistill.distill.curation.curate import select
 from deepdistill.distill.curation.filters import FILTERS
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.recipe import CurationRecipe
+from deepdistill.distill.recipe.gathering import CurationRecipe
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Sampling

@@ -12,7 +12,7 @@ import pytest
 from deepdistill.distill.curation.filters import fault_of_text
 from deepdistill.distill.evaluation.evaluate import is_loop, sum_up, wilson_interval
 from deepdistill.distill.problems.similarity import word_hashes
-from deepdistill.distill.recipe import CurationRecipe
+from deepdistill.distill.recipe.gathering import CurationRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Verdict
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.endpoint.stream import LoopWatch

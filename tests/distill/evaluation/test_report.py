@@ -25,7 +25,8 @@ from deepdistill.distill.curation.curate import select
 from deepdistill.distill.evaluation.charts import curve, histogram, over_time
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import TeacherRecipe, TeachRecipe
+from deepdistill.distill.recipe.gathering import TeacherRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.records import CurvePoint, TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
 from deepdistill.distill.traces.summary import TraceSummary

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdistill.distill.judging.judge import Judged, judge_traces, score_ask, score_of
-from deepdistill.distill.recipe import DEFAULT_RUBRIC, CostRecipe, JudgeRecipe
+from deepdistill.distill.recipe.gathering import DEFAULT_RUBRIC, CostRecipe, JudgeRecipe
 from deepdistill.distill.records import Judgement, Request, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.teachers.ask_once import StoredReply, stored_replies

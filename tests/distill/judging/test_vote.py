@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepdistill.distill.judging.vote import Ballot, Election, answer_key, vote, vote_on_traces
-from deepdistill.distill.recipe import VoteRecipe
+from deepdistill.distill.recipe.gathering import VoteRecipe
 from deepdistill.distill.records import Judgement, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.localrun.core.generation import FinishReason, Sampling
 

@@ -17,7 +17,7 @@ from deepdistill.distill.planning.parameters import (
     BITS,
 )
 from deepdistill.distill.planning.plan import PlanSettings, ServingPlan, find_gpu, plan
-from deepdistill.distill.recipe import Price
+from deepdistill.distill.recipe.gathering import Price
 from deepdistill.errors import UsageError
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "planning.md"

@@ -11,7 +11,7 @@ from rich.console import Console
 from deepdistill.distill.planning.catalogue import MODELS
 from deepdistill.distill.planning.plan import PlanSettings, ServingPlan, plan
 from deepdistill.distill.planning.text import plan_json, print_plan
-from deepdistill.distill.recipe import Price
+from deepdistill.distill.recipe.gathering import Price
 
 
 def text_of(made: ServingPlan, width: int = 80) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from deepdistill.distill.recipe import CostRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe
 from deepdistill.distill.records import Request
 from deepdistill.distill.teachers.asking import Asked, ask_all
 from deepdistill.distill.teachers.base import Teacher

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deepdistill.distill.recipe import CostRecipe, Price, read_price
+from deepdistill.distill.recipe.gathering import CostRecipe, Price, read_price
 from deepdistill.distill.teachers.budget import Budget
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion

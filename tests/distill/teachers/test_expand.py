@@ -6,17 +6,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deepdistill.distill.problems.split import bucket_of, question_hash
-from deepdistill.distill.recipe import CostRecipe, ExpandRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe, ExpandRecipe
 from deepdistill.distill.records import Problem, Request
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.ask_once import StoredReply
+from deepdistill.distill.teachers.ask_once import Ask, StoredReplies, StoredReply, ask_once
 from deepdistill.distill.teachers.base import Teacher
 from deepdistill.distill.teachers.budget import Budget
 from deepdistill.distill.teachers.expand import Expanded, expand, missing_expansions, read_problems
@@ -70,14 +69,29 @@ def problem(question: str) -> Problem:
 GIVEN = [problem("What is two and two, said slowly?"), problem("How many legs have nine spiders and a stool?")]
 
 
-def run(tmp_path: Path, teacher: Scripted, n: int = 3, given: list[Problem] | None = None, **more: Any) -> Expanded:
+def run(
+    tmp_path: Path,
+    teacher: Scripted,
+    n: int = 3,
+    given: list[Problem] | None = None,
+    budget: Budget | None = None,
+    evaluation: Iterable[str] = (),
+) -> Expanded:
+    settings = ExpandRecipe(n)
     return expand(
         GIVEN if given is None else given,
-        ExpandRecipe(n),
+        settings,
         teacher="toy",
-        path=tmp_path / "expansions.jsonl",
-        open_teacher=lambda: teacher,
-        **more,
+        ask=asking(tmp_path / "expansions.jsonl", settings, lambda: teacher, budget),
+        evaluation=evaluation,
+    )
+
+
+def asking(
+    path: Path, settings: ExpandRecipe, opener: Callable[[], Teacher], budget: Budget | None = None
+) -> Callable[[list[Ask]], StoredReplies]:
+    return lambda asks: ask_once(
+        asks, path, sampling=settings.sampling, open_teacher=opener, budget=budget, stage="new"
     )
 
 
@@ -234,7 +248,7 @@ def test_the_example_of_the_prompt_is_no_new_problem(tmp_path: Path) -> None:
         return json.dumps(example)
 
     teacher = Scripted(parrot)
-    (ask,) = missing_expansions(GIVEN[:1], ExpandRecipe(2), tmp_path / "none.jsonl", teacher="toy")
+    (ask,) = missing_expansions(GIVEN[:1], ExpandRecipe(2), path=tmp_path / "none.jsonl", teacher="toy")
     example = json.loads(ask.messages[1]["content"])
     assert len(example) == 2
     assert run(tmp_path, teacher, n=2, given=GIVEN[:1]).problems == []
@@ -256,7 +270,7 @@ def test_a_killed_run_pays_for_nothing_twice_and_ends_alike(tmp_path: Path) -> N
     with pytest.raises(TeacherError):
         run(tmp_path / "part", first, n=12)
     path = tmp_path / "part" / "expansions.jsonl"
-    assert len(missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="toy")) == 2
+    assert len(missing_expansions(GIVEN, ExpandRecipe(12), path=path, teacher="toy")) == 2
     path.write_bytes(path.read_bytes() + b'{"id": "torn')
     second = Scripted(by_given)
     assert run(tmp_path / "part", second, n=12).problems == whole.problems
@@ -264,8 +278,8 @@ def test_a_killed_run_pays_for_nothing_twice_and_ends_alike(tmp_path: Path) -> N
     third = Scripted(by_given)
     assert run(tmp_path / "part", third, n=12).problems == whole.problems
     assert not third.asked
-    assert missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="toy") == []
-    assert missing_expansions(GIVEN, ExpandRecipe(12), path, teacher="other")
+    assert missing_expansions(GIVEN, ExpandRecipe(12), path=path, teacher="toy") == []
+    assert missing_expansions(GIVEN, ExpandRecipe(12), path=path, teacher="other")
 
 
 def test_what_failed_is_asked_again_and_what_came_is_used(tmp_path: Path) -> None:
@@ -303,10 +317,10 @@ def test_a_real_small_model_writes_problems(tmp_path: Path) -> None:
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
     settings = ExpandRecipe(3, temperature=0.7, top_p=0.95, max_tokens=200)
     path = tmp_path / "expansions.jsonl"
-    made = expand(GIVEN, settings, path=path, teacher="smollm2", open_teacher=lambda: open_teacher(str(gguf)))
+    made = expand(GIVEN, settings, teacher="smollm2", ask=asking(path, settings, lambda: open_teacher(str(gguf))))
     assert made.replies.n_asked == 2
     assert made.n_written == len(made.problems) + sum(made.dropped.values())
     for one in made.problems:
         assert bucket_of(one.question) == "train"
         assert not re.match(r"\s*\d+[.)]", one.question)
-    assert missing_expansions(GIVEN, settings, path, teacher="smollm2") == []
+    assert missing_expansions(GIVEN, settings, path=path, teacher="smollm2") == []

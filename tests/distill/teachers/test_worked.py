@@ -9,7 +9,8 @@ import pytest
 
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import CurationRecipe, ScoresRecipe, TeacherRecipe, TeachRecipe, TracesRecipe
+from deepdistill.distill.recipe.gathering import CurationRecipe, TeacherRecipe, TracesRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
 from deepdistill.distill.records import Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers.worked import WorkedTeacher, worked_solution

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.recipe import CostRecipe
+from deepdistill.distill.recipe.gathering import CostRecipe
 from deepdistill.distill.records import Grade, Problem, Request, Trace
 from deepdistill.distill.teachers.asking import Asked
 from deepdistill.distill.teachers.base import Teacher

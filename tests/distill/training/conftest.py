@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.training.report import TrainReport
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.train import TrainPaths, train

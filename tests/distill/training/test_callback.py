@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.distill.training import train as train_module
 from deepdistill.distill.training.callback import Clock, cut_curve

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from deepdistill.distill.recipe import CurriculumRecipe
+from deepdistill.distill.recipe.training import CurriculumRecipe
 from deepdistill.distill.training.curriculum import arrange, counts, estimated, level_of
 from deepdistill.distill.training.rows import Row, order_rows
 

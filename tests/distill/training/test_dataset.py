@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.recipe import OnPolicyRecipe, TeachRecipe, TrainingRecipe
+from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.training import OnPolicyRecipe, TrainingRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint, messages_of
 from deepdistill.distill.teachers import Request, open_teacher
 from deepdistill.distill.training.losses import LOSSES, Head, Segment, Targets, projected_loss

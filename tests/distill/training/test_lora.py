@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
+from deepdistill.distill.recipe.training import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.lora import load_student, parameter_groups
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import ModelError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
+from deepdistill.distill.recipe.training import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.lora import load_student
 from deepdistill.distill.training.objective import Objective
 from deepdistill.distill.training.rows import Row

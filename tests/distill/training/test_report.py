@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.recipe import LoraRecipe, TrainingRecipe
+from deepdistill.distill.recipe.training import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import UsageError
 

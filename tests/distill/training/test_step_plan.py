@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.step_plan import make_plan
 from deepdistill.distill.training.trainer import arguments

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deepdistill.distill.recipe import LoraRecipe
+from deepdistill.distill.recipe.training import LoraRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.distill.training import train as train_module
 from deepdistill.distill.training.rows import Row
@@ -308,7 +308,7 @@ def test_a_checkpoint_that_does_not_fit_the_disk_is_one_line_and_keeps_the_last(
     code = (
         "import resource, signal, sys; from pathlib import Path; from transformers import AutoTokenizer\n"
         "from deepdistill.distill.training.rows import Row\n"
-        "from deepdistill.distill.recipe import TrainingRecipe\n"
+        "from deepdistill.distill.recipe.training import TrainingRecipe\n"
         "from deepdistill.distill.training.train import TrainPaths, train\n"
         "from deepdistill.errors import ArtifactError\n"
         "base, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])\n"

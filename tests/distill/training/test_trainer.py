@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepdistill.distill.recipe import TrainingRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import CURVE_FILE, CurvePoint
 from deepdistill.distill.training.rows import Row
 from deepdistill.distill.training.trainer import arguments

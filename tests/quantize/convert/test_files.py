@@ -9,9 +9,10 @@ import pytest
 
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.reporter import Reporter
+from deepdistill.localrun.core.text import parse_size
 from deepdistill.localrun.engine.engine import Engine
 from deepdistill.localrun.gguf.header import read_gguf
-from deepdistill.quantize.convert.files import parse_size, replacing_parts, shards
+from deepdistill.quantize.convert.files import replacing_parts, shards
 from deepdistill.quantize.convert.writer import plan, write
 
 

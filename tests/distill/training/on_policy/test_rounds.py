@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from deepdistill.distill.problems.split import bucket_of
-from deepdistill.distill.recipe import OnPolicyRecipe, ScoresRecipe, TeachRecipe, TracesRecipe, TrainingRecipe
+from deepdistill.distill.recipe.gathering import TracesRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import OnPolicyRecipe, TrainingRecipe
 from deepdistill.distill.records import Trace
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import Teacher, open_teacher, pocket_dir

@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from deepdistill.distill.problems.load import load_problems
-from deepdistill.distill.recipe import (
-    CurriculumRecipe,
-    OnPolicyRecipe,
-    ScoresRecipe,
-    TeachRecipe,
-    TracesRecipe,
-    TrainingRecipe,
-)
+from deepdistill.distill.recipe.gathering import TracesRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import CurriculumRecipe, OnPolicyRecipe, TrainingRecipe
 from deepdistill.distill.records import Grade, Problem
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import pocket_dir

@@ -1,0 +1,302 @@
+"""Settings of the first half of `teach`: who is asked, for how many traces, who judges them, and which train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ...errors import UsageError
+from ...localrun.core.generation import Sampling
+from ...localrun.core.settings import Flag
+
+_TEACHER, _COST = "Teacher and traces", "Cost"
+_GRPO = ("grpo",)
+
+
+DEFAULT_RUBRIC = """\
+5: correct and complete; every step follows, nothing is made up, and the question as it was asked is answered.
+4: correct; something minor is missing, unclear or longer than it need be.
+3: partly right: a gap or an error that changes some of the result.
+2: mostly wrong, or an answer to another question.
+1: wrong, empty, evasive, or false in what matters.
+Work the question out yourself before you score. If you cannot tell whether a claim is true, count it as an error."""
+
+
+def _rubric(text: str) -> str:
+    """Return a rubric, or the text of the file that `@FILE` names."""
+    if not text.startswith("@"):
+        return text
+    try:
+        rubric = Path(text[1:]).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ValueError(f"cannot be read from {text[1:]}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot be read from {text[1:]}, which is not UTF-8 text") from error
+    if not rubric:
+        raise ValueError(f"cannot be read from {text[1:]}, which is empty")
+    return rubric
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """Who is asked, and how it is sampled."""
+
+    model: Annotated[
+        str,
+        Flag(
+            "The teacher: pocket (built in), https://HOST/v1, hf:ORG/NAME, a checkpoint folder, a .gguf file, or "
+            "worked, for solutions that the problems bring.",
+            name="teacher",
+            heading=_TEACHER,
+            metavar="TEACHER",
+            fixed=True,
+        ),
+    ] = "pocket"
+    server_model: Annotated[
+        str | None,
+        Flag(
+            "The teacher's name on its server, if the server has several models.",
+            name="model",
+            heading=_TEACHER,
+            fixed=True,
+        ),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        Flag("Sampling temperature. 0 for one sample of the pocket teacher, otherwise 0.6.", min=0, fixed=True),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Flag("Nucleus sampling. 1 for one sample of the pocket teacher, otherwise 0.95.", min=0, max=1, fixed=True),
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        Flag(
+            "Tokens per answer, thinking included. 512 for the pocket teacher, otherwise 4096.",
+            min=1,
+            heading=_TEACHER,
+            fixed=True,
+        ),
+    ] = None
+    logprobs: Annotated[
+        int,
+        Flag(
+            "Log-probabilities to keep per token, for a student that learns the teacher's distribution; 64 is usual.",
+            min=0,
+            heading=_TEACHER,
+            unused_by=_GRPO,
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True)
+class ExpandRecipe:
+    """New problems that the teacher writes."""
+
+    n: Annotated[
+        int, Flag("New problems that the teacher writes for each given one.", min=0, name="expand", unused_by=_GRPO)
+    ] = 0
+    similarity: Annotated[
+        float,
+        Flag("Overlap of word trigrams (Jaccard) from which two problems with the same numbers are one.", min=0, max=1),
+    ] = 0.8
+    ngram: Annotated[
+        int, Flag("Words in a row that a new problem may not share with an evaluation question.", min=1)
+    ] = 8
+    temperature: Annotated[float, Flag("Sampling temperature of the teacher while it writes problems.", min=0)] = 1.0
+    top_p: Annotated[float, Flag("Nucleus sampling of the teacher while it writes problems.", min=0, max=1)] = 0.95
+    max_tokens: Annotated[int, Flag("Tokens per request for problems, thinking included.", min=1)] = 4096
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the teacher is sampled while it writes problems."""
+        return Sampling(temperature=self.temperature, top_p=self.top_p, max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class TracesRecipe:
+    """How many traces are wanted, and where they come from."""
+
+    n: Annotated[int, Flag("Problems to ask the teacher.", min=1, name="n-traces", heading=_TEACHER)] = 2000
+    samples: Annotated[int, Flag("Samples per problem, at most.", min=1, heading=_TEACHER)] = 1
+    file: Annotated[
+        Path | None,
+        Flag(
+            "Train on the traces in this file, ours or another tool's, instead of asking a teacher.",
+            name="traces",
+            heading=_TEACHER,
+            metavar="FILE",
+            fixed=True,
+            unused_by=_GRPO,
+        ),
+    ] = None
+    expand: ExpandRecipe = field(default_factory=ExpandRecipe)
+
+
+@dataclass(frozen=True)
+class JudgeRecipe:
+    """A model that judges what no grader can."""
+
+    model: Annotated[
+        str | None,
+        Flag(
+            "A model that judges answers which no grader can check; given as --teacher is.",
+            name="judge",
+            heading=_TEACHER,
+            metavar="TEACHER",
+        ),
+    ] = None
+    server_model: Annotated[
+        str | None, Flag("The judge's name on its server, if the server has several models.", name="judge-model")
+    ] = None
+    rubric: Annotated[
+        str, Flag("What each score from 5 to 1 takes; @FILE reads it from a file.", name="rubric", parse=_rubric)
+    ] = DEFAULT_RUBRIC
+    min_score: Annotated[int, Flag("The lowest score that accepts an answer.", min=1, max=5)] = 4
+    max_tokens: Annotated[int, Flag("Tokens per verdict, thinking included.", min=1)] = 2048
+
+    @property
+    def name(self) -> str:
+        """The judge as the user gave it, with its name on the server: what its stored verdicts are known by."""
+        return f"{self.model} {self.server_model}" if self.server_model else f"{self.model}"
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the judge is sampled: greedily."""
+        return Sampling(max_tokens=self.max_tokens)
+
+
+@dataclass(frozen=True)
+class VoteRecipe:
+    """Agreement among the samples of one problem."""
+
+    min_share: Annotated[
+        float, Flag("Share of a problem's samples that have to agree on an answer.", min=0.01, max=1, name="vote-share")
+    ] = 0.6
+    min_votes: Annotated[int, Flag("Samples that have to agree on an answer, at least.", min=1)] = 2
+
+
+@dataclass(frozen=True)
+class CurationRecipe:
+    """Which traces train. `none` or `false` switches a filter off."""
+
+    accept: Annotated[
+        tuple[Literal["vote", "judge"], ...] | None,
+        Flag("What may stand in for a grader. Both, for problems that no grader judged, unless set."),
+    ] = None
+    keep: Annotated[
+        int | None,
+        Flag(
+            "Correct traces to keep per problem, the shortest first; sampling it stops then.",
+            min=1,
+            heading=_TEACHER,
+        ),
+    ] = 1
+    train_bucket: Annotated[bool, Flag("Leave out questions that the split does not give to training.")] = True
+    verified: Annotated[
+        bool, Flag("Leave out wrong and unknown answers. Off, to measure what verification is worth.")
+    ] = True
+    whole: Annotated[bool, Flag("Leave out traces that were cut off, have no answer, or hold stray think tags.")] = True
+    reasoning: Annotated[bool, Flag("Leave out traces without reasoning.")] = True
+    min_tokens: Annotated[int | None, Flag("Tokens that a trace has at least.", min=1)] = None
+    max_trace_tokens: Annotated[int | None, Flag("Tokens that a trace has at most.", min=1)] = None
+    max_repeated: Annotated[
+        float | None, Flag("Share of a trace's 8-grams that may have stood in it before.", min=0, max=1)
+    ] = 0.5
+    min_pass_rate: Annotated[
+        float | None, Flag("Leave out problems that the untrained student solves less often than this.", min=0, max=1)
+    ] = None
+    max_pass_rate: Annotated[
+        float | None, Flag("Leave out problems that the untrained student solves more often than this.", min=0, max=1)
+    ] = 0.99
+    contamination_ngram: Annotated[
+        int | None, Flag("Words in a row that a question may not share with an evaluation question.", min=1)
+    ] = 8
+    similarity: Annotated[
+        float | None,
+        Flag(
+            "Overlap of word trigrams (Jaccard) from which two questions, or traces, are one; 1: only copies.",
+            min=0,
+            max=1,
+        ),
+    ] = 0.8
+    long_share: Annotated[
+        float | None,
+        Flag(
+            "Share of the kept traces for which a problem's longest is taken. 0.2 for students under 3 B parameters, "
+            "otherwise 0.",
+            min=0,
+            max=1,
+        ),
+    ] = None
+    per_source: Annotated[int | None, Flag("Traces to keep per source, at most.", min=1)] = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars per million tokens."""
+
+    prompt: float
+    completion: float
+
+    def of(self, n_prompt: int, n_completion: int) -> float:
+        """Return what so many tokens cost, in dollars."""
+        return (n_prompt * self.prompt + n_completion * self.completion) / 1e6
+
+
+def read_price(text: str) -> tuple[float, float]:
+    """Return the two prices in `IN,OUT`.
+
+    Raises:
+        ValueError: it is not two numbers.
+    """
+    try:
+        prompt, completion = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"is {text!r}; write IN,OUT in dollars per million tokens, such as 0.55,2.19") from None
+    return prompt, completion
+
+
+@dataclass(frozen=True)
+class CostRecipe:
+    """What the traces may cost. It belongs to a command, not to the run: recipe.json leaves it out."""
+
+    price: Annotated[
+        tuple[float, float] | None,
+        Flag(
+            "IN,OUT: what the teacher costs, in dollars per million tokens.",
+            min=0,
+            max=1e6,
+            heading=_COST,
+            metavar="IN,OUT",
+            parse=read_price,
+        ),
+    ] = None
+    judge_price: Annotated[
+        tuple[float, float] | None,
+        Flag("IN,OUT of the judge. The teacher's, unless set.", min=0, max=1e6, metavar="IN,OUT", parse=read_price),
+    ] = None
+    max_usd: Annotated[float | None, Flag("Dollars that the traces may cost in all.", min=0, heading=_COST)] = None
+    max_hours: Annotated[float | None, Flag("Hours that this command may ask.", min=0, heading=_COST)] = None
+
+    def __post_init__(self) -> None:
+        if self.max_usd is not None and self.price is None:
+            raise UsageError(
+                "--max-usd needs the teacher's price",
+                "give --price IN,OUT in dollars per million tokens",
+                code="price-missing",
+            )
+
+    @property
+    def teacher_price(self) -> Price | None:
+        """What the teacher's tokens cost; None if that is not known."""
+        return Price(*self.price) if self.price else None
+
+    def price_of_judge(self, judge: str | None, teacher: str) -> Price | None:
+        """Return what a judge's tokens cost: nothing in this process, unless a price is given; None if not known."""
+        price = Price(*self.judge_price) if self.judge_price else None
+        if judge is None or judge == teacher:
+            return price or self.teacher_price
+        is_here = not judge.startswith(("http://", "https://"))
+        return price or (Price(0.0, 0.0) if is_here and self.price else self.teacher_price)
