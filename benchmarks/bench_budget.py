@@ -77,7 +77,7 @@ def chosen(bench: Workbench, recipe: str, n_bytes: int, deadline: float) -> dict
     """Return the bytes, the fidelity and the types of a file of that size."""
 
     class Printed(Reporter):
-        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
             if note.endswith(("nats", "one by one")) and (int(done) % 10 == 0 or "tensors:" in note):
                 print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
             if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:

@@ -82,7 +82,7 @@ def make_file(run: Path, out: Path, bpw: float, steps: int) -> dict[str, Any]:
     """Return a file's size and what healing came to."""
 
     class Printed(Reporter):
-        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
             if (stage in ("healing", "measuring tensors") and int(done) % 10 == 0) or stage == "measuring types":
                 print(f"  {stage} {done:.0f} of {total:.0f}: {note}", flush=True)
 

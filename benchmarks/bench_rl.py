@@ -138,7 +138,9 @@ def problems_of(start: Path, n: int, cells: Cells) -> tuple[list[Problem], float
         began = time.monotonic()
         sampling = Sampling(temperature=1.0, max_tokens=_RL_TOKENS)
         with open_teacher(str(start), batch_size=256) as model, Grader() as grader:
-            chosen = sometimes_solved(problems, measure_pass_rates(model, problems, grader, sampling, 4))
+            chosen = sometimes_solved(
+                problems, measure_pass_rates(model, problems, grader=grader, sampling=sampling, n_tries=4)
+            )
         cells.save("chosen", {"ids": [p.id for p in chosen], "minutes": (time.monotonic() - began) / 60})
     found = cells.done["chosen"]
     ids = set(found["ids"])

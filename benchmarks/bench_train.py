@@ -185,7 +185,9 @@ def make_rows(options: Any) -> Path:
     tokenizer = load_tokenizer(base_of(options))
     teach_template(tokenizer)
     right = (trace for trace in TraceStore.read(traces) if trace.verdict == "right")
-    made = [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in right][:n_rows]
+    made = [make_row(tokenizer, t.messages, reasoning=t.reasoning_content or "", content=t.content) for t in right][
+        :n_rows
+    ]
     if len(made) < n_rows:
         raise SystemExit(f"{traces} holds {len(made)} right traces, {n_rows} are needed")
     path.write_text(json.dumps([(list(row.input_ids), row.n_prompt) for row in made]))

@@ -88,8 +88,8 @@ def take_in(context: Context, path: Path) -> None:
             if not store.has(trace.id):
                 grade = grader.grade(problem, trace.content)
                 store.append(replace(trace, answer=grade.answer, verdict=grade.verdict, verdict_by=grade.verdict_by))
-            report.progress("import", n, n + 1, f"{len(store)} traces")
-        report.progress("import", 1, 1, f"{len(store)} traces")
+            report.progress("import", n, total=n + 1, note=f"{len(store)} traces")
+        report.progress("import", 1, total=1, note=f"{len(store)} traces")
         _judge(context, store, grader=grader, budget=Budget(context.recipe.cost))
     if n_skipped:
         report.say(f"{n_skipped} rows of {path} hold no answer and were left out")

@@ -158,7 +158,7 @@ def bench(
     settings, notes = settings.fitted(footprint)
     for kv_type in settings.kv_types:
         fit_context(footprint, kv_type, wanted=settings.n_ctx)
-    report.progress("bench", 0, settings.n_points, "bandwidth")
+    report.progress("bench", 0, total=settings.n_points, note="bandwidth")
     bandwidth = hardware.memory_bandwidth()
     started = time.monotonic()
     points: list[Point] = []
@@ -171,7 +171,7 @@ def bench(
             for point in run.points():
                 points.append(point)
                 note = f"{point.phase} {point.tokens_per_s:.0f} tokens/s, {kv_type}"
-                report.progress("bench", len(points), settings.n_points, note)
+                report.progress("bench", len(points), total=settings.n_points, note=note)
             memory.append(run.memory_use())
     return BenchReport(
         path=path,

@@ -102,7 +102,7 @@ def _different(conversion: Conversion, stored: Stored, *, importance: Importance
             part, tensor = stored[name]
             if _digest(typed, tensor.type, importance.get(name)) != _stored_digest(part, tensor):
                 yield name
-        report.progress("verifying", i + 1, len(conversion.tensors), name)
+        report.progress("verifying", i + 1, total=len(conversion.tensors), note=name)
 
 
 def _source_differences(expected: dict[str, str], folder: Path, base: Path | None) -> Iterator[str]:

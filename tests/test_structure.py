@@ -31,6 +31,10 @@ COMMANDS_EVER = COMMANDS_NOW | {
     "doctor",
     "bench",
 }
+TYPER_FLAGS = {"AsJson", "Offline", "Out", "Quiet", "Seed"}  # aliases of commands/shared.py
+OVERRIDES = {  # names and order of parameters that libraries give
+    "__exit__", "forward", "backward", "compute_loss", "_get_per_token_logps_and_entropies", "_attend", "_to_json",
+}  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 POSIX_MODULES = {"distill.graders.code.sandbox", "localrun.chat.keyboard"}  # one a stage at most
@@ -42,6 +46,59 @@ DECLARATIONS = (
     "localrun.recipe",
     "quantize.recipe",
 )  # what flags come from
+ROOMS: dict[str, dict[str, str]] = {
+    "localrun": {
+        "core": "",
+        "gguf": "core",
+        "machine": "core gguf",
+        "families": "",
+        "engine": "core gguf machine families",
+        "weights": "core gguf machine engine",
+        "find": "core",
+        "recipe": "core families",
+        "doctor": "core gguf machine",
+        "chat": "core families engine find recipe doctor",
+        "phone": "core gguf machine families",
+        "bench": "core machine engine",
+    },
+    "quantize": {
+        "recipe": "",
+        "convert": "",
+        "measure": "recipe convert",
+        "heal": "recipe convert measure",
+        "provenance": "convert",
+        "choose": "recipe convert measure provenance",
+        "report": "convert measure",
+        "sign": "recipe convert measure provenance choose",
+        "release": "recipe convert measure heal provenance choose report sign",
+        "verify": "convert provenance choose",
+    },
+    "distill": {
+        "recipe": "",
+        "records": "",
+        "tokenizer": "",
+        "device": "",
+        "hub": "",
+        "planning": "recipe",
+        "graders": "records",
+        "problems": "records hub graders",
+        "pocket": "problems",
+        "curation": "recipe records problems",
+        "teachers": "recipe records tokenizer device planning graders problems pocket",
+        "run": "recipe",
+        "traces": "recipe records problems teachers run",
+        "context": "recipe teachers run",
+        "judging": "recipe records teachers traces context",
+        "gather": "records graders teachers run traces context judging",
+        "training": (
+            "recipe records tokenizer device hub graders problems pocket curation teachers run traces context gather"
+        ),
+        "evaluation": "recipe records graders problems curation teachers run traces context training",
+        "preview": "recipe records teachers traces",
+        "teach": ("recipe records problems curation teachers run traces context judging gather training evaluation"),
+    },
+}
+"""What each room of a stage imports, lowest room first: a room imports only from rooms above it in this table."""
 SHARED_FLAGS = {"problems", "teacher", "student", "out", "seed", "json", "offline", "quiet"}
 
 
@@ -147,6 +204,76 @@ def test_stages_import_only_what_they_may() -> None:
         "errors": set(),
     }
     assert faults(*(one for one in all_imports() if one.relative and one.top not in may[one.stage])) == []
+
+
+def room_of(module: str, stage: str) -> str | None:
+    """Return the folder of a stage that a module is in, or the module itself where it lies beside the rooms."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == stage and len(parts) > 1 else None
+
+
+def arrows(stage: str) -> set[tuple[str, str]]:
+    """Return (room, room that it imports), imports inside functions and for types too."""
+    found = set()
+    for one in all_imports():
+        here, there = room_of(one.importer, stage), room_of(one.target, stage)
+        if here and there and here != there:
+            found.add((here, there))
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_room_imports_only_rooms_below_it(stage: str) -> None:
+    table = {room: allowed.split() for room, allowed in ROOMS[stage].items()}
+    order = list(table)
+    assert [
+        (room, other) for room, below in table.items() for other in below if order.index(other) >= order.index(room)
+    ] == []
+    assert arrows(stage) == {(room, other) for room, below in table.items() for other in below}
+    on_disk = {path.stem for path in (ROOT / stage).iterdir() if path.suffix == ".py" or list(path.glob("*.py"))}
+    assert on_disk - {"__init__", "__pycache__"} == set(table)
+
+
+def test_a_stage_has_few_entries_and_its_modules_are_short() -> None:
+    most = {"distill": 22, "localrun": 14, "quantize": 14}
+    entries = {
+        stage: [path.name for path in (ROOT / stage).iterdir() if path.name != "__pycache__"] for stage in STAGES
+    }
+    assert {stage: names for stage, names in entries.items() if len(names) > most[stage]} == {}
+    assert [str(path) for path in package_files() if path.read_text(encoding="utf-8").count("\n") > 400] == []
+
+
+def own_functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, int, int]]:
+    """Yield (where, function, its parameters, those that can be positional), without self and cls."""
+    for path in package_files():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        methods = {id(one) for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for one in node.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                is_static = any(isinstance(one, ast.Name) and one.id == "staticmethod" for one in node.decorator_list)
+                positional = len(node.args.posonlyargs) + len(node.args.args) - (id(node) in methods and not is_static)
+                where = f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+                yield where, node, positional + len(node.args.kwonlyargs), positional
+
+
+def is_own(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Say whether a function's parameters are ours to choose: typer's callbacks and libraries' overrides are not."""
+    return (
+        node.name not in OVERRIDES
+        and "typer." not in ast.unparse(node.args)
+        and not any(isinstance(one.annotation, ast.Name) and one.annotation.id in TYPER_FLAGS for one in node.args.args)
+    )
+
+
+def test_functions_take_few_parameters_and_most_by_keyword() -> None:
+    own = [(where, total, positional) for where, node, total, positional in own_functions() if is_own(node)]
+    assert [where for where, total, _ in own if total > 7] == []
+    assert [where for where, total, positional in own if total > 3 and positional > 2] == []
+
+
+def test_most_functions_are_short() -> None:
+    lengths = [(node.end_lineno or 0) - node.lineno + 1 for _, node, _, _ in own_functions()]
+    assert sum(length > 30 for length in lengths) <= 0.035 * len(lengths)
 
 
 def test_localrun_never_imports_torch() -> None:

@@ -33,7 +33,7 @@ from deepdistill.distill.training.rl.stage import sometimes_solved
 from deepdistill.distill.training.train import TrainPaths
 from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.reporter import Bars, Progress, Relay, no_progress
+from deepdistill.localrun.core.reporter import SILENT, Bars, Reporter
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load
@@ -55,7 +55,7 @@ def reinforce(
     settings: GrpoSettings,
     n_problems: int = 1500,
     families: Sequence[str] = tuple(FAMILIES),
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> GrpoReport:
     """Improve the checkpoint in start by reward and write it to out; the same call resumes.
 
@@ -66,7 +66,8 @@ def reinforce(
     with Grader() as grader:
         with open_teacher(str(start), batch_size=_ROWS) as model:
             problems = sometimes_solved(
-                problems, measure_pass_rates(model, problems, grader, sampling, _N_TRIES, on_progress)
+                problems,
+                measure_pass_rates(model, problems, grader=grader, sampling=sampling, n_tries=_N_TRIES, report=report),
             )
         if settings.minutes is not None:
             settings = replace(settings, minutes=settings.minutes - (time.monotonic() - began) / 60)
@@ -76,7 +77,7 @@ def reinforce(
             tokenizer=load_tokenizer(start),
             grader=grader,
             settings=settings,
-            report=Relay(on_progress),
+            report=report,
         )
 
 
@@ -123,7 +124,7 @@ def main() -> None:
         seed=arguments.seed,
     )
     with Bars(quiet=False) as bars:
-        report = reinforce(arguments.start, arguments.out, settings=settings, on_progress=bars)
+        report = reinforce(arguments.start, arguments.out, settings=settings, report=bars)
     found = {
         "settings": asdict(settings),
         "before": measure(arguments.start, arguments.n_eval),

@@ -70,7 +70,7 @@ def evaluate(
         n_right += grade.verdict == "right"
         completions.append(completion)
         lines[index] = _answer_line(problems[index], completion, grade)
-        report.progress(stage, len(completions), len(problems), f"{n_right} right")
+        report.progress(stage, len(completions), total=len(problems), note=f"{n_right} right")
     seconds = time.monotonic() - started
     if answers_path:
         answers_path.parent.mkdir(parents=True, exist_ok=True)

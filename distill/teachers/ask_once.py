@@ -143,4 +143,4 @@ class _Missing:
             self._file.append(reply)
             self._stored[item.id] = reply
         note = f"{self._n_failed} failed" if self._n_failed else ""
-        self._report.progress(self._stage, self._n_ended, self._n_missing, note)
+        self._report.progress(self._stage, self._n_ended, total=self._n_missing, note=note)

@@ -214,7 +214,7 @@ class _Samples:
         projection = self._budget.project(n_left)
         about = f"; about {projection} in all" if projection else ""
         right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
-        self._report.progress("traces", ledger.n_done, ledger.n_done + n_left, f"{right}{failed}{about}")
+        self._report.progress("traces", ledger.n_done, total=ledger.n_done + n_left, note=f"{right}{failed}{about}")
         self._told_at = time.monotonic()
 
 

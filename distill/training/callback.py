@@ -156,7 +156,7 @@ class Clock(TrainerCallback):
         if self._validations:
             notes.append(f"held out {100 * self._validations[-1][1].accuracy:.0f} % of tokens")
         notes.append(f"{self._tokens_per_s(state.global_step):.0f} tokens/s")
-        self._report.progress("training", done, 1.0, ", ".join(notes))
+        self._report.progress("training", done, total=1.0, note=", ".join(notes))
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Add a point to the curve, and stop if the loss is not finite or diverges."""

@@ -46,36 +46,48 @@ def lessons(
     Raises:
         ArtifactError: `code` "traces-too-long": every trace is; or log-probabilities are asked for that cannot be had.
     """
-    weights = {"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight}
     limit = training.max_length
     spoken = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
-    made = [
-        (make_row(tokenizer, trace.messages, trace.reasoning_content or "", trace.content, **weights), trace)
-        for trace in spoken
-    ]
-    if training.too_long == "shorten":
-        made = [(_shortened(tokenizer, row, trace, limit, weights), trace) for row, trace in made]
+    made = [(row_of(tokenizer, trace, training), trace) for trace in spoken]
     fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= limit]
     if not fitting:
         raise ArtifactError(f"every trace is longer than {limit} tokens", "raise --max-length", code="traces-too-long")
     rows, kept = [row for row, _ in fitting], [trace for _, trace in fitting]
-    return _with_logits(rows, kept, traces_path, tokenizer, training, report), kept
+    return _with_logits(rows, kept, path=traces_path, tokenizer=tokenizer, training=training, report=report), kept
 
 
-def _shortened(tokenizer: Tokenizer, row: Row, trace: Trace, max_length: int, weights: Mapping[str, float]) -> Row:
-    return shortened(tokenizer, row, trace.messages, trace.reasoning_content or "", trace.content, max_length, weights)
+def row_of(tokenizer: Tokenizer, trace: Trace, training: TrainingRecipe) -> Row:
+    """Return a trace as the student learns it: with the weights of its parts, shortened if it should be.
+
+    A row that cannot be shortened to `training.max_length` is returned as it is.
+    """
+    weights = {"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight}
+    messages, reasoning, content = trace.messages, trace.reasoning_content or "", trace.content
+    row = make_row(tokenizer, messages, reasoning=reasoning, content=content, **weights)
+    if training.too_long == "drop":
+        return row
+    return shortened(
+        tokenizer,
+        row,
+        messages=messages,
+        reasoning=reasoning,
+        content=content,
+        max_length=training.max_length,
+        weights=weights,
+    )
 
 
 def _with_logits(
     rows: list[Row],
     traces: Sequence[Trace],
-    traces_path: Path,
+    *,
+    path: Path,
     tokenizer: Tokenizer,
     training: TrainingRecipe,
     report: Reporter,
 ) -> list[Row]:
     """Return the rows with the teacher's distribution where it was kept; without it, only if none was asked for."""
-    path, loss = logprobs_path(traces_path), training.loss
+    path, loss = logprobs_path(path), training.loss
     if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
         return rows
     if not path.exists():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...localrun.core.generation import Sampling
-from ...localrun.core.reporter import Progress, no_progress
+from ...localrun.core.reporter import SILENT, Reporter
 from ..context import Context
 from ..graders.pool import Grader
 from ..records import NONE, GradesAnswers, Problem, Request, messages_of
@@ -20,10 +20,11 @@ _CURRICULUM_PROBLEMS = 256
 def measure_pass_rates(
     model: Teacher,
     problems: Sequence[Problem],
+    *,
     grader: GradesAnswers,
     sampling: Sampling,
     n_tries: int,
-    on_progress: Progress = no_progress,
+    report: Reporter = SILENT,
 ) -> dict[str, float]:
     """Return the share of n_tries answers that are right, by the problem's id."""
     tried = [problem for problem in problems for _ in range(n_tries)]  # side by side: a prompt is computed once
@@ -32,7 +33,7 @@ def measure_pass_rates(
     for done, (index, completion) in enumerate(model.generate(requests, sampling), 1):
         problem = tried[index]
         right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
-        on_progress("the student's own", done, len(tried), f"{sum(right.values())} right")
+        report.progress("the student's own", done, total=len(tried), note=f"{sum(right.values())} right")
     return {problem_id: n / n_tries for problem_id, n in right.items()}
 
 
@@ -55,6 +56,8 @@ def own_pass_rates(context: Context, base: Path, problems: list[Problem]) -> dic
     temperature = 0.7 if n_samples > 1 else 0.0
     sampling = Sampling(temperature, max_tokens=recipe.scores.max_tokens, seed=recipe.seed)
     with context.open_student(base) as student, Grader() as grader:
-        rates = measure_pass_rates(student, graded, grader, sampling, n_samples, context.report.progress)
+        rates = measure_pass_rates(
+            student, graded, grader=grader, sampling=sampling, n_tries=n_samples, report=context.report
+        )
     run.save("pass_rate.json", {"samples": n_samples, "rates": rates})
     return rates

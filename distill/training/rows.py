@@ -67,9 +67,9 @@ class Row:
 def make_row(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
+    *,
     reasoning: str,
     content: str,
-    *,
     reasoning_weight: float = 1.0,
     answer_weight: float = 1.0,
 ) -> Row:
@@ -111,6 +111,7 @@ def make_row(
 def shortened(
     tokenizer: Tokenizer,
     row: Row,
+    *,
     messages: Sequence[Message],
     reasoning: str,
     content: str,
@@ -128,7 +129,7 @@ def shortened(
     while low <= high:
         n_kept = (low + high) // 2
         kept = lines[: (n_kept + 1) // 2] + lines[len(lines) - n_kept // 2 :]
-        tried = make_row(tokenizer, messages, "\n".join(kept), content, **(weights or {}))
+        tried = make_row(tokenizer, messages, reasoning="\n".join(kept), content=content, **(weights or {}))
         if len(tried.input_ids) <= max_length:
             best, low = tried, n_kept + 1
         else:

@@ -32,7 +32,7 @@ def check_training(context: Context, base: Path) -> None:
     reporters(training.report_to)
     if training.is_qlora:
         four_bits(choose_device(context.resources.device))
-    make_row(tokenizer_of(base), [{"role": "user", "content": "1 + 1?"}], "1 + 1 = 2", "2")
+    make_row(tokenizer_of(base), [{"role": "user", "content": "1 + 1?"}], reasoning="1 + 1 = 2", content="2")
 
 
 def train_first(

@@ -7,18 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-Progress = Callable[[str, float, float, str], None]
-"""Called with the stage's name, how much is done, of how much, and a note (rates, counts)."""
-
-
-def no_progress(stage: str, done: float, total: float, note: str = "") -> None:
-    """Say nothing."""
-
 
 class Reporter:
     """Is told how far the work is and what a person should know of it. This one says nothing; subclasses show it."""
 
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         """Take how much of a stage is done, of how much, with a note (rates, counts)."""
 
     def say(self, text: str) -> None:
@@ -31,10 +24,12 @@ SILENT = Reporter()
 class Relay(Reporter):
     """Hands progress to a function: a part of a larger stage can have it shown under the name of that stage."""
 
-    def __init__(self, progress: Progress, say: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, progress: Callable[[str, float, float, str], None], say: Callable[[str], None] | None = None
+    ) -> None:
         self._progress, self._say = progress, say
 
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         """Call the function."""
         self._progress(stage, done, total, note)
 
@@ -80,11 +75,7 @@ class Bars(Reporter):
         """Print a note above the bars, on standard error."""
         print(f"note: {text}", file=sys.stderr)
 
-    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
-        """Draw how far a stage is: it is a `Progress`."""
-        self.progress(stage, done, total, note)
-
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         """Draw how far a stage is."""
         if self._quiet:
             return

@@ -108,14 +108,14 @@ def _fill(folder: Path, model: ModelCard, *, starts_inside: bool, offline: bool,
         (web / name).mkdir(parents=True)
     notes = unpack_wllama(web / "wllama", offline=offline, report=report)
     whole = folder / f"{model.name}.gguf"
-    report.progress("writing the folder", 0, 2, "copying the model")
+    report.progress("writing the folder", 0, total=2, note="copying the model")
     shutil.copyfile(model.path, whole)
-    report.progress("writing the folder", 1, 2, "splitting the model")
+    report.progress("writing the folder", 1, total=2, note="splitting the model")
     shards = split_gguf(whole, web / "model")
     _write_page(web, model, shards=shards, starts_inside=starts_inside)
     (folder / "Modelfile").write_text(modelfile(model), encoding="utf-8")
     (folder / "README.md").write_text(readme(model, len(shards)), encoding="utf-8")
-    report.progress("writing the folder", 2, 2)
+    report.progress("writing the folder", 2, total=2)
     return notes
 
 

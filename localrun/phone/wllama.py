@@ -113,7 +113,7 @@ def _fetch(package: Package, target: Path, report: Reporter) -> str:
             total = int(response.headers.get("Content-Length") or 0)
             while piece := response.read(1 << 18):
                 data += piece
-                report.progress(f"fetching {package.name}", len(data), max(total, len(data)), "bytes")
+                report.progress(f"fetching {package.name}", len(data), total=max(total, len(data)), note="bytes")
                 if len(data) > _MAX_BYTES:
                     break
     except (OSError, ValueError, urllib.error.URLError) as error:

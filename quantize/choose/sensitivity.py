@@ -120,7 +120,7 @@ def items_of(
     with ThreadPoolExecutor(n_threads) as pool:
         for typed, choices in zip(tensors, pool.map(lambda t: _choices(t, importance), tensors), strict=True):
             items.append(Item(typed.tensor.name, choices))
-            report.progress("errors", len(items), len(tensors), typed.tensor.name)
+            report.progress("errors", len(items), total=len(tensors), note=typed.tensor.name)
     return items
 
 
@@ -235,7 +235,7 @@ def _measure_costs(sensitivity: Sensitivity, damage_of: Damage, report: Reporter
             damage = damage_of({item.name: choice.type})
             sensitivity.costs[item.name] = max(damage, 0.0) / choice.error
             note = f"{item.name} {choice.type.name}: {damage:.2g} nats"
-            report.progress("measuring tensors", i + 1, len(todo), note)
+            report.progress("measuring tensors", i + 1, total=len(todo), note=note)
             if i % _SAVE_EVERY == 0:
                 sensitivity.save()
     finally:
@@ -257,7 +257,7 @@ def _measure_levels(sensitivity: Sensitivity, damage_of: Damage, *, types: Seque
         together = damage_of({item.name: type_ for item, _ in pairs})
         sensitivity.levels[type_.name] = max(together, 1e-9) / max(apart, 1e-9)
         note = f"{type_.name} in {len(pairs)} tensors: {together:.2g} nats, {apart:.2g} one by one"
-        report.progress("measuring types", i + 1, len(types), note)
+        report.progress("measuring types", i + 1, total=len(types), note=note)
         sensitivity.save()
 
 

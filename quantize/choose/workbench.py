@@ -102,7 +102,7 @@ class Workbench:
             texts,
             dataset=dataset,
             n_threads=self.n_threads,
-            on_text=lambda n: self.report.progress("importance", n, len(texts)),
+            on_text=lambda n: self.report.progress("importance", n, total=len(texts)),
         )
         write_imatrix(imatrix, self.kept_imatrix_path)
         return imatrix
@@ -135,13 +135,17 @@ class Workbench:
         """The F16 file's probabilities on the texts that measure."""
         with LogitReader(self.f16_path, n_threads=self.n_threads) as reader:
             texts = self.texts.measure
-            return Reference.of(reader, texts, lambda n: self.report.progress("reading unquantized", n, len(texts)))
+            return Reference.of(
+                reader, texts, lambda n: self.report.progress("reading unquantized", n, total=len(texts))
+            )
 
     def fidelity(self, path: Path) -> Fidelity:
         """Return how far a file is from the F16 file on held-out traces."""
         with LogitReader(path, n_threads=self.n_threads) as reader:
             n_texts = len(self.reference.texts)
-            return self.reference.measure(reader, lambda n: self.report.progress("measuring", n, n_texts, path.name))
+            return self.reference.measure(
+                reader, lambda n: self.report.progress("measuring", n, total=n_texts, note=path.name)
+            )
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

@@ -231,7 +231,7 @@ class _Meter:
 
     def add(self, n: int, note: str) -> None:
         self._done += n
-        self._report.progress("quantizing", self._done, self._total, note)
+        self._report.progress("quantizing", self._done, total=self._total, note=note)
 
 
 def _write_tensors(

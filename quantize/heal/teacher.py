@@ -46,7 +46,7 @@ def teach(
                 logits = model.get_output_embeddings()(text_states.float())
                 logprobs, top = torch.log_softmax(logits, dim=-1).topk(k)
             taught.append(TaughtText(text.tokens, text.n_prompt, top.int().cpu(), logprobs.cpu()))
-        report.progress("the teacher reads", len(taught), len(texts))
+        report.progress("the teacher reads", len(taught), total=len(texts))
     return taught
 
 

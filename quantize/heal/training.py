@@ -73,7 +73,7 @@ class Healing:
             self._step(step, next(batches), changes)
             self.seconds = before + time.monotonic() - started
             note = f"KL {self.losses[-1]:.4f}, {self.seconds / (step + 1):.1f} s a step"
-            report.progress("healing", step + 1, settings.steps, note)
+            report.progress("healing", step + 1, total=settings.steps, note=note)
 
     def _step(self, step: int, batch: Sequence[TaughtText], changes: Mapping[str, torch.Tensor]) -> None:
         import torch

@@ -125,7 +125,7 @@ def prove(
                 if ftype not in UNQUANTIZED or not prompts:
                     return proofs
                 ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-                report.progress("proving", 0, len(ids), "transformers decodes")
+                report.progress("proving", 0, total=len(ids), note="transformers decodes")
                 found = _greedy(student_dir, engine, prompts=ids, n_tokens=n_tokens, report=report)
                 return _judged(proofs, found, n_prompts=len(ids), n_tokens=n_tokens, ftype=ftype)
         except (DeepDistillError, OSError, ValueError, RuntimeError, ImportError) as error:
@@ -232,7 +232,7 @@ def _greedy(
                 row: np.ndarray[Any, Any] = out.logits[at][i].numpy()
                 margin = float(row[expected[at]] - row[got[at]])
                 found.append(Difference(start + i, at, expected[at], got[at], margin))
-        report.progress("proving", start + len(batch), len(prompts), f"{len(found)} tokens differ")
+        report.progress("proving", start + len(batch), total=len(prompts), note=f"{len(found)} tokens differ")
     return found
 
 

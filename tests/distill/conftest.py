@@ -19,7 +19,7 @@ class Recorder(Reporter):
         self.said: list[str] = []
         self.steps: list[tuple[str, float, float, str]] = []
 
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         self.steps.append((stage, done, total, note))
 
     def say(self, text: str) -> None:

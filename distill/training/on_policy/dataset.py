@@ -11,18 +11,18 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ....localrun.core.generation import TopLogprobs
 from ....localrun.core.loops import Loop, find_loop
-from ...recipe.training import OnPolicyLoss, OnPolicyRecipe, TrainingRecipe
+from ...recipe.training import OnPolicyRecipe, TrainingRecipe
 from ...records import Trace
 from ...tokenizer import Tokenizer
 from ...traces.logprobs import Logprobs
-from ..dataset import mixture
-from ..rows import Row, make_row, shortened
+from ..dataset import mixture, row_of
+from ..rows import Row
 
 Lesson = tuple[Row, float | None]
 """A row, and the pass rate of its problem (see curriculum)."""
@@ -33,20 +33,16 @@ _REPLAYED = 1.0  # earlier rows count as easy: half of them come in each pass
 
 
 @dataclass(frozen=True)
-class MixtureSettings:
-    """What goes in. `imitation_share` is cross-entropy's share in a right sample that the teacher scored.
+class SampleLogprobs:
+    """Log-probabilities of the samples' tokens by their ids: as sampled, the teacher's, and the student's own.
 
-    `replay` earlier rows come for each new one.
+    The first also has the token ids; the teacher's are None where it cannot score; only the policy gradient needs the
+    student's.
     """
 
-    on_policy: OnPolicyLoss = "reverse-kl"
-    imitation_share: float = OnPolicyRecipe.imitation_share
-    replay: float = OnPolicyRecipe.replay
-    max_length: int = TrainingRecipe.max_length
-    too_long: Literal["drop", "shorten"] = TrainingRecipe.too_long
-    reasoning_weight: float = TrainingRecipe.reasoning_weight
-    answer_weight: float = TrainingRecipe.answer_weight
-    seed: int = 0
+    sampled: Logprobs
+    teacher: Logprobs | None = None
+    student: Logprobs | None = None
 
 
 @dataclass
@@ -56,7 +52,7 @@ class Mixture:
     lessons: list[Lesson] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, row: Row, rate: float | None, max_length: int) -> None:
+    def add(self, kind: str, row: Row, *, rate: float | None, max_length: int) -> None:
         """Take a row in unless it is too long, which is counted."""
         if len(row.input_ids) > max_length:
             self.counts["too_long"] += 1
@@ -76,22 +72,19 @@ def pass_rates(samples: Sequence[Trace]) -> dict[str, float]:
 def mix(
     tokenizer: Tokenizer,
     samples: Sequence[Trace],
-    own: Logprobs,
-    scores: Logprobs | None,
-    corrections: Sequence[Trace],
-    earlier: Sequence[Row],
-    settings: MixtureSettings,
-    student_scores: Logprobs | None = None,
+    *,
+    logprobs: SampleLogprobs,
+    corrections: Sequence[Trace] = (),
+    earlier: Sequence[Row] = (),
+    options: OnPolicyRecipe = OnPolicyRecipe(),  # noqa: B008 - frozen
+    training: TrainingRecipe = TrainingRecipe(),  # noqa: B008 - frozen
 ) -> Mixture:
-    """Return the rows of a round. `own` holds the samples' tokens, `scores` what the teacher gives them (None: none).
-
-    `student_scores` holds the student's own log-probabilities of its tokens, which the policy gradient needs.
-    """
-    made, rates = Mixture(), pass_rates(samples)
+    """Return the rows of a round: scored samples or correct ones, loops, the teacher's corrections, earlier rows."""
+    rows, rates, limit = Mixture(), pass_rates(samples), training.max_length
     prompts: dict[str, list[int]] = {}
     shortest = _shortest_right(samples)
     for trace in samples:
-        stored = own.get(trace.id)
+        stored = logprobs.sampled.get(trace.id)
         if stored is None:
             continue
         ids, rate = stored[0].tolist(), rates[trace.problem_id]
@@ -99,32 +92,21 @@ def mix(
             prompts[trace.problem_id] = _prompt_ids(tokenizer, trace)
         prompt, loop = prompts[trace.problem_id], find_loop(ids)
         if loop is not None:
-            made.add("loops", negative_row(prompt, ids, loop), None, settings.max_length)
-        if scores is not None and trace.id in scores and ids:
+            rows.add("loops", negative_row(prompt, ids, loop), rate=None, max_length=limit)
+        if logprobs.teacher is not None and trace.id in logprobs.teacher and ids:
             n = len(ids) if loop is None else loop.first_repeat
-            mine = student_scores.get(trace.id) if student_scores is not None else None
-            row = _scored_row(prompt, ids, scores, mine[1] if mine else None, n, trace, settings)
-            made.add("scored", row, rate, settings.max_length)
+            row = _scored_row(trace, prompt, ids=ids, n=n, logprobs=logprobs, options=options)
+            rows.add("scored", row, rate=rate, max_length=limit)
         elif trace.id in shortest:
-            made.add("own_right", Row([*prompt, *ids], len(prompt)), rate, settings.max_length)
+            rows.add("own_right", Row([*prompt, *ids], len(prompt)), rate=rate, max_length=limit)
     for trace in corrections:
         if trace.verdict == "right" and trace.finish_reason == "stop":
-            row = _corrected(tokenizer, trace, settings)
-            made.add("corrected", row, rates.get(trace.problem_id), settings.max_length)
-    n_replayed = min(len(earlier), round(settings.replay * len(made.lessons)))
-    for row in random.Random(settings.seed).sample(list(earlier), n_replayed):
-        made.add("replayed", row, _REPLAYED, settings.max_length)
-    return made
-
-
-def _corrected(tokenizer: Tokenizer, trace: Trace, settings: MixtureSettings) -> Row:
-    """Return the teacher's own answer as the first training would have had it."""
-    said = (trace.messages, trace.reasoning_content or "", trace.content)
-    row = make_row(tokenizer, *said, reasoning_weight=settings.reasoning_weight, answer_weight=settings.answer_weight)
-    if settings.too_long == "drop":
-        return row
-    weights = {"reasoning_weight": settings.reasoning_weight, "answer_weight": settings.answer_weight}
-    return shortened(tokenizer, row, *said, settings.max_length, weights)
+            row = row_of(tokenizer, trace, training)  # as the first training would have had it
+            rows.add("corrected", row, rate=rates.get(trace.problem_id), max_length=limit)
+    n_replayed = min(len(earlier), round(options.replay * len(rows.lessons)))
+    for row in random.Random(training.seed or 0).sample(list(earlier), n_replayed):
+        rows.add("replayed", row, rate=_REPLAYED, max_length=limit)
+    return rows
 
 
 def _shortest_right(samples: Sequence[Trace]) -> set[str]:
@@ -144,24 +126,21 @@ def _prompt_ids(tokenizer: Tokenizer, trace: Trace) -> list[int]:
 
 
 def _scored_row(
-    prompt: list[int],
-    ids: list[int],
-    scores: Logprobs,
-    student: TopLogprobs | None,
-    n: int,
-    trace: Trace,
-    settings: MixtureSettings,
+    trace: Trace, prompt: list[int], *, ids: list[int], n: int, logprobs: SampleLogprobs, options: OnPolicyRecipe
 ) -> Row:
     """Return a sample's first n tokens with the teacher's judgement of each; a right one is imitated too."""
-    name = settings.on_policy.replace("-", "_") if settings.on_policy != "auto" else "reverse_kl"
-    share = 1 - settings.imitation_share if trace.verdict == "right" else 1.0
+    scores = logprobs.teacher
+    assert scores is not None, "the teacher scored the sample"
+    name = options.loss.replace("-", "_") if options.loss != "auto" else "reverse_kl"
+    share = 1 - options.imitation_share if trace.verdict == "right" else 1.0
     row_ids, losses = [*prompt, *ids[:n]], mixture(name, share)
     if name != "policy_gradient":
         return Row(row_ids, len(prompt), losses=losses, top=scores.stored(trace.id, range(n)))
-    teacher = scores.get(trace.id)
+    teacher, student = scores.get(trace.id), logprobs.student.get(trace.id) if logprobs.student else None
     assert student is not None, "the policy gradient compares with the student's own log-probabilities"
     assert teacher is not None
-    before, wanted = given_logprobs(student, ids)[:n], given_logprobs(teacher[1], ids)[:n]
+    before, wanted = given_logprobs(student[1], ids)[:n], given_logprobs(teacher[1], ids)[:n]
+    # A token that the teacher finds more likely than the student did was a good one, by as much.
     advantages = np.clip(wanted - before, -_MOST_ADVANTAGE, _MOST_ADVANTAGE)
     return Row(row_ids, len(prompt), losses=losses, advantages=advantages.tolist(), old_logprobs=before.tolist())
 

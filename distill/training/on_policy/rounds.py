@@ -39,7 +39,7 @@ from ..distributed import everywhere
 from ..rows import Row
 from ..stage import tokenizer_of
 from ..train import TrainPaths, train
-from .dataset import Mixture, MixtureSettings, mix, pass_rates
+from .dataset import Mixture, SampleLogprobs, mix, pass_rates
 from .round import Round, rounds_of
 from .teacher import ask_teacher, score_samples
 
@@ -153,7 +153,7 @@ def answer(context: Context, round_: Round, problems: Sequence[Problem]) -> list
             grader=grader,
             report=Relay(
                 lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, its own", done, total, note
+                    f"round {round_.number}, its own", done, total=total, note=note
                 )
             ),
         )
@@ -175,25 +175,22 @@ def lessons_of(
         ArtifactError: `code` "nothing-to-train": there is nothing to learn from.
     """
     options, training = context.recipe.on_policy, context.recipe.one_training(round_.number)
-    settings = MixtureSettings(
-        options.loss,
-        imitation_share=options.imitation_share,
-        replay=options.replay,
-        max_length=training.max_length,
-        too_long=training.too_long,
-        reasoning_weight=training.reasoning_weight,
-        answer_weight=training.answer_weight,
-        seed=training.seed or 0,
-    )
     with ExitStack() as files:
-        own = files.enter_context(Logprobs.open(logprobs_path(round_.samples_path)))
-        scores = files.enter_context(Logprobs.open(round_.scores_path)) if is_scored else None
-        student_scores = None
+        sampled = files.enter_context(Logprobs.open(logprobs_path(round_.samples_path)))
+        teacher = files.enter_context(Logprobs.open(round_.scores_path)) if is_scored else None
+        student = None
         if is_scored and options.loss == "policy-gradient":
             _score_own(context, round_, samples)
-            student_scores = files.enter_context(Logprobs.open(round_.own_scores_path))
-        corrections = list(TraceStore.read(round_.corrections_path))
-        mixture = mix(tokenizer, samples, own, scores, corrections, earlier, settings, student_scores)
+            student = files.enter_context(Logprobs.open(round_.own_scores_path))
+        mixture = mix(
+            tokenizer,
+            samples,
+            logprobs=SampleLogprobs(sampled, teacher, student),
+            corrections=list(TraceStore.read(round_.corrections_path)),
+            earlier=earlier,
+            options=options,
+            training=training,
+        )
     if not mixture.lessons:
         raise ArtifactError(
             f"round {round_.number} has nothing to train on: no sample is right, and no correction either",

@@ -114,7 +114,7 @@ def _correct(
             budget=Budget(recipe.cost, spent_before(run) if recipe.cost.price else 0.0),
             report=Relay(
                 lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, corrected", done, total, note
+                    f"round {round_.number}, corrected", done, total=total, note=note
                 )
             ),
         )
@@ -188,7 +188,7 @@ def score_samples(
             scores = _scores(wanted, own, teacher=teacher, top_logprobs=top_logprobs)
             for done, (trace, ids, top) in enumerate(scores, 1):
                 writer.append(encode(trace.id, ids, top))
-                report.progress("the teacher scores", done, len(wanted))
+                report.progress("the teacher scores", done, total=len(wanted))
         finally:
             writer.close()
     return len(wanted)

@@ -112,9 +112,9 @@ def grpo(
     where = choose_device(device)
     quiet_transformers()
     model: Any = load_base(paths.base_dir, torch.float32).to(where)
-    sampler = _Sampler(tokenizer, problems, grader, settings)
+    sampler = _Sampler(tokenizer, problems, grader=grader, settings=settings)
     watch = _Watch(settings, sampler, report)
-    trainer = _make_trainer(model, tokenizer, problems, sampler, watch, settings, paths.checkpoints_dir, where)
+    trainer = _make_trainer(model, sampler, watch=watch, checkpoints_dir=paths.checkpoints_dir, device=where)
     trainer.train(resume_from_checkpoint=last_checkpoint(paths.checkpoints_dir))
     save_checkpoint(trainer.model, paths.base_dir, tokenizer=tokenizer, out=paths.out)
     return GrpoReport(trainer.state.global_step, round(watch.seconds() / 60, 2), sampler.n_tokens, watch.curve)
@@ -124,10 +124,11 @@ class _Sampler:
     """Answers TRL's prompts with our decoder and rewards the answers with our graders."""
 
     def __init__(
-        self, tokenizer: Tokenizer, problems: Sequence[Problem], grader: GradesAnswers, settings: GrpoSettings
+        self, tokenizer: Tokenizer, problems: Sequence[Problem], *, grader: GradesAnswers, settings: GrpoSettings
     ) -> None:
         self.tokenizer, self.grader, self.settings = tokenizer, grader, settings
-        self._problems = {problem.question: problem for problem in problems}
+        self.problems = problems
+        self._by_question = {problem.question: problem for problem in problems}
         self.n_tokens = 0
         self.rewards: list[Reward] = []
         self.lengths: list[int] = []
@@ -171,7 +172,7 @@ class _Sampler:
                 opened[question] = prompt_opens_thinking(text)
             kept = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
             text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            problem = self._problems[question]
+            problem = self._by_question[question]
             weight, is_open = self.settings.format_weight, opened[question]
             self.rewards.append(
                 reward_of(problem, text, starts_inside=is_open, grader=self.grader, format_weight=weight)
@@ -228,8 +229,8 @@ class _Watch(TrainerCallback):
         self._report.progress(
             "reinforcing",
             done,
-            1.0,
-            f"{100 * right:.0f} % right, {self.curve[-1]['tokens']:.0f} tokens an answer",
+            total=1.0,
+            note=f"{100 * right:.0f} % right, {self.curve[-1]['tokens']:.0f} tokens an answer",
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -240,50 +241,12 @@ class _Watch(TrainerCallback):
             shutil.rmtree(older, ignore_errors=True)
 
 
-def _make_trainer(
-    model: Any,
-    tokenizer: Tokenizer,
-    problems: Sequence[Problem],
-    sampler: _Sampler,
-    watch: _Watch,
-    settings: GrpoSettings,
-    checkpoints_dir: Path,
-    device: torch.device,
-) -> Any:
+def _make_trainer(model: Any, sampler: _Sampler, *, watch: _Watch, checkpoints_dir: Path, device: torch.device) -> Any:
     from datasets import Dataset
-    from trl.trainer.grpo_config import GRPOConfig
 
     from .trainer import RewardTrainer
 
-    n_rows = settings.group_size * settings.problems_per_step
-    wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
-    rows_per_pass = max(n for n in range(1, min(wanted, n_rows) + 1) if n_rows % n == 0)
-    arguments = GRPOConfig(
-        output_dir=str(checkpoints_dir),
-        per_device_train_batch_size=rows_per_pass,
-        gradient_accumulation_steps=n_rows // rows_per_pass,
-        num_generations=settings.group_size,
-        max_completion_length=settings.max_tokens,
-        temperature=settings.temperature,
-        beta=settings.kl_weight,
-        scale_rewards="none",  # else a group of wrong answers, one of them not even closed, teaches as much as any
-        epsilon=settings.clip_low,
-        epsilon_high=settings.clip_high,
-        max_steps=settings.steps,
-        learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
-        max_grad_norm=settings.max_grad_norm,
-        adam_beta2=0.99,
-        bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
-        use_cpu=device.type == "cpu",
-        activation_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",  # the watch says when
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        seed=settings.seed,
-    )
+    settings = sampler.settings
 
     def rate(step: int) -> float:
         return min((step + 1) / max(1, settings.warmup_steps), 1 - watch.progress(step))
@@ -294,14 +257,51 @@ def _make_trainer(
             rate,
             model=model,
             reward_funcs=sampler.reward,
-            args=on_one_gpu(arguments),
-            train_dataset=Dataset.from_list([{"prompt": messages_of(problem)} for problem in problems]),
-            processing_class=tokenizer,
+            args=_arguments(settings, model, checkpoints_dir=checkpoints_dir, device=device),
+            train_dataset=Dataset.from_list([{"prompt": messages_of(problem)} for problem in sampler.problems]),
+            processing_class=sampler.tokenizer,
             callbacks=[watch],
             rollout_func=sampler.roll_out,
         )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, device: torch.device) -> Any:
+    """Return TRL's arguments."""
+    from trl.trainer.grpo_config import GRPOConfig
+
+    n_rows = settings.group_size * settings.problems_per_step
+    wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
+    rows_per_pass = max(n for n in range(1, min(wanted, n_rows) + 1) if n_rows % n == 0)
+    return on_one_gpu(
+        GRPOConfig(
+            output_dir=str(checkpoints_dir),
+            per_device_train_batch_size=rows_per_pass,
+            gradient_accumulation_steps=n_rows // rows_per_pass,
+            num_generations=settings.group_size,
+            max_completion_length=settings.max_tokens,
+            temperature=settings.temperature,
+            beta=settings.kl_weight,
+            scale_rewards="none",  # else a group of wrong answers, one of them not even closed, teaches as much as any
+            epsilon=settings.clip_low,
+            epsilon_high=settings.clip_high,
+            max_steps=settings.steps,
+            learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
+            max_grad_norm=settings.max_grad_norm,
+            adam_beta2=0.99,
+            bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
+            use_cpu=device.type == "cpu",
+            activation_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",  # the watch says when
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=device.type == "cuda",
+            seed=settings.seed,
+        )
+    )
 
 
 def _default_lr(model: Any) -> float:

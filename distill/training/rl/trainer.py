@@ -74,13 +74,18 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
             return found
         n_at_once = batch_size or len(input_ids)
         parts = [
-            self._scores(model, input_ids[i : i + n_at_once], attention_mask[i : i + n_at_once], logits_to_keep)
+            self._scores(
+                model,
+                input_ids[i : i + n_at_once],
+                attention_mask=attention_mask[i : i + n_at_once],
+                n_kept=logits_to_keep,
+            )
             for i in range(0, len(input_ids), n_at_once)
         ]
         logps, entropies = (torch.cat(each) for each in zip(*parts, strict=True))
         return logps, entropies if compute_entropy else None, None
 
-    def _scores(self, model: Any, input_ids: Tensor, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
+    def _scores(self, model: Any, input_ids: Tensor, *, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies `[n, n_kept]` of rows whose last n_kept places hold the answers."""
         is_token, device = attention_mask.bool().cpu(), input_ids.device  # [n, L]
         n_prompt = is_token[:, :-n_kept].sum(1).tolist()

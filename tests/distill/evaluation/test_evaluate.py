@@ -13,12 +13,13 @@ from deepdistill.distill.curation.filters import fault_of_text
 from deepdistill.distill.evaluation.evaluate import is_loop, sum_up, wilson_interval
 from deepdistill.distill.problems.similarity import word_hashes
 from deepdistill.distill.recipe.gathering import CurationRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace, Verdict
 from deepdistill.distill.teachers import pocket_dir
 from deepdistill.distill.teachers.endpoint.stream import LoopWatch
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.logprobs import Logprobs, LogprobsWriter, encode
-from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix
+from deepdistill.distill.training.on_policy.dataset import SampleLogprobs, mix
 from deepdistill.localrun.core.generation import Completion, Sampling, TopLogprobs
 from deepdistill.localrun.core.loops import LoopDetector
 
@@ -57,7 +58,12 @@ def is_loop_to_training(tokens: Sequence[int], path: Path) -> bool:
     with closing(LogprobsWriter(path, set())) as writer:
         writer.append(encode(sample.id, tokens, top))
     with Logprobs.open(path) as own:
-        mixture = mix(load_tokenizer(pocket_dir()), [sample], own, None, [], [], MixtureSettings(max_length=4000))
+        mixture = mix(
+            load_tokenizer(pocket_dir()),
+            [sample],
+            logprobs=SampleLogprobs(own),
+            training=TrainingRecipe(max_length=4000),
+        )
     return mixture.counts["loops"] == 1
 
 

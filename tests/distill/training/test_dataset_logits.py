@@ -47,7 +47,7 @@ def traces(tmp_path_factory: pytest.TempPathFactory, chain_sum: str) -> Path:
 def _rows(path: Path) -> tuple[list[Row], list[Trace]]:
     tokenizer = load_tokenizer(pocket_dir())
     held = list(TraceStore.read(path))
-    return [make_row(tokenizer, t.messages, t.reasoning_content or "", t.content) for t in held], held
+    return [make_row(tokenizer, t.messages, reasoning=t.reasoning_content or "", content=t.content) for t in held], held
 
 
 def test_the_offline_loss_is_the_dense_online_one(traces: Path, pocket_student: Path) -> None:

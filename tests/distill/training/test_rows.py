@@ -14,7 +14,7 @@ MESSAGES = [{"role": "user", "content": "State the final answer: 4 + 3 ="}]
 
 def test_trained_tokens_are_the_tokens_prompted_with_and_end_in_eos(pocket_student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
-    row = make_row(tokenizer, MESSAGES, "4+3=7", "7")
+    row = make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
     prompted = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     assert list(row.input_ids[: row.n_prompt]) == prompted
     assert tokenizer.decode(prompted).endswith("<|im_start|>assistant\n<think>\n")
@@ -39,7 +39,7 @@ def test_a_template_that_breaks_the_seam_is_refused(pocket_student: Path) -> Non
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )
     with pytest.raises(ModelError, match="differently"):
-        make_row(tokenizer, MESSAGES, "4+3=7", "7")
+        make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
 
 
 def test_a_template_without_chatml_or_reasoning_is_refused(pocket_student: Path) -> None:
@@ -63,8 +63,8 @@ def test_every_epoch_holds_every_row_and_batches_are_of_like_length() -> None:
 
 def test_each_part_of_the_answer_has_its_weight(pocket_student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
-    plain = make_row(tokenizer, MESSAGES, "4+3=7", "7")
-    row = make_row(tokenizer, MESSAGES, "4+3=7", "7", reasoning_weight=0.5, answer_weight=2.0)
+    plain = make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
+    row = make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7", reasoning_weight=0.5, answer_weight=2.0)
     assert plain.weights is None
     assert row.weights is not None
     assert row.input_ids == plain.input_ids
@@ -81,18 +81,24 @@ def test_a_template_without_a_slot_for_reasoning_is_refused(pocket_student: Path
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(ModelError, match="no slot for reasoning"):
-        make_row(tokenizer, MESSAGES, "4+3=7", "7")
+        make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
 
 
 def test_what_is_too_long_loses_the_middle_of_its_reasoning_and_keeps_its_end(pocket_student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
     lines = [f"{i}+1={i + 1}" for i in range(40)]
     reasoning = "\n".join(lines)
-    row = make_row(tokenizer, MESSAGES, reasoning, "7")
-    short = shortened(tokenizer, row, MESSAGES, reasoning, "7", 120)
+    row = make_row(tokenizer, MESSAGES, reasoning=reasoning, content="7")
+    short = shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=120)
     text = tokenizer.decode(short.input_ids[short.n_prompt :])
     assert 100 < len(short.input_ids) <= 120 < len(row.input_ids)
     assert text.startswith("0+1=1\n1+1=2\n")
     assert text.endswith("39+1=40\n</think>\n\n7<|im_end|>")
-    assert shortened(tokenizer, row, MESSAGES, reasoning, "7", len(row.input_ids)) is row
-    assert shortened(tokenizer, row, MESSAGES, reasoning, "7", short.n_prompt + 3) is row  # nothing of it would fit
+    assert (
+        shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=len(row.input_ids))
+        is row
+    )
+    assert (
+        shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=short.n_prompt + 3)
+        is row
+    )  # nothing of it would fit

@@ -20,7 +20,7 @@ def test_llama_cpp_loads_the_parts_as_the_whole(student: Path, tmp_path: Path) -
     seen: list[float] = []
 
     class Shares(Reporter):
-        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
             seen.append(done / total)
 
     (whole,) = write(plan(student, "Q8_0"), tmp_path / "whole.gguf", n_threads=1)

@@ -317,7 +317,7 @@ class FailsAfter(Reporter):
     def __init__(self, n_weights: int, error: BaseException) -> None:
         self._n_weights, self._error = n_weights, error
 
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         if done > self._n_weights:
             raise self._error
 

@@ -68,7 +68,7 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
         def __init__(self, last: float = float("inf")) -> None:
             self.steps, self._last = list[float](), last
 
-        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
             self.steps.append(done)
             if stage == "healing" and done == self._last:
                 raise Killed

@@ -22,7 +22,7 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.traces.store import TraceStore
 from deepdistill.distill.training.on_policy import teacher as round_teacher
-from deepdistill.distill.training.on_policy.dataset import MixtureSettings, mix, pass_rates
+from deepdistill.distill.training.on_policy.dataset import SampleLogprobs, mix, pass_rates
 from deepdistill.errors import ArtifactError, TeacherError, UsageError
 from deepdistill.localrun.core.reporter import Reporter
 from deepdistill.localrun.core.settings import changed
@@ -121,7 +121,7 @@ def test_a_round_that_was_cut_off_scores_only_what_is_left(run: Path, chain_sum:
         pass
 
     class Dies(Reporter):
-        def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
             if stage == "the teacher scores":
                 asked.append(int(total))
                 if (done, total) == (5, 12):
@@ -180,9 +180,8 @@ def _mixed(finished: Path, scored: bool, **changes: Any) -> Any:
     samples = list(TraceStore.read(folder / "samples.jsonl"))
     tokenizer = load_tokenizer(pocket_dir())
     with Logprobs.open(folder / "scores.bin") as scores, Logprobs.open(logprobs_path(folder / "samples.jsonl")) as own:
-        return samples, mix(
-            tokenizer, samples, own, scores if scored else None, [], [], MixtureSettings(**changes), scores
-        )
+        logprobs = SampleLogprobs(own, scores if scored else None, scores)
+        return samples, mix(tokenizer, samples, logprobs=logprobs, options=OnPolicyRecipe(**changes))
 
 
 def test_own_right_answers_are_the_shortest_of_each_problem(finished: Path) -> None:
@@ -206,7 +205,7 @@ def test_right_samples_are_imitated_too_and_wrong_ones_only_judged(finished: Pat
 
 def test_the_policy_gradient_compares_teacher_and_student(finished: Path) -> None:
     """Both are the same scores here, so no token is better or worse than expected."""
-    _, mixture = _mixed(finished, scored=True, on_policy="policy-gradient")
+    _, mixture = _mixed(finished, scored=True, loss="policy-gradient")
     for row, _ in mixture.lessons:
         assert row.losses[0][0] == "policy_gradient"
         assert row.advantages is not None

@@ -267,7 +267,9 @@ def test_problems_that_are_always_or_never_solved_are_left_out() -> None:
             assert len(set(seeds)) == len(seeds) == 12
 
     model: Any = Answers()
-    rates = measure_pass_rates(model, problems, Contains(), Sampling(temperature=1.0, seed=5), 3)
+    rates = measure_pass_rates(
+        model, problems, grader=Contains(), sampling=Sampling(temperature=1.0, seed=5), n_tries=3
+    )
     assert rates == pytest.approx({"p0": 0, "p1": 1 / 3, "p2": 2 / 3, "p3": 1})
     assert sometimes_solved(problems, rates) == problems[1:3]
     assert sometimes_solved([problems[0], problems[3]], rates) == [problems[0], problems[3]]
