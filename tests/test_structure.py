@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -274,6 +275,26 @@ def test_functions_take_few_parameters_and_most_by_keyword() -> None:
 def test_most_functions_are_short() -> None:
     lengths = [(node.end_lineno or 0) - node.lineno + 1 for _, node, _, _ in own_functions()]
     assert sum(length > 30 for length in lengths) <= 0.035 * len(lengths)
+
+
+def test_every_error_has_a_code() -> None:
+    from deepdistill import errors
+
+    ours = {name for name in vars(errors) if name.endswith("Error")}
+    without = []
+    for path in package_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ours:
+                codes = [
+                    one.value.value
+                    for one in node.keywords
+                    if one.arg == "code" and isinstance(one.value, ast.Constant)
+                ]
+                if not any(one.arg == "code" for one in node.keywords) or any(
+                    not re.fullmatch(r"[a-z]+(-[a-z]+)*", c) for c in codes
+                ):
+                    without.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert without == []
 
 
 def test_localrun_never_imports_torch() -> None:

@@ -88,16 +88,23 @@ def make_row(
         raise ModelError(
             "the student's chat template renders an answer differently from how it prompts for one",
             "a finished turn must begin with what add_generation_prompt ends with",
+            code="template-mismatch",
         )
     completion = whole[len(prompt) :]
     if reasoning.strip() not in completion:
         raise ModelError(
             "the student's chat template has no slot for reasoning: a rendered answer lacks it",
             "give its tokenizer a chat_template that renders message.reasoning_content",
+            code="no-reasoning-slot",
         )
     end = completion.rfind(tokenizer.eos_token)
     if end < 0:
-        raise ModelError(f"the student's chat template does not end a turn with its EOS, {tokenizer.eos_token!r}")
+        eos = tokenizer.eos_token
+        raise ModelError(
+            f"the student's chat template does not end a turn with its EOS, {eos!r}",
+            "give its tokenizer the eos_token that the template ends a turn with",
+            code="no-turn-end",
+        )
     completion = completion[: end + len(tokenizer.eos_token)]  # nothing after EOS is ever generated
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     if reasoning_weight == answer_weight == 1.0:

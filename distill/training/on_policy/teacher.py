@@ -137,6 +137,7 @@ def _must_be_the_same(run: Run, info: TeacherInfo, recipe: TeachRecipe) -> None:
         raise TeacherError(
             f"{info.name} is not the teacher of this run: its {odd[0]} was {before[odd[0]]}, is {now[odd[0]]}",
             "give the same teacher, or another folder with --out",
+            code="teacher-differs",
         )
     if run.load("teacher.json") is None:
         run.save("teacher.json", now)
