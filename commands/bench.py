@@ -12,13 +12,18 @@ from .shared import AsJson, Offline, Quiet, bars, console
 
 def bench(
     model: Annotated[str | None, typer.Argument(help="A .gguf file, a run folder or hf:ORG/REPO[:FILE].")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, in half a minute for a small model.")] = False,
-    threads: Annotated[int | None, typer.Option(help="Measured anew if not given.", min=1)] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure fewer points, in half a minute for a small model.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Measured anew, unless given.", min=1)] = None,
     json_output: AsJson = False,
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prefill and decoding at several depths, sequences and KV types, against what the memory's bandwidth allows."""
+    """Measure how fast a GGUF runs here.
+
+    Prefill and decoding at several depths, sequences and KV types, against the memory's bandwidth.
+    """
     from ..localrun.bench import QUICK, BenchSettings, print_bench
     from ..localrun.bench import bench as run_bench
     from ..localrun.find import find_model

@@ -32,7 +32,10 @@ def run(
     ] = False,
     json_output: AsJson = False,
 ) -> None:
-    """Talk to a GGUF, its thinking visible and apart; one-shot with -p, and in pipes."""
+    """Talk to a GGUF, its thinking visible and apart.
+
+    With -p, or in a pipe, it answers once.
+    """
     from ..localrun.chat.chat import chat as run_chat
 
     if continue_ and pick:

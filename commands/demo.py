@@ -24,16 +24,24 @@ if TYPE_CHECKING:
 def demo(
     out: Out = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tiny student, in under 90 seconds: the path, no skill.")
+        bool,
+        typer.Option(
+            "--quick", help="Take a tiny student, in under 90 seconds: it shows the path and learns no skill."
+        ),
     ] = False,
-    student: Annotated[str | None, typer.Option(help="smollm2, pocket, hf:ORG/NAME or a folder.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Of training.", min=0.01)] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The model to teach: smollm2, pocket, hf:ORG/NAME or a checkpoint folder.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes of training. 8, unless given.", min=0.01)] = None,
     seed: Seed = 0,
     json_output: AsJson = False,
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole way: embedded teacher, student and problems, then one question to the finished GGUF."""
+    """Go the whole way once, with what is built in.
+
+    Teacher, student and problems come with the package; in the end the finished GGUF answers a question.
+    """
     from ..distill.evaluation.report import print_hops
     from ..distill.teach import teach
     from ..distill.training.student import student_dir

@@ -24,7 +24,10 @@ def run(
     json_output: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy with its interval, closed thinking, loops and tokens per answer, on held-out problems."""
+    """Score a model on held-out problems.
+
+    Accuracy with its 95 % interval, closed thinking, loops and tokens per answer.
+    """
     from ..distill.evaluation.evaluate import format_score
     from ..distill.evaluation.hops import score_model
 

@@ -16,25 +16,32 @@ from .shared import AsJson, Offline, Quiet, bars
 
 def export(
     path: Annotated[
-        str | None, typer.Argument(help="traces.jsonl; or a .gguf file, a run folder or hf:ORG/REPO[:FILE].")
+        str | None, typer.Argument(help="A traces.jsonl, a .gguf file, a run folder or hf:ORG/REPO[:FILE].")
     ] = None,
     to: Annotated[
         Literal["phone", "messages", "parquet"],
         typer.Option(help="phone: a GGUF as a folder; messages (JSONL) or parquet: traces for other trainers."),
     ] = "phone",
-    out: Annotated[Path | None, typer.Option(help="The folder or file; named after the path if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder or file to write. Named after the input, unless given.")
+    ] = None,
     reasoning: Annotated[
-        Literal["field", "think"], typer.Option(help="Of traces: in a field of its own, or between think tags.")
+        Literal["field", "think"],
+        typer.Option(help="Where the reasoning of traces goes: a field of its own, or think tags in the content."),
     ] = "field",
-    all_traces: Annotated[bool, typer.Option("--all", help="Traces that are not right, too.")] = False,
+    all_traces: Annotated[bool, typer.Option("--all", help="Export traces that are not right as well.")] = False,
     memory: Annotated[
-        int | None, typer.Option(help="MB that the model and its context may take; 2000 if not given.", min=1)
+        int | None,
+        typer.Option(help="MB of memory that the model and its context may take. 2000, unless given.", min=1),
     ] = None,
     json_output: AsJson = False,
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """A GGUF as a folder for phones with a page that runs it offline, or traces as other trainers load them."""
+    """Write a folder for phones, or traces for trainers.
+
+    The folder has the GGUF and a page that runs it offline; traces become messages or Parquet.
+    """
     if to != "phone":
         _export_traces(path, out, to=to, reasoning=reasoning, all_traces=all_traces, json_output=json_output)
         return

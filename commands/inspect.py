@@ -15,11 +15,14 @@ from .shared import AsJson, console
 def inspect(
     path: Annotated[Path, typer.Argument(help="A traces.jsonl, a run folder or a .gguf file.")],
     show: Annotated[
-        str | None, typer.Option("--show", help="One trace to read: its number, or how its id begins.")
+        str | None, typer.Option("--show", help="Show one trace: its number, or the beginning of its id.")
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """What an artifact holds: traces with their verdicts, lengths and cost, a run with its scores, a GGUF's origin."""
+    """Show what traces, a run or a GGUF hold.
+
+    Traces with verdicts, lengths and cost; a run with its scores; the origin of a GGUF.
+    """
     if path.suffix == ".gguf":
         from ..quantize.provenance.inspect import inspect_gguf, summary
 

@@ -47,7 +47,10 @@ def run(
     json_output: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Student -> GGUF: types by mixture or by measurement under a size, what it kept, a gate, and proofs."""
+    """Make a GGUF of a student, its loss measured.
+
+    Types come from a mixture or from measurements under a size; a gate says what has to hold, proofs what does.
+    """
     if verify is not None:
         _verify(verify, student, recipe=recipe, json_output=json_output, quiet=quiet)
         return

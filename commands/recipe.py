@@ -25,7 +25,10 @@ def recipe(
     ] = "teach",
     json_output: AsJson = False,
 ) -> None:
-    """Print every setting with its default, or those of a run, as a TOML file for --config."""
+    """Print the settings of a command or a run.
+
+    Every setting with its default and a comment, as a TOML file for --config.
+    """
     settings: Any = TREES.get(what)
     if settings is None:
         settings = _of_run(Path(what))

@@ -41,7 +41,11 @@ def run(
     json_output: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Problems and a teacher -> verified traces -> a trained student -> scores. The same command again resumes."""
+    """Train a student on a teacher's verified traces.
+
+    Problems and a teacher become verified traces, a trained student, and scores before and after. Give the same
+    command again to resume.
+    """
     from ..distill.training.distributed import follow, is_first, leading
 
     if not is_first():
