@@ -15,6 +15,13 @@ class DeepDistillError(Exception):
     """Something to show to the user: what happened, and in `hint` what to do about it.
 
     `code` is a short slug such as "run-locked": tests and programs rely on it, never on the wording.
+
+    >>> from deepdistill import DeepDistillError, load_problems
+    >>> try:
+    ...     load_problems("gym:no_such_data_set")
+    ... except DeepDistillError as error:
+    ...     print(error.code, error.exit_code)
+    no-such-dataset 2
     """
 
     exit_code = 1

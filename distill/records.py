@@ -89,7 +89,14 @@ class Usage:
 
 @dataclass(frozen=True)
 class Trace:
-    """A teacher's answer to one problem, and whether it was right. Reasoning and content are apart, without tags."""
+    """A teacher's answer to one problem, and whether it was right. Reasoning and content are apart, without tags.
+
+    >>> from pathlib import Path
+    >>> from deepdistill import TraceStore
+    >>> trace = next(TraceStore.read(Path("traces.jsonl")))
+    >>> trace.verdict, trace.content == trace.answer, trace.teacher.name
+    ('right', True, 'pocket')
+    """
 
     id: str
     problem_id: str

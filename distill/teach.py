@@ -57,6 +57,14 @@ def teach(
     `stop_after` "samples" and "teacher" end before and after what a round wants of the teacher (see on_policy/rounds).
     `opener` opens teacher and judge; with one of your own they can be any `Teacher` objects.
 
+    >>> from pathlib import Path
+    >>> from deepdistill import TeachRecipe, teach
+    >>> settings = {"problems": "gym:chain_sum?max_terms=2&max_digits=1", "student": "pocket", "traces": {"n": 8}}
+    >>> recipe = TeachRecipe.from_json({"version": 1, "scores": {"n": 4, "max_tokens": 16}, **settings})
+    >>> result = teach(recipe, Path("runs/first"))
+    >>> result.curation["kept"], result.scores["student"]["n"]
+    (8, 4)
+
     Raises:
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """

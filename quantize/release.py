@@ -128,15 +128,16 @@ def quantize(
     report: Reporter = SILENT,
     n_threads: int | None = None,
 ) -> QuantizeReport:
-    """Write a GGUF of a checkpoint folder with a type mixture, without measuring anything.
+    """Write a GGUF of a folder that `save_pretrained` wrote, tokenizer included, without measuring anything.
 
-    Args:
-        student_dir: a folder that `save_pretrained` wrote, tokenizer included.
-        out: the file; beside the folder, as `<name>-<ftype>.gguf`, if not given.
-        ftype: the type mixture, one of `ftypes.FTYPES`, in any case.
-        metadata: more keys for the file, such as `deepdistill.recipe`.
-        report: is told the weights done.
-        n_threads: the machine's cores if not given; the bytes do not depend on it.
+    `out` is the file, by default `<name>-<ftype>.gguf` beside the folder. `ftype` is a type mixture, one of
+    `ftypes.FTYPES` in any case. `metadata` has more keys for the file, such as `deepdistill.recipe`. `n_threads` is the
+    number of cores, by default; the bytes do not depend on it.
+
+    >>> from pathlib import Path
+    >>> from deepdistill import quantize
+    >>> quantize(Path("student")).path.name
+    'student-Q8_0.gguf'
 
     Raises:
         UsageError: `code` "no-such-type", "needs-imatrix" or "metadata-taken".
@@ -145,8 +146,8 @@ def quantize(
     """
     conversion = plan(student_dir, check_ftype(ftype))
     path = out or student_dir.resolve().parent / f"{student_dir.resolve().name}-{conversion.ftype}.gguf"
-    paths = write(conversion, path, metadata=metadata, report=report, n_threads=n_threads)
-    return report_of(conversion, student_dir, path=path, parts=paths)
+    parts = write(conversion, path, metadata=metadata, report=report, n_threads=n_threads)
+    return report_of(conversion, student_dir, path=path, parts=parts)
 
 
 def release(

@@ -15,8 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN_COMMAND = "python -m pip install -c constraints.txt '.[all]' && deepdistill demo"
 TEST_COMMAND = "python -m pip install -c constraints.txt -e '.[all,test]' && pytest"
 DOCUMENTS = [
-    ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md") if (ROOT / name).exists()
-] + sorted((ROOT / "docs").glob("**/*.md"))
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    ROOT / "benchmarks" / "RESULTS.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
+FOLDERS = ("benchmarks", "commands", "distill", "docs", "examples", "localrun", "quantize", "scripts", "tests")
 
 
 def shell_lines(document: str) -> list[str]:
@@ -77,3 +80,15 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 def test_relative_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", document.read_text(encoding="utf-8"))
     assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_a_document_names_exist(document: Path) -> None:
+    """A file of the repository is named by its path from the root, in a sentence or in backquotes."""
+    text = re.sub(r"[a-z]+://\S+", "", document.read_text(encoding="utf-8"))
+    named = re.findall(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w*/]", text)
+    assert [path for path in named if not list(ROOT.glob(path))] == []
+    modules = re.findall(r"(?<![\w./-])(?:test|bench)_\w+\.py", text)
+    assert [
+        name for name in modules if not list(ROOT.glob(f"tests/**/{name}")) + list(ROOT.glob(f"benchmarks/{name}"))
+    ] == []

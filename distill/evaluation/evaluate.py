@@ -9,13 +9,14 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import ModelError
 from ...localrun.core.atomic import write_text
-from ...localrun.core.generation import Completion, Sampling
+from ...localrun.core.generation import GREEDY, Completion, Sampling
 from ...localrun.core.loops import find_loop
 from ...localrun.core.reporter import SILENT, Reporter
 from ..graders.pool import Grader
@@ -50,27 +51,34 @@ def evaluate(
     model: Teacher,
     problems: Sequence[Problem],
     *,
-    grader: Grader,
-    sampling: Sampling,
+    grader: Grader | None = None,
+    sampling: Sampling = GREEDY,
     answers_path: Path | None = None,
     report: Reporter = SILENT,
     stage: str = "answers",
 ) -> Score:
     """Ask the model every problem and grade its answers; each one goes to `answers_path`, with its verdict.
 
-    `stage` is the name under which progress is reported.
+    Without a grader one is opened for this call. `stage` is the name under which progress is reported.
+
+    >>> from deepdistill import evaluate, load_problems, open_teacher
+    >>> problems = load_problems("gym:chain_sum?max_terms=2&max_digits=1", "test", n=4)
+    >>> with open_teacher("pocket") as model:
+    ...     evaluate(model, problems).accuracy
+    1.0
 
     Raises:
         ModelError: `code` "no-answers": every request failed, so that there is nothing to score.
     """
     started, n_right, completions, lines = time.monotonic(), 0, list[Completion](), dict[int, str]()
     requests = (Request(messages_of(p), sampling.seed + i) for i, p in enumerate(problems))
-    for index, completion in model.generate(requests, sampling):
-        grade = grader.grade(problems[index], completion.content)
-        n_right += grade.verdict == "right"
-        completions.append(completion)
-        lines[index] = _answer_line(problems[index], completion, grade)
-        report.progress(stage, len(completions), total=len(problems), note=f"{n_right} right")
+    with nullcontext(grader) if grader else Grader() as open_grader:
+        for index, completion in model.generate(requests, sampling):
+            grade = open_grader.grade(problems[index], completion.content)
+            n_right += grade.verdict == "right"
+            completions.append(completion)
+            lines[index] = _answer_line(problems[index], completion, grade)
+            report.progress(stage, len(completions), total=len(problems), note=f"{n_right} right")
     seconds = time.monotonic() - started
     if answers_path:
         answers_path.parent.mkdir(parents=True, exist_ok=True)

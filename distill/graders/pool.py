@@ -79,6 +79,32 @@ class Grader(Closes):
             worker.stop()
 
 
+def grade(problem: Problem | str, *, reply: str, reference: str | None = None, grader: Grader | None = None) -> Grade:
+    """Return the verdict on one reply, with the answer found in it and, if the verdict is `unknown`, the reason.
+
+    `problem` is a problem, or the name of a grader that compares the reply with `reference`. Each call starts a worker
+    process and stops it; to grade many replies, open one `Grader` and hand it over.
+
+    >>> from deepdistill import grade
+    >>> found = grade("math", reference="3/4", reply="Half of 1.5 is 0.75, so the answer is 0.75.")
+    >>> found.verdict, found.answer
+    ('right', '0.75')
+    >>> grade("number", reference="1500 m", reply="It is 1.4 km.").verdict
+    'wrong'
+
+    Raises:
+        UsageError: `code` "settings-conflict" if a problem comes with another reference, or see `Grader.grade`.
+        ModelError: see `Grader.grade`.
+    """
+    if isinstance(problem, str):
+        problem = Problem(id="", question="", answer=reference, source="", grader=problem)
+    elif reference is not None:
+        hint = "leave it out, or name a grader instead of the problem"
+        raise UsageError("a problem brings its own reference answer", hint, code="settings-conflict")
+    with contextlib.nullcontext(grader) if grader else Grader(n_workers=1) as open_grader:
+        return open_grader.grade(problem, reply)
+
+
 def _answer(problem: Problem, content: str) -> str | None:
     """Return the final answer, in the same form as the reference."""
     gold = problem.answer

@@ -34,19 +34,19 @@ def load_problems(
     A source with fewer problems gives all of them. `n` and `seed` default to the spec's own `size` and `seed`. Offline,
     a data set of the hub comes from the cache.
 
+    >>> from deepdistill import load_problems
+    >>> problem, *_ = load_problems("gym:chain_sum?max_terms=2&max_digits=1", "test", n=10)
+    >>> print(problem.question, problem.answer)
+    State the final answer to the following arithmetic problem: 4 - 1 = 3
+
     Raises:
         UsageError: `code` "bad-spec", "bad-parameter", "no-such-parameter", "no-such-dataset", "no-such-grader",
             "untrusted-grader", or one of `read_rows` and `read_hub`.
         ArtifactError: `code` "no-such-column", "empty-question", "no-problems" if there is none in this bucket, or one
             of `read_rows` and `read_hub`.
     """
-    problems: dict[str, Problem] = {}
     n, drawn = _draw(spec, bucket, n=n, seed=seed, offline=offline)
-    for problem in drawn:
-        if len(problems) == n:
-            break
-        if bucket is None or bucket_of(problem.question) == bucket:
-            problems.setdefault(problem.id, problem)
+    problems = _distinct(drawn, bucket, n)
     if not problems:
         where = f"the {bucket} part of {spec}" if bucket else spec
         raise ArtifactError(
@@ -54,6 +54,17 @@ def load_problems(
             "the split keeps 80 % for training and 15 % for tests: give more problems",
             code="no-problems",
         )
+    return problems
+
+
+def _distinct(drawn: Iterator[Problem], bucket: Bucket | None, n: int) -> list[Problem]:
+    """Return the first n distinct problems of a bucket."""
+    problems: dict[str, Problem] = {}
+    for problem in drawn:
+        if len(problems) == n:
+            break
+        if bucket is None or bucket_of(problem.question) == bucket:
+            problems.setdefault(problem.id, problem)
     return list(problems.values())
 
 

@@ -52,7 +52,13 @@ class ResourcesRecipe:
 
 @dataclass(frozen=True)
 class TeachRecipe:
-    """Problems and a teacher -> verified traces -> a trained student -> scores."""
+    """Problems and a teacher -> verified traces -> a trained student -> scores.
+
+    >>> from deepdistill import TeachRecipe
+    >>> recipe = TeachRecipe.from_json({"version": 1, "problems": "gym:chain_sum", "training": {"epochs": 2}})
+    >>> recipe.student, recipe.training.epochs
+    ('smollm2', 2)
+    """
 
     problems: Annotated[
         str,

@@ -48,6 +48,11 @@ def open_teacher(
     Several servers of one model are one spec: `http://a/v1,http://b/v1`. `device` and `batch_size` are for models in
     this process, `server` is for servers: see `ServerOptions`.
 
+    >>> from deepdistill import open_teacher
+    >>> with open_teacher("pocket") as teacher:
+    ...     print(teacher.name, teacher.backend)
+    pocket pocket
+
     Raises:
         UsageError: `code` "no-such-model", or "offline" if the spec needs the network.
         ModelError: the model cannot be loaded here.

@@ -27,6 +27,12 @@ class TraceStore(Closes):
 
     A killed process loses no trace that `append` returned from. A loss of power loses at most the last `sync_every_s`
     seconds (0: nothing), which the next run asks for again. `repairs` says what opening has mended.
+
+    >>> from pathlib import Path
+    >>> from deepdistill import TraceStore
+    >>> with TraceStore(Path("traces.jsonl")) as store:
+    ...     print(len(store), sum(trace.verdict == "right" for trace in store))
+    8 8
     """
 
     def __init__(self, path: Path, *, sync_every_s: float = 5.0) -> None:

@@ -45,6 +45,11 @@ def chat(
     `model` is a spec for `find_model`; None is the resumed conversation's model, or else the newest run's. `resume`
     continues the newest kept conversation, or one picked from a list.
 
+    >>> from deepdistill import chat
+    >>> chat("model.gguf", prompt="State the final answer to the following arithmetic problem: 4 - 1 =")
+    3
+    0
+
     Raises:
         ArtifactError, ModelError: the file cannot be run, or the question does not fit the context.
         UsageError: code "no-question", "needs-question" or "no-such-conversation".

@@ -26,6 +26,9 @@ class Sampling:
     max_tokens: int = 512
 
 
+GREEDY = Sampling()
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Constraints on a turn beyond sampling; by default none, so that a model is measured as it is.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ModelError
 from ..core.closes import Closes
-from ..core.generation import FREE, Completion, Guidance, Sampling, TopLogprobs
+from ..core.generation import FREE, GREEDY, Completion, Guidance, Sampling, TopLogprobs
 from ..families import template
 from ..families.thinking import Think, steer_thinking, tags_of
 from ..gguf.header import UnknownTypeError
@@ -35,7 +35,16 @@ _N_MEASURED, _MEASURED_S = 12, 1.0  # tokens made, and seconds taken, at most, t
 
 
 class Engine(Closes):
-    """A GGUF ready to answer. Close it, or use it as a context manager. It runs one call at a time."""
+    """A GGUF ready to answer. Close it, or use it as a context manager. It runs one call at a time.
+
+    >>> from deepdistill import Engine
+    >>> question = "State the final answer to the following arithmetic problem: 4 - 1 ="
+    >>> with Engine("model.gguf") as engine:
+    ...     prompt = engine.prompt([{"role": "user", "content": question}])
+    ...     steps = list(engine.stream(prompt))
+    >>> "".join(step.text for step in steps if step.part == "answer")
+    '3'
+    """
 
     def __init__(
         self,
@@ -181,7 +190,7 @@ class Engine(Closes):
     def stream(
         self,
         prompt: str | Sequence[int],
-        sampling: Sampling,
+        sampling: Sampling = GREEDY,
         *,
         guidance: Guidance = FREE,
         images: Sequence[Path | bytes] = (),
