@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN_COMMAND = "python -m pip install -c constraints.txt '.[all]' && deepdistill demo"
 TEST_COMMAND = "python -m pip install -c constraints.txt -e '.[all,test]' && pytest"
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", "CHANGELOG.md", "examples/README.md")),
     ROOT / "benchmarks" / "RESULTS.md",
     *sorted((ROOT / "docs").glob("**/*.md")),
 ]
