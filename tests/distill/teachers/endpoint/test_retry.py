@@ -140,7 +140,7 @@ def test_one_in_three_fails_and_one_in_ten_hangs_and_all_answers_come(server: Fa
         server.failures[f"question {i}"] = failures
     n_faults = sum(map(len, server.failures.values()))
     assert n_faults > 60
-    with EndpointTeacher(server.url, concurrency=24, timeout_s=0.4, max_backoff_s=0.05) as teacher:
+    with EndpointTeacher(server.url, concurrency=24, timeout_s=1.5, max_backoff_s=0.05) as teacher:
         answers = list(teacher.generate(ask(150), Sampling()))
     assert sorted(i for i, _ in answers) == list(range(150))
     assert {answer.content for _, answer in answers} == {f"QUESTION {i}!" for i in range(150)}
