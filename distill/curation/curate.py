@@ -164,7 +164,7 @@ class _Survey:
         self.needs_judge.append(self.settings.verified and trace.verdict == "unknown")
         self.text.append(digest(words))
         if self.settings.similarity is not None:
-            self.numbers.append(numbers_in(words))
+            self.numbers.append(numbers_in(words) ^ digest(word_hashes(trace.answer or "")))
             self.signatures += sign_texts(words).tobytes()
 
     @cached_property
@@ -226,7 +226,7 @@ class _Decision:
         self._take("same_question", found >= 0, lambda i: self._position(found[i]))
 
     def take_same_traces(self) -> None:
-        """Keep the first of nearly the same traces; those of other problems with other numbers are not the same."""
+        """Keep the first of nearly the same traces; with other numbers or another answer, another problem's is not."""
         if self.settings.similarity is None:
             return
         index = np.flatnonzero(self.stays)

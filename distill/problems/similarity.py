@@ -95,13 +95,14 @@ def sign_texts(words: Words) -> npt.NDArray[np.uint16]:
 def sign_questions(questions: Sequence[Words]) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.bool_]]:
     """Return signatures of the questions' distinctive shingles, [N, 64], and which questions have any, [N].
 
-    Shingles in more than 1 % of the questions (and in more than 10) are the words of a template, and left out.
+    Shingles in more than 1 % of the questions (and in more than 10), or in more than half of them (and in more than 4),
+    are the words of a template, and left out.
     """
     counts = np.zeros(1 << 22, np.uint32)  # shingles share counters: a few collisions stay far below the bound
     slots = np.uint64(len(counts) - 1)
     for words in questions:
         counts[np.unique(ngrams(words, _SHINGLE) & slots)] += 1
-    too_many = max(10, len(questions) // 100)
+    too_many = min(max(10, len(questions) // 100), max(4, len(questions) // 2))
     signatures = np.zeros((len(questions), N_HASHES), np.uint16)
     is_distinctive = np.zeros(len(questions), np.bool_)
     for i, words in enumerate(questions):
@@ -158,9 +159,10 @@ def contaminated(questions: Sequence[Words], evaluation: Sequence[Words], n: int
     """Return for each question the index of an evaluation question that it contains, else -1; [N].
 
     It contains one if both are the same once normalised, or share a distinctive n-gram of words. An n-gram is common,
-    and does not count, if with numbers masked it is in more than 1 % of the evaluation questions (and in more than 2)
-    or in more than 5 % of the questions (and in more than 10). If common n-grams make up a fifth of an evaluation
-    question, it comes from a template: then half of its distinctive n-grams must be shared, and at least n.
+    and does not count, if with numbers masked it is in more than 1 % of the evaluation questions (and in more than 2),
+    in more than 5 % of the questions (and in more than 10), or in more than half of both together (and in more than 4).
+    If common n-grams make up a fifth of an evaluation question, it comes from a template: then half of its distinctive
+    n-grams must be shared, and at least n.
     """
     whole = {digest(words): i for i, words in reversed(list(enumerate(evaluation))) if len(words)}
     index = _DistinctiveGrams({i: evaluation[i] for i in sorted(whole.values())}, questions, n)
@@ -209,7 +211,11 @@ def _common(evaluation: Sequence[Words], questions: Sequence[Words], n: int) -> 
         places = np.searchsorted(known, grams)
         grams, places = grams[places < len(known)], places[places < len(known)]
         in_questions[places[known[places] == grams]] += 1
-    return known[(in_evaluation > max(2, len(evaluation) // 100)) | (in_questions > max(10, len(questions) // 20))]
+    return known[
+        (in_evaluation > max(2, len(evaluation) // 100))
+        | (in_questions > max(10, len(questions) // 20))
+        | (in_evaluation + in_questions > max(4, (len(evaluation) + len(questions)) // 2))
+    ]
 
 
 def _masked(words: Words) -> Words:

@@ -225,6 +225,8 @@ def test_nearly_the_same_trace_is_kept_once_but_not_with_other_numbers() -> None
     assert dropped(copies, CurationRecipe(similarity=1.0)) == {"same_trace": 1}
     other_numbers = [trace(i, reasoning_content=f"{text} {i}") for i in (1, 2)]
     assert dropped(other_numbers) == {}
+    other_answers = [trace(i, reasoning_content=f"{text} {word}", answer=word) for i, word in ((1, "yes"), (2, "no"))]
+    assert dropped(other_answers) == {}
     same_problem = [trace(1, reasoning_content=f"{text} {i}") for i in (1, 2)]
     assert dropped(same_problem, CurationRecipe(keep=2)) == {"same_trace": 1}
 

@@ -100,6 +100,39 @@ def test_a_templates_words_are_not_a_questions_own() -> None:
     assert not is_distinctive.any()
 
 
+PREAMBLE = "You may call get_weather(city). Reply only with a JSON object with name and arguments. Weather in"
+CITIES = [
+    "Rome",
+    "Paris",
+    "Oslo",
+    "Lima",
+    "Cairo",
+    "Delhi",
+    "Tokyo",
+    "Bern",
+    "Madrid",
+    "Berlin",
+    "Athens",
+    "Dublin",
+    "Lisbon",
+    "Vienna",
+    "Prague",
+    "Riga",
+]
+
+
+@pytest.mark.parametrize(("n_questions", "n_exams"), [(3, 2), (6, 1), (6, 2), (10, 3), (13, 3)])
+def test_a_preamble_that_few_questions_share_makes_none_of_them_alike(n_questions: int, n_exams: int) -> None:
+    questions = [word_hashes(f"{PREAMBLE} {city}?") for city in CITIES[:n_questions]]
+    exams = [word_hashes(f"{PREAMBLE} {city}?") for city in CITIES[-n_exams:]]
+    assert contaminated(questions, exams).tolist() == [-1] * n_questions
+    assert contaminated([*questions, exams[0]], exams).tolist() == [-1] * n_questions + [0]
+    if n_questions > 4:
+        signatures, is_distinctive = sign_questions(questions)
+        repeated = near_duplicates(signatures, 0.85, lambda i, others: is_distinctive[others] & is_distinctive[i])
+        assert repeated.tolist() == [-1] * n_questions
+
+
 def naive_overlap(question: str, exams: list[str], n: int = 8) -> int:
     clean: Callable[[str], str] = lambda text: re.sub(r"[?.,]", "", text)  # noqa: E731
     return next((i for i, exam in enumerate(exams) if shingles(clean(question), n) & shingles(clean(exam), n)), -1)
