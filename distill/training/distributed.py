@@ -40,11 +40,11 @@ def leading() -> Iterator[None]:
     _dismiss()
 
 
-def everywhere(function: Callable[..., Result], *given: Any, own: Mapping[str, Any], **options: Any) -> Result:
-    """Call a function in every process and return its result in this one, the first; only this one gets `own`."""
+def everywhere(function: Callable[..., Result], *given: Any, first_only: Mapping[str, Any], **options: Any) -> Result:
+    """Call a function in every process and return the result of this one, the first; only it gets `first_only`."""
     if processes() > 1:
         _broadcast((function, given, options))
-    return function(*given, **options, **own)
+    return function(*given, **options, **first_only)
 
 
 def follow() -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def check_training(context: Context, base: Path) -> None:
-    """Check that the student can be taught with these settings, before anything is paid for.
+    """Check that the student can be trained with these settings, before anything is paid for.
 
     Raises:
-        UsageError: settings that do not go together, or a tracker that is not installed.
-        ModelError: a chat template that cannot be taught to think, or no way to 4 bits.
+        UsageError: `code` "no-such-tracker" or "not-installed": a tracker that cannot be had.
+        ModelError: the chat template has no room for reasoning, or there is no way to 4 bits here.
     """
     from ..device import choose_device
     from .lora import four_bits
@@ -43,8 +43,7 @@ def train_first(
     out = run.first_student_dir(recipe.on_policy.rounds)
     if run.student_dir.exists():
         return []
-    from .dataset import by_level, hold_out, lessons
-    from .rows import order_rows
+    from .dataset import hold_out, lessons
     from .train import TrainPaths, train
 
     training = recipe.one_training()
@@ -53,36 +52,47 @@ def train_first(
     trained, validation = hold_out(rows, kept, n=training.n_validation, seed=recipe.seed)
     if out.exists():
         return rows
-    if not run.is_trained:
-        record = run.load("curation.json")
-        record["dropped"]["too_long"] = len(traces) - len(rows)
-        record["kept"] = len(rows)
-        run.save("curation.json", record)
+    _count_too_long(context, n_traces=len(traces), n_rows=len(rows))
     out.parent.mkdir(parents=True, exist_ok=True)
-    ordered = [rows[i] for i in trained]
-    if training.curriculum.enabled:
-        asked = [kept[i] for i in trained]
-        if not any(trace.problem_id in rates for trace in asked):
-            context.report.say("no problem of the traces could be tried: they keep their order, without a curriculum")
-        ordered = by_level(ordered, asked, rates=rates, training=training)
-    else:
-        ordered = order_rows(ordered, training.batch_size, epochs=training.epochs, seed=training.seed or 0)
     result = everywhere(
         train,
         TrainPaths(base, run.checkpoints_dir, out),
-        ordered,
+        _ordered(context, [rows[i] for i in trained], [kept[i] for i in trained], rates=rates),
         tokenizer=tokenizer,
         settings=training,
         validation=validation,
         device=context.resources.device,
-        own={"report": context.report},
+        first_only={"report": context.report},
     )
     run.save("training.json", dataclasses.asdict(result))
     return rows
 
 
+def _count_too_long(context: Context, *, n_traces: int, n_rows: int) -> None:
+    """Add the traces that were too long to train on to curation.json, once."""
+    run = context.run
+    if not run.is_trained:
+        record = run.load("curation.json")
+        record["dropped"]["too_long"] = n_traces - n_rows
+        record["kept"] = n_rows
+        run.save("curation.json", record)
+
+
+def _ordered(context: Context, rows: list[Row], traces: list[Trace], *, rates: dict[str, float]) -> list[Row]:
+    """Return the rows of every epoch in the order in which they train, by the curriculum if the recipe has one."""
+    from .dataset import by_level
+    from .rows import order_rows
+
+    training = context.recipe.one_training()
+    if not training.curriculum.enabled:
+        return order_rows(rows, training.batch_size, epochs=training.epochs, seed=training.seed or 0)
+    if not any(trace.problem_id in rates for trace in traces):
+        context.report.say("the student could try no problem of the traces: they train in plain order")
+    return by_level(rows, traces, rates=rates, training=training)
+
+
 def tokenizer_of(base: Path) -> Tokenizer:
-    """Return the student's tokenizer, its template taught to think."""
+    """Return the student's tokenizer, with a chat template that renders reasoning."""
     from ..teachers.huggingface.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)

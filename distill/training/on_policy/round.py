@@ -1,4 +1,4 @@
-"""Where the artifacts of a round are."""
+"""Where a round keeps its artifacts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...run import Run
 
 @dataclass(frozen=True)
 class Round:
-    """One round of a run: which, in what folder, and from which student to which."""
+    """One round of a run: its number, its folder, the student that it starts from and the one that it makes (`out`)."""
 
     number: int
     folder: Path
@@ -34,7 +34,7 @@ class Round:
 
     @property
     def corrections_path(self) -> Path:
-        """The teacher's answers to what the student could not solve."""
+        """The teacher's answers to the problems that the student could not solve."""
         return self.folder / "corrections.jsonl"
 
 

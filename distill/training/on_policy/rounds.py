@@ -1,12 +1,12 @@
-"""On-policy rounds: the student answers, graders judge, the teacher corrects and scores, the student trains on that.
+"""On-policy rounds: the student answers, graders judge, the teacher scores and corrects, the student trains on that.
 
-A student that only imitates never sees its own mistakes. A round shows it what the teacher would have said where the
-student went its own way. Every part of a round is an artifact in `rounds/N/`: `samples.jsonl` (the student's answers
-with their seeds), `scores.bin` (the teacher's log-probabilities of them), `corrections.jsonl`, `round.json`, and the
-student that it made. So a killed round resumes, and the machine with the teacher is needed for its part alone:
-`--stop-after samples`, copy the run there, `--stop-after teacher`, copy it back.
+A student that only imitates never sees its own mistakes. A round shows it what the teacher would have written after
+the student's own beginning. Every part of a round is an artifact in `rounds/N/`: `samples.jsonl` (the student's
+answers with their seeds), `scores.bin` (the teacher's log-probabilities of them), `corrections.jsonl`, `round.json`,
+and the trained student. So a killed round resumes, and only the teacher's part needs the machine with the teacher:
+`--stop-after samples`, copy the run to it, `--stop-after teacher`, copy the run back.
 
-Source: on-policy distillation, GKD arXiv 2306.13649; own right answers, rejection sampling as in R1 (arXiv 2501.12948).
+Source: GKD, arXiv 2306.13649; training on one's own correct answers is R1's rejection sampling (arXiv 2501.12948).
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ...traces.logprobs import Logprobs, logprobs_path
 from ...traces.store import TraceStore
 from ..curriculum import arrange, counts
 from ..distributed import everywhere
+from ..report import TrainReport
 from ..rows import Row
 from ..stage import tokenizer_of
 from ..train import TrainPaths, train
@@ -45,19 +46,22 @@ from .teacher import ask_teacher, score_samples
 
 
 def problems_of(round_: Round, problems: Sequence[Problem], *, n: int, n_asked: int) -> list[Problem]:
-    """Return the n problems of a round: new ones after those that the teacher was asked, or these again if none is new.
+    """Return the n problems of a round, those after the ones that came before; at the end of the list it starts over.
 
-    Only problems with a grader are answered.
+    Only problems with a grader are among them. The teacher was asked the first `n_asked`.
+
+    Raises:
+        ArtifactError: `code` "no-answers": no problem has a grader.
     """
     graded = [problem for problem in problems if problem.grader != NONE]
     if not graded:
-        raise ArtifactError("rounds need problems with an answer to grade by", "leave --rounds out", code="no-answers")
+        raise ArtifactError("rounds need problems whose answers can be graded", "leave --rounds out", code="no-answers")
     first = (n_asked + (round_.number - 1) * n) % len(graded)
     return [graded[(first + i) % len(graded)] for i in range(min(n, len(graded)))]
 
 
 def go_rounds(context: Context, *, earlier: Sequence[Row], held_out: list[Problem], base: Path) -> bool:
-    """Run the rounds that are not done; return whether all are, or `stop_after` ended them before.
+    """Run the rounds that are not done; return False if `stop_after` ended them early.
 
     `earlier` holds the rows of the first training, some of which are replayed.
     """
@@ -82,10 +86,10 @@ def go_rounds(context: Context, *, earlier: Sequence[Row], held_out: list[Proble
 def go_round(
     context: Context, round_: Round, *, problems: Sequence[Problem], earlier: Sequence[Row], tokenizer: Tokenizer
 ) -> bool:
-    """Resume a round where it is; return whether it made its student, or `stop_after` ended it before.
+    """Run a round from where it stopped; return False if `stop_after` ended it before its student was trained.
 
     Raises:
-        DeepDistillError: see each part; what was done stays.
+        DeepDistillError: see each part; what is done stays.
     """
     run, report = context.run, context.report
     name = f"rounds/{round_.number}/round.json"
@@ -97,29 +101,38 @@ def go_round(
     if not record.get("teacher_done"):
         record = ask_teacher(context, round_, problems=problems, samples=samples, tokenizer=tokenizer)
     if context.stop_after == "teacher":
-        report.say(f"the teacher's part of round {round_.number} is done: training needs no teacher")
+        report.say(f"the teacher's part of round {round_.number} is done: its training needs no teacher")
         return False
-    training = round_training(context.recipe, round_.number)
     mixture = lessons_of(
         context, round_, samples=samples, earlier=earlier, tokenizer=tokenizer, is_scored=record["scored"]
     )
     record |= summary(mixture, samples)
     run.save(name, record)
     report.say(f"round {round_.number}: {record['right']} of {len(samples)} right; rows: {_listed(record['rows'])}")
-    seed = training.seed or 0
-    settings, epochs = training.curriculum, training.epochs
-    rows = arrange(mixture.lessons, training.batch_size, epochs=epochs, seed=seed, settings=settings)
-    trained = everywhere(
+    trained = _train_round(context, round_, mixture=mixture, tokenizer=tokenizer)
+    run.save(name, record | {"training": dataclasses.asdict(trained)})
+    return True
+
+
+def _train_round(context: Context, round_: Round, *, mixture: Mixture, tokenizer: Tokenizer) -> TrainReport:
+    """Train the round's student on its rows, in the order of its curriculum."""
+    training = round_training(context.recipe, round_.number)
+    rows = arrange(
+        mixture.lessons,
+        training.batch_size,
+        epochs=training.epochs,
+        seed=training.seed or 0,
+        settings=training.curriculum,
+    )
+    return everywhere(
         train,
         TrainPaths(round_.student, round_.folder / "checkpoints", round_.out),
         rows,
         tokenizer=tokenizer,
         settings=training,
         device=context.resources.device,
-        own={"report": report},
+        first_only={"report": context.report},
     )
-    run.save(name, record | {"training": dataclasses.asdict(trained)})
-    return True
 
 
 def round_training(recipe: TeachRecipe, number: int) -> TrainingRecipe:
@@ -133,7 +146,11 @@ def round_training(recipe: TeachRecipe, number: int) -> TrainingRecipe:
 
 
 def answer(context: Context, round_: Round, problems: Sequence[Problem]) -> list[Trace]:
-    """Have the student answer, and grade what it says; what is stored is not answered again."""
+    """Return the student's graded answers to the problems; it is asked only for those that are not stored yet.
+
+    Raises:
+        ArtifactError: `code` "student-differs": another student wrote the stored ones.
+    """
     recipe = context.recipe
     sampling = Sampling(temperature=recipe.on_policy.temperature, seed=recipe.seed, max_tokens=recipe.scores.max_tokens)
     n_samples = recipe.on_policy.samples
@@ -147,13 +164,13 @@ def answer(context: Context, round_: Round, problems: Sequence[Problem]) -> list
         collect(
             problems,
             store,
-            # One more than there are samples is never reached: right ones do not end a problem.
+            # `keep` is one more than the samples, so a problem never ends early, however many are right.
             settings=CollectSettings(f"round {round_.number}", sampling, n_samples, n_samples + 1, 1),
             open_teacher=lambda: context.open_student(round_.student),
             grader=grader,
             report=Relay(
                 lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, its own", done, total=total, note=note
+                    f"round {round_.number}, student", done, total=total, note=note
                 )
             ),
         )
@@ -193,7 +210,7 @@ def lessons_of(
         )
     if not mixture.lessons:
         raise ArtifactError(
-            f"round {round_.number} has nothing to train on: no sample is right, and no correction either",
+            f"round {round_.number} has nothing to train on: neither a sample nor a correction is right",
             "train longer before the first round, or give easier problems",
             code="nothing-to-train",
         )
@@ -201,7 +218,7 @@ def lessons_of(
 
 
 def _score_own(context: Context, round_: Round, samples: Sequence[Trace]) -> None:
-    """Store the student's own log-probabilities of its tokens, which its sampling may have left out."""
+    """Store the student's log-probabilities of its own tokens, which sampling need not have stored."""
     with ExitStack() as opened:
 
         @cache
@@ -213,7 +230,7 @@ def _score_own(context: Context, round_: Round, samples: Sequence[Trace]) -> Non
 
 
 def summary(mixture: Mixture, samples: Sequence[Trace]) -> dict[str, Any]:
-    """Return what a round was like, for round.json."""
+    """Return the counts of a round that round.json keeps."""
     rates = pass_rates(samples)
     return {
         "samples": len(samples),

@@ -1,13 +1,13 @@
-"""The teacher's part of a round: it scores what the student said, and answers what the student could not solve.
+"""The teacher's part of a round: it scores the student's answers, and answers what the student could not solve.
 
-It is opened once, only if something is wanted of it, and has to be the teacher that the run had before.
+It is opened once, only if there is work for it, and has to be the teacher that the run had before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,33 +43,21 @@ def ask_teacher(
     """Have the teacher score the samples and answer what the student could not solve; return round.json's record.
 
     Raises:
-        TeacherError: the teacher is not the one of the run, or cannot do what was asked for.
+        TeacherError: `code` "teacher-differs": it is not the teacher of the run; "cannot-score": it lacks what
+            `on_policy.loss` needs.
     """
     run, options = context.run, context.recipe.on_policy
-    record: dict[str, Any] = run.load(f"rounds/{round_.number}/round.json") or {}
+    name = f"rounds/{round_.number}/round.json"
+    record: dict[str, Any] = run.load(name) or {}
     record["settings"] = dataclasses.asdict(options)
-    with ExitStack() as opened:
-
-        @cache
-        def teacher() -> Teacher:
-            is_worked = context.recipe.teacher.model == WORKED
-            one = WorkedTeacher(problems) if is_worked else context.open_teacher()
-            opened.callback(one.close)
-            _must_be_the_same(run, one.info, context.recipe)
-            return one
-
+    with _teacher_when_needed(context, problems) as teacher:
         if options.loss == "off":
             record |= {"scored": False, "why_not": "on_policy.loss is off"}
         elif "scored" not in record:
-            why = why_not_scored(teacher(), tokenizer)
-            if why and options.loss != "auto":
-                hint = "leave it out, or take another teacher"
-                raise TeacherError(f"on_policy.loss={options.loss}: {why}", hint, code="cannot-score")
-            if why:
-                context.report.say(f"{why}: a round is the student's own right answers and the teacher's corrections")
+            why = _reason_unscored(context, teacher(), tokenizer)
             record |= {"scored": not why, "why_not": why}
         record["teacher"] = run.load("teacher.json")
-        run.save(f"rounds/{round_.number}/round.json", record)
+        run.save(name, record)
         if record["scored"]:
             score_samples(
                 samples,
@@ -81,8 +69,42 @@ def ask_teacher(
             )
         _correct(context, round_, problems=problems, samples=samples, teacher=teacher)
     record["teacher_done"] = True
-    run.save(f"rounds/{round_.number}/round.json", record)
+    run.save(name, record)
     return record
+
+
+@contextmanager
+def _teacher_when_needed(context: Context, problems: Sequence[Problem]) -> Iterator[Callable[[], Teacher]]:
+    """Yield a function that opens the run's teacher at its first call, and close what it opened."""
+    with ExitStack() as opened:
+
+        @cache
+        def teacher() -> Teacher:
+            is_worked = context.recipe.teacher.model == WORKED
+            model = WorkedTeacher(problems) if is_worked else context.open_teacher()
+            opened.callback(model.close)
+            _must_be_the_same(context.run, model.info, context.recipe)
+            return model
+
+        yield teacher
+
+
+def _reason_unscored(context: Context, teacher: Teacher, tokenizer: Tokenizer) -> str | None:
+    """Return why the samples go unscored, which the user is told; None if they will be scored.
+
+    Raises:
+        TeacherError: `code` "cannot-score": the recipe names a loss that needs the scores.
+    """
+    loss = context.recipe.on_policy.loss
+    why = why_not_scored(teacher, tokenizer)
+    if why and loss != "auto":
+        hint = "set on_policy.loss to auto, or choose another teacher"
+        raise TeacherError(f"on_policy.loss={loss}: {why}", hint, code="cannot-score")
+    if why:
+        context.report.say(
+            f"{why}: the round trains on the student's own correct answers and the teacher's corrections"
+        )
+    return why
 
 
 def _correct(
@@ -93,49 +115,56 @@ def _correct(
     samples: Sequence[Trace],
     teacher: Callable[[], Teacher],
 ) -> None:
-    """Ask for answers to the problems that the student solves too rarely, but for those that have one in the run."""
-    run, recipe = context.run, context.recipe
+    """Ask for answers to the problems that the student solves too rarely, except those that the run has solved."""
+    recipe = context.recipe
     rates = pass_rates(samples)
     failed = [problem for problem in problems if rates.get(problem.id, 1.0) < recipe.on_policy.correct_below]
     with TraceStore(round_.corrections_path) as store, Grader() as grader:
         known = {trace.problem_id for trace in store}
-        wanted = {problem.id for problem in failed} - known
-        if wanted and run.traces_path.exists():
-            for trace in TraceStore.read(run.traces_path):
-                if trace.problem_id in wanted and trace.verdict == "right":
-                    store.append(dataclasses.replace(trace, cost_usd=None))  # paid for already
-                    wanted.discard(trace.problem_id)
+        solved = _reuse_traces(context.run, store, {problem.id for problem in failed} - known)
         collect(
-            [problem for problem in failed if problem.id in wanted or problem.id in known],
+            [problem for problem in failed if problem.id not in solved],
             store,
             settings=CollectSettings(recipe.teacher.model, recipe.sampling, recipe.traces.samples, recipe.keep),
             open_teacher=teacher,
             grader=grader,
-            budget=Budget(recipe.cost, spent_before(run) if recipe.cost.price else 0.0),
+            budget=Budget(recipe.cost, spent_before(context.run) if recipe.cost.price else 0.0),
             report=Relay(
                 lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, corrected", done, total=total, note=note
+                    f"round {round_.number}, teacher", done, total=total, note=note
                 )
             ),
         )
+
+
+def _reuse_traces(run: Run, store: TraceStore, wanted: set[str]) -> set[str]:
+    """Copy the run's first right trace of each wanted problem into the store; return which problems have one."""
+    found: set[str] = set()
+    if wanted and run.traces_path.exists():
+        for trace in TraceStore.read(run.traces_path):
+            if trace.problem_id in wanted - found and trace.verdict == "right":
+                store.append(dataclasses.replace(trace, cost_usd=None))  # paid for already
+                found.add(trace.problem_id)
+    return found
 
 
 def _must_be_the_same(run: Run, info: TeacherInfo, recipe: TeachRecipe) -> None:
     """Remember who teaches this run, and refuse another.
 
     Raises:
-        TeacherError: another model answered or scored before.
+        TeacherError: `code` "teacher-differs": another model answered or scored before.
     """
     now = dataclasses.asdict(info)
     before = run.load("teacher.json")
     if before is None and recipe.traces.file is None and run.traces_path.exists():
         with suppress(StopIteration):
             before = dataclasses.asdict(next(TraceStore.read(run.traces_path)).teacher)
-    # What a teacher does not tell about itself, or an older run did not keep, cannot differ.
-    odd = [key for key, value in (before or {}).items() if value is not None and now[key] not in (value, None)]
-    if before and odd:
+    # A field that a teacher does not report, or that an older run did not keep, cannot differ.
+    differing = [key for key, value in (before or {}).items() if value is not None and now[key] not in (value, None)]
+    if before and differing:
+        field = differing[0]
         raise TeacherError(
-            f"{info.name} is not the teacher of this run: its {odd[0]} was {before[odd[0]]}, is {now[odd[0]]}",
+            f"{info.name} is not the teacher of this run: its {field} is {now[field]}, and was {before[field]}",
             "give the same teacher, or another folder with --out",
             code="teacher-differs",
         )
@@ -146,13 +175,13 @@ def _must_be_the_same(run: Run, info: TeacherInfo, recipe: TeachRecipe) -> None:
 def why_not_scored(teacher: Teacher, tokenizer: Tokenizer) -> str | None:
     """Return why a teacher cannot score the student's tokens; None if it can.
 
-    It has to have the student's vocabulary, and to give log-probabilities of a text that it did not write.
+    A teacher that can has the student's vocabulary, and gives log-probabilities of a text that it did not write.
     """
     same = is_same(teacher.vocabulary, tokenizer)
     if same is None:
         same = tokenizes_alike(teacher.tokenize(STRESS_TEXT), tokenizer)
     if same is None:
-        return "the teacher does not tell its tokens"
+        return "the teacher does not report its tokens"
     if not same:
         return "the teacher has another tokenizer"
     messages = [{"role": "user", "content": "2 + 3 ="}]
@@ -174,19 +203,19 @@ def score_samples(
 ) -> int:
     """Score the samples that `out` lacks, and return how many; the teacher is opened only if there are any.
 
-    `samples_logprobs` is the samples' sidecar, which has the student's own tokens. Once `out` is complete, training
-    needs no teacher.
+    `samples_logprobs` is the samples' sidecar, which has the student's tokens. Once `out` is complete, training needs
+    no teacher.
 
     Raises:
         TeacherError: the teacher cannot score.
         ArtifactError: a file is broken, or cannot be written.
     """
-    with Logprobs.open(samples_logprobs) as own:
+    with Logprobs.open(samples_logprobs) as sampled:
         writer = LogprobsWriter(out, {id_key(trace.id) for trace in samples})
         try:
             with Logprobs.open(out) as scored:
-                wanted = [trace for trace in samples if trace.id in own and trace.id not in scored]
-            scores = _scores(wanted, own, teacher=teacher, top_logprobs=top_logprobs)
+                wanted = [trace for trace in samples if trace.id in sampled and trace.id not in scored]
+            scores = _scores(wanted, sampled, teacher=teacher, top_logprobs=top_logprobs)
             for done, (trace, ids, top) in enumerate(scores, 1):
                 writer.append(encode(trace.id, ids, top))
                 report.progress("the teacher scores", done, total=len(wanted))
@@ -196,14 +225,14 @@ def score_samples(
 
 
 def _scores(
-    wanted: Sequence[Trace], own: Logprobs, *, teacher: Callable[[], Teacher], top_logprobs: int
+    wanted: Sequence[Trace], sampled: Logprobs, *, teacher: Callable[[], Teacher], top_logprobs: int
 ) -> Iterator[tuple[Trace, list[int], Any]]:
     """Yield (sample, its tokens, the teacher's distribution at each) as the teacher gives them."""
     if not wanted:
         return
     conversations = []
     for trace in wanted:
-        stored = own.get(trace.id)
+        stored = sampled.get(trace.id)
         assert stored is not None
         conversations.append((trace.messages, stored[0].tolist()))
     for index, top in teacher().score_many(conversations, top_logprobs=top_logprobs):

@@ -61,7 +61,7 @@ def test_a_teacher_without_a_fingerprint_is_known_by_how_it_cuts_text(monkeypatc
         vars(teacher)["vocabulary"] = None
         assert why_not_scored(teacher, tokenizer) is None  # it cuts the stress text alike
         monkeypatch.setattr(type(teacher), "tokenize", lambda self, text: None)
-        assert why_not_scored(teacher, tokenizer) == "the teacher does not tell its tokens"
+        assert why_not_scored(teacher, tokenizer) == "the teacher does not report its tokens"
 
 
 def test_a_gguf_of_the_teacher_scores_the_students_tokens_as_the_teacher_does(tmp_path: Path) -> None:
