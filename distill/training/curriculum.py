@@ -1,12 +1,12 @@
-"""Which rows train when, by how often the student itself solves their problems.
+"""The order of the rows, by how often the untrained student solves their problems.
 
-A problem that it nearly always solves teaches little, so it comes in a part of the passes; one that it solves now and
-then is where it can learn, and comes twice a pass from the second on. The first rows are of what it can solve now and
-then; one that it never solves joins in after them. Not later: a boxed training may not see all rows once, and what it
-never solves is most of what there is to learn.
+A problem that it nearly always solves teaches little, and trains in some of the epochs only. One that it solves now and
+then teaches most, and trains twice per epoch from the second on. Training begins with rows of such problems; those that
+the student never solves follow soon. They must not come late: a training with a time limit may not see every row once,
+and most of what there is to learn is in them.
 
-Where only some problems were tried, the row of another takes the mean of the tried ones nearest to it in length: the
-longer the chain of reasoning, the harder the problem.
+If the student tried only some of the problems, the row of another takes the mean pass rate of the tried rows nearest to
+it in length: the longer the reasoning, the harder the problem.
 
 Source: difficulty by the model's own pass rate, as Kimi k1.5 (arXiv 2501.12599, section 2.3) and others sample prompts.
 """
@@ -25,7 +25,7 @@ Level = Literal["easy", "middle", "hopeless"]
 
 
 def level_of(rate: float | None, settings: CurriculumRecipe) -> Level:
-    """Return the level of a pass rate; a problem that was never tried is in the middle."""
+    """Return the level of a pass rate; a problem that was never tried counts as middle."""
     if rate is None:
         return "middle"
     if rate >= settings.easy_from:
@@ -34,16 +34,19 @@ def level_of(rate: float | None, settings: CurriculumRecipe) -> Level:
 
 
 def estimated(rows: Sequence[tuple[Row, float | None]], nearest: int = 8) -> list[tuple[Row, float | None]]:
-    """Return the rows, an untried one with the mean pass rate of the `nearest` tried ones in length (None if none)."""
+    """Return the rows, with the mean pass rate of the `nearest` tried rows in length for those not tried.
+
+    The rates stay None if no row was tried.
+    """
     tried = sorted((len(row.input_ids), rate) for row, rate in rows if rate is not None)
     if not tried:
         return list(rows)
     lengths = [length for length, _ in tried]
 
     def rate_at(length: int) -> float:
-        at = min(max(bisect.bisect(lengths, length) - nearest // 2, 0), max(len(tried) - nearest, 0))
-        around = [rate for _, rate in tried[at : at + nearest]]
-        return sum(around) / len(around)
+        start = min(max(bisect.bisect(lengths, length) - nearest // 2, 0), max(len(tried) - nearest, 0))
+        rates = [rate for _, rate in tried[start : start + nearest]]
+        return sum(rates) / len(rates)
 
     return [(row, rate_at(len(row.input_ids)) if rate is None else rate) for row, rate in rows]
 
@@ -56,10 +59,10 @@ def arrange(
     seed: int,
     settings: CurriculumRecipe | None = None,
 ) -> list[Row]:
-    """Return the rows of every pass in order, given each with its problem's pass rate.
+    """Return the rows of every epoch in order, given each with its problem's pass rate.
 
-    The first pass begins with rows of what the student solves now and then, `head_start` of its rows at most; then all
-    levels come together. Where no problem was ever solved, or none was tried, this is the plain order.
+    The first epoch begins with middle rows, at most `head_start` of all rows; then all levels are mixed. If no problem
+    was tried, or none was ever solved, this is the plain order.
     """
     settings = settings or CurriculumRecipe()
     if all(rate is None for _, rate in rows):
@@ -84,6 +87,6 @@ def arrange(
 
 
 def counts(rates: Sequence[float | None], settings: CurriculumRecipe | None = None) -> dict[str, int]:
-    """Return how many problems stand on each level."""
+    """Return how many problems there are on each level."""
     levels = [level_of(rate, settings or CurriculumRecipe()) for rate in rates]
     return {level: levels.count(level) for level in ("easy", "middle", "hopeless")}

@@ -1,7 +1,7 @@
-"""The rows of the first training: curated traces as the student's template renders them, with what they carry.
+"""The rows of the first training: curated traces as the student's template renders them, and the losses they carry.
 
-Log-probabilities beside the traces become the loss where the student shares the teacher's vocabulary; the student's own
-pass rate decides which problem comes when. What is too long for the student is counted and left out.
+If the student shares the teacher's vocabulary, the teacher's log-probabilities beside the traces become the target. A
+trace that is too long for the student is counted and left out.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..traces.logprobs import Logprobs, logprobs_path
 from .curriculum import arrange, estimated
 from .rows import Row, make_row, shortened
 
-_LEAST_ALIGNED = 0.5  # of a row's targets
-_HINT = "train with --loss cross-entropy, or take a student with the teacher's tokenizer"
+_LEAST_ALIGNED = 0.5  # share of a row's targets that are tokens of the teacher
+_HINT = "set training.loss to cross-entropy, or choose a student with the teacher's tokenizer"
 
 
 def lessons(
@@ -44,12 +44,13 @@ def lessons(
     middle of its reasoning, never the closing tag or the answer.
 
     Raises:
-        ArtifactError: `code` "traces-too-long": every trace is; or log-probabilities are asked for that cannot be had.
+        ArtifactError: `code` "traces-too-long": all of them are; "no-logits": `training.loss` asks for
+            log-probabilities that cannot be had.
     """
     limit = training.max_length
-    spoken = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
-    made = [(row_of(tokenizer, trace, training), trace) for trace in spoken]
-    fitting = [(row, trace) for row, trace in made if len(row.input_ids) <= limit]
+    with_text = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]
+    rendered = [(row_of(tokenizer, trace, training), trace) for trace in with_text]
+    fitting = [(row, trace) for row, trace in rendered if len(row.input_ids) <= limit]
     if not fitting:
         raise ArtifactError(f"every trace is longer than {limit} tokens", "raise --max-length", code="traces-too-long")
     rows, kept = [row for row, _ in fitting], [trace for _, trace in fitting]
@@ -57,7 +58,7 @@ def lessons(
 
 
 def row_of(tokenizer: Tokenizer, trace: Trace, training: TrainingRecipe) -> Row:
-    """Return a trace as the student learns it: with the weights of its parts, shortened if it should be.
+    """Return the row of a trace, with the recipe's weights of reasoning and answer, shortened if the recipe says so.
 
     A row that cannot be shortened to `training.max_length` is returned as it is.
     """
@@ -86,7 +87,7 @@ def _with_logits(
     training: TrainingRecipe,
     report: Reporter,
 ) -> list[Row]:
-    """Return the rows with the teacher's distribution where it was kept; without it, only if none was asked for."""
+    """Return the rows, with the teacher's distribution if it was kept and the recipe's loss uses it."""
     path, loss = logprobs_path(path), training.loss
     if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
         return rows
@@ -105,22 +106,22 @@ def _with_logits(
 
 
 def hold_out(rows: Sequence[Row], traces: Sequence[Trace], *, n: int, seed: int) -> tuple[list[int], list[Row]]:
-    """Return which rows train and up to n validation rows, of problems that none of the others asks.
+    """Return the indices of the rows that train, and up to n validation rows, of problems that no training row has.
 
-    They come from the training bucket, as all rows do. Where n is more than an eighth of the problems there are none.
+    They are from the training bucket, as all rows are. There are none if n is more than an eighth of the problems.
     """
     problems = sorted({trace.problem_id for trace in traces})
     if n < 1 or 8 * n > len(problems):
         return list(range(len(rows))), []
-    held = set(random.Random(seed).sample(problems, n))
-    train = [i for i, trace in enumerate(traces) if trace.problem_id not in held]
-    return train, [row for row, trace in zip(rows, traces, strict=True) if trace.problem_id in held][:n]
+    held_out = set(random.Random(seed).sample(problems, n))
+    trained = [i for i, trace in enumerate(traces) if trace.problem_id not in held_out]
+    return trained, [row for row, trace in zip(rows, traces, strict=True) if trace.problem_id in held_out][:n]
 
 
 def by_level(
     rows: Sequence[Row], traces: Sequence[Trace], *, rates: Mapping[str, float], training: TrainingRecipe
 ) -> list[Row]:
-    """Return the rows of every pass, by how often the student solves their problems, or is likely to."""
+    """Return the rows of every epoch in the curriculum's order, by measured or estimated pass rates."""
     tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
     seed, settings = training.seed or 0, training.curriculum
     return arrange(estimated(tried), training.batch_size, epochs=training.epochs, seed=seed, settings=settings)
@@ -136,22 +137,22 @@ class LogitCounts:
 
     def describe(self) -> str:
         """Return one line for the user."""
-        left = f"; {self.without} have none in the sidecar" if self.without else ""
-        odd = f"; {self.not_aligned} are rendered as other tokens" if self.not_aligned else ""
-        return f"{self.with_logits} rows carry the teacher's log-probabilities{left}{odd}"
+        without = f"; {self.without} have none in the sidecar" if self.without else ""
+        differing = f"; {self.not_aligned} are rendered as other tokens" if self.not_aligned else ""
+        return f"{self.with_logits} rows carry the teacher's log-probabilities{without}{differing}"
 
 
 def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer: Tokenizer) -> str | None:
-    """Return why these traces cannot teach by their log-probabilities; None if they can."""
+    """Return why the student cannot learn from these traces' log-probabilities; None if it can."""
     if logprobs is None:
         return "the traces have no log-probabilities beside them (--logprobs 64 keeps them)"
     having = [trace for trace in traces if trace.id in logprobs]
     if not having:
-        return "no trace that trains has log-probabilities"
+        return "no trace to train on has log-probabilities"
     for known in {trace.teacher.vocabulary for trace in having}:
         if is_same(known, tokenizer) is False:
             return "the student's tokenizer is not the teacher's: the log-probabilities are of other tokens"
-    for trace in having[:20]:  # whatever was recorded of the vocabulary, the tokens have to read as the trace's text
+    for trace in having[:20]:  # a recorded vocabulary may be wrong or missing: the tokens must decode to the text
         stored = logprobs.get(trace.id)
         if stored is not None and not _reads_as(tokenizer, stored[0], trace):
             return "the student's tokenizer reads the teacher's tokens as another text"
@@ -161,32 +162,32 @@ def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer:
 def add_logits(
     rows: Sequence[Row], traces: Sequence[Trace], *, logprobs: Logprobs, share: float
 ) -> tuple[list[Row], LogitCounts]:
-    """Return the rows of these traces, forward KL as `share` of the loss where the sidecar has the distribution.
+    """Return the rows of these traces, with forward KL as `share` of the loss if the sidecar has the distribution.
 
-    The sidecar has the teacher's tokens, the row those of the student's template. Where they are the same, the target
-    is the teacher's distribution; a token that only the template has, such as a newline, is taught as itself.
+    The sidecar has the teacher's tokens, the row those of the student's template. Where they agree, the target is the
+    teacher's distribution; a token that only the template has, such as a newline, is its own target.
 
     Raises:
         ArtifactError: a record of the sidecar is broken.
     """
-    counts, found = LogitCounts(), list[Row]()
+    counts, with_logits = LogitCounts(), list[Row]()
     for row, trace in zip(rows, traces, strict=True):
         stored = logprobs.get(trace.id)
         if stored is None:
             counts.without += 1
-            found.append(row)
+            with_logits.append(row)
             continue
         place = _places(list(row.input_ids[row.n_prompt :]), stored[0].tolist())
         counts.not_aligned += place is None
         counts.with_logits += place is not None
         if place is not None:
             row = replace(row, losses=mixture("forward_kl", share), top=logprobs.stored(trace.id, place))
-        found.append(row)
-    return found, counts
+        with_logits.append(row)
+    return with_logits, counts
 
 
 def mixture(name: str, share: float) -> tuple[tuple[str, float], ...]:
-    """Return a loss with cross-entropy for the rest of the share."""
+    """Return the losses of a row: `share` of the named one, and cross-entropy for the rest."""
     parts = ((name, share), ("cross_entropy", 1 - share))
     return tuple(part for part in parts if part[1] > 0)
 
@@ -197,7 +198,7 @@ def refuse(reason: str) -> ArtifactError:
 
 
 def _places(targets: list[int], tokens: list[int]) -> list[int] | None:
-    """Return which of the teacher's tokens each target is, -1 for none; None if too few are."""
+    """Return for each target the index of the teacher's token that it is, or -1; None if too few are."""
     n = len(targets)
     start = next((i for i in range(len(tokens) - n + 1) if tokens[i : i + n] == targets), None)
     if start is not None:

@@ -1,8 +1,8 @@
-"""The results of a training: the adapter by itself, and the student with it merged, a plain checkpoint.
+"""The results of a training: the adapter, and the student with the adapter merged, a plain checkpoint.
 
-The adapter is written first, with a note of which base it belongs to. It is merged in fp32 into the base on disk, and
-the merged model's logits are compared with those of base and adapter. A merge that is interrupted leaves the adapter
-alone, from which it starts over.
+The adapter is written first, with a note that says which base it belongs to. Then it is merged in fp32 into the base on
+disk, and the merged model's logits are compared with those of base and adapter. If the merge is interrupted, the
+adapter is there to start it over.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BASE_FILE = "deepdistill_base.json"
 
 
 def save_checkpoint(model: Any, base_dir: Path, *, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a plain checkpoint in the base's number format, in the place of one that is there."""
+    """Write a plain checkpoint in the base's number format, and replace one that is there."""
     stored = stored_dtype(base_dir) or torch.float32
     model.config.use_cache = True
     model.config._attn_implementation = "sdpa"
@@ -45,7 +45,7 @@ def save_checkpoint(model: Any, base_dir: Path, *, tokenizer: Tokenizer, out: Pa
 
 
 def save_adapter(model: Any, base_dir: Path, *, folder: Path, weights: dict[str, Any] | None = None) -> None:
-    """Write a model's adapter, and which base it belongs to. `weights` are all of them where it has only a part."""
+    """Write a model's adapter and which base it belongs to; `weights` has all of them if the model holds a part."""
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         base = {"name": base_dir.name, "sha256": fingerprint(base_dir)}
@@ -58,30 +58,21 @@ def merge_adapter(
 ) -> float:
     """Merge an adapter into its base in fp32 and write the result to out, in the base's own number format.
 
-    Returns the largest difference of the merged model's logits from those of base and adapter on the rows, as a share
-    of the largest logit, before they are rounded to the format.
+    Returns the largest difference between the merged model's logits and those of base and adapter on the rows, as a
+    share of the largest logit, before the weights are rounded to the format.
 
     Raises:
         ArtifactError: `code` "adapter-of-other-base" or "adapter-broken".
         ModelError: `code` "merge-inexact": the difference is more than MERGE_TOLERANCE.
     """
-    from peft import PeftModel
-
-    _check_base(adapter_dir, base_dir)
-    try:
-        adapted = PeftModel.from_pretrained(load_base(base_dir, torch.float32), str(adapter_dir))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ArtifactError(
-            f"cannot load the adapter in {adapter_dir}: {first_line(error)}", "train it again", code="adapter-broken"
-        ) from error
-    adapted.eval()
+    adapted = _load_adapter(adapter_dir, base_dir)
     before = [_logits(adapted, row) for row in rows]
     merged = adapted.merge_and_unload()
     difference = max(
-        (float((_logits(merged, row) - b).abs().max() / b.abs().max()) for row, b in zip(rows, before, strict=True)),
+        (float((_logits(merged, row) - z).abs().max() / z.abs().max()) for row, z in zip(rows, before, strict=True)),
         default=0.0,
     )
-    if not difference <= MERGE_TOLERANCE:
+    if not difference <= MERGE_TOLERANCE:  # so written that NaN is refused, too
         raise ModelError(
             f"the merged student's logits differ by {difference:.2g} from those of base and adapter",
             f"the adapter is in {adapter_dir}: use it unmerged, and report this",
@@ -91,8 +82,22 @@ def merge_adapter(
     return difference
 
 
+def _load_adapter(adapter_dir: Path, base_dir: Path) -> Any:
+    """Return the base in fp32 with the adapter beside its weights."""
+    from peft import PeftModel
+
+    _check_base(adapter_dir, base_dir)
+    try:
+        adapted = PeftModel.from_pretrained(load_base(base_dir, torch.float32), str(adapter_dir))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ArtifactError(
+            f"cannot load the adapter in {adapter_dir}: {first_line(error)}", "train it again", code="adapter-broken"
+        ) from error
+    return adapted.eval()
+
+
 def fingerprint(folder: Path) -> str:
-    """Return a hash of a checkpoint's tensors' names, shapes, and first bytes: cheap, and no two bases share it."""
+    """Return a hash of the first and last MiB of a checkpoint's files: cheap, and different for each base."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
@@ -106,7 +111,7 @@ def _check_base(adapter_dir: Path, base_dir: Path) -> None:
     try:
         base = json.loads((adapter_dir / _BASE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # another tool made it, which does not note the base
+        return  # another tool wrote it, without that note
     if base["sha256"] != fingerprint(base_dir):
         raise ArtifactError(
             f"the adapter in {adapter_dir} belongs to another base ({base['name']}) than {base_dir}",

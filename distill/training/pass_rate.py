@@ -1,4 +1,4 @@
-"""How often a model solves each problem by itself: what a curriculum orders by, and reinforcement chooses by."""
+"""How often a model solves each problem by itself: a curriculum orders by it, and reinforcement chooses by it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..graders.pool import Grader
 from ..records import NONE, GradesAnswers, Problem, Request, messages_of
 from ..teachers.base import Teacher
 
-_CURRICULUM_SAMPLES = 4  # tries of the untrained student at each of the problems that stand for the rest
-_CURRICULUM_PROBLEMS = 256
+_CURRICULUM_SAMPLES = 4  # tries at each problem
+_CURRICULUM_PROBLEMS = 256  # the others are estimated from these
 
 
 def measure_pass_rates(
@@ -27,20 +27,23 @@ def measure_pass_rates(
     report: Reporter = SILENT,
 ) -> dict[str, float]:
     """Return the share of n_tries answers that are right, by the problem's id."""
-    tried = [problem for problem in problems for _ in range(n_tries)]  # side by side: a prompt is computed once
+    tried = [
+        problem for problem in problems for _ in range(n_tries)
+    ]  # tries at one problem are neighbours, so that its prompt is computed once
     requests = (Request(messages_of(problem), sampling.seed + i) for i, problem in enumerate(tried))
     right = dict.fromkeys((problem.id for problem in problems), 0)
     for done, (index, completion) in enumerate(model.generate(requests, sampling), 1):
         problem = tried[index]
         right[problem.id] += grader.grade(problem, completion.content).verdict == "right"
-        report.progress("the student's own", done, total=len(tried), note=f"{sum(right.values())} right")
+        report.progress("the student tries", done, total=len(tried), note=f"{sum(right.values())} right")
     return {problem_id: n / n_tries for problem_id, n in right.items()}
 
 
 def own_pass_rates(context: Context, base: Path, problems: list[Problem]) -> dict[str, float] | None:
     """Return how often the untrained student solves each problem that it tries; None if it need not try any.
 
-    It tries each `pass_samples` times; a curriculum alone has it try some, which stand for the rest.
+    It tries each problem `training.pass_samples` times. If only the curriculum needs rates, it tries some problems,
+    from which the others are estimated.
     """
     graded = [problem for problem in problems if problem.grader != NONE]
     recipe, run = context.recipe, context.run

@@ -1,8 +1,8 @@
-"""Traces as training rows: the tokens of the prompt, then of the reasoning and the answer, which alone carry loss.
+"""Traces as training rows: the tokens of the prompt, then those of reasoning and answer, which alone carry loss.
 
-The prompt of a row is the very string that inference prompts with (`apply_chat_template(add_generation_prompt=True)`),
-and the completion is tokenised apart from it, as it is when it is generated: no token spans the seam. A row says which
-loss it carries, so a training run is any mixture of rows.
+The prompt of a row is exactly the string that inference prompts with (`add_generation_prompt=True`). The completion is
+tokenised apart from it, as it is when the student generates it: no token spans both. Each row names the losses that it
+carries, so one training can mix rows of any kind.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ CROSS_ENTROPY = (("cross_entropy", 1.0),)
 
 @dataclass(frozen=True)
 class Row:
-    """One example. The first `n_prompt` tokens are given; each of the n that follow is a target.
+    """One example: the first `n_prompt` tokens are the prompt, and each of the n that follow is a target.
 
-    Thousands are held while a student trains, so a row is small: four bytes a token, and `top` may stay on the disk.
+    Training keeps thousands of rows in memory, so a row is small: four bytes per token, and `top` may stay on disk.
 
-    losses: the names of `losses.LOSSES` that its targets carry, each with its share.
-    weights: `[n]`, at least 0, how much each target counts; all count 1 if None. They are in the mean's denominator.
-    top: the teacher's `[n, k]` best tokens at each target (forward_kl, reverse_kl).
-    advantages: `[n]`, any sign (policy_gradient). old_logprobs: `[n]`, of the targets when they were sampled.
+    losses: the losses that its targets carry, by their names in `losses.LOSSES`, each with its share.
+    weights: `[n]`, at least 0: how much each target counts in the mean; 1 each if None.
+    top: the teacher's k most probable tokens at each target, `[n, k]` (forward_kl, reverse_kl).
+    advantages: `[n]`, of either sign (policy_gradient).
+    old_logprobs: `[n]`, the targets' log-probabilities when they were sampled (policy_gradient).
     """
 
     input_ids: Sequence[int]
@@ -50,14 +51,14 @@ class Row:
 
     @property
     def n_targets(self) -> int:
-        """How many tokens are to be learned."""
+        """How many tokens are targets."""
         return len(self.input_ids) - self.n_prompt
 
     def distribution(self) -> TopLogprobs | None:
-        """Return the teacher's best tokens at each target, from the disk where they stayed there.
+        """Return the teacher's most probable tokens at each target; they are read from disk if they stayed there.
 
         Raises:
-            ArtifactError: the file is gone or broken.
+            ArtifactError: the file is missing or broken.
         """
         if isinstance(self.top, StoredTop):
             return self.top.read(self.input_ids[self.n_prompt :])
@@ -75,11 +76,28 @@ def make_row(
 ) -> Row:
     """Render a trace with the student's template and tokenise it.
 
-    The weights are those of the thinking, its closing tag included, and of what follows.
+    `reasoning_weight` counts for the reasoning and its closing tag, `answer_weight` for all that follows.
 
     Raises:
-        ModelError: the template does not continue the generation prompt with the answer, leaves the reasoning out, or
-            does not end the turn with EOS.
+        ModelError: see `_rendered`.
+    """
+    prompt, completion = _rendered(tokenizer, messages, reasoning=reasoning, content=content)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    if reasoning_weight == answer_weight == 1.0:
+        return Row(prompt_ids + tokenizer(completion, add_special_tokens=False).input_ids, len(prompt_ids))
+    encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
+    end = len(completion) - len(tokenizer.eos_token)
+    answer_start = completion.rfind(content.strip(), 0, end) if content.strip() else end
+    weights = [reasoning_weight if start < answer_start else answer_weight for start, _ in encoded.offset_mapping]
+    return Row(prompt_ids + encoded.input_ids, len(prompt_ids), weights=weights)
+
+
+def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: str, content: str) -> tuple[str, str]:
+    """Return the prompt, and the completion up to EOS, as the student's chat template renders them.
+
+    Raises:
+        ModelError: `code` "template-mismatch": a finished turn does not begin with the generation prompt;
+            "no-reasoning-slot": it lacks the reasoning; "no-turn-end": it does not end with EOS.
     """
     prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     answer = {"role": "assistant", "content": content, "reasoning_content": reasoning}
@@ -93,26 +111,18 @@ def make_row(
     completion = whole[len(prompt) :]
     if reasoning.strip() not in completion:
         raise ModelError(
-            "the student's chat template has no slot for reasoning: a rendered answer lacks it",
+            "the student's chat template does not render the reasoning of an answer",
             "give its tokenizer a chat_template that renders message.reasoning_content",
             code="no-reasoning-slot",
         )
     end = completion.rfind(tokenizer.eos_token)
     if end < 0:
-        eos = tokenizer.eos_token
         raise ModelError(
-            f"the student's chat template does not end a turn with its EOS, {eos!r}",
+            f"the student's chat template does not end a turn with its EOS, {tokenizer.eos_token!r}",
             "give its tokenizer the eos_token that the template ends a turn with",
             code="no-turn-end",
         )
-    completion = completion[: end + len(tokenizer.eos_token)]  # nothing after EOS is ever generated
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-    if reasoning_weight == answer_weight == 1.0:
-        return Row(prompt_ids + tokenizer(completion, add_special_tokens=False).input_ids, len(prompt_ids))
-    coded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
-    seam = completion.rfind(content.strip(), 0, end) if content.strip() else end
-    weights = [reasoning_weight if start < seam else answer_weight for start, _ in coded.offset_mapping]
-    return Row(prompt_ids + coded.input_ids, len(prompt_ids), weights=weights)
+    return prompt, completion[: end + len(tokenizer.eos_token)]  # the student never generates anything after EOS
 
 
 def shortened(
@@ -125,9 +135,9 @@ def shortened(
     max_length: int,
     weights: Mapping[str, float] | None = None,
 ) -> Row:
-    """Return a row of at most max_length tokens: the same without lines from the middle of its reasoning.
+    """Return the row without lines from the middle of its reasoning, so that it has at most max_length tokens.
 
-    What cannot be shortened so far, and what is short enough, is returned as it is.
+    A row that is short enough, or that cannot be shortened that far, is returned as it is.
     """
     lines = reasoning.splitlines()
     best, low, high = row, 1, len(lines) - 1  # how many lines may stay
@@ -147,7 +157,7 @@ def shortened(
 def order_rows(rows: Sequence[Row], batch_size: int, *, epochs: int, seed: int) -> list[Row]:
     """Return the rows of every epoch in turn, shuffled so that each batch has rows of similar length.
 
-    The very first batch has the longest rows, so that rows that do not fit the memory fail in the first step.
+    The longest rows come first, so that a training that does not fit the memory fails in its first step.
     """
     rng = random.Random(seed)
     ordered: list[Row] = []
@@ -162,7 +172,7 @@ def order_rows(rows: Sequence[Row], batch_size: int, *, epochs: int, seed: int) 
         for start in range(0, len(shuffled), window):
             near = sorted(shuffled[start : start + window], key=lambda row: len(row.input_ids))
             batches = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
-            # A short batch would shift every later one across two lengths: it comes last of its window.
+            # A short batch would make every later batch span two lengths, so it comes last in its window.
             full = [batch for batch in batches if len(batch) == batch_size]
             rng.shuffle(full)
             ordered += [row for batch in full + [b for b in batches if len(b) < batch_size] for row in batch]

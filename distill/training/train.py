@@ -1,7 +1,7 @@
-"""Train a student on rows: the run from its first step, or its last checkpoint, to a plain checkpoint on disk.
+"""Train a student on rows, from the first step or the last checkpoint, to a plain checkpoint on disk.
 
-`transformers.Trainer` carries the loop (`trainer`), the rows say which losses they carry (`losses`), the states come
-from the fastest pass that is exact (`objective`), and what is measured at the start is kept (`step_plan`).
+`transformers.Trainer` runs the loop (`trainer`), each row names its losses (`losses`), the states come from the fastest
+pass that is exact (`objective`), and measurements made at the start are kept for a resume (`step_plan`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .rows import Row
 from .step_plan import StepPlan, make_plan
 from .trainer import StudentTrainer, arguments
 
-# torch's and safetensors' ways to say that the disk is full
+# how torch and safetensors report a full disk
 _DISK_FULL = re.compile(r"No space left|File too large|inline_container|PytorchStreamWriter|os error")
 _ROWS_FILE = "rows.sha256"
 _N_CHECKED = 4  # rows on which the merge is checked
@@ -45,7 +45,7 @@ _Collate = Callable[[Sequence[Row]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TrainPaths:
-    """Where a training starts from and what it writes.
+    """The checkpoint that a training starts from, and where it writes.
 
     The adapter goes to `out/../adapter`, the curve to `checkpoints_dir/../curve.jsonl`.
     """
@@ -56,7 +56,7 @@ class TrainPaths:
 
     @property
     def adapter_dir(self) -> Path:
-        """The adapter by itself."""
+        """The folder of the adapter alone."""
         return self.out.with_name("adapter")
 
 
@@ -70,9 +70,9 @@ def train(
     device: str = "auto",
     report: Reporter = SILENT,
 ) -> TrainReport:
-    """Train a checkpoint on the rows of every epoch, in this order, and save the result, merged.
+    """Train a checkpoint on the rows, which are those of every epoch in order, and save the merged result.
 
-    Resumes from the last whole checkpoint. See `rows.order_rows` and `curriculum.arrange` for the order.
+    It resumes from the last whole checkpoint. `rows.order_rows` and `curriculum.arrange` make the order.
 
     Raises:
         ModelError: the weights cannot be loaded or do not fit the rows or the memory, or the loss diverges.
@@ -83,20 +83,10 @@ def train(
     with _disk_errors(folder):
         plan = make_plan(paths.base_dir, rows, settings=settings, device=training.device, folder=folder)
         _check_same_rows(rows, folder)
-        while True:
-            try:
-                result = training.run(plan)
-                break
-            except (RuntimeError, MemoryError) as error:
-                is_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
-                if not is_memory or processes() > 1:  # the other processes would wait for this one
-                    raise
-                n, plan = plan.micro_batch, plan.smaller(settings, folder)
-                report.say(f"{n} rows at once do not fit the memory: computing {plan.micro_batch} at a time from here")
-            _free_memory(training.device)
+        result = training.run_fitting(plan)
         if settings.full or not is_first():
             return result
-        _free_memory(training.device)  # what was trained is in the adapter's folder
+        _free_memory(training.device)  # the trained weights are in the adapter's folder
         difference = merge_adapter(
             paths.adapter_dir, paths.base_dir, tokenizer=tokenizer, out=paths.out, rows=rows[:_N_CHECKED]
         )
@@ -105,7 +95,7 @@ def train(
 
 @dataclass(frozen=True)
 class _Training:
-    """One training with all that it is given."""
+    """One training and everything that it was given."""
 
     paths: TrainPaths
     rows: Sequence[Row]
@@ -115,8 +105,25 @@ class _Training:
     device: torch.device
     report: Reporter
 
+    def run_fitting(self, plan: StepPlan) -> TrainReport:
+        """Train to the end, from the last checkpoint with half the rows at once whenever the memory is too small.
+
+        Raises:
+            ModelError: `code` "model-too-large": not even one row at a time fits.
+        """
+        while True:
+            try:
+                return self.run(plan)
+            except (RuntimeError, MemoryError) as error:
+                is_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
+                if not is_memory or processes() > 1:  # the other processes would wait for this one
+                    raise
+                n, plan = plan.micro_batch, plan.smaller(self.settings, self.paths.checkpoints_dir)
+                self.report.say(f"{n} rows at once do not fit the memory: from here on {plan.micro_batch} at a time")
+            _free_memory(self.device)  # only here: until the handler ends, the error's traceback holds the tensors
+
     def run(self, plan: StepPlan) -> TrainReport:
-        """Train to the end and save the adapter, or all weights where they train."""
+        """Train to the end and save the adapter, or all weights if they train."""
         paths, settings, dtype = self.paths, self.settings, plan.torch_dtype
         with _threads(plan.threads):
             model = load_student(paths.base_dir, settings, device=self.device, dtype=dtype)
@@ -163,13 +170,13 @@ class _Training:
             rows,
             computed_share=_computed_share(rows, collate, n_at_once),
             validate=validate if batches else None,
-            # scoring a row takes a third of training on it: so validation takes a tenth of the time at most
+            # scoring a row takes a third of the time of training on it, so validation takes at most a tenth in all
             rows_between=3 * len(held_out),
             report=self.report,
         )
 
     def _save(self, model: Any, gathered: dict[str, Any] | None) -> None:
-        """Write what was trained; `gathered` are all weights where each process holds a part of them."""
+        """Write the trained weights; `gathered` has all of them if each process holds a part."""
         if not is_first():
             return
         if not self.settings.full:
@@ -184,7 +191,7 @@ class _Training:
 def _run_trainer(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) -> int:
     """Train to the end, from the checkpoint if there is one; return the number of steps.
 
-    A training that stopped early, because held-out rows no longer improved, leaves the best of its weights.
+    If the training stopped early, because held-out rows no longer improved, the model has its best weights.
     """
     n_steps = clock.resume(Path(checkpoint)) if checkpoint else None
     if n_steps is None:
@@ -198,7 +205,7 @@ def _run_trainer(trainer: StudentTrainer, clock: Clock, checkpoint: str | None) 
 
 
 def _computed_share(rows: Sequence[Row], collate: _Collate, n_at_once: int) -> float:
-    """Return which share of the rows' tokens is computed, by a few batches; above 1 where there is padding."""
+    """Estimate from a few batches which share of the rows' tokens is computed; padding makes it more than 1."""
     computed = given = 0
     for start in range(0, min(len(rows), 16 * n_at_once), n_at_once):
         batch = collate(rows[start : start + n_at_once])
@@ -208,14 +215,14 @@ def _computed_share(rows: Sequence[Row], collate: _Collate, n_at_once: int) -> f
 
 
 def _check_same_rows(rows: Sequence[Row], folder: Path) -> None:
-    """Remember which rows a training has: with others, a checkpoint would resume at the wrong place.
+    """Remember the rows of a training: with other rows, a checkpoint would resume at the wrong place.
 
     Raises:
-        ArtifactError: `code` "other-rows": they are not those that it began with.
+        ArtifactError: `code` "other-rows": the training began with others.
     """
     if not is_first():
         return
-    digests: dict[int, bytes] = {}  # a row comes in every pass
+    digests: dict[int, bytes] = {}  # by the row's id: the same object comes in every epoch
     whole = hashlib.sha256()
     for row in rows:
         if id(row) not in digests:
@@ -249,7 +256,7 @@ def _threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Translate what a full or unwritable disk makes Python, torch and safetensors raise."""
+    """Translate the errors that Python, torch and safetensors raise on a full or unwritable disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,15 +1,15 @@
-"""What a round teaches: the student's own answers and what the teacher made of them, as rows.
+"""The rows of a round, made of the student's samples and of what the teacher said to them.
 
-A right answer of its own is worth imitating, the shortest of a problem's first. Where it rarely succeeds the teacher's
-own answer is shown. Where the teacher scored the student's tokens, every sample is taught, wrong ones too, by what the
-teacher would have said in the student's place. What goes in circles becomes a negative.
+The student imitates its shortest correct answer to each problem, and the teacher's answer where it rarely succeeds
+itself. If the teacher scored the samples, the student learns from every one, wrong ones too: each token is compared
+with what the teacher would have written there. A sample that repeats itself becomes a negative.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,17 +27,17 @@ from ..rows import Row
 Lesson = tuple[Row, float | None]
 """A row, and the pass rate of its problem (see curriculum)."""
 
-_MOST_ADVANTAGE = 5.0  # nats: a token that the teacher all but rules out says no more than that
-_MOST_NEGATIVES = 64  # tokens of one sample: a loop of 500 teaches no more than its beginning
-_REPLAYED = 1.0  # earlier rows count as easy: half of them come in each pass
+_MOST_ADVANTAGE = 5.0  # nats: one token that the teacher all but rules out must not outweigh all others
+_MOST_NEGATIVES = 64  # tokens per sample: a loop of 500 teaches no more than its beginning
+_REPLAYED = 1.0  # the pass rate of earlier rows: they count as easy, so half of them come in each epoch
 
 
 @dataclass(frozen=True)
 class SampleLogprobs:
-    """Log-probabilities of the samples' tokens by their ids: as sampled, the teacher's, and the student's own.
+    """Log-probabilities of the samples' tokens, by the samples' ids.
 
-    The first also has the token ids; the teacher's are None where it cannot score; only the policy gradient needs the
-    student's.
+    `sampled` were stored while sampling and have the token ids; `teacher` is None if it cannot score; `student` holds
+    the student's own, which only the policy gradient needs.
     """
 
     sampled: Logprobs
@@ -49,12 +49,13 @@ class SampleLogprobs:
 class Mixture:
     """The rows of a round with their problems' pass rates, and how many there are of each kind."""
 
+    max_length: int  # tokens
     lessons: list[Lesson] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def add(self, kind: str, row: Row, *, rate: float | None, max_length: int) -> None:
-        """Take a row in unless it is too long, which is counted."""
-        if len(row.input_ids) > max_length:
+    def add(self, kind: str, row: Row, rate: float | None) -> None:
+        """Add a row, or count it as too long."""
+        if len(row.input_ids) > self.max_length:
             self.counts["too_long"] += 1
             return
         self.lessons.append((row, rate))
@@ -62,7 +63,7 @@ class Mixture:
 
 
 def pass_rates(samples: Sequence[Trace]) -> dict[str, float]:
-    """Return the share of right samples of each problem."""
+    """Return the share of each problem's samples that are right."""
     verdicts: dict[str, list[bool]] = defaultdict(list)
     for trace in samples:
         verdicts[trace.problem_id].append(trace.verdict == "right")
@@ -79,8 +80,29 @@ def mix(
     options: OnPolicyRecipe = OnPolicyRecipe(),  # noqa: B008 - frozen
     training: TrainingRecipe = TrainingRecipe(),  # noqa: B008 - frozen
 ) -> Mixture:
-    """Return the rows of a round: scored samples or correct ones, loops, the teacher's corrections, earlier rows."""
-    rows, rates, limit = Mixture(), pass_rates(samples), training.max_length
+    """Return the rows of a round: scored or correct samples, loops, the teacher's corrections, earlier rows."""
+    mixed, rates = Mixture(training.max_length), pass_rates(samples)
+    _add_samples(mixed, samples, tokenizer=tokenizer, rates=rates, logprobs=logprobs, options=options)
+    for trace in corrections:
+        if trace.verdict == "right" and trace.finish_reason == "stop":
+            row = row_of(tokenizer, trace, training)  # as in the first training
+            mixed.add("corrected", row, rates.get(trace.problem_id))
+    n_replayed = min(len(earlier), round(options.replay * len(mixed.lessons)))
+    for row in random.Random(training.seed or 0).sample(list(earlier), n_replayed):
+        mixed.add("replayed", row, _REPLAYED)
+    return mixed
+
+
+def _add_samples(
+    mixed: Mixture,
+    samples: Sequence[Trace],
+    *,
+    tokenizer: Tokenizer,
+    rates: Mapping[str, float],
+    logprobs: SampleLogprobs,
+    options: OnPolicyRecipe,
+) -> None:
+    """Add what the student learns from its own samples; one whose tokens were not stored is left out."""
     prompts: dict[str, list[int]] = {}
     shortest = _shortest_right(samples)
     for trace in samples:
@@ -92,25 +114,16 @@ def mix(
             prompts[trace.problem_id] = _prompt_ids(tokenizer, trace)
         prompt, loop = prompts[trace.problem_id], find_loop(ids)
         if loop is not None:
-            rows.add("loops", negative_row(prompt, ids, loop), rate=None, max_length=limit)
+            mixed.add("loops", negative_row(prompt, ids, loop), None)
         if logprobs.teacher is not None and trace.id in logprobs.teacher and ids:
             n = len(ids) if loop is None else loop.first_repeat
-            row = _scored_row(trace, prompt, ids=ids, n=n, logprobs=logprobs, options=options)
-            rows.add("scored", row, rate=rate, max_length=limit)
+            mixed.add("scored", _scored_row(trace, prompt, ids=ids, n=n, logprobs=logprobs, options=options), rate)
         elif trace.id in shortest:
-            rows.add("own_right", Row([*prompt, *ids], len(prompt)), rate=rate, max_length=limit)
-    for trace in corrections:
-        if trace.verdict == "right" and trace.finish_reason == "stop":
-            row = row_of(tokenizer, trace, training)  # as the first training would have had it
-            rows.add("corrected", row, rate=rates.get(trace.problem_id), max_length=limit)
-    n_replayed = min(len(earlier), round(options.replay * len(rows.lessons)))
-    for row in random.Random(training.seed or 0).sample(list(earlier), n_replayed):
-        rows.add("replayed", row, rate=_REPLAYED, max_length=limit)
-    return rows
+            mixed.add("own_right", Row([*prompt, *ids], len(prompt)), rate)
 
 
 def _shortest_right(samples: Sequence[Trace]) -> set[str]:
-    """Return the ids of the shortest right answer to each problem, of those that ended and closed their thinking."""
+    """Return the id of the shortest right answer to each problem, among those that ended and closed their thinking."""
     best: dict[str, tuple[int, str]] = {}
     for trace in samples:
         if trace.verdict == "right" and trace.finish_reason == "stop" and trace.reasoning_content:
@@ -128,7 +141,7 @@ def _prompt_ids(tokenizer: Tokenizer, trace: Trace) -> list[int]:
 def _scored_row(
     trace: Trace, prompt: list[int], *, ids: list[int], n: int, logprobs: SampleLogprobs, options: OnPolicyRecipe
 ) -> Row:
-    """Return a sample's first n tokens with the teacher's judgement of each; a right one is imitated too."""
+    """Return the row of a sample's first n tokens with the teacher's scores; a right sample is imitated, too."""
     scores = logprobs.teacher
     assert scores is not None, "the teacher scored the sample"
     name = options.loss.replace("-", "_") if options.loss != "auto" else "reverse_kl"
@@ -139,10 +152,10 @@ def _scored_row(
     teacher, student = scores.get(trace.id), logprobs.student.get(trace.id) if logprobs.student else None
     assert student is not None, "the policy gradient compares with the student's own log-probabilities"
     assert teacher is not None
-    before, wanted = given_logprobs(student[1], ids)[:n], given_logprobs(teacher[1], ids)[:n]
-    # A token that the teacher finds more likely than the student did was a good one, by as much.
-    advantages = np.clip(wanted - before, -_MOST_ADVANTAGE, _MOST_ADVANTAGE)
-    return Row(row_ids, len(prompt), losses=losses, advantages=advantages.tolist(), old_logprobs=before.tolist())
+    by_student, by_teacher = given_logprobs(student[1], ids)[:n], given_logprobs(teacher[1], ids)[:n]
+    # log p - log q of a token sampled from the student q: its mean is -KL(q || p), so raising it lowers the reverse KL
+    advantages = np.clip(by_teacher - by_student, -_MOST_ADVANTAGE, _MOST_ADVANTAGE)
+    return Row(row_ids, len(prompt), losses=losses, advantages=advantages.tolist(), old_logprobs=by_student.tolist())
 
 
 def given_logprobs(top: TopLogprobs, ids: Sequence[int]) -> Any:
@@ -153,9 +166,9 @@ def given_logprobs(top: TopLogprobs, ids: Sequence[int]) -> Any:
 
 
 def negative_row(prompt: Sequence[int], tokens: Sequence[int], loop: Loop) -> Row:
-    """Return the row that makes the repeating tokens of a sample less probable where they stood.
+    """Return the row that makes the repeated tokens of a sample less probable where they are.
 
-    The first time round may be meant, so only what repeats it is a negative; what came before is left alone.
+    The first occurrence may be meant, so only its repetitions are negatives; the tokens before carry no loss.
 
     Source: unlikelihood training, arXiv 1908.04319, on the sequence level with the repeated n-gram as the negative.
     """

@@ -1,4 +1,4 @@
-"""`teach --method grpo`: no teacher and no traces, the student improves by what the graders say."""
+"""`teach --method grpo`: no teacher and no traces; the graders' verdicts alone improve the student."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from ...context import Context
 from ...graders.pool import Grader
 from ...recipe.teach import TeachRecipe
 from ...records import NONE, Problem
+from ..distributed import processes
 from ..pass_rate import own_pass_rates
-from ..student import teach_template
+from ..stage import tokenizer_of
 
 if TYPE_CHECKING:
     from .grpo import GrpoSettings
 
 _GROUP = 8  # answers to a problem
-_FEW = 256  # problems; docs/experiments.md has what a model learned from 36
+_FEW = 256  # problems; docs/experiments.md shows what a model learned from 36
 
 
 def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None:
     """Train the student by reward unless the folder holds it already; `training.json` gets the curve.
 
-    With `training.pass_samples` it tries each problem so often before, and those that it solves now and then train.
+    With `training.pass_samples` the student first tries each problem that often, and only problems that it solves now
+    and then train.
 
     Raises:
-        UsageError: no problem has an answer to be graded by, or several processes were started.
+        UsageError: `code` "settings-unused": the recipe has settings that the method ignores; or see `_graded`.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
     run, recipe = context.run, context.recipe
@@ -38,27 +40,16 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
         raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
     if run.student_dir.exists():
         return
-    from ...teachers.huggingface.loading import load_tokenizer
-    from ..distributed import processes
     from ..train import TrainPaths
     from .grpo import grpo
 
-    graded = [problem for problem in problems if problem.grader != NONE]
-    if not graded:
-        hint = "give another --problems, or a teacher"
-        raise UsageError("--method grpo needs problems with an answer", hint, code="no-answers")
-    if processes() > 1:
-        hint = "start it without torchrun or accelerate launch"
-        raise UsageError("--method grpo trains in one process", hint, code="one-process")
-    graded = _chosen(context, base, graded)
+    graded = _chosen(context, base, _graded(problems))
     options = _options(recipe, len(graded))
-    tokenizer = load_tokenizer(base)
-    teach_template(tokenizer)
     with Grader() as grader:
         result = grpo(
             TrainPaths(base, run.checkpoints_dir, run.student_dir),
             graded,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_of(base),
             grader=grader,
             settings=options,
             device=context.resources.device,
@@ -67,8 +58,24 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
     run.save("training.json", {"method": "grpo", **dataclasses.asdict(options), **dataclasses.asdict(result)})
 
 
+def _graded(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the problems whose answers can be graded.
+
+    Raises:
+        UsageError: `code` "no-answers": there are none; "one-process": several processes were started.
+    """
+    graded = [problem for problem in problems if problem.grader != NONE]
+    if not graded:
+        hint = "give other --problems, or a teacher"
+        raise UsageError("--method grpo needs problems with an answer", hint, code="no-answers")
+    if processes() > 1:
+        hint = "start it without torchrun or accelerate launch"
+        raise UsageError("--method grpo trains in one process", hint, code="one-process")
+    return graded
+
+
 def unused_settings(recipe: TeachRecipe) -> list[str]:
-    """Return the settings that were given, by their difference from the default, and that the method ignores."""
+    """Return the settings that differ from their defaults although the method ignores them."""
     return [
         leaf.key
         for leaf in fields_of(TeachRecipe)
@@ -77,7 +84,7 @@ def unused_settings(recipe: TeachRecipe) -> list[str]:
 
 
 def _chosen(context: Context, base: Path, graded: list[Problem]) -> list[Problem]:
-    """Return the problems that train, and say what a person should know of them."""
+    """Return the problems that train, and tell the user if they are few."""
     rates = own_pass_rates(context, base, graded)
     if rates is not None:
         n_given, graded = len(graded), sometimes_solved(graded, rates)
@@ -85,8 +92,8 @@ def _chosen(context: Context, base: Path, graded: list[Problem]) -> list[Problem
             context.report.say(f"{len(graded)} of {n_given} problems train: the student solves them now and then")
     if len(graded) < _FEW:
         context.report.say(
-            f"the student soon learns {len(graded)} problems by heart, which helps with no others; "
-            "--n-traces takes more"
+            f"the student soon learns {len(graded)} problems by heart, which helps with no others: "
+            "give more with --n-traces"
         )
     return graded
 
@@ -96,7 +103,7 @@ def _options(recipe: TeachRecipe, n_problems: int) -> GrpoSettings:
 
     training, grpo, samples = recipe.training, recipe.grpo, recipe.traces.samples
     per_step = min(grpo.problems_per_step, n_problems)
-    # With `minutes` the clock says when it is enough.
+    # With `minutes` the clock ends the training.
     n_steps = 10**6 if training.minutes else max(1, training.epochs * n_problems // per_step)
     return GrpoSettings(
         steps=training.steps or n_steps,
@@ -118,10 +125,11 @@ def _options(recipe: TeachRecipe, n_problems: int) -> GrpoSettings:
 
 
 def sometimes_solved(problems: Sequence[Problem], rates: Mapping[str, float]) -> list[Problem]:
-    """Return the problems that teach by reward: solved now and then; all of them if there is no such problem.
+    """Return the problems that the student solves now and then, or all of them if there is no such problem.
 
-    Where all answers of a group earn the same, none has an advantage, and sampling them was for nothing.
+    If all answers of a group earn the same, none has an advantage, and sampling them was wasted.
 
-    Source: DAPO, arXiv 2503.14476, section 3.2, draws until a batch holds no such group; here it is done once, before.
+    Source: DAPO, arXiv 2503.14476, section 3.2, which draws until a batch has no such group. Here problems are chosen
+    once, before the training.
     """
     return [problem for problem in problems if 0 < rates[problem.id] < 1] or list(problems)

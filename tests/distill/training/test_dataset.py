@@ -63,7 +63,7 @@ def test_logits_that_cannot_be_had_are_an_error_only_if_they_were_asked_for(tmp_
     assert recorder.said == []  # nobody asked, and there is nothing beside the traces
     path.with_name("traces.logprobs.bin").write_bytes(b"")
     assert len(rows_with("auto")) == 3
-    assert recorder.said == ["no trace that trains has log-probabilities: training on the tokens alone (cross-entropy)"]
+    assert recorder.said == ["no trace to train on has log-probabilities: training on the tokens alone (cross-entropy)"]
 
 
 def test_rows_that_are_too_long_are_left_out() -> None:

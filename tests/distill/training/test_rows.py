@@ -38,14 +38,14 @@ def test_a_template_that_breaks_the_seam_is_refused(pocket_student: Path) -> Non
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
     )
-    with pytest.raises(ModelError, match="differently"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-mismatch"):
         make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
 
 
 def test_a_template_without_chatml_or_reasoning_is_refused(pocket_student: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(pocket_student)
     tokenizer.chat_template = "{% for m in messages %}[INST]{{ m.content }}{% endfor %}"
-    with pytest.raises(ModelError, match="neither renders reasoning"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-without-reasoning"):
         teach_template(tokenizer)
 
 
@@ -80,7 +80,7 @@ def test_a_template_without_a_slot_for_reasoning_is_refused(pocket_student: Path
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(ModelError, match="no slot for reasoning"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "no-reasoning-slot"):
         make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
 
 

@@ -44,11 +44,12 @@ RUN = (
     + """
 from transformers import AutoTokenizer
 
+from deepdistill.distill.recipe.training import LoraRecipe, TrainingRecipe
 from deepdistill.distill.training.rows import order_rows
 from deepdistill.distill.training.train import TrainPaths, train
 base, out, options = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3])
 settings = TrainingRecipe(**options)
-rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed)
+rows = order_rows(rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed or 0)
 paths = TrainPaths(base, out / "c", out / "s")
 report = train(paths, rows, tokenizer=AutoTokenizer.from_pretrained(base), settings=settings)
 print(report.final_loss, report.steps)
