@@ -1,4 +1,4 @@
-"""Bars for the report, with their places in a square of 100 by 100, so that the page only draws them."""
+"""Bar charts for the report, already laid out in a square of 100 by 100, so that the page only draws them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...localrun.core.text import format_duration
 from ..records import CurvePoint
 
 _BINS = 40
-_PAUSE_S = 60.0  # nothing ended for longer: the teacher was not asked
+_PAUSE_S = 60.0  # after a longer gap the teacher was not working, but waiting to be asked
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Chart:
 
 
 def histogram(values: dict[str, npt.NDArray[Any]], unit: str) -> Chart | None:
-    """Return how many values fall in each of at most 40 ranges, one series upon the other; None without values.
+    """Return a histogram of at most 40 ranges, the series stacked; None without values.
 
-    The last range takes the highest half per cent, however far it reaches.
+    The last range also counts the highest half per cent, however high they are.
     """
     everything = np.concatenate([np.zeros(0), *values.values()])
     if not len(everything):
@@ -73,9 +73,9 @@ def histogram(values: dict[str, npt.NDArray[Any]], unit: str) -> Chart | None:
 
 
 def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart | None:
-    """Return a rate in up to 40 steps: tokens that ended in a step over its seconds, pauses left out.
+    """Return a rate over time in up to 40 bars: tokens that ended in a bar's time by its seconds, without pauses.
 
-    Without `ends` the values are rates themselves, one a trace, and a bar is the median of a part of the file.
+    Without `ends` the values are rates already, one per trace, and each bar is the median of a part of the file.
     """
     if len(values) < 2:
         return None

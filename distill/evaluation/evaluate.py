@@ -1,6 +1,6 @@
 """Score any model on held-out problems: accuracy, closed thinking, loops, tokens.
 
-A loop is what `localrun.core.loops` calls one, or an answer that reaches its limit of tokens within the thinking.
+An answer counts as looped if `localrun.core.loops` finds a loop, or if it reached its token limit while thinking.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..teachers.base import Teacher
 
 @dataclass(frozen=True)
 class Score:
-    """How one model did on one set of problems.
+    """The score of one model on one set of problems.
 
     `accuracy`, `closed` and `looped` are shares; `interval` is accuracy's 95 % Wilson interval; `closed` counts only
     answers that opened their thinking, and is None if none did. `tokens_per_s` is output tokens over wall time.
@@ -43,7 +43,7 @@ class Score:
     n_failed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the score as JSON has it."""
+        """Return the score as scores.json has it."""
         return asdict(self) | {"interval": list(self.interval)}
 
 
@@ -68,7 +68,7 @@ def evaluate(
     1.0
 
     Raises:
-        ModelError: `code` "no-answers": every request failed, so that there is nothing to score.
+        ModelError: `code` "no-answers": every request failed, so there is nothing to score.
     """
     started, n_right, completions, lines = time.monotonic(), 0, list[Completion](), dict[int, str]()
     requests = (Request(messages_of(p), sampling.seed + i) for i, p in enumerate(problems))
@@ -87,7 +87,7 @@ def evaluate(
     if not answered:
         raise ModelError(
             f"{model.name} answered none of {len(problems)} problems: {completions[-1].error}",
-            "see whether it answers a single question",
+            "check that it answers a single question",
             code="no-answers",
         )
     return sum_up(answered, n_right, seconds=seconds, n_failed=len(completions) - len(answered))
@@ -138,7 +138,7 @@ def wilson_interval(n_right: int, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def is_loop(completion: Completion) -> bool:
-    """Say whether an answer ends in a loop, or reached its limit within the thinking."""
+    """Say whether an answer ends in a loop, or reached its token limit while thinking."""
     if completion.finish_reason == "length" and not completion.content.strip():
         return True
     tokens: Sequence[Any]

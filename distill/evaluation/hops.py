@@ -1,4 +1,4 @@
-"""Score a model on held-out problems: every hop of a run once, or any model by itself."""
+"""Score models on held-out problems: each hop of a run once, or any model alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .evaluate import Score, evaluate
 
 
 def score_hops(context: Context, base: Path, held_out: Sequence[Problem]) -> None:
-    """Score every hop that scores.json lacks."""
+    """Score every hop that is not in scores.json yet."""
     graded = [problem for problem in held_out if problem.grader != NONE]
     if not graded:
         context.report.say("nothing is scored: no held-out problem has an answer")
@@ -48,7 +48,7 @@ def _score(context: Context, hop: str, *, model: Path, problems: Sequence[Proble
 
 
 def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) -> Score:
-    """Score any model that can be opened as a teacher is, on the problems of the test bucket.
+    """Score any model that can be opened as a teacher, on problems of the test bucket.
 
     Raises:
         UsageError, ArtifactError: the problems cannot be had.

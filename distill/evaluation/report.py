@@ -1,7 +1,7 @@
-"""What a run came to: a page to read in a browser, and tables for the terminal.
+"""The results of a run: a page for the browser, and tables for the terminal.
 
-The page needs no network and no script: what a teacher wrote is hostile text, so everything is escaped, and a content
-security policy allows the page's own script alone.
+The page needs no network, and can be read without scripts. What a teacher wrote may be hostile, so all text is escaped,
+and a content security policy allows only the page's own script.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
 from .charts import Chart, curve, histogram, over_time
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # of each text in the page, at most
+_N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # at most, of each text in the page
 _FILES = re.compile(r"<!-- files: begin -->.*?<!-- files: end -->", re.DOTALL)
 _VERIFIED_BY = ("held_out", "wrong", "unknown")  # the filters that come before a trace counts as verified
 
 
 @dataclass(frozen=True)
 class FunnelRow:
-    """One row of the funnel: how many traces a filter took, and how many were left then."""
+    """One row of the funnel: how many traces a filter removed, and how many were left."""
 
     name: str
     left: int
-    took: int | None = None
+    removed: int | None = None
     why: str = ""
     example: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A trace of the sample, its texts cut to size."""
+    """A trace to read in the page, its texts shortened."""
 
     trace: Trace
     judged: str
@@ -67,7 +67,7 @@ class Shown:
 
 
 def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
-    """Write report.html from the run's artifacts. The traces that were kept, where they are given, are marked so."""
+    """Write report.html from the run's artifacts; the `kept` traces, if given, are marked as trained."""
     artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
     recipe = {".".join(path): value for path, value in flat(upgraded(artifacts["recipe"] or {}))}
     is_elsewhere = recipe.get("traces.file") and not run.traces_path.exists()
@@ -86,10 +86,10 @@ def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
 
 
 def _charts(summary: TraceSummary) -> dict[str, Chart | None]:
-    """Return the charts of traces: their lengths, their costs if a price is known, and the teacher's speed.
+    """Return the charts of the traces: their lengths, their costs if a price is known, and the teacher's speed.
 
-    The speed is that of all requests together over the time worked, if the traces say when they ended; else that of
-    each request, in the order of the file.
+    The speed is that of all requests together over the time worked, if the traces have their end times; otherwise it
+    is that of each request, in the order of the file.
     """
     tokens = {verdict: np.asarray(values) for verdict, values in summary.tokens.items()}
     usd = {verdict: np.asarray(values) for verdict, values in summary.usd.items()}
@@ -102,13 +102,13 @@ def _charts(summary: TraceSummary) -> dict[str, Chart | None]:
 
 
 def _with_files(page: str, before: Path) -> str:
-    """Return the page with what `quantize` has put into the report that it replaces: the table of the run's files."""
+    """Return the page with the table of GGUFs that `quantize` has put into the report that the page replaces."""
     found = _FILES.search(before.read_text(encoding="utf-8")) if before.is_file() else None
     return _FILES.sub(lambda _: found[0], page, count=1) if found else page
 
 
 def funnel(curation: dict[str, Any] | None, summary: TraceSummary) -> Iterator[FunnelRow]:
-    """Yield what the traces came to, filter by filter."""
+    """Yield how many traces were left, filter by filter."""
     yield FunnelRow("problems asked", summary.n_problems)
     left = curation["traces"] if curation else summary.n_traces
     yield FunnelRow("traces", left)
@@ -150,41 +150,41 @@ def _show(trace: Trace, kept_ids: set[str] | None) -> Shown:
 
 
 def _cut(text: str, n_bytes: int) -> str:
-    """Return the text, its middle left out if it takes more bytes in the page."""
+    """Return the text, without its middle if it would take more than n_bytes in the page."""
     text = _printable(text)
     head = text[:n_bytes]
     size = len(str(escape(head)).encode())
     if len(text) == len(head) and size <= n_bytes:
         return text
-    n = len(head) * n_bytes // max(size, n_bytes) // 2  # as many characters at either end
+    n = len(head) * n_bytes // max(size, n_bytes) // 2  # characters to keep at each end
     return f"{text[:n]}\n\n[… {len(text) - 2 * n:,} characters left out …]\n\n{text[len(text) - n :]}"
 
 
 def _printable(text: str) -> str:
-    """Return the text without what UTF-8 or HTML cannot have: half a surrogate pair, a null byte."""
+    """Return the text without characters that UTF-8 or HTML cannot have: half a surrogate pair, a null byte."""
     return text.encode("utf-8", "replace").decode().replace("\0", "�")
 
 
 def print_curation(console: Console, record: dict[str, Any]) -> None:
-    """Print what each filter took, what was left then, and an example of each."""
-    table = Table("", "took", "left", "for example", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    """Print how many traces each filter removed and how many were left, with an example of each."""
+    table = Table("", "removed", "left", "for example", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[1].justify = table.columns[2].justify = "right"
     for column in table.columns:
         column.no_wrap = True
     table.columns[3].overflow, table.columns[3].max_width = "ellipsis", max(20, console.width - 36)
     left = record["traces"]
     table.add_row("traces", "", f"{left:,}")
-    for name, took in record["dropped"].items():
-        left -= took
+    for name, removed in record["dropped"].items():
+        left -= removed
         example = record.get("examples", {}).get(name, {})
         text = f"{example['id'][:8]} {example['excerpt']}" if example else ""
-        table.add_row(name.replace("_", " "), f"{took:,}", f"{left:,}", Text(text))
-    table.add_row("trains", "", f"{record['kept']:,}")
+        table.add_row(name.replace("_", " "), f"{removed:,}", f"{left:,}", Text(text))
+    table.add_row("training rows", "", f"{record['kept']:,}")
     console.print(table)
 
 
 def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Print one table of the hops: accuracy with its interval, closure, loops, tokens, size."""
+    """Print a table of the hops: accuracy with its interval, closed thinking, loops, tokens, size."""
     heads = ["", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s"] + (["size"] if sizes else [])
     table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:

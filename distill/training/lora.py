@@ -1,4 +1,4 @@
-"""The student as it is trained: its weights on the device, with an adapter, or all of them learning."""
+"""The student that is trained: its weights on the device, with an adapter or all of them learning."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .rows import Row
 
 
 def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a student to train: a frozen base in dtype with an adapter in fp32, or everything in fp32.
+    """Load a student to train: a frozen base in dtype with an adapter in fp32, or all weights in fp32.
 
     Raises:
-        ModelError: the weights cannot be loaded, or not quantized here.
-        UsageError: `code` "no-such-layer": the student has no linear map that the settings name.
+        ModelError: `code` "load-failed": the weights cannot be loaded; or they cannot be quantized (see `four_bits`).
+        UsageError: `code` "no-such-layer": the student has no linear map or layer that the recipe names.
     """
     quiet_transformers()
     model = load_base(
@@ -33,10 +33,19 @@ def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.devi
     model.config.use_cache = False
     if settings.full:
         return model
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     torch.manual_seed(settings.seed or 0)
-    lora = LoraConfig(
+    lora = _lora_config(model, settings)
+    if settings.is_qlora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, lora)
+
+
+def _lora_config(model: Any, settings: TrainingRecipe) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(
         r=settings.lora.rank,
         lora_alpha=settings.lora.alpha,
         target_modules=_targets(model, settings),
@@ -44,11 +53,6 @@ def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.devi
         use_rslora=settings.lora.rslora,
         task_type="CAUSAL_LM",
     )
-    if settings.is_qlora:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return get_peft_model(model, lora)
 
 
 def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> Any:
@@ -69,7 +73,7 @@ def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> A
 
 
 def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:
-    """Check that the model embeds every token of the rows; n_tokens is the size of its tokenizer's vocabulary.
+    """Check that the model embeds every token of the rows; its tokenizer knows n_tokens.
 
     Raises:
         ModelError: `code` "token-not-embedded".
@@ -78,14 +82,14 @@ def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:
     highest = max(max(row.input_ids) for row in rows)
     if highest >= n_embeddings:
         raise ModelError(
-            f"the rows use token {highest}, and the student embeds {n_embeddings}; its tokenizer knows {n_tokens}",
-            "its tokenizer belongs to other weights, or tokens were added without resizing the embedding",
+            f"the rows have token {highest}, the student embeds only {n_embeddings}, its tokenizer knows {n_tokens}",
+            "take the tokenizer that belongs to these weights, or resize the embedding for tokens that were added",
             code="token-not-embedded",
         )
 
 
 def parameter_groups(model: Any, settings: TrainingRecipe) -> list[dict[str, Any]]:
-    """Return the optimizer's groups: LoRA's B apart if its learning rate differs, and no weight decay on vectors."""
+    """Return the optimizer's groups: no weight decay on vectors, and LoRA's B apart if its learning rate differs."""
     groups: dict[tuple[bool, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -134,7 +138,7 @@ def _linears(model: Any) -> Iterator[tuple[int, str]]:
 
 
 def four_bits(device: torch.device) -> Any:
-    """Return how QLoRA quantizes the base.
+    """Return the 4-bit format in which QLoRA holds the base.
 
     Raises:
         ModelError: `code` "needs-gpu", or "not-installed" where bitsandbytes is missing or does not work.
@@ -144,7 +148,7 @@ def four_bits(device: torch.device) -> Any:
     if device.type != "cuda":
         raise ModelError(
             "--weights qlora needs an NVIDIA GPU: 4-bit weights only slow a CPU down",
-            "take --weights lora",
+            "use --weights lora",
             code="needs-gpu",
         )
     try:

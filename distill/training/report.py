@@ -1,4 +1,4 @@
-"""What a training run reports."""
+"""The figures of a training, as training.json keeps them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training run did. `tokens_per_s` counts every token of the rows, prompts included, without padding.
+    """The result of a training. `tokens_per_s` counts every token of the rows, prompts included, without padding.
 
-    Rows that begin alike have the beginning computed once: `computed_tokens_per_s` counts what was. `stopped` is `end`,
-    `time` or `early`. `pass_` is how states were computed (see `objective`). The validation's loss is cross-entropy,
-    its accuracy the share of its target tokens that are the student's first choice, the tokens before them given.
-    `merge_error` is the largest difference of the merged student's logits from those of base and adapter, in fp32, by
-    the largest logit.
+    `computed_tokens_per_s` counts a beginning that rows share only once, as it is computed. `stopped` is `end`, `time`
+    or `early`. `pass_` names the way in which states were computed (see `objective`). The validation's loss is
+    cross-entropy, its accuracy the share of target tokens that are the student's first choice after the correct tokens
+    before them. `merge_error` is the largest difference between the logits of the merged student and those of base and
+    adapter, in fp32, as a share of the largest logit.
     """
 
     steps: int

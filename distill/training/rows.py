@@ -100,8 +100,8 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: s
             "no-reasoning-slot": it lacks the reasoning; "no-turn-end": it does not end with EOS.
     """
     prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    answer = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-    whole = tokenizer.apply_chat_template([*messages, answer], tokenize=False)
+    turn = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
     if not whole.startswith(prompt):
         raise ModelError(
             "the student's chat template renders an answer differently from how it prompts for one",
@@ -115,14 +115,14 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: s
             "give its tokenizer a chat_template that renders message.reasoning_content",
             code="no-reasoning-slot",
         )
-    end = completion.rfind(tokenizer.eos_token)
-    if end < 0:
+    before_eos, eos, _ = completion.rpartition(tokenizer.eos_token)  # the student never generates anything after EOS
+    if not eos:
         raise ModelError(
             f"the student's chat template does not end a turn with its EOS, {tokenizer.eos_token!r}",
             "give its tokenizer the eos_token that the template ends a turn with",
             code="no-turn-end",
         )
-    return prompt, completion[: end + len(tokenizer.eos_token)]  # the student never generates anything after EOS
+    return prompt, before_eos + eos
 
 
 def shortened(

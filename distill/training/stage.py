@@ -40,14 +40,13 @@ def train_first(
 ) -> list[Row]:
     """Train the student on the kept traces unless the folder holds it already; return the rows, for rounds."""
     run, recipe = context.run, context.recipe
-    out = run.first_student_dir(recipe.on_policy.rounds)
     if run.student_dir.exists():
         return []
     from .dataset import hold_out, lessons
     from .train import TrainPaths, train
 
-    training = recipe.one_training()
-    tokenizer = tokenizer_of(base)
+    out = run.first_student_dir(recipe.on_policy.rounds)
+    training, tokenizer = recipe.one_training(), tokenizer_of(base)
     rows, kept = lessons(traces, traces_path, tokenizer=tokenizer, training=training, report=context.report)
     trained, validation = hold_out(rows, kept, n=training.n_validation, seed=recipe.seed)
     if out.exists():
@@ -57,7 +56,7 @@ def train_first(
     result = everywhere(
         train,
         TrainPaths(base, run.checkpoints_dir, out),
-        _ordered(context, [rows[i] for i in trained], [kept[i] for i in trained], rates=rates),
+        _ordered(context, [rows[i] for i in trained], traces=[kept[i] for i in trained], rates=rates),
         tokenizer=tokenizer,
         settings=training,
         validation=validation,
@@ -78,7 +77,7 @@ def _count_too_long(context: Context, *, n_traces: int, n_rows: int) -> None:
         run.save("curation.json", record)
 
 
-def _ordered(context: Context, rows: list[Row], traces: list[Trace], *, rates: dict[str, float]) -> list[Row]:
+def _ordered(context: Context, rows: list[Row], *, traces: list[Trace], rates: dict[str, float]) -> list[Row]:
     """Return the rows of every epoch in the order in which they train, by the curriculum if the recipe has one."""
     from .dataset import by_level
     from .rows import order_rows

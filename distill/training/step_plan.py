@@ -1,7 +1,7 @@
-"""What a training measures at its start and keeps: number format, threads, and the rows computed at once.
+"""The plan that a training makes at its start: number format, threads, and how many rows are computed at once.
 
-It is written down in `checkpoints/plan.json`, so that a run that was killed ends with the very weights of one that was
-not.
+It is kept in `checkpoints/plan.json`, so that a run that was killed and resumed ends with the same weights as one that
+was not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PLAN_FILE = "plan.json"  # in the folder of the checkpoints
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How each step is computed. `micro_batch` is the number of rows that a process computes at once."""
+    """How every step is computed. `micro_batch` is the number of rows that a process computes at once."""
 
     dtype: str
     threads: int
@@ -40,10 +40,10 @@ class StepPlan:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
     def smaller(self, settings: TrainingRecipe, folder: Path) -> StepPlan:
-        """Return, and keep, the plan with half the rows at once or fewer; a step still has as many rows in all.
+        """Return a plan with at most half the rows at once, and store it; a step has as many rows in all as before.
 
         Raises:
-            ModelError: `code` "model-too-large": it is one row already.
+            ModelError: `code` "model-too-large": this plan computes one row at a time already.
         """
         if self.micro_batch == 1:
             raise ModelError(
@@ -59,17 +59,17 @@ class StepPlan:
 def make_plan(
     base_dir: Path, rows: Sequence[Row], *, settings: TrainingRecipe, device: torch.device, folder: Path
 ) -> StepPlan:
-    """Return the plan that the training began with, or make it; `folder` is that of its checkpoints.
+    """Return the plan that the training began with, or make one; `folder` is that of its checkpoints.
 
     Raises:
-        UsageError: `code` "batch-not-shared": the processes cannot have equally many rows of a step.
+        UsageError: `code` "batch-not-shared": the rows of a step cannot be divided equally among the processes.
     """
     path = folder / _PLAN_FILE
     share, left = divmod(settings.batch_size, processes())
     if left or not share:
         raise UsageError(
             f"{processes()} processes cannot share the {settings.batch_size} rows of a step",
-            "set training.batch_size",
+            "set training.batch_size to a multiple of the number of processes",
             code="batch-not-shared",
         )
     if not is_first():
@@ -91,15 +91,15 @@ def make_plan(
 
 
 def _widths(config: dict[str, Any]) -> tuple[int, int]:
-    """Return how wide the states and the MLP are."""
+    """Return the widths of the states and of the MLP."""
     width: int = config.get("hidden_size", 512)
     return width, config.get("intermediate_size") or 4 * width
 
 
 def _n_fitting(config: dict[str, Any], n_tokens: int, device: torch.device) -> int:
-    """Return how many rows of so many tokens fit the memory at once, by a rule with room to spare."""
+    """Estimate how many rows of n_tokens fit the memory at once, with room to spare."""
     width, inner = _widths(config)
-    # what the passes keep of a token and layer: twelve states as wide as the stream, four as the MLP, in fp32 at worst
+    # kept for the backward pass, per token and layer: 12 tensors as wide as the states and 4 as the MLP, 4 bytes each
     row_bytes = n_tokens * config.get("num_hidden_layers", 32) * (12 * width + 4 * inner) * 4
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
@@ -116,7 +116,7 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > deadline:
             raise ArtifactError(
-                f"the first process has not written {path} in ten minutes",
+                f"the first process has not written {path} within ten minutes",
                 "look at its messages: it may have failed",
                 code="process-missing",
             )

@@ -1,7 +1,7 @@
-"""`transformers.Trainer` with our objective, row order, schedule and optimizer groups; the loop is its own.
+"""`transformers.Trainer` with our objective, row order, schedule and optimizer groups, but its own loop.
 
-So `accelerate launch` and `torchrun` take a run past one device. A step's loss is the weighted mean over all targets of
-the step, whatever micro-batches and processes it is cut into.
+So a training can use several devices by `accelerate launch` or `torchrun`. A step's loss is the weighted mean over all
+targets of the step, however it is split into micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StudentTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled:
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-            if zero.get("stage") == 3:  # else its weights cannot be gathered in the end
+            if zero.get("stage") == 3:  # else the weights could not be gathered at the end
                 zero["stage3_gather_16bit_weights_on_model_save"] = True
 
     def compute_loss(
@@ -43,17 +43,16 @@ class StudentTrainer(Trainer):
         """Return the batch's share of the step's mean loss."""
         total = model(**inputs)
         weight = inputs["weight"] if num_items_in_batch is None else num_items_in_batch
-        weight = torch.as_tensor(weight, device=total.device).clamp(
-            min=1e-9
-        )  # stays there: reading it would wait for a GPU
-        # the processes' gradients are averaged, and `weight` is that of all of them: so it is a mean over all targets
+        # stays a tensor: reading its value would wait for the GPU
+        weight = torch.as_tensor(weight, device=total.device).clamp(min=1e-9)
+        # `weight` is that of all processes, whose gradients are averaged: times their number it is a mean over all
         loss = total * (self.accelerator.num_processes / weight)
         return (loss, None) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         if not batch_samples:
             return None
-        # made on the device: a copy from here would wait for a GPU
+        # filled on the device: copying it there would wait for the GPU
         weight = torch.full((), sum(batch["weight"] for batch in batch_samples), device=device)
         return self.accelerator.gather(weight).sum() if self.accelerator.num_processes > 1 else weight
 
@@ -80,7 +79,7 @@ class StudentTrainer(Trainer):
         return self.lr_scheduler
 
     def gathered_weights(self) -> dict[str, Any] | None:
-        """Return all weights, in the first process, where each process holds a part (FSDP, DeepSpeed); else None."""
+        """Return all weights to the first process if each process holds a part (FSDP, DeepSpeed), otherwise None."""
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             return None
         gathered = self.accelerator.get_state_dict(self.model_wrapped)
@@ -96,7 +95,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 def schedule(settings: TrainingRecipe, progress: Callable[[int], float]) -> Callable[[int], float]:
-    """Return the learning rate's factor by step: a linear warm-up, then a linear decay to `final_lr`."""
+    """Return the factor of the peak learning rate by step: a linear warm-up, then a linear decay to `final_lr`."""
 
     def rate(step: int) -> float:
         done = progress(step)
@@ -110,7 +109,7 @@ def schedule(settings: TrainingRecipe, progress: Callable[[int], float]) -> Call
 def arguments(
     settings: TrainingRecipe, output_dir: Path, *, device: torch.device, micro_batch: int, autocast: bool, n_rows: int
 ) -> TrainingArguments:
-    """Return Trainer's arguments. micro_batch: rows that a process computes at once; n_rows: those of all epochs."""
+    """Return Trainer's arguments; a process computes micro_batch rows at once, and all epochs have n_rows."""
     n_processes = processes()
     n_steps = -(-n_rows // settings.batch_size)
     given = TrainingArguments(
@@ -127,8 +126,8 @@ def arguments(
         bf16=autocast,
         use_cpu=device.type == "cpu",
         logging_steps=1 if device.type == "cpu" else 10,
-        logging_nan_inf_filter=False,  # a NaN ends the training: the clock watches for it
-        save_strategy="no",  # the clock says when
+        logging_nan_inf_filter=False,  # `Clock` ends the training at a NaN
+        save_strategy="no",  # `Clock` decides when
         report_to=reporters(settings.report_to),
         project="deepdistill",
         run_name=output_dir.resolve().parent.name,  # the run folder's
@@ -145,13 +144,13 @@ def arguments(
 
 
 def on_one_gpu(given: Arguments) -> Arguments:
-    """Return Trainer's arguments for one GPU a process: with more it uses DataParallel, which would cut rows apart."""
+    """Return Trainer's arguments with one GPU per process: with more it uses DataParallel, which would split rows."""
     given._n_gpu = min(given.n_gpu, 1)
     return given
 
 
 def reporters(names: Sequence[str]) -> list[str]:
-    """Return the trackers that are to get the loss.
+    """Return the names of the trackers that get the loss, checked.
 
     Raises:
         UsageError: `code` "no-such-tracker" or "not-installed".

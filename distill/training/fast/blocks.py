@@ -199,10 +199,10 @@ class _RowAttention(torch.autograd.Function):
 
 @on_gpu
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Turn heads `[n, L, h, d]` in place by the angles of cos and sin `[L, d]`, whose halves are equal."""
+    """Rotate heads `[n, L, h, d]` in place by the angles of cos and sin `[L, d]`, whose halves are equal."""
     half = heads.shape[-1] // 2
     first, second = heads[..., :half], heads[..., half:]
     c, s = cos[:, None, :half], sin[:, None, :half]
-    turned = (first * c).addcmul_(second, s, value=-1)
+    rotated = (first * c).addcmul_(second, s, value=-1)  # apart: the second half still needs the first
     second.mul_(c).addcmul_(first, s)
-    first.copy_(turned)
+    first.copy_(rotated)

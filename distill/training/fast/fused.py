@@ -1,7 +1,7 @@
-"""Chains of elementwise operations as one kernel where the student stands on a GPU.
+"""Chains of elementwise operations, each compiled to one kernel if the student is on a GPU.
 
-There each operation by itself reads and writes all its tensors, and that, not arithmetic, is what a small model's layer
-takes. A CPU keeps the plain operations: its caches hold what goes from one to the next, and its results stay the same
+There, every single operation reads and writes whole tensors, and a small model's layer spends its time on that, not on
+arithmetic. On a CPU the plain operations stay: its caches hold what one passes to the next, and results stay the same
 to the bit.
 """
 
@@ -16,18 +16,18 @@ import torch
 
 DEVICES = {"cuda"}  # where chains are compiled
 
-_MARKED_CALLS = 8  # of a chain: more cannot lead to another kernel
+_MARKED_CALLS = 8  # per chain: torch compiles no more versions of a function than that
 _log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def on_gpu(chain: F) -> F:
-    """Return the function, compiled where its first tensor lies on a GPU, for any number of tokens and rows.
+    """Return the function, compiled if its first tensor is on a GPU, for any number of tokens and rows.
 
-    Where the compiler does not work (it needs Triton and a C compiler) the operations stay what they are.
+    If the compiler does not work, which needs Triton and a C compiler, the plain operations run.
     """
-    compiled: Callable[..., Any] | None = None  # at the first use: the compiler alone takes seconds to import
+    compiled: Callable[..., Any] | None = None  # made at the first call: importing the compiler takes seconds
     n_calls = 0
 
     @wraps(chain)
@@ -42,7 +42,7 @@ def on_gpu(chain: F) -> F:
             try:
                 return compiled(first, *others, **named)
             except torch._dynamo.exc.TorchDynamoException as error:  # before anything was computed
-                _log.warning("no kernels of our own here, training is slower: %s", " ".join(str(error).split())[:200])
+                _log.warning("cannot compile kernels, so training is slower: %s", " ".join(str(error).split())[:200])
                 compiled = chain
         return compiled(first, *others, **named)
 
@@ -50,7 +50,7 @@ def on_gpu(chain: F) -> F:
 
 
 def _mark(parts: list[Any]) -> None:
-    """Say which sizes differ from batch to batch: the first, and of rows of heads the second too."""
+    """Tell the compiler which sizes differ from batch to batch: the first, and of `[n, L, …]` the second too."""
     for part in parts:
         if isinstance(part, torch.Tensor) and part.dim() > 1:
             for dimension in range(2 if part.dim() > 2 else 1):
@@ -59,6 +59,6 @@ def _mark(parts: list[Any]) -> None:
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Return a * b in `out`, whatever its strides and number format."""
-    if torch.compiler.is_compiling():  # which takes no `out=` with gaps between its rows
+    if torch.compiler.is_compiling():  # the compiler takes no `out=` with gaps between its rows
         return out.copy_(a * b)
     return torch.mul(a, b, out=out)

@@ -1,15 +1,15 @@
-"""Linear maps of one input as one product, frozen, with their LoRA adapters inside it.
+"""Frozen linear maps of the same input, with their LoRA adapters, as one matrix product.
 
-q, k and v read the same input, and so do gate and up: their weights stand in one matrix. Beside it stand the adapters,
-so that a layer with LoRA is hardly more than a layer without:
+q, k and v have the same input, and so have gate and up: their weights are joined in one matrix. The adapters are in the
+same matrix, so that a layer with LoRA costs little more than one without:
 
     joint `[O + R, I + R]` = | W  B |    y  = [x, x A^T] @ [W, B]^T
                              | A  . |    dx = [dy, dy B] @ [W; A]
 
-W are the weights of the n modules, A the R rows of all their adapters, B their scaled columns, each in its own module's
-rows. The modules' own weights become views of the joint matrix, so no memory is added; peft's modules stay the owners
-of the adapters' parameters, in fp32, which are copied in anew in every pass (a fused optimizer's step shows in no
-version counter). The backward pass computes no gradient of a frozen weight.
+W holds the weights of the n modules, A the R rows of all their adapters, B their scaled columns, each in its module's
+rows. The modules' weights become views of the joint matrix, so no memory is added. peft's modules keep the adapters'
+parameters in fp32; they are copied into the matrix before every pass, since no version counter shows a fused
+optimizer's step. The backward pass computes no gradient of a frozen weight.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ class _Adapter:
     a: nn.Parameter  # [r, I]
     b: nn.Parameter  # [o, r]
     scale: float
-    outputs: slice  # of the O
-    ranks: slice  # of the R
-    a_place: Tensor  # [r, I], where the joint matrix holds a
-    b_place: Tensor  # [o, r]
+    outputs: slice  # its module's among the O
+    ranks: slice  # its own among the R
+    a_place: Tensor  # [r, I], the view of the joint matrix that holds a
+    b_place: Tensor  # [o, r], likewise scale * b
 
 
 class Linears:
-    """n linear modules of one input, `nn.Linear` or peft's around one; O outputs in all, R ranks in all.
+    """n linear modules of the same input, each an `nn.Linear` or peft's LoRA around one; O outputs and R ranks in all.
 
-    `refresh` comes before a pass. What a pass takes of the joint matrix is cut out once: on a GPU a small model's layer
-    costs as much as the calls that it makes.
+    Call `refresh` before each pass. The views of the joint matrix that a pass needs are made once: on a GPU, a small
+    model's layer takes as long as its calls, not its arithmetic.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
@@ -66,19 +66,19 @@ class Linears:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Return what learns, as `backward` orders its gradients."""
+        """Return the parameters that learn, in the order of `backward`'s gradients."""
         return [parameter for adapter in self.adapters for parameter in (adapter.a, adapter.b)]
 
     def buffer(self, like: Tensor) -> Tensor:
-        """Return an empty `[T, I + R]`, whose first I columns are to be filled with the input."""
+        """Return an uninitialised `[T, I + R]`, whose first I columns the caller fills with the input."""
         return _empty(like, self.n_inputs, self.n_ranks)
 
     def grad_buffer(self, like: Tensor) -> Tensor:
-        """Return an empty `[T, O + R]`, whose first O columns are to be filled with the gradient of y."""
+        """Return an uninitialised `[T, O + R]`, whose first O columns the caller fills with the gradient of y."""
         return _empty(like, self.n_outputs, self.n_ranks)
 
     def forward(self, buffer: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return (y `[T, O]`, x A^T `[T, R]` to be kept) of a filled `buffer`; residual `[T, O]` is added."""
+        """Return (y `[T, O]`, x A^T `[T, R]` for `backward`) of a filled `buffer`; residual `[T, O]` is added to y."""
         inner = None
         if self.adapters:
             inner = F.linear(buffer[:, : self.n_inputs], self._a)
@@ -97,7 +97,7 @@ class Linears:
             dy, d_inner = buffer[:, : self.n_outputs], buffer[:, self.n_outputs :]
             d_inner.copy_(dy @ self._b)  # [T, R]
             d_a = (d_inner.T @ x).float()  # [R, I]
-            d_b = dy.T @ inner  # [O, R], of which each adapter has its block
+            d_b = dy.T @ inner  # [O, R]: each adapter's gradient is a block of it
             for adapter in self.adapters:
                 gradient = d_b[adapter.outputs, adapter.ranks].float()
                 gradients += [d_a[adapter.ranks], gradient if adapter.scale == 1.0 else gradient.mul_(adapter.scale)]
@@ -107,8 +107,8 @@ class Linears:
 def _empty(like: Tensor, n: int, n_ranks: int) -> Tensor:
     """Return an uninitialised `[T, n + n_ranks]` whose first n columns may be a factor of a product."""
     buffer = like.new_empty(like.shape[0], n + n_ranks)
-    # Where n is no multiple of 32, oneDNN's bf16 kernels (AMX) read a few values past each row's end and multiply them
-    # by zero: whatever is in memory there, it must not be NaN or infinite.
+    # If n is no multiple of 32, oneDNN's bf16 kernels (AMX) read a few values past the end of each row and multiply
+    # them by zero. The memory there must not hold NaN or infinity by chance.
     if n % 32 and like.device.type == "cpu":
         buffer[:, n:] = 0
     return buffer
@@ -116,7 +116,7 @@ def _empty(like: Tensor, n: int, n_ranks: int) -> Tensor:
 
 @torch.no_grad()
 def refresh(adapters: Sequence[_Adapter]) -> None:
-    """Copy adapters as they are now into their joint matrices."""
+    """Copy the adapters' present values into their joint matrices."""
     if not adapters:
         return
     scaled = torch._foreach_mul([adapter.b for adapter in adapters], [adapter.scale for adapter in adapters])

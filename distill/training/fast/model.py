@@ -1,8 +1,8 @@
-"""Which students the fast pass knows, and the pass itself.
+"""The fast pass, and the students that it can compute.
 
-It knows decoders laid out like Llama (SmolLM2, Llama 3, Mistral, Qwen 2 and their kin): RMS norms before attention and
-a gated SiLU MLP, rotary halves, weights that are frozen or carry plain LoRA. Whether a student is one is not taken on
-trust: `fast_decoder` compares both passes on a few tokens and gives up the fast one where they differ.
+It computes decoders built like Llama's (SmolLM2, Llama 3, Mistral, Qwen 2 and their kin): RMS norms before attention
+and before a gated SiLU MLP, rotary embeddings by halves, weights that are frozen or have plain LoRA. The structure is
+not trusted alone: `fast_decoder` compares both passes on a few tokens, and returns None if they differ.
 """
 
 from __future__ import annotations
@@ -69,20 +69,20 @@ class FastDecoder:
         return states
 
     def refresh(self) -> None:
-        """Take over the adapters as the optimizer left them."""
+        """Copy the adapters, which the optimizer has changed, into the joint matrices."""
         refresh(self._adapters)
 
     def cos_sin(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Return the cos and sin `[L, d]` of the rows' places."""
-        places = torch.arange(layout.gather.shape[1], device=x.device)[None]
-        cos, sin = self._decoder.rotary_emb(x, places)
+        """Return the rotary cos and sin `[L, d]` of the positions in a row."""
+        positions = torch.arange(layout.gather.shape[1], device=x.device)[None]
+        cos, sin = self._decoder.rotary_emb(x, positions)
         return cos[0], sin[0]
 
 
 def fast_decoder(causal_lm: Any) -> FastDecoder | None:
-    """Return the fast pass of a model whose weights stand where they will be trained; None where it is not exact.
+    """Return the fast pass of a model that is on its device already, or None if it would not be exact.
 
-    The linear modules' weights become views of joint matrices; everything else of the model stays as it is.
+    The linear modules' weights become views of joint matrices; the rest of the model stays as it is.
     """
     decoder = causal_lm.get_decoder()
     if not _is_llama_like(decoder):
@@ -101,7 +101,8 @@ def _agrees(fast: FastDecoder, decoder: Any, batch: Batch) -> bool:
     layout = batch.layout.to(device)
     padded = batch.input_ids[0].to(device)[layout.gather]  # [n, L], each row by itself
     plain = decoder(input_ids=padded, use_cache=False, output_hidden_states=True).hidden_states
-    states = [state.flatten(0, 1)[layout.scatter] for state in plain]  # after each layer; after the norm at last
+    # The embedding, then the states after each layer; the last of them are after the norm.
+    states = [state.flatten(0, 1)[layout.scatter] for state in plain]
     cos_sin = fast.cos_sin(states[0], layout)
     fast.refresh()
     tolerance = 1e-4 if states[0].dtype == torch.float32 else 3e-2
@@ -109,7 +110,8 @@ def _agrees(fast: FastDecoder, decoder: Any, batch: Batch) -> bool:
         found = layer(before, cos_sin, layout)
         if i == len(fast.layers) - 1:
             found, before = decoder.norm(found), torch.zeros_like(before)
-        # what a layer adds, token by token, beside what rounding the states takes; a few tokens may hold huge values
+        # The error of what the layer adds, per token, with room for the states' own rounding. One token in five may be
+        # off: a few have huge states, whose rounding hides what the layer adds.
         error = (found.float() - after.float()).norm(dim=1)
         allowed = tolerance * ((after.float() - before.float()).norm(dim=1) + after.float().norm(dim=1) / 8)
         if not (error <= allowed).float().mean() > 0.8:

@@ -1,8 +1,8 @@
 """Group relative policy optimization (GRPO) with TRL's trainer: our sampler answers, our graders judge.
 
-The student answers each problem several times; an answer is worth its reward less the group's mean, so no second model
-estimates what to expect. TRL carries the loss and the loop. Its own sampling with `generate` is left out: ours keeps
-rows moving through one batch and computes what prompts share once.
+The student answers each problem several times. An answer's advantage is its reward minus its group's mean, so that no
+second model has to estimate the expected reward. The loss and the loop are TRL's. Its sampling with `generate` is not
+used: ours refills the batch whenever an answer ends, and computes the tokens that prompts share once.
 
 Source: DeepSeekMath, arXiv 2402.03300; clipping and the loss's scale as in DAPO, arXiv 2503.14476 (TRL's default).
 """
@@ -39,16 +39,16 @@ from ..train import TrainPaths
 from ..trainer import on_one_gpu
 from .reward import Reward, reward_of
 
-_ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one pass, of models under 20 M parameters and above
+_ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one backward pass of models under 20 M parameters, and of larger ones
 
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """How to train by reward. A step draws `problems_per_step` problems and answers each `group_size` times.
+    """How to train by reward. In each step the student answers `problems_per_step` problems, each `group_size` times.
 
-    `lr` is the peak, from which the learning rate falls to 0; None is 1e-4 for models under 20 M parameters and 2e-6
-    for larger ones. `minutes` boxes the time, sampling included; None goes on for `steps`. `rows_per_pass` answers are
-    learned from at once; None fits the model's size.
+    `lr` is the peak, from which the learning rate falls to 0; None means 1e-4 for models under 20 M parameters and 2e-6
+    for larger ones. `minutes` limits the time, sampling included; with None the training takes all `steps`.
+    `rows_per_pass` is the number of answers in one backward pass; None chooses it by the model's size.
     """
 
     steps: int = 200
@@ -71,10 +71,10 @@ class GrpoSettings:
 
 @dataclass(frozen=True)
 class GrpoReport:
-    """What a run did.
+    """The result of a training.
 
-    `curve` has a record every step: minutes, the share of right answers, that of groups whose answers earned different
-    rewards (no other teaches), mean tokens, sampled tokens so far.
+    `curve` has a record per step: minutes, the share of right answers, the share of groups whose answers earned
+    different rewards (only these teach), mean tokens per answer, and all tokens sampled so far.
     """
 
     steps: int
@@ -107,7 +107,7 @@ def grpo(
         ) from error
     if settings.group_size < 2:
         raise UsageError(
-            "a group of one answer has nothing to compare", "give a group size of at least 2", code="group-too-small"
+            "a group of one answer has nothing to compare", "set grpo.group_size to 2 or more", code="group-too-small"
         )
     where = choose_device(device)
     quiet_transformers()
@@ -141,9 +141,9 @@ class _Sampler:
             self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
         ]
         ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        # The seed of a sample follows from the run's and its place in it: a resumed run draws what this one would.
-        turn = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
-        first = settings.seed * 1_000_003 + turn * len(prompts)
+        # A sample's seed follows from the run's seed and the sample's place, so a resumed run draws the same samples.
+        n_before = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
+        first = settings.seed * 1_000_003 + n_before * len(prompts)
         rows = [
             new_sequence(i, row, max_new=settings.max_tokens, sampling=sampling, seed=first + i)
             for i, row in enumerate(ids)
@@ -162,7 +162,7 @@ class _Sampler:
         return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     def reward(self, prompts: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-        """Return what each answer earned."""
+        """Return the reward of each answer."""
         opened: dict[str, bool] = {}
         self.rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
@@ -181,7 +181,7 @@ class _Sampler:
 
 
 class _Watch(TrainerCallback):
-    """Keeps the time, the curve and the checkpoints."""
+    """Keeps the time, the curve and the checkpoints, and ends the training."""
 
     def __init__(self, settings: GrpoSettings, sampler: _Sampler, report: Reporter) -> None:
         self._settings, self._sampler, self._report = settings, sampler, report
@@ -193,11 +193,11 @@ class _Watch(TrainerCallback):
         return self._before + time.monotonic() - self._started
 
     def progress(self, step: int) -> float:
-        """Return how much of the run is done after so many steps, 0 to 1."""
+        """Return which share of the run is done after so many steps, 0 to 1."""
         done = step / self._settings.steps
         if self._settings.minutes is not None:
-            box = 60 * self._settings.minutes  # nothing is left of it where choosing problems took it all
-            done = max(done, self.seconds() / box if box > 0 else 1.0)
+            limit_s = 60 * self._settings.minutes  # 0 if choosing the problems took all of it
+            done = max(done, self.seconds() / limit_s if limit_s > 0 else 1.0)
         return min(1.0, done)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -283,7 +283,7 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
             max_completion_length=settings.max_tokens,
             temperature=settings.temperature,
             beta=settings.kl_weight,
-            scale_rewards="none",  # else a group of wrong answers, one of them not even closed, teaches as much as any
+            scale_rewards="none",  # else wrong answers that differ only in form would teach as much as any
             epsilon=settings.clip_low,
             epsilon_high=settings.clip_high,
             max_steps=settings.steps,
@@ -294,7 +294,7 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
             use_cpu=device.type == "cpu",
             activation_checkpointing=False,
             logging_steps=1,
-            save_strategy="no",  # the watch says when
+            save_strategy="no",  # `_Watch` decides when
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,

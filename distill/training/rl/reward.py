@@ -14,12 +14,12 @@ from ...records import GradesAnswers, Problem
 
 @dataclass(frozen=True)
 class Reward:
-    """What one answer earned; the policy learns from `total`."""
+    """The reward of one answer; the policy learns from `total`."""
 
     total: float
     is_right: bool
     is_closed: bool | None
-    """Whether it closed its thinking; None if it did not open any."""
+    """Whether the answer closed its thinking; None if it opened none."""
 
 
 def reward_of(

@@ -31,13 +31,11 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
     and then train.
 
     Raises:
-        UsageError: `code` "settings-unused": the recipe has settings that the method ignores; or see `_graded`.
+        UsageError: see `_refuse_unused` and `_graded`.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
     run, recipe = context.run, context.recipe
-    if unused := unused_settings(recipe):
-        hint = "leave them out: all weights train"
-        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
+    _refuse_unused(recipe)
     if run.student_dir.exists():
         return
     from ..train import TrainPaths
@@ -72,6 +70,17 @@ def _graded(problems: Sequence[Problem]) -> list[Problem]:
         hint = "start it without torchrun or accelerate launch"
         raise UsageError("--method grpo trains in one process", hint, code="one-process")
     return graded
+
+
+def _refuse_unused(recipe: TeachRecipe) -> None:
+    """Refuse settings that the method ignores.
+
+    Raises:
+        UsageError: `code` "settings-unused".
+    """
+    if unused := unused_settings(recipe):
+        hint = "leave them out: all weights train"
+        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
 
 
 def unused_settings(recipe: TeachRecipe) -> list[str]:

@@ -1,8 +1,8 @@
-"""TRL's `GRPOTrainer` on packed rows that teach something, with a learning rate that falls to zero.
+"""TRL's `GRPOTrainer` on packed rows, without those that teach nothing, and with a falling learning rate.
 
-TRL pads every answer to the longest. Here rows are packed end to end, a problem's prompt once for its whole group (see
-`packing`). And if all answers of a group earned the same, none has an advantage: such rows, often half of them or more,
-are left out of the passes. The loss and its gradient are TRL's.
+TRL pads every answer to the longest. Here rows are packed end to end, and a problem's prompt is computed once for its
+whole group (see `packing`). If all answers of a group earned the same, none has an advantage: such rows, often half of
+them or more, are not computed. The loss and its gradient are TRL's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..objective import can_pack, logit_scale, states_of, window_of
 from ..packing import pack
 from ..rows import Row
 
-_LEAST = 1e-3  # of an advantage: the mean of equal rewards is rounded
+_LEAST = 1e-3  # the mean of equal rewards is rounded: a smaller advantage is zero
 _CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 
 
@@ -34,19 +34,19 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
     def __init__(self, rate: Callable[[int], float], **keywords: Any) -> None:
         super().__init__(**keywords)
         self._rate = rate
-        self._longest = self._longest_packed()  # rows longer than that are padded, as TRL does
+        self._longest = self._longest_packed()  # longer rows are padded, as TRL does
 
     def _longest_packed(self) -> float:
         config = self.model.config
         is_plain = not getattr(config, "final_logit_softcapping", None) and logit_scale(config) == 1.0
-        # DDP, FSDP and DeepSpeed need the call of the whole model
+        # DDP, FSDP and DeepSpeed work only if the whole model is called
         if not is_plain or self.accelerator.num_processes > 1:
             return 0
         with _kept_attention(self.model):
             return window_of(config) if can_pack(self.model) else 0
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule."""
+        """Return the schedule that multiplies the peak by `rate(step)`."""
         if self.lr_scheduler is None:
             optimizer = optimizer if optimizer is not None else self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
@@ -66,7 +66,7 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
         compute_entropy: bool = False,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return log-probabilities and entropies of the answers' tokens `[n, logits_to_keep]`, and no other loss."""
+        """Return log-probabilities and entropies of the answers' tokens `[n, logits_to_keep]`; no auxiliary loss."""
         if input_ids.shape[1] > self._longest or others.get("compute_aux_loss"):
             found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
@@ -86,12 +86,12 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
         return logps, entropies if compute_entropy else None, None
 
     def _scores(self, model: Any, input_ids: Tensor, *, attention_mask: Tensor, n_kept: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and entropies `[n, n_kept]` of rows whose last n_kept places hold the answers."""
+        """Return log-probabilities and entropies `[n, n_kept]` of rows whose last n_kept columns hold the answers."""
         is_token, device = attention_mask.bool().cpu(), input_ids.device  # [n, L]
         n_prompt = is_token[:, :-n_kept].sum(1).tolist()
-        given = [Row(ids[here].tolist(), n) for ids, here, n in zip(input_ids.cpu(), is_token, n_prompt, strict=True)]
-        order = sorted(range(len(given)), key=lambda i: list(given[i].input_ids))  # as they are packed
-        batch = pack([given[i] for i in order])
+        rows = [Row(ids[mask].tolist(), n) for ids, mask, n in zip(input_ids.cpu(), is_token, n_prompt, strict=True)]
+        order = sorted(range(len(rows)), key=lambda i: list(rows[i].input_ids))  # the order in which `pack` lays them
+        batch = pack([rows[i] for i in order])
         with _kept_attention(model), self.accelerator.autocast():
             use_row_attention(model)
             input_ids, position_ids = batch.input_ids.to(device), batch.position_ids
@@ -100,13 +100,14 @@ class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
             scored = _token_scores(states, ids, head=model.get_output_embeddings(), temperature=self.temperature)
         row, place = is_token[order, -n_kept:].nonzero(as_tuple=True)
         index = torch.tensor(order, device=device)[row.to(device)], place.to(device)
-        shape = len(given), n_kept
-        chosen, spread = (flat.new_zeros(shape).index_put(index, flat) for flat in scored)
-        return chosen, spread
+        shape = len(rows), n_kept
+        # back from packed targets to the answers' places in the padded rows
+        logps, entropies = (flat.new_zeros(shape).index_put(index, flat) for flat in scored)
+        return logps, entropies
 
 
 def teaching_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch of TRL's without the rows that have no advantage; one stays where none has."""
+    """Return TRL's batch without the rows that have no advantage; one row stays if none has."""
     advantages = inputs["advantages"]
     kept = (advantages.abs().reshape(len(advantages), -1).amax(1) > _LEAST).nonzero().squeeze(1)
     if not len(kept):
@@ -139,7 +140,7 @@ def _token_scores(states: Tensor, ids: Tensor, *, head: Any, temperature: float)
 
 @contextmanager
 def _kept_attention(model: Any) -> Iterator[None]:
-    """Restore a model's attention afterwards: answers are sampled with it."""
+    """Restore the model's attention afterwards, with which answers are sampled."""
     attention = model.config._attn_implementation
     try:
         yield

@@ -227,7 +227,7 @@ def test_the_funnel_ends_in_the_rows(tmp_path: Path) -> None:
     traces += [trace(100, finish_reason="length"), trace(102, reasoning_content=None)]
     _, record = curate(traces)
     steps = list(funnel(record, TraceSummary.of(traces)))
-    assert [(s.name, s.left, s.took) for s in steps] == [
+    assert [(s.name, s.left, s.removed) for s in steps] == [
         ("problems asked", 12, None),
         ("traces", 22, None),
         ("wrong", 17, 5),
@@ -303,7 +303,7 @@ def test_the_table_of_the_terminal_says_how_many_and_obeys_no_trace() -> None:
     assert re.search(rf"{reason} +1 +4 ", printed)
     assert "[red]bold" in printed
     assert "\u202e" not in printed
-    assert re.search(r"trains +4", printed)
+    assert re.search(r"training rows +4", printed)
     assert json.dumps(record)
 
 
@@ -328,5 +328,5 @@ def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) ->
         write_report(run)
     page = (tmp_path / "run" / "report.html").read_text()
     assert "From 1.98 to 1" in page
-    assert "50.0 % are the student" in page
+    assert "50.0 % of the held-out tokens are the student" in page
     assert "ended early" in page
