@@ -17,7 +17,7 @@ from train import TRAINING_PARAMS, ExpertBalance
 from deepdistill.distill.evaluation.evaluate import Score, evaluate, format_score
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.planning.kv_cache import kv_numbers
-from deepdistill.distill.pocket.chains import FAMILIES
+from deepdistill.distill.pocket.families import FAMILIES
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import Request, messages_of
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher

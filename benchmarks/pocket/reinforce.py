@@ -22,7 +22,7 @@ from typing import Any
 from card import expert_load, held_out_texts, score_families, spec_of
 
 from deepdistill.distill.graders.pool import Grader
-from deepdistill.distill.pocket.chains import FAMILIES
+from deepdistill.distill.pocket.families import FAMILIES
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import Problem
 from deepdistill.distill.teachers import open_teacher

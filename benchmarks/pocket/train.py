@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chains import CHAINS, final_answer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
-from deepdistill.distill.pocket.chains import FAMILIES, TEMPLATE_PATH, final_answer
+from deepdistill.distill.pocket.families import TEMPLATE_PATH
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.localrun.core.atomic import write_text
 
@@ -76,7 +77,7 @@ def draw_texts(family: str, n: int, seed: int) -> list[tuple[str, str]]:
     """
     import reasoning_gym
 
-    chain_of = FAMILIES[family][0]
+    chain_of = CHAINS[family]
     texts: list[tuple[str, str]] = []
     # reasoning-gym draws item i of seed s from Random(s + i): seeds far apart share no item.
     for item in reasoning_gym.create_dataset(family, seed=seed, size=2 * n, **TRAINING_PARAMS[family]):
@@ -231,7 +232,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
     """
     rng = random.Random(recipe.seed)
     texts = {}
-    for i, name in enumerate(FAMILIES):
+    for i, name in enumerate(CHAINS):
         drill = name == recipe.drill
         n = int(recipe.n_rows * SHARES[name] * (0.25 if recipe.drill and not drill else 1))
         texts[name] = draw_texts(name, n, seed=(i + 1) * 10**7 + recipe.seed * 10**6)
@@ -319,7 +320,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--peak-lr", type=float, default=Recipe.peak_lr)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--drill", default=Recipe.drill, choices=["", *FAMILIES])
+    parser.add_argument("--drill", default=Recipe.drill, choices=["", *CHAINS])
     parser.add_argument("--start", type=Path, help="continue from this folder's weights")
     arguments = parser.parse_args()
     recipe = Recipe(arguments.minutes, peak_lr=arguments.peak_lr, drill=arguments.drill, seed=arguments.seed)

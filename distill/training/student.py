@@ -14,7 +14,7 @@ from pathlib import Path
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.core.atomic import replacing_folder
 from ..hub import download_checkpoint
-from ..pocket.chains import TEMPLATE_PATH
+from ..pocket.families import TEMPLATE_PATH
 from ..tokenizer import Tokenizer
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

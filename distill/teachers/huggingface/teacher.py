@@ -23,7 +23,7 @@ from ....localrun.core.generation import Completion, Message, Sampling, TopLogpr
 from ....localrun.families.thinking import CLOSE, prompt_opens_thinking, split_thinking
 from ...device import NO_MEMORY, choose_device
 from ...planning.kv_cache import kv_numbers
-from ...pocket.chains import check_source
+from ...pocket.families import check_source
 from ...records import Backend, Request
 from ...tokenizer import Tokenizer
 from ..base import Teacher

@@ -12,7 +12,7 @@ import train as recipe
 from transformers import DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 
 from deepdistill.distill.planning.kv_cache import kv_numbers
-from deepdistill.distill.pocket.chains import FAMILIES
+from deepdistill.distill.pocket.families import FAMILIES
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 
