@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from ...errors import UsageError
 from ...localrun.core.generation import Sampling
-from ...localrun.core.settings import Flag
+from ...localrun.core.settings import setting
 
 _TEACHER, _COST = "Teacher and traces", "Cost"
 _GRPO = ("grpo",)
@@ -42,71 +42,58 @@ def _rubric(text: str) -> str:
 class TeacherRecipe:
     """Who is asked, and how it is sampled."""
 
-    model: Annotated[
-        str,
-        Flag(
-            "The teacher: pocket (built in), https://HOST/v1, hf:ORG/NAME, a checkpoint folder, a .gguf file, or "
-            "worked, for solutions that the problems bring.",
-            name="teacher",
-            heading=_TEACHER,
-            metavar="TEACHER",
-            fixed=True,
-        ),
-    ] = "pocket"
-    server_model: Annotated[
-        str | None,
-        Flag(
-            "The teacher's name on its server, if the server has several models.",
-            name="model",
-            heading=_TEACHER,
-            fixed=True,
-        ),
-    ] = None
-    temperature: Annotated[
-        float | None,
-        Flag("Sampling temperature. 0 for one sample of the pocket teacher, otherwise 0.6.", min=0, fixed=True),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        Flag("Nucleus sampling. 1 for one sample of the pocket teacher, otherwise 0.95.", min=0, max=1, fixed=True),
-    ] = None
-    max_tokens: Annotated[
-        int | None,
-        Flag(
-            "Tokens per answer, thinking included. 512 for the pocket teacher, otherwise 4096.",
-            min=1,
-            heading=_TEACHER,
-            fixed=True,
-        ),
-    ] = None
-    logprobs: Annotated[
-        int,
-        Flag(
-            "Log-probabilities to keep per token, for a student that learns the teacher's distribution; 64 is usual.",
-            min=0,
-            heading=_TEACHER,
-            unused_by=_GRPO,
-        ),
-    ] = 0
+    model: str = setting(
+        "pocket",
+        "The teacher: pocket (built in), https://HOST/v1, hf:ORG/NAME, a checkpoint folder, a .gguf file, or "
+        "worked, for solutions that the problems bring.",
+        name="teacher",
+        heading=_TEACHER,
+        metavar="TEACHER",
+        fixed=True,
+    )
+    server_model: str | None = setting(
+        None,
+        "The teacher's name on its server, if the server has several models.",
+        name="model",
+        heading=_TEACHER,
+        fixed=True,
+    )
+    temperature: float | None = setting(
+        None, "Sampling temperature. 0 for one sample of the pocket teacher, otherwise 0.6.", min=0, fixed=True
+    )
+    top_p: float | None = setting(
+        None, "Nucleus sampling. 1 for one sample of the pocket teacher, otherwise 0.95.", min=0, max=1, fixed=True
+    )
+    max_tokens: int | None = setting(
+        None,
+        "Tokens per answer, thinking included. 512 for the pocket teacher, otherwise 4096.",
+        min=1,
+        heading=_TEACHER,
+        fixed=True,
+    )
+    logprobs: int = setting(
+        0,
+        "Log-probabilities to keep per token, for a student that learns the teacher's distribution; 64 is usual.",
+        min=0,
+        heading=_TEACHER,
+        unused_by=_GRPO,
+    )
 
 
 @dataclass(frozen=True)
 class ExpandRecipe:
     """New problems that the teacher writes."""
 
-    n: Annotated[
-        int, Flag("New problems that the teacher writes for each given one.", min=0, name="expand", unused_by=_GRPO)
-    ] = 0
-    similarity: Annotated[
-        float,
-        Flag("Overlap of word trigrams (Jaccard) from which two problems with the same numbers are one.", min=0, max=1),
-    ] = 0.8
-    ngram: Annotated[
-        int, Flag("Words in a row that a new problem may not share with an evaluation question.", min=1)
-    ] = 8
-    temperature: Annotated[float, Flag("Sampling temperature of the teacher while it writes problems.", min=0)] = 1.0
-    top_p: Annotated[float, Flag("Nucleus sampling of the teacher while it writes problems.", min=0, max=1)] = 0.95
-    max_tokens: Annotated[int, Flag("Tokens per request for problems, thinking included.", min=1)] = 4096
+    n: int = setting(
+        0, "New problems that the teacher writes for each given one.", min=0, name="expand", unused_by=_GRPO
+    )
+    similarity: float = setting(
+        0.8, "Overlap of word trigrams (Jaccard) from which two problems with the same numbers are one.", min=0, max=1
+    )
+    ngram: int = setting(8, "Words in a row that a new problem may not share with an evaluation question.", min=1)
+    temperature: float = setting(1.0, "Sampling temperature of the teacher while it writes problems.", min=0)
+    top_p: float = setting(0.95, "Nucleus sampling of the teacher while it writes problems.", min=0, max=1)
+    max_tokens: int = setting(4096, "Tokens per request for problems, thinking included.", min=1)
 
     @property
     def sampling(self) -> Sampling:
@@ -118,19 +105,17 @@ class ExpandRecipe:
 class TracesRecipe:
     """How many traces are wanted, and where they come from."""
 
-    n: Annotated[int, Flag("Problems to ask the teacher.", min=1, name="n-traces", heading=_TEACHER)] = 2000
-    samples: Annotated[int, Flag("Samples per problem, at most.", min=1, heading=_TEACHER)] = 1
-    file: Annotated[
-        Path | None,
-        Flag(
-            "Train on the traces in this file, ours or another tool's, instead of asking a teacher.",
-            name="traces",
-            heading=_TEACHER,
-            metavar="FILE",
-            fixed=True,
-            unused_by=_GRPO,
-        ),
-    ] = None
+    n: int = setting(2000, "Problems to ask the teacher.", min=1, name="n-traces", heading=_TEACHER)
+    samples: int = setting(1, "Samples per problem, at most.", min=1, heading=_TEACHER)
+    file: Path | None = setting(
+        None,
+        "Train on the traces in this file, ours or another tool's, instead of asking a teacher.",
+        name="traces",
+        heading=_TEACHER,
+        metavar="FILE",
+        fixed=True,
+        unused_by=_GRPO,
+    )
     expand: ExpandRecipe = field(default_factory=ExpandRecipe)
 
 
@@ -138,23 +123,21 @@ class TracesRecipe:
 class JudgeRecipe:
     """A model that judges what no grader can."""
 
-    model: Annotated[
-        str | None,
-        Flag(
-            "A model that judges answers which no grader can check; given as --teacher is.",
-            name="judge",
-            heading=_TEACHER,
-            metavar="TEACHER",
-        ),
-    ] = None
-    server_model: Annotated[
-        str | None, Flag("The judge's name on its server, if the server has several models.", name="judge-model")
-    ] = None
-    rubric: Annotated[
-        str, Flag("What each score from 5 to 1 takes; @FILE reads it from a file.", name="rubric", parse=_rubric)
-    ] = DEFAULT_RUBRIC
-    min_score: Annotated[int, Flag("The lowest score that accepts an answer.", min=1, max=5)] = 4
-    max_tokens: Annotated[int, Flag("Tokens per verdict, thinking included.", min=1)] = 2048
+    model: str | None = setting(
+        None,
+        "A model that judges answers which no grader can check; given as --teacher is.",
+        name="judge",
+        heading=_TEACHER,
+        metavar="TEACHER",
+    )
+    server_model: str | None = setting(
+        None, "The judge's name on its server, if the server has several models.", name="judge-model"
+    )
+    rubric: str = setting(
+        DEFAULT_RUBRIC, "What each score from 5 to 1 takes; @FILE reads it from a file.", name="rubric", parse=_rubric
+    )
+    min_score: int = setting(4, "The lowest score that accepts an answer.", min=1, max=5)
+    max_tokens: int = setting(2048, "Tokens per verdict, thinking included.", min=1)
 
     @property
     def name(self) -> str:
@@ -171,66 +154,54 @@ class JudgeRecipe:
 class VoteRecipe:
     """Agreement among the samples of one problem."""
 
-    min_share: Annotated[
-        float, Flag("Share of a problem's samples that have to agree on an answer.", min=0.01, max=1, name="vote-share")
-    ] = 0.6
-    min_votes: Annotated[int, Flag("Samples that have to agree on an answer, at least.", min=1)] = 2
+    min_share: float = setting(
+        0.6, "Share of a problem's samples that have to agree on an answer.", min=0.01, max=1, name="vote-share"
+    )
+    min_votes: int = setting(2, "Samples that have to agree on an answer, at least.", min=1)
 
 
 @dataclass(frozen=True)
 class CurationRecipe:
     """Which traces train. `none` or `false` switches a filter off."""
 
-    accept: Annotated[
-        tuple[Literal["vote", "judge"], ...] | None,
-        Flag("What may stand in for a grader. Both, for problems that no grader judged, unless set."),
-    ] = None
-    keep: Annotated[
-        int | None,
-        Flag(
-            "Correct traces to keep per problem, the shortest first; sampling it stops then.",
-            min=1,
-            heading=_TEACHER,
-        ),
-    ] = 1
-    train_bucket: Annotated[bool, Flag("Leave out questions that the split does not give to training.")] = True
-    verified: Annotated[
-        bool, Flag("Leave out wrong and unknown answers. Off, to measure what verification is worth.")
-    ] = True
-    whole: Annotated[bool, Flag("Leave out traces that were cut off, have no answer, or hold stray think tags.")] = True
-    reasoning: Annotated[bool, Flag("Leave out traces without reasoning.")] = True
-    min_tokens: Annotated[int | None, Flag("Tokens that a trace has at least.", min=1)] = None
-    max_trace_tokens: Annotated[int | None, Flag("Tokens that a trace has at most.", min=1)] = None
-    max_repeated: Annotated[
-        float | None, Flag("Share of a trace's 8-grams that may have stood in it before.", min=0, max=1)
-    ] = 0.5
-    min_pass_rate: Annotated[
-        float | None, Flag("Leave out problems that the untrained student solves less often than this.", min=0, max=1)
-    ] = None
-    max_pass_rate: Annotated[
-        float | None, Flag("Leave out problems that the untrained student solves more often than this.", min=0, max=1)
-    ] = 0.99
-    contamination_ngram: Annotated[
-        int | None, Flag("Words in a row that a question may not share with an evaluation question.", min=1)
-    ] = 8
-    similarity: Annotated[
-        float | None,
-        Flag(
-            "Overlap of word trigrams (Jaccard) from which two questions, or traces, are one; 1: only copies.",
-            min=0,
-            max=1,
-        ),
-    ] = 0.8
-    long_share: Annotated[
-        float | None,
-        Flag(
-            "Share of the kept traces for which a problem's longest is taken. 0.2 for students under 3 B parameters, "
-            "otherwise 0.",
-            min=0,
-            max=1,
-        ),
-    ] = None
-    per_source: Annotated[int | None, Flag("Traces to keep per source, at most.", min=1)] = None
+    accept: tuple[Literal["vote", "judge"], ...] | None = setting(
+        None, "What may stand in for a grader. Both, for problems that no grader judged, unless set."
+    )
+    keep: int | None = setting(
+        1, "Correct traces to keep per problem, the shortest first; sampling it stops then.", min=1, heading=_TEACHER
+    )
+    train_bucket: bool = setting(True, "Leave out questions that the split does not give to training.")
+    verified: bool = setting(True, "Leave out wrong and unknown answers. Off, to measure what verification is worth.")
+    whole: bool = setting(True, "Leave out traces that were cut off, have no answer, or hold stray think tags.")
+    reasoning: bool = setting(True, "Leave out traces without reasoning.")
+    min_tokens: int | None = setting(None, "Tokens that a trace has at least.", min=1)
+    max_trace_tokens: int | None = setting(None, "Tokens that a trace has at most.", min=1)
+    max_repeated: float | None = setting(
+        0.5, "Share of a trace's 8-grams that may have stood in it before.", min=0, max=1
+    )
+    min_pass_rate: float | None = setting(
+        None, "Leave out problems that the untrained student solves less often than this.", min=0, max=1
+    )
+    max_pass_rate: float | None = setting(
+        0.99, "Leave out problems that the untrained student solves more often than this.", min=0, max=1
+    )
+    contamination_ngram: int | None = setting(
+        8, "Words in a row that a question may not share with an evaluation question.", min=1
+    )
+    similarity: float | None = setting(
+        0.8,
+        "Overlap of word trigrams (Jaccard) from which two questions, or traces, are one; 1: only copies.",
+        min=0,
+        max=1,
+    )
+    long_share: float | None = setting(
+        None,
+        "Share of the kept traces for which a problem's longest is taken. 0.2 for students under 3 B parameters, "
+        "otherwise 0.",
+        min=0,
+        max=1,
+    )
+    per_source: int | None = setting(None, "Traces to keep per source, at most.", min=1)
 
 
 @dataclass(frozen=True)
@@ -262,23 +233,20 @@ def read_price(text: str) -> tuple[float, float]:
 class CostRecipe:
     """What the traces may cost. It belongs to a command, not to the run: recipe.json leaves it out."""
 
-    price: Annotated[
-        tuple[float, float] | None,
-        Flag(
-            "IN,OUT: what the teacher costs, in dollars per million tokens.",
-            min=0,
-            max=1e6,
-            heading=_COST,
-            metavar="IN,OUT",
-            parse=read_price,
-        ),
-    ] = None
-    judge_price: Annotated[
-        tuple[float, float] | None,
-        Flag("IN,OUT of the judge. The teacher's, unless set.", min=0, max=1e6, metavar="IN,OUT", parse=read_price),
-    ] = None
-    max_usd: Annotated[float | None, Flag("Dollars that the traces may cost in all.", min=0, heading=_COST)] = None
-    max_hours: Annotated[float | None, Flag("Hours that this command may ask.", min=0, heading=_COST)] = None
+    price: tuple[float, float] | None = setting(
+        None,
+        "IN,OUT: what the teacher costs, in dollars per million tokens.",
+        min=0,
+        max=1e6,
+        heading=_COST,
+        metavar="IN,OUT",
+        parse=read_price,
+    )
+    judge_price: tuple[float, float] | None = setting(
+        None, "IN,OUT of the judge. The teacher's, unless set.", min=0, max=1e6, metavar="IN,OUT", parse=read_price
+    )
+    max_usd: float | None = setting(None, "Dollars that the traces may cost in all.", min=0, heading=_COST)
+    max_hours: float | None = setting(None, "Hours that this command may ask.", min=0, heading=_COST)
 
     def __post_init__(self) -> None:
         if self.max_usd is not None and self.price is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Sampling
-from ...localrun.core.settings import Flag, build, values_of
+from ...localrun.core.settings import build, required, setting, values_of
 from .gathering import CostRecipe, CurationRecipe, JudgeRecipe, TeacherRecipe, TracesRecipe, VoteRecipe
 from .training import GrpoRecipe, OnPolicyRecipe, TrainingRecipe
 from .upgrade import VERSION, upgraded
@@ -25,29 +25,25 @@ _PROBLEMS, _TRAINING, _RUNNING = "Problems and student", "Training", "Running"
 class ScoresRecipe:
     """What base, student and file are scored on."""
 
-    n: Annotated[int, Flag("Held-out problems to score on.", min=1, name="n-eval", heading=_TRAINING, fixed=True)] = 200
-    max_tokens: Annotated[
-        int, Flag("Tokens per answer, thinking included.", min=1, name="eval-max-tokens", fixed=True)
-    ] = 512
+    n: int = setting(200, "Held-out problems to score on.", min=1, name="n-eval", heading=_TRAINING, fixed=True)
+    max_tokens: int = setting(512, "Tokens per answer, thinking included.", min=1, name="eval-max-tokens", fixed=True)
 
 
 @dataclass(frozen=True)
 class ResourcesRecipe:
     """What the work may use. It belongs to a command, not to the run: recipe.json leaves it out."""
 
-    device: Annotated[
-        str, Flag("auto, cpu, cuda or cuda:1, for models that run in this process.", heading=_RUNNING)
-    ] = "auto"
-    concurrency: Annotated[
-        int | None, Flag("Requests in flight to an endpoint. It finds the best number, unless set.", min=1)
-    ] = None
-    batch_size: Annotated[
-        int | None, Flag("Sequences that a model in this process answers at once. What fits, unless set.", min=1)
-    ] = None
-    timeout_s: Annotated[float, Flag("Seconds that an endpoint may be silent.", min=0.1, name="timeout")] = 600.0
-    max_rpm: Annotated[int | None, Flag("Requests a minute to an endpoint, at most.", min=1)] = None
-    max_tpm: Annotated[int | None, Flag("Tokens a minute of an endpoint, at most.", min=1)] = None
-    offline: Annotated[bool, Flag("Never touch the network.", heading=_RUNNING)] = False
+    device: str = setting("auto", "auto, cpu, cuda or cuda:1, for models that run in this process.", heading=_RUNNING)
+    concurrency: int | None = setting(
+        None, "Requests in flight to an endpoint. It finds the best number, unless set.", min=1
+    )
+    batch_size: int | None = setting(
+        None, "Sequences that a model in this process answers at once. What fits, unless set.", min=1
+    )
+    timeout_s: float = setting(600.0, "Seconds that an endpoint may be silent.", min=0.1, name="timeout")
+    max_rpm: int | None = setting(None, "Requests a minute to an endpoint, at most.", min=1)
+    max_tpm: int | None = setting(None, "Tokens a minute of an endpoint, at most.", min=1)
+    offline: bool = setting(False, "Never touch the network.", heading=_RUNNING)
 
 
 @dataclass(frozen=True)
@@ -60,28 +56,23 @@ class TeachRecipe:
     ('smollm2', 2)
     """
 
-    problems: Annotated[
-        str,
-        Flag(
-            "A .jsonl, .csv, .parquet or .txt file, a folder of prompts, gym:NAME?param=value, or hf:ORG/NAME?split=…; "
-            "?grader=KIND says how answers are graded.",
-            heading=_PROBLEMS,
-            metavar="SPEC",
-            fixed=True,
-        ),
-    ]
-    student: Annotated[
-        str,
-        Flag(
-            "The model to teach: smollm2 or pocket (built in), hf:ORG/NAME, or a checkpoint folder.",
-            heading=_PROBLEMS,
-            metavar="MODEL",
-            fixed=True,
-        ),
-    ] = "smollm2"
-    seed: Annotated[
-        int, Flag("Seed of the choice of problems, the sampling and the training.", min=0, heading=_RUNNING, fixed=True)
-    ] = 0
+    problems: str = required(
+        "A .jsonl, .csv, .parquet or .txt file, a folder of prompts, gym:NAME?param=value, or hf:ORG/NAME?split=…; "
+        "?grader=KIND says how answers are graded.",
+        heading=_PROBLEMS,
+        metavar="SPEC",
+        fixed=True,
+    )
+    student: str = setting(
+        "smollm2",
+        "The model to teach: smollm2 or pocket (built in), hf:ORG/NAME, or a checkpoint folder.",
+        heading=_PROBLEMS,
+        metavar="MODEL",
+        fixed=True,
+    )
+    seed: int = setting(
+        0, "Seed of the choice of problems, the sampling and the training.", min=0, heading=_RUNNING, fixed=True
+    )
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     traces: TracesRecipe = field(default_factory=TracesRecipe)
     vote: VoteRecipe = field(default_factory=VoteRecipe)
@@ -176,28 +167,24 @@ class TeachRecipe:
 class EvalRecipe:
     """How a model is scored on held-out problems."""
 
-    problems: Annotated[
-        str,
-        Flag(
-            "A file, a folder of prompts, gym:NAME or hf:ORG/NAME, as teach takes it.",
-            heading="Scoring",
-            metavar="SPEC",
-        ),
-    ] = DEMO_PROBLEMS
-    n: Annotated[int, Flag("Held-out problems to ask.", min=1, heading="Scoring")] = ScoresRecipe.n
-    seed: Annotated[int, Flag("Seed of the choice of problems and the sampling.", min=0, heading="Scoring")] = 0
-    max_tokens: Annotated[int, Flag("Tokens per answer, thinking included.", min=1, heading="Scoring")] = (
-        ScoresRecipe.max_tokens
+    problems: str = setting(
+        DEMO_PROBLEMS,
+        "A file, a folder of prompts, gym:NAME or hf:ORG/NAME, as teach takes it.",
+        heading="Scoring",
+        metavar="SPEC",
     )
-    temperature: Annotated[float, Flag("Sampling temperature; 0 is greedy.", min=0, heading="Scoring")] = 0.0
-    answers: Annotated[
-        Path | None,
-        Flag("Write every question, answer and verdict to this JSONL file.", heading="Scoring", metavar="FILE"),
-    ] = None
-    server_model: Annotated[
-        str | None,
-        Flag("The model's name on its server, if the server has several.", name="model", heading="Scoring"),
-    ] = None
+    n: int = setting(ScoresRecipe.n, "Held-out problems to ask.", min=1, heading="Scoring")
+    seed: int = setting(0, "Seed of the choice of problems and the sampling.", min=0, heading="Scoring")
+    max_tokens: int = setting(
+        ScoresRecipe.max_tokens, "Tokens per answer, thinking included.", min=1, heading="Scoring"
+    )
+    temperature: float = setting(0.0, "Sampling temperature; 0 is greedy.", min=0, heading="Scoring")
+    answers: Path | None = setting(
+        None, "Write every question, answer and verdict to this JSONL file.", heading="Scoring", metavar="FILE"
+    )
+    server_model: str | None = setting(
+        None, "The model's name on its server, if the server has several.", name="model", heading="Scoring"
+    )
     resources: ResourcesRecipe = field(default_factory=ResourcesRecipe)
 
 

@@ -1,8 +1,8 @@
 """Settings, declared once: a tree of frozen dataclasses from which flags, files, checks and reference pages come.
 
-A field is `Annotated[type, Flag("What it does.", min=1)]`; a field whose type is a dataclass is a section. Values come
-as Python and TOML have them, or as the text of a flag, and are checked alike wherever they come from. The text "none"
-clears a setting that may be empty, as TOML has no word for that.
+A field is `rank: int = setting(32, "What it does.", min=1)`; a field whose type is a dataclass is a section. Values
+come as Python and TOML have them, or as the text of a flag, and are checked alike wherever they come from. The text
+"none" clears a setting that may be empty, as TOML has no word for that.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ...errors import UsageError
 
@@ -43,6 +43,16 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     fixed: bool = False
     unused_by: tuple[str, ...] = ()
+
+
+def setting(default: _S, help: str, **flag: Any) -> _S:
+    """Return the field of a setting; the other keywords are those of `Flag`."""
+    return dataclasses.field(default=default, metadata={"flag": Flag(help, **flag)})
+
+
+def required(help: str, **flag: Any) -> Any:
+    """Return the field of a setting without a default."""
+    return setting(MISSING, help, **flag)
 
 
 class Leaf(NamedTuple):
@@ -318,19 +328,16 @@ def _number(text: str) -> Any:
 
 
 def _leaves(cls: type, prefix: tuple[str, ...]) -> Iterator[Leaf]:
-    hints = get_type_hints(cls, include_extras=True)
+    hints = get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if not field.init:
             continue
-        hint, flag = hints[field.name], None
-        if get_origin(hint) is Annotated:
-            hint, *extra = get_args(hint)
-            flag = next((one for one in extra if isinstance(one, Flag)), None)
+        hint, path = hints[field.name], (*prefix, field.name)
         if dataclasses.is_dataclass(hint):
-            yield from _leaves(hint, (*prefix, field.name))  # type: ignore[arg-type]
+            yield from _leaves(hint, path)  # type: ignore[arg-type]
         else:
-            assert flag is not None, f"{cls.__name__}.{field.name} says nothing of itself"
-            yield Leaf((*prefix, field.name), hint, flag, field.default)
+            assert "flag" in field.metadata, f"{cls.__name__}.{field.name} says nothing of itself"
+            yield Leaf(path, hint, field.metadata["flag"], field.default)
 
 
 def _without_none(hint: Any) -> Any:

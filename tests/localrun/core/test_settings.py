@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.settings import (
-    Flag,
     as_toml,
     build,
     changed,
@@ -21,6 +20,8 @@ from deepdistill.localrun.core.settings import (
     fields_of,
     flat,
     read_assignment,
+    required,
+    setting,
     values_of,
 )
 
@@ -33,22 +34,22 @@ def read_size(text: str) -> int:
 
 @dataclass(frozen=True)
 class Inner:
-    rank: Annotated[int, Flag("Rank.", min=1)] = 32
-    targets: Annotated[tuple[str, ...], Flag("Targets.")] = ()
-    kinds: Annotated[tuple[Literal["a", "b"], ...] | None, Flag("Kinds.")] = None
+    rank: int = setting(32, "Rank.", min=1)
+    targets: tuple[str, ...] = setting((), "Targets.")
+    kinds: tuple[Literal["a", "b"], ...] | None = setting(None, "Kinds.")
 
 
 @dataclass(frozen=True)
 class Tree:
-    spec: Annotated[str, Flag("What to do.", heading="First")]
-    rate: Annotated[float | None, Flag("A rate.", min=0, max=1)] = None
-    mode: Annotated[Literal["x", "y"], Flag("A mode.")] = "x"
-    size: Annotated[int | None, Flag("A size.", parse=read_size)] = None
-    similarity: Annotated[float | None, Flag("A filter.")] = 0.8
-    file: Annotated[Path | None, Flag("A file.")] = None
-    on: Annotated[bool, Flag("A switch.")] = False
-    price: Annotated[tuple[float, float] | None, Flag("Two numbers.", min=0)] = None
-    text: Annotated[str, Flag("Some text.")] = 'two\nlines with "quotes" and \\'
+    spec: str = required("What to do.", heading="First")
+    rate: float | None = setting(None, "A rate.", min=0, max=1)
+    mode: Literal["x", "y"] = setting("x", "A mode.")
+    size: int | None = setting(None, "A size.", parse=read_size)
+    similarity: float | None = setting(0.8, "A filter.")
+    file: Path | None = setting(None, "A file.")
+    on: bool = setting(False, "A switch.")
+    price: tuple[float, float] | None = setting(None, "Two numbers.", min=0)
+    text: str = setting('two\nlines with "quotes" and \\', "Some text.")
     inner: Inner = field(default_factory=Inner)
 
 
