@@ -230,14 +230,14 @@ def run_cell(options: Any) -> dict[str, Any]:
 
 def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     """Train with `deepdistill`'s loop."""
+    from deepdistill.distill.recipe.training import TrainingRecipe
     from deepdistill.distill.records import CURVE_FILE, CurvePoint
     from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
     from deepdistill.distill.training import train as training
-    from deepdistill.distill.training.report import TrainingRecipe
     from deepdistill.distill.training.rows import Row
     from deepdistill.distill.training.student import teach_template
     from deepdistill.localrun.core.record_log import read_records
-    from deepdistill.localrun.core.reporter import Relay
+    from deepdistill.localrun.core.reporter import Reporter
 
     base = base_of(options)
     tokenizer = load_tokenizer(base)
@@ -258,17 +258,16 @@ def ours(options: Any, rows: list[Any], scratch: Path) -> dict[str, Any]:
     rows_ = [Row(ids, n_prompt) for ids, n_prompt in rows]
     peak = {}
 
-    def watch(*_: Any) -> None:  # saving and merging come after the training
-        peak["peak_training_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
-        if options.device == "cuda":
-            peak.pop("peak_training_gb")
-            peak["peak_gpu_gb"] = peak_gpu_gb()
+    class Watch(Reporter):
+        def progress(self, *_: Any, **__: Any) -> None:  # saving and merging come after the training
+            peak["peak_training_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
+            if options.device == "cuda":
+                peak.pop("peak_training_gb")
+                peak["peak_gpu_gb"] = peak_gpu_gb()
 
     paths = training.TrainPaths(base, scratch / "checkpoints", scratch / "student")
     training.merge_adapter = lambda *_, **__: 0.0  # type: ignore[assignment]  # nothing of it is measured
-    report = training.train(
-        paths, rows_, tokenizer=tokenizer, settings=settings, device=options.device, report=Relay(watch)
-    )
+    report = training.train(paths, rows_, tokenizer=tokenizer, settings=settings, device=options.device, report=Watch())
     points = list(read_records(scratch / CURVE_FILE, CurvePoint))
     seconds = {point.step: point.seconds for point in points}
     return {

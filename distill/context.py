@@ -34,18 +34,7 @@ class Context:
         """Open the recipe's teacher, or another model that is given as a teacher is, such as a judge."""
         if model is None:
             model, server_model = self.recipe.teacher.model, self.recipe.teacher.server_model
-        settings = self.resources
-        teacher = self.opener(
-            model,
-            model=server_model,
-            concurrency=settings.concurrency,
-            batch_size=settings.batch_size,
-            timeout_s=settings.timeout_s,
-            max_rpm=settings.max_rpm,
-            max_tpm=settings.max_tpm,
-            device=settings.device,
-            offline=settings.offline,
-        )
+        teacher = self.opener(model, model=server_model, **vars(self.resources))
         teacher.on_note = self.report.say
         return teacher
 

@@ -10,7 +10,6 @@ import os
 import re
 import time
 import warnings
-from dataclasses import dataclass
 
 import torch
 
@@ -57,23 +56,15 @@ def inference_dtype(n_parameters: int, device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
-@dataclass(frozen=True)
-class TrainingFormat:
-    """A number format and a number of threads; `ms` holds the milliseconds measured for each candidate."""
+def fastest(width: int, inner: int, device: torch.device) -> tuple[torch.dtype, int]:
+    """Return the number format and the number of threads that multiply fastest on this machine.
 
-    dtype: torch.dtype
-    threads: int
-    ms: dict[str, float]
-
-
-def fastest(width: int, inner: int, device: torch.device) -> TrainingFormat:
-    """Return what multiplies fastest on this machine: bf16 or fp32, on all of its cores or on half of them.
-
-    `width` and `inner` are the hidden and intermediate sizes of the student's MLP.
+    On a CPU it measures bf16 and fp32, on all of its cores and on half of them. `width` and `inner` are the hidden and
+    intermediate sizes of the student's MLP.
     """
     if device.type != "cpu":
-        is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return TrainingFormat(torch.bfloat16 if is_native else torch.float32, torch.get_num_threads(), {})
+        is_native = device.type == "cuda" and has_fast_bf16(device)
+        return torch.bfloat16 if is_native else torch.float32, torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's processes share them
     before, seconds = torch.get_num_threads(), dict[tuple[torch.dtype, int], float]()
@@ -87,10 +78,7 @@ def fastest(width: int, inner: int, device: torch.device) -> TrainingFormat:
         torch.set_num_threads(before)
     is_bf16 = seconds[torch.bfloat16, cores] * _CLEAR < seconds[torch.float32, cores]
     dtype = torch.bfloat16 if is_bf16 else torch.float32
-    threads = min(counts, key=lambda count: seconds[dtype, count] * (1.0 if count == cores else _CLEAR))
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    ms = {f"{names[kind]} x{count}": round(1e3 * time_s, 3) for (kind, count), time_s in seconds.items()}
-    return TrainingFormat(dtype, threads, ms)
+    return dtype, min(counts, key=lambda count: seconds[dtype, count] * (1.0 if count == cores else _CLEAR))
 
 
 def _layer_seconds(width: int, inner: int, dtype: torch.dtype) -> float:

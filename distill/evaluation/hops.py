@@ -56,26 +56,13 @@ def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) ->
     """
     resources = recipe.resources
     held_out = load_problems(recipe.problems, "test", n=recipe.n, seed=recipe.seed, offline=resources.offline)
-    with (
-        open_teacher(
-            str(student_dir(model)) if model == "smollm2" else model,
-            device=resources.device,
-            batch_size=resources.batch_size,
-            concurrency=resources.concurrency,
-            timeout_s=resources.timeout_s,
-            max_rpm=resources.max_rpm,
-            max_tpm=resources.max_tpm,
-            model=recipe.server_model,
-            offline=resources.offline,
-        ) as teacher,
-        Grader() as grader,
-    ):
+    name = str(student_dir(model)) if model == "smollm2" else model
+    with open_teacher(name, model=recipe.server_model, **vars(resources)) as teacher:
         for source in {problem.source for problem in held_out}:
             teacher.accepts(source)
         return evaluate(
             teacher,
             held_out,
-            grader=grader,
             sampling=Sampling(temperature=recipe.temperature, seed=recipe.seed, max_tokens=recipe.max_tokens),
             answers_path=recipe.answers,
             report=report,

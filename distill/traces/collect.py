@@ -38,13 +38,17 @@ _TELL_EVERY_S = 0.25
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """What to ask for. `teacher` is the string that the user gave; `samples` of each problem until `keep` are right."""
+    """What to ask for. `teacher` is the string that the user gave; `samples` of each problem until `keep` are right.
+
+    `stage` is the name under which progress is reported.
+    """
 
     teacher: str
     sampling: Sampling
     samples: int = TracesRecipe.samples
     keep: int = 1
     top_logprobs: int = TeacherRecipe.logprobs
+    stage: str = "traces"
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,8 @@ class _Samples:
         projection = self._budget.project(n_left)
         about = f"; about {projection} in all" if projection else ""
         right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
-        self._report.progress("traces", ledger.n_done, total=ledger.n_done + n_left, note=f"{right}{failed}{about}")
+        total, note = ledger.n_done + n_left, f"{right}{failed}{about}"
+        self._report.progress(ledger.settings.stage, ledger.n_done, total=total, note=note)
         self._told_at = time.monotonic()
 
 

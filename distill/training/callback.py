@@ -21,7 +21,7 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..recipe.training import TrainingRecipe
 from ..records import CURVE_FILE, CurvePoint
 from ..run import CLOCK_FILE
-from .distributed import agreed
+from .distributed import shared
 from .packing import Batch
 from .rows import Row
 
@@ -84,7 +84,7 @@ class Clock(TrainerCallback):
         """Return how much of the training is done, 0 to 1: by steps, or by time where that is ahead."""
         if self._settings.minutes is None:
             return steps_done
-        return agreed(min(1.0, max(steps_done, self.seconds() / (60 * self._settings.minutes))))
+        return shared(min(1.0, max(steps_done, self.seconds() / (60 * self._settings.minutes))))
 
     def tokens(self, steps: int) -> int:
         """Return the number of tokens in the rows of the first steps."""
@@ -149,7 +149,7 @@ class Clock(TrainerCallback):
             control.should_training_stop = True
             self.stopped = "time" if self._settings.minutes and state.global_step < state.max_steps else "end"
         self._maybe_validate(done, state.global_step, control)
-        if agreed(self._now() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
+        if shared(self._now() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
             control.should_save = True
             self._saved = self._now()
         notes = [f"loss {self._losses[-1]:.3f}"] if self._losses else []

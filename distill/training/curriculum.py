@@ -18,7 +18,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
-from ..recipe.training import CurriculumRecipe
+from ..recipe.training import CurriculumRecipe, TrainingRecipe
 from .rows import Row, order_rows
 
 Level = Literal["easy", "middle", "hopeless"]
@@ -51,29 +51,20 @@ def estimated(rows: Sequence[tuple[Row, float | None]], nearest: int = 8) -> lis
     return [(row, rate_at(len(row.input_ids)) if rate is None else rate) for row, rate in rows]
 
 
-def arrange(
-    rows: Sequence[tuple[Row, float | None]],
-    batch_size: int,
-    *,
-    epochs: int,
-    seed: int,
-    settings: CurriculumRecipe | None = None,
-) -> list[Row]:
+def arrange(rows: Sequence[tuple[Row, float | None]], training: TrainingRecipe) -> list[Row]:
     """Return the rows of every epoch in order, given each with its problem's pass rate.
 
     The first epoch begins with middle rows, at most `head_start` of all rows; then all levels are mixed. If no problem
     was tried, or none was ever solved, this is the plain order.
     """
-    settings = settings or CurriculumRecipe()
+    settings, batch_size, seed = training.curriculum, training.batch_size, training.seed or 0
     if all(rate is None for _, rate in rows):
-        return order_rows([row for row, _ in rows], batch_size, epochs=epochs, seed=seed)
-    levels = [level_of(rate, settings) for _, rate in rows]
-    hopeless = [row for (row, _), level in zip(rows, levels, strict=True) if level == "hopeless"]
-    middle = [row for (row, _), level in zip(rows, levels, strict=True) if level == "middle"]
-    easy = [row for (row, _), level in zip(rows, levels, strict=True) if level == "easy"]
+        return order_rows([row for row, _ in rows], batch_size, epochs=training.epochs, seed=seed)
+    levels = ("easy", "middle", "hopeless")
+    easy, middle, hopeless = ([row for row, rate in rows if level_of(rate, settings) == level] for level in levels)
     rng = random.Random(seed)
     ordered: list[Row] = []
-    for epoch in range(epochs):
+    for epoch in range(training.epochs):
         some_easy = rng.sample(easy, round(settings.easy_share * len(easy)))
         if epoch == 0:
             first = rng.sample(middle, len(middle))

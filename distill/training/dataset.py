@@ -7,7 +7,8 @@ trace that is too long for the student is counted and left out.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from bisect import bisect
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -23,8 +24,7 @@ from ..records import Trace
 from ..teachers.vocabulary import is_same
 from ..tokenizer import Tokenizer
 from ..traces.logprobs import Logprobs, logprobs_path
-from .curriculum import arrange, estimated
-from .rows import Row, make_row, shortened
+from .rows import Row, make_row
 
 _LEAST_ALIGNED = 0.5  # share of a row's targets that are tokens of the teacher
 _HINT = "set training.loss to cross-entropy, or choose a student with the teacher's tokenizer"
@@ -58,24 +58,24 @@ def lessons(
 
 
 def row_of(tokenizer: Tokenizer, trace: Trace, training: TrainingRecipe) -> Row:
-    """Return the row of a trace, with the recipe's weights of reasoning and answer, shortened if the recipe says so.
+    """Return the row of a trace, with the recipe's weights of reasoning and answer.
 
-    A row that cannot be shortened to `training.max_length` is returned as it is.
+    With `too_long` "shorten" a row of more than `max_length` tokens loses as few lines as possible from the middle of
+    its reasoning. A row that cannot be shortened that far is returned as it is.
     """
-    weights = {"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight}
-    messages, reasoning, content = trace.messages, trace.reasoning_content or "", trace.content
-    row = make_row(tokenizer, messages, reasoning=reasoning, content=content, **weights)
-    if training.too_long == "drop":
+
+    def with_reasoning(reasoning: str) -> Row:
+        weights = {"reasoning_weight": training.reasoning_weight, "answer_weight": training.answer_weight}
+        return make_row(tokenizer, trace.messages, reasoning=reasoning, content=trace.content, **weights)
+
+    def with_lines(n: int) -> Row:
+        return with_reasoning("\n".join(lines[: (n + 1) // 2] + lines[len(lines) - n // 2 :]))
+
+    row, lines = with_reasoning(trace.reasoning_content or ""), (trace.reasoning_content or "").splitlines()
+    if training.too_long == "drop" or len(row.input_ids) <= training.max_length:
         return row
-    return shortened(
-        tokenizer,
-        row,
-        messages=messages,
-        reasoning=reasoning,
-        content=content,
-        max_length=training.max_length,
-        weights=weights,
-    )
+    n_kept = bisect(range(1, len(lines)), training.max_length, key=lambda n: len(with_lines(n).input_ids))
+    return with_lines(n_kept) if n_kept else row
 
 
 def _with_logits(
@@ -116,15 +116,6 @@ def hold_out(rows: Sequence[Row], traces: Sequence[Trace], *, n: int, seed: int)
     held_out = set(random.Random(seed).sample(problems, n))
     trained = [i for i, trace in enumerate(traces) if trace.problem_id not in held_out]
     return trained, [row for row, trace in zip(rows, traces, strict=True) if trace.problem_id in held_out][:n]
-
-
-def by_level(
-    rows: Sequence[Row], traces: Sequence[Trace], *, rates: Mapping[str, float], training: TrainingRecipe
-) -> list[Row]:
-    """Return the rows of every epoch in the curriculum's order, by measured or estimated pass rates."""
-    tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
-    seed, settings = training.seed or 0, training.curriculum
-    return arrange(estimated(tried), training.batch_size, epochs=training.epochs, seed=seed, settings=settings)
 
 
 @dataclass

@@ -55,17 +55,9 @@ def follow() -> None:
     _leave()
 
 
-def agreed(value: float) -> float:
-    """Return the first process's value, so that all of them save and stop at the same step."""
-    import torch
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.broadcast(shared, src=0)
-    return float(shared)
+def shared(value: Result) -> Result:
+    """Return the first process's value, so that all of them plan, save and stop alike."""
+    return value if processes() == 1 else _broadcast(value)
 
 
 def _was_training(error: BaseException | None) -> bool:
@@ -100,6 +92,6 @@ def _broadcast(work: Any) -> Any:
         if on_gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_PATIENCE)
-    shared = [work]
-    dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
-    return shared[0]
+    sent = [work]
+    dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+    return sent[0]

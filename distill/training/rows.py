@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ...errors import ModelError
@@ -123,35 +123,6 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: s
             code="no-turn-end",
         )
     return prompt, before_eos + eos
-
-
-def shortened(
-    tokenizer: Tokenizer,
-    row: Row,
-    *,
-    messages: Sequence[Message],
-    reasoning: str,
-    content: str,
-    max_length: int,
-    weights: Mapping[str, float] | None = None,
-) -> Row:
-    """Return the row without lines from the middle of its reasoning, so that it has at most max_length tokens.
-
-    A row that is short enough, or that cannot be shortened that far, is returned as it is.
-    """
-    lines = reasoning.splitlines()
-    best, low, high = row, 1, len(lines) - 1  # how many lines may stay
-    if len(row.input_ids) <= max_length:
-        return row
-    while low <= high:
-        n_kept = (low + high) // 2
-        kept = lines[: (n_kept + 1) // 2] + lines[len(lines) - n_kept // 2 :]
-        tried = make_row(tokenizer, messages, reasoning="\n".join(kept), content=content, **(weights or {}))
-        if len(tried.input_ids) <= max_length:
-            best, low = tried, n_kept + 1
-        else:
-            high = n_kept - 1
-    return best
 
 
 def order_rows(rows: Sequence[Row], batch_size: int, *, epochs: int, seed: int) -> list[Row]:

@@ -79,7 +79,7 @@ def _count_too_long(context: Context, *, n_traces: int, n_rows: int) -> None:
 
 def _ordered(context: Context, rows: list[Row], *, traces: list[Trace], rates: dict[str, float]) -> list[Row]:
     """Return the rows of every epoch in the order in which they train, by the curriculum if the recipe has one."""
-    from .dataset import by_level
+    from .curriculum import arrange, estimated
     from .rows import order_rows
 
     training = context.recipe.one_training()
@@ -87,7 +87,8 @@ def _ordered(context: Context, rows: list[Row], *, traces: list[Trace], rates: d
         return order_rows(rows, training.batch_size, epochs=training.epochs, seed=training.seed or 0)
     if not any(trace.problem_id in rates for trace in traces):
         context.report.say("the student could try no problem of the traces: they train in plain order")
-    return by_level(rows, traces, rates=rates, training=training)
+    tried = [(row, rates.get(trace.problem_id)) for row, trace in zip(rows, traces, strict=True)]
+    return arrange(estimated(tried), training)
 
 
 def tokenizer_of(base: Path) -> Tokenizer:

@@ -7,7 +7,6 @@ was not.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from ...errors import ArtifactError, ModelError, UsageError
+from ...errors import ModelError, UsageError
 from ...localrun.core.atomic import write_text
 from ..device import SMALL_MODEL, fastest
 from ..recipe.training import TrainingRecipe
-from .distributed import is_first, processes
+from .distributed import is_first, processes, shared
 from .rows import Row
 
 _PLAN_FILE = "plan.json"  # in the folder of the checkpoints
@@ -64,7 +63,6 @@ def make_plan(
     Raises:
         UsageError: `code` "batch-not-shared": the rows of a step cannot be divided equally among the processes.
     """
-    path = folder / _PLAN_FILE
     share, left = divmod(settings.batch_size, processes())
     if left or not share:
         raise UsageError(
@@ -72,22 +70,24 @@ def make_plan(
             "set training.batch_size to a multiple of the number of processes",
             code="batch-not-shared",
         )
-    if not is_first():
-        _wait_for(path)  # the first process decides for all
-    if path.exists():
-        plan = StepPlan(**json.loads(path.read_text(encoding="utf-8")))
-        return replace(plan, micro_batch=_divisor(share, plan.micro_batch))  # there may be more processes now
+    path = folder / _PLAN_FILE
+    if is_first() and not path.exists():
+        plan = _measured(base_dir, rows, settings=settings, device=device)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(asdict(replace(plan, micro_batch=_divisor(share, plan.micro_batch)))) + "\n")
+    # The first process decides for all. A resumed run may have other processes.
+    values: dict[str, Any] = shared(json.loads(path.read_text(encoding="utf-8")) if is_first() else {})
+    return StepPlan(**values | {"micro_batch": _divisor(share, values["micro_batch"])})
+
+
+def _measured(base_dir: Path, rows: Sequence[Row], *, settings: TrainingRecipe, device: torch.device) -> StepPlan:
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)
-    choice = fastest(*_widths(config), device)
+    dtype, threads = fastest(*_widths(config), device)
     is_small = sum(file.stat().st_size for file in base_dir.glob("*.safetensors")) < 2 * SMALL_MODEL
-    kind = settings.dtype or ("fp32" if is_small or choice.dtype == torch.float32 else "bf16")
+    kind = settings.dtype or ("fp32" if is_small or dtype == torch.float32 else "bf16")
     longest = max(len(row.input_ids) for row in rows)
-    at_once = settings.micro_batch or _n_fitting(config, longest, device)
-    plan = StepPlan(kind, settings.threads or choice.threads, _divisor(share, at_once))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asdict(plan)) + "\n")
-    return plan
+    return StepPlan(kind, settings.threads or threads, settings.micro_batch or _n_fitting(config, longest, device))
 
 
 def _widths(config: dict[str, Any]) -> tuple[int, int]:
@@ -109,15 +109,3 @@ def _n_fitting(config: dict[str, Any], n_tokens: int, device: torch.device) -> i
 def _divisor(share: int, most: int) -> int:
     """Return the largest number of rows at once that divides a process's share of a step."""
     return next(n for n in range(min(share, most), 0, -1) if share % n == 0)
-
-
-def _wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 600
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ArtifactError(
-                f"the first process has not written {path} within ten minutes",
-                "look at its messages: it may have failed",
-                code="process-missing",
-            )
-        time.sleep(0.1)

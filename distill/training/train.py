@@ -30,7 +30,6 @@ from .lora import check_vocabulary, load_base, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
 from .objective import Objective
 from .packing import Batch
-from .report import TrainReport
 from .rows import Row
 from .step_plan import StepPlan, make_plan
 from .trainer import StudentTrainer, arguments
@@ -58,6 +57,34 @@ class TrainPaths:
     def adapter_dir(self) -> Path:
         """The folder of the adapter alone."""
         return self.out.with_name("adapter")
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """The result of a training. `tokens_per_s` counts every token of the rows, prompts included, without padding.
+
+    `computed_tokens_per_s` counts a beginning that rows share only once, as it is computed. `stopped` is `end`, `time`
+    or `early`. `pass_` names the way in which states were computed (see `objective`). The validation's loss is
+    cross-entropy, its accuracy the share of target tokens that are the student's first choice after the correct tokens
+    before them. `merge_error` is the largest difference between the logits of the merged student and those of base and
+    adapter, in fp32, as a share of the largest logit.
+    """
+
+    steps: int
+    rows: int
+    tokens: int
+    minutes: float
+    tokens_per_s: float
+    computed_tokens_per_s: float
+    final_loss: float
+    stopped: str
+    pass_: str
+    dtype: str
+    threads: int
+    micro_batch: int
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    merge_error: float | None = None
 
 
 def train(

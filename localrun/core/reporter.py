@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Self
 
 
@@ -19,24 +18,6 @@ class Reporter:
 
 
 SILENT = Reporter()
-
-
-class Relay(Reporter):
-    """Hands progress to a function: a part of a larger stage can have it shown under the name of that stage."""
-
-    def __init__(
-        self, progress: Callable[[str, float, float, str], None], say: Callable[[str], None] | None = None
-    ) -> None:
-        self._progress, self._say = progress, say
-
-    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
-        """Call the function."""
-        self._progress(stage, done, total, note)
-
-    def say(self, text: str) -> None:
-        """Call the other function, if there is one."""
-        if self._say:
-            self._say(text)
 
 
 class Bars(Reporter):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -25,8 +27,7 @@ def test_small_models_keep_their_digits() -> None:
 
 def test_what_trains_fastest_is_measured_and_the_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    choice = fastest(64, 128, CPU)
+    dtype, threads = fastest(64, 128, CPU)
     assert torch.get_num_threads() == before
-    assert choice.dtype in (torch.float32, torch.bfloat16)
-    assert f"{'bf16' if choice.dtype == torch.bfloat16 else 'fp32'} x{choice.threads}" in choice.ms
-    assert all(ms > 0 for ms in choice.ms.values())
+    assert dtype in (torch.float32, torch.bfloat16)
+    assert 1 <= threads <= (os.cpu_count() or 1)

@@ -23,18 +23,4 @@ LOSSES: dict[str, Loss] = {
 }
 """The losses by the names that rows give (`rows.Row.losses`)."""
 
-__all__ = [
-    "LOSSES",
-    "Head",
-    "Loss",
-    "Segment",
-    "Targets",
-    "cross_entropy",
-    "forward_kl",
-    "policy_gradient",
-    "projected_kl",
-    "projected_loss",
-    "reverse_kl",
-    "token_scores",
-    "unlikelihood",
-]
+__all__ = ["LOSSES", "Head", "Segment", "Targets", "projected_kl", "projected_loss", "token_scores"]

@@ -20,7 +20,6 @@ from typing import Any
 
 from ....errors import ArtifactError
 from ....localrun.core.generation import Sampling
-from ....localrun.core.reporter import Relay
 from ...context import Context
 from ...curation.curate import apart_from
 from ...graders.pool import Grader
@@ -36,10 +35,9 @@ from ...traces.logprobs import Logprobs, logprobs_path
 from ...traces.store import TraceStore
 from ..curriculum import arrange, counts
 from ..distributed import everywhere
-from ..report import TrainReport
 from ..rows import Row
 from ..stage import tokenizer_of
-from ..train import TrainPaths, train
+from ..train import TrainPaths, TrainReport, train
 from .dataset import Mixture, SampleLogprobs, mix, pass_rates
 from .round import Round, rounds_of
 from .teacher import ask_teacher, score_samples
@@ -117,17 +115,10 @@ def go_round(
 def _train_round(context: Context, round_: Round, *, mixture: Mixture, tokenizer: Tokenizer) -> TrainReport:
     """Train the round's student on its rows, in the order of its curriculum."""
     training = round_training(context.recipe, round_.number)
-    rows = arrange(
-        mixture.lessons,
-        training.batch_size,
-        epochs=training.epochs,
-        seed=training.seed or 0,
-        settings=training.curriculum,
-    )
     return everywhere(
         train,
         TrainPaths(round_.student, round_.folder / "checkpoints", round_.out),
-        rows,
+        arrange(mixture.lessons, training),
         tokenizer=tokenizer,
         settings=training,
         device=context.resources.device,
@@ -164,15 +155,17 @@ def answer(context: Context, round_: Round, problems: Sequence[Problem]) -> list
         collect(
             problems,
             store,
-            # `keep` is one more than the samples, so a problem never ends early, however many are right.
-            settings=CollectSettings(f"round {round_.number}", sampling, n_samples, n_samples + 1, 1),
+            settings=CollectSettings(
+                f"round {round_.number}",
+                sampling,
+                n_samples,
+                keep=n_samples + 1,  # more than there are, so that a problem never ends early
+                top_logprobs=1,
+                stage=f"round {round_.number}, student",
+            ),
             open_teacher=lambda: context.open_student(round_.student),
             grader=grader,
-            report=Relay(
-                lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, student", done, total=total, note=note
-                )
-            ),
+            report=context.report,
         )
         return list(store)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import TeacherError
-from ....localrun.core.reporter import SILENT, Relay, Reporter
+from ....localrun.core.reporter import SILENT, Reporter
 from ...context import Context
 from ...gather import spent_before
 from ...graders.pool import Grader
@@ -125,15 +125,17 @@ def _correct(
         collect(
             [problem for problem in failed if problem.id not in solved],
             store,
-            settings=CollectSettings(recipe.teacher.model, recipe.sampling, recipe.traces.samples, recipe.keep),
+            settings=CollectSettings(
+                recipe.teacher.model,
+                recipe.sampling,
+                recipe.traces.samples,
+                recipe.keep,
+                stage=f"round {round_.number}, teacher",
+            ),
             open_teacher=teacher,
             grader=grader,
             budget=Budget(recipe.cost, spent_before(context.run) if recipe.cost.price else 0.0),
-            report=Relay(
-                lambda _, done, total, note: context.report.progress(
-                    f"round {round_.number}, teacher", done, total=total, note=note
-                )
-            ),
+            report=context.report,
         )
 
 

@@ -11,12 +11,26 @@ import torch
 from transformers import AutoTokenizer
 
 from deepdistill.distill.recipe.training import TrainingRecipe
-from deepdistill.distill.training.report import TrainReport
 from deepdistill.distill.training.rows import Row, order_rows
-from deepdistill.distill.training.train import TrainPaths, train
-from deepdistill.localrun.core.reporter import SILENT, Relay, Reporter
+from deepdistill.distill.training.train import TrainPaths, TrainReport, train
+from deepdistill.localrun.core.reporter import SILENT, Reporter
 
 Go = Callable[..., TrainReport]
+
+
+class Relay(Reporter):
+    """Hands the share that is done to a function."""
+
+    def __init__(self, progress: Callable[[float], None]) -> None:
+        self._progress = progress
+
+    def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
+        self._progress(done)
+
+
+@pytest.fixture
+def relay() -> type[Relay]:
+    return Relay
 
 
 def rows_of(n: int = 48) -> list[Row]:
@@ -49,7 +63,7 @@ def go(pocket_student: Path) -> Go:
             rows_of() if rows is None else rows, settings.batch_size, epochs=settings.epochs, seed=settings.seed or 0
         )
         if progress is not None:
-            report = Relay(lambda stage, done, total, note: progress(done))
+            report = Relay(progress)
         return train(
             TrainPaths(base, out / "c", out / "s"),
             ordered,

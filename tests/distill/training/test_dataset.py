@@ -24,7 +24,8 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.teachers.vocabulary import is_same, of_tokenizer
 from deepdistill.distill.traces.logprobs import Logprobs, logprobs_path
 from deepdistill.distill.traces.store import TraceStore
-from deepdistill.distill.training.dataset import add_logits, by_level, hold_out, lessons, mixture, why_no_logits
+from deepdistill.distill.training.curriculum import arrange
+from deepdistill.distill.training.dataset import add_logits, hold_out, lessons, mixture, row_of, why_no_logits
 from deepdistill.distill.training.losses import LOSSES, Head, projected_loss
 from deepdistill.distill.training.packing import pad
 from deepdistill.distill.training.rows import Row, make_row
@@ -91,11 +92,27 @@ def test_rows_that_are_too_long_are_left_out() -> None:
         lessons(traces, none, tokenizer=tokenizer, training=TrainingRecipe(max_length=16))
 
 
+def test_what_is_too_long_loses_the_middle_of_its_reasoning_and_keeps_its_end() -> None:
+    tokenizer = load_tokenizer(pocket_dir())
+    teach_template(tokenizer)
+    reasoning = "\n".join(f"{i}+1={i + 1}" for i in range(40))
+    trace = dataclasses.replace(traces_of(8)[7], reasoning_content=reasoning)
+
+    def row_at(max_length: int) -> Row:
+        return row_of(tokenizer, trace, TrainingRecipe(max_length=max_length, too_long="shorten"))
+
+    whole, short = row_of(tokenizer, trace, TrainingRecipe(max_length=120)), row_at(120)
+    text = tokenizer.decode(short.input_ids[short.n_prompt :])
+    assert 100 < len(short.input_ids) <= 120 < len(whole.input_ids)
+    assert text.startswith("0+1=1\n1+1=2\n")
+    assert text.endswith("39+1=40\n</think>\n\n8<|im_end|>")
+    assert row_at(len(whole.input_ids)) == whole
+    assert row_at(short.n_prompt + 3) == whole  # nothing of it would fit
+
+
 def test_a_curriculum_puts_hopeless_problems_second() -> None:
-    traces = traces_of(16)
-    rows = [Row([1, int(trace.problem_id) + 5], 1) for trace in traces]
-    rates = {trace.problem_id: 0.5 if int(trace.problem_id) < 8 else 0.0 for trace in traces}
-    ordered = by_level(rows, traces, rates=rates, training=TrainingRecipe(batch_size=2, epochs=1))
+    rows = [(Row([1, i + 5], 1), 0.5 if i < 8 else 0.0) for i in range(16)]
+    ordered = arrange(rows, TrainingRecipe(batch_size=2, epochs=1))
     numbers = [row.input_ids[1] - 5 for row in ordered]
     assert set(numbers[:2]) <= set(range(8))
     assert sorted(numbers) == list(range(16))

@@ -50,7 +50,7 @@ def step_or_die(self, model, *given, **options):
     return step(self, model, *given, **options)
 
 AcceleratorState.__init__, trainer.StudentTrainer.training_step = begin_sharded, step_or_die
-callback.agreed = lambda _: 1e9
+callback.shared = lambda _: 1e9
 sys.exit(main(sys.argv[sys.argv.index("deepdistill") + 1:]))
 """
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}

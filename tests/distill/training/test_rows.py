@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from deepdistill.distill.training.rows import Row, make_row, order_rows, shortened
+from deepdistill.distill.training.rows import Row, make_row, order_rows
 from deepdistill.distill.training.student import teach_template
 from deepdistill.errors import ModelError
 
@@ -82,23 +82,3 @@ def test_a_template_without_a_slot_for_reasoning_is_refused(pocket_student: Path
     )
     with pytest.raises(ModelError, check=lambda error: error.code == "no-reasoning-slot"):
         make_row(tokenizer, MESSAGES, reasoning="4+3=7", content="7")
-
-
-def test_what_is_too_long_loses_the_middle_of_its_reasoning_and_keeps_its_end(pocket_student: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(pocket_student)
-    lines = [f"{i}+1={i + 1}" for i in range(40)]
-    reasoning = "\n".join(lines)
-    row = make_row(tokenizer, MESSAGES, reasoning=reasoning, content="7")
-    short = shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=120)
-    text = tokenizer.decode(short.input_ids[short.n_prompt :])
-    assert 100 < len(short.input_ids) <= 120 < len(row.input_ids)
-    assert text.startswith("0+1=1\n1+1=2\n")
-    assert text.endswith("39+1=40\n</think>\n\n7<|im_end|>")
-    assert (
-        shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=len(row.input_ids))
-        is row
-    )
-    assert (
-        shortened(tokenizer, row, messages=MESSAGES, reasoning=reasoning, content="7", max_length=short.n_prompt + 3)
-        is row
-    )  # nothing of it would fit

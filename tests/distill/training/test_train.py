@@ -23,7 +23,6 @@ from deepdistill.distill.training import train as train_module
 from deepdistill.distill.training.rows import Row
 from deepdistill.errors import ArtifactError, ModelError
 from deepdistill.localrun.core.record_log import read_records
-from deepdistill.localrun.core.reporter import Relay
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an older name
 
@@ -208,9 +207,9 @@ def test_micro_batches_change_nothing(go: Go, tmp_path: Path) -> None:
 
 
 def test_out_of_memory_halves_what_is_computed_at_once_and_says_so_each_time(
-    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    go: Go, tmp_path: Path, recorder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, notes = train_module.load_student, list[str]()
+    real, notes = train_module.load_student, recorder.said
 
     def load(*given: Any, **options: Any) -> Any:
         model = real(*given, **options)
@@ -223,7 +222,7 @@ def test_out_of_memory_halves_what_is_computed_at_once_and_says_so_each_time(
         return model
 
     monkeypatch.setattr(train_module, "load_student", load)
-    report = go(tmp_path, report=Relay(lambda *_: None, notes.append), batch_size=8, steps=3)
+    report = go(tmp_path, report=recorder, batch_size=8, steps=3)
     assert ["8 rows" in notes[0], "4 rows" in notes[1], len(notes)] == [True, True, 2]
     assert (report.steps, report.micro_batch) == (3, 2)
     assert json.loads((tmp_path / "c" / "plan.json").read_text())["micro_batch"] == 2

@@ -21,7 +21,6 @@ from deepdistill.distill.training.rl.reward import reward_of
 from deepdistill.distill.training.train import TrainPaths
 from deepdistill.errors import UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
-from deepdistill.localrun.core.reporter import Relay
 
 
 class Contains:
@@ -49,7 +48,7 @@ def test_what_an_answer_earns(text: str, total: float, is_right: bool, is_closed
 
 @pytest.mark.slow
 def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
-    chain_sum: str, pocket_student: Path, tmp_path: Path
+    chain_sum: str, pocket_student: Path, tmp_path: Path, relay: Any
 ) -> None:
     """From random weights, a reward for one token alone: it becomes the most probable within a few steps."""
     pytest.importorskip("trl", reason="the rl extra is not installed")
@@ -73,13 +72,13 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
     class Killed(BaseException):
         pass
 
-    def die(stage: str, done: float, total: float, note: str = "") -> None:
+    def die(done: float) -> None:
         if done >= 0.5:
             raise Killed
 
     paths = TrainPaths(pocket_student, tmp_path / "checkpoints", tmp_path / "student")
     with pytest.raises(Killed):
-        grpo(paths, problems, tokenizer=tokenizer, grader=Likes(), settings=settings, report=Relay(die))
+        grpo(paths, problems, tokenizer=tokenizer, grader=Likes(), settings=settings, report=relay(die))
     seen: list[float] = []
     report = grpo(
         paths,
@@ -87,7 +86,7 @@ def test_grpo_prefers_what_is_rewarded_and_a_killed_run_goes_on(
         tokenizer=tokenizer,
         grader=Likes(),
         settings=settings,
-        report=Relay(lambda stage, done, total, note="": seen.append(done)),
+        report=relay(seen.append),
     )
     assert report.steps == 12
     assert seen[0] > 0.4  # it went on and did not begin again
