@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..localrun.core.text import format_duration, listed
 from .recipe.gathering import CostRecipe
 from .recipe.teach import TeachRecipe
 from .records import Problem, Trace, has_answer
@@ -87,10 +88,11 @@ def preview(recipe: TeachRecipe, folder: Path, *, problems: Sequence[Problem], h
 def describe_preview(made: Preview, problems: Sequence[Problem], recipe: TeachRecipe) -> Iterator[str]:
     """Yield the plan of a run in lines."""
     sampling, traces, judge = recipe.sampling, recipe.traces, recipe.judge
-    sources = Counter(problem.source for problem in problems)
+    sources = Counter(problem.source for problem in problems).most_common()
+    named = listed((f"{n:,} {source}" if len(sources) > 1 else source for source, n in sources), most=5)
     n_open = sum(not has_answer(problem) for problem in problems)
     without = f", {n_open:,} of them without an answer" if n_open else ""
-    yield f"problems  {made.n_problems:,} from the training part: {_listed(sources)}{without}"
+    yield f"problems  {made.n_problems:,} from the training part: {named}{without}"
     if traces.file:
         yield f"traces    {traces.file}: no teacher is asked"
         yield from _student(made, recipe)
@@ -122,7 +124,8 @@ def _cost(made: Preview, cost: CostRecipe) -> Iterator[str]:
         yield "cost      not known: give --price IN,OUT in dollars per million tokens"
     else:
         yield f"cost      ${made.usd:,.2f}" + ("" if cost.max_usd is None else f"; it ends at ${cost.max_usd:g}")
-    time = "not known before some samples are stored" if made.hours is None else _duration(made.hours)
+    known = None if made.hours is None else f"about {format_duration(3600 * made.hours)}"
+    time = known or "not known before some samples are stored"
     yield f"time      {time}" + ("" if cost.max_hours is None else f"; it asks for {cost.max_hours:g} h at most")
 
 
@@ -161,12 +164,3 @@ def _n_judgements(problems: Sequence[Problem], recipe: TeachRecipe) -> int:
         return 0
     n_open = sum(not has_answer(problem) for problem in problems) + len(problems) * recipe.traces.expand.n
     return n_open * recipe.traces.samples
-
-
-def _duration(hours: float) -> str:
-    return f"about {60 * hours:,.0f} min" if hours < 1 else f"about {hours:,.1f} h" if hours < 48 else f"{hours:,.0f} h"
-
-
-def _listed(sources: Counter[str]) -> str:
-    few = [f"{n:,} {source}" if len(sources) > 1 else source for source, n in sources.most_common(5)]
-    return ", ".join(few) + (f" and {len(sources) - 5} more" if len(sources) > 5 else "")

@@ -1,46 +1,28 @@
-"""What the package asks of a Hugging Face tokenizer, and no more."""
+"""Hugging Face's tokenizers, and the calls by which the package asks them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..localrun.core.generation import Message
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-class Tokenizer(Protocol):
-    """A tokenizer with its chat template, as `teachers.huggingface.loading.load_tokenizer` gives it."""
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
-    chat_template: Any
-    """Jinja source; None if it has none."""
-    eos_token: Any
-    pad_token: Any
-    eos_token_id: Any
-    pad_token_id: Any
 
-    def __len__(self) -> int:
-        """Return the number of tokens, added ones included."""
-        ...
+def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """Return a conversation as the chat template renders it, with the opening of an answer."""
+    return cast(str, tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True, return_offsets_mapping: bool = False) -> Any:
-        """Return the text's `input_ids`, and each token's `offset_mapping` (first, last + 1 character) if wanted."""
-        ...
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
-        """Return the text of token ids."""
-        ...
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text, to which no special ones are added."""
+    return cast("list[int]", tokenizer(text, add_special_tokens=False).input_ids)
 
-    def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tokenize: bool
-    ) -> str:
-        """Return the conversation as text (`tokenize=False`), with the opening of an answer if it is to be prompted."""
-        ...
 
-    def get_vocab(self) -> dict[str, int]:
-        """Return every token's id."""
-        ...
-
-    def save_pretrained(self, save_directory: Path) -> Any:
-        """Write the tokenizer's files into a checkpoint folder."""
-        ...
+def text_of(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the text of tokens, special ones included: `<think>` may be one."""
+    return cast(str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

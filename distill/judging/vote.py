@@ -15,15 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from ..graders.number import parse
 from ..recipe.gathering import VoteRecipe
 from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]
 """Says whether two differently written answers mean the same, as a grader does."""
 
-_DECIMAL = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d{1,3})?")
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_RATIO = re.compile(r"([-+]?\d+)\s*/\s*(\d+)|([-+]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}")
 _WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
 
 
@@ -91,8 +89,8 @@ def answer_key(answer: str) -> str | Fraction:
     text = unicodedata.normalize("NFKC", answer).replace("−", "-").replace("–", "-")
     while (plain := _without_markup(text)) != text:
         text = plain
-    number = _number(text)
-    return text if number is None else number
+    number, unit = parse(text) or (None, "")
+    return text if number is None or unit else number
 
 
 def _without_markup(text: str) -> str:
@@ -101,17 +99,6 @@ def _without_markup(text: str) -> str:
         text = text.replace(mark, "")
     text = " ".join(text.casefold().split()).strip("*_`\"'“”‘’$ ")
     return text[:-1] if text.endswith((".", "!")) and not text.endswith("..") else text
-
-
-def _number(text: str) -> Fraction | None:
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    if _DECIMAL.fullmatch(text):
-        return Fraction(text)
-    if ratio := _RATIO.fullmatch(text):
-        over, under = ratio[1] or f"{ratio[3]}{ratio[4]}", ratio[2] or ratio[5]
-        return Fraction(int(over), int(under)) if int(under) else None
-    return None
 
 
 def _group(ballots: Sequence[Ballot], same: Same | None) -> list[list[Ballot]]:

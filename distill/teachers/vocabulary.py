@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ...localrun.gguf.header import read_gguf
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, ids_of
 
 _UNUSED = 5  # llama.cpp's type for a token that only pads the embedding
 STRESS_TEXT = (
@@ -50,4 +50,4 @@ def is_same(known: str | None, tokenizer: Tokenizer) -> bool | None:
 
 def tokenizes_alike(ids: list[int] | None, tokenizer: Tokenizer) -> bool | None:
     """Say whether a teacher's ids of STRESS_TEXT are this tokenizer's; None if the teacher does not give them."""
-    return None if ids is None else ids == tokenizer(STRESS_TEXT, add_special_tokens=False).input_ids
+    return None if ids is None else ids == ids_of(tokenizer, STRESS_TEXT)

@@ -22,7 +22,7 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..recipe.training import TrainingRecipe
 from ..records import Trace
 from ..teachers.vocabulary import is_same
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, text_of
 from ..traces.logprobs import Logprobs, logprobs_path
 from .rows import Row, make_row
 
@@ -203,5 +203,5 @@ def _places(targets: list[int], tokens: list[int]) -> list[int] | None:
 def _reads_as(tokenizer: Tokenizer, ids: npt.NDArray[np.int32], trace: Trace) -> bool:
     if len(tokenizer) <= int(ids.max(initial=0)):
         return False
-    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = text_of(tokenizer, ids.tolist())
     return trace.content.strip() in text and (trace.reasoning_content or "").strip() in text

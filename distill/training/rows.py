@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from ...errors import ModelError
 from ...localrun.core.generation import Message, TopLogprobs
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, ids_of, prompt_of
 from ..traces.logprobs import StoredTop
 
 CROSS_ENTROPY = (("cross_entropy", 1.0),)
@@ -82,9 +82,9 @@ def make_row(
         ModelError: see `_rendered`.
     """
     prompt, completion = _rendered(tokenizer, messages, reasoning=reasoning, content=content)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    prompt_ids = ids_of(tokenizer, prompt)
     if reasoning_weight == answer_weight == 1.0:
-        return Row(prompt_ids + tokenizer(completion, add_special_tokens=False).input_ids, len(prompt_ids))
+        return Row(prompt_ids + ids_of(tokenizer, completion), len(prompt_ids))
     encoded = tokenizer(completion, add_special_tokens=False, return_offsets_mapping=True)
     end = len(completion) - len(tokenizer.eos_token)
     answer_start = completion.rfind(content.strip(), 0, end) if content.strip() else end
@@ -99,9 +99,9 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: s
         ModelError: `code` "template-mismatch": a finished turn does not begin with the generation prompt;
             "no-reasoning-slot": it lacks the reasoning; "no-turn-end": it does not end with EOS.
     """
-    prompt = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    prompt = prompt_of(tokenizer, messages)
     turn = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-    whole = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
+    whole = str(tokenizer.apply_chat_template([*messages, turn], tokenize=False))
     if not whole.startswith(prompt):
         raise ModelError(
             "the student's chat template renders an answer differently from how it prompts for one",

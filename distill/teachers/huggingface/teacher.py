@@ -25,7 +25,7 @@ from ...device import NO_MEMORY, choose_device
 from ...planning.kv_cache import kv_numbers
 from ...pocket.families import check_source
 from ...records import Backend, Request
-from ...tokenizer import Tokenizer
+from ...tokenizer import Tokenizer, ids_of, prompt_of, text_of
 from ..base import Teacher
 from ..vocabulary import of_tokenizer
 from .batching import BatchDecoder, SequenceState, new_sequence
@@ -185,7 +185,7 @@ class TransformersTeacher(Teacher):
         return int(min(256, max(8, psutil.virtual_memory().available // 4 // row_bytes)))
 
     def _tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = ids_of(self.tokenizer, text)
         return ids
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -201,14 +201,13 @@ class TransformersTeacher(Teacher):
                 code="no-chat-template",
             )
         try:
-            prompt: str = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+            return prompt_of(self.tokenizer, messages)
         except TemplateError as error:
             raise ModelError(
                 f"the chat template of {self.name} refuses the conversation: {error}",
                 "change the conversation, or give another model",
                 code="template-refuses",
             ) from error
-        return prompt
 
     def accepts(self, problem_source: str) -> None:
         """Refuse problems that the pocket teacher never learned; any other model may try anything."""
@@ -225,7 +224,7 @@ class TransformersTeacher(Teacher):
         if row.max_new < 1:
             return _refused(len(row.prompt), self.n_ctx)
         kept = row.tokens[:-1] if row.ended else row.tokens
-        reasoning, content, closed = split_thinking(self._decode(kept), starts_inside)
+        reasoning, content, closed = split_thinking(text_of(self.tokenizer, kept), starts_inside)
         n_reasoning = 0 if closed is None else len(kept)
         if closed:
             n_reasoning = self._count_through_close(kept)
@@ -242,16 +241,12 @@ class TransformersTeacher(Teacher):
             logprobs=row.logprobs,
         )
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        # `<think>` may be a special token, so special tokens stay in the text.
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
     def _count_through_close(self, ids: Sequence[int]) -> int:
         """Return how many tokens it takes until the text holds the closing tag, by bisection."""
         low, high = 0, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if CLOSE in self._decode(ids[:middle]):
+            if CLOSE in text_of(self.tokenizer, ids[:middle]):
                 high = middle
             else:
                 low = middle + 1

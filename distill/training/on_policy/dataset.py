@@ -19,7 +19,7 @@ from ....localrun.core.generation import TopLogprobs
 from ....localrun.core.loops import Loop, find_loop
 from ...recipe.training import OnPolicyRecipe, TrainingRecipe
 from ...records import Trace
-from ...tokenizer import Tokenizer
+from ...tokenizer import Tokenizer, ids_of, prompt_of
 from ...traces.logprobs import Logprobs
 from ..dataset import mixture, row_of
 from ..rows import Row
@@ -111,7 +111,7 @@ def _add_samples(
             continue
         ids, rate = stored[0].tolist(), rates[trace.problem_id]
         if trace.problem_id not in prompts:
-            prompts[trace.problem_id] = _prompt_ids(tokenizer, trace)
+            prompts[trace.problem_id] = ids_of(tokenizer, prompt_of(tokenizer, trace.messages))
         prompt, loop = prompts[trace.problem_id], find_loop(ids)
         if loop is not None:
             mixed.add("loops", negative_row(prompt, ids, loop), None)
@@ -130,12 +130,6 @@ def _shortest_right(samples: Sequence[Trace]) -> set[str]:
             candidate = (trace.usage.completion, trace.id)
             best[trace.problem_id] = min(best.get(trace.problem_id, candidate), candidate)
     return {trace_id for _, trace_id in best.values()}
-
-
-def _prompt_ids(tokenizer: Tokenizer, trace: Trace) -> list[int]:
-    prompt = tokenizer.apply_chat_template(trace.messages, add_generation_prompt=True, tokenize=False)
-    ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
-    return ids
 
 
 def _scored_row(

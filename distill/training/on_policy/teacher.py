@@ -24,7 +24,7 @@ from ...teachers import Teacher, TeacherInfo
 from ...teachers.budget import Budget
 from ...teachers.vocabulary import STRESS_TEXT, is_same, tokenizes_alike
 from ...teachers.worked import WORKED, WorkedTeacher
-from ...tokenizer import Tokenizer
+from ...tokenizer import Tokenizer, ids_of
 from ...traces.collect import CollectSettings, collect
 from ...traces.logprobs import Logprobs, LogprobsWriter, encode, logprobs_path
 from ...traces.store import TraceStore
@@ -188,7 +188,7 @@ def why_not_scored(teacher: Teacher, tokenizer: Tokenizer) -> str | None:
         return "the teacher has another tokenizer"
     messages = [{"role": "user", "content": "2 + 3 ="}]
     try:
-        teacher.score(messages, tokenizer("5", add_special_tokens=False).input_ids, top_logprobs=1)
+        teacher.score(messages, ids_of(tokenizer, "5"), top_logprobs=1)
     except TeacherError as error:
         return error.message
     return None

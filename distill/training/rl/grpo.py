@@ -31,7 +31,7 @@ from ...recipe.training import GrpoRecipe, TrainingRecipe
 from ...records import GradesAnswers, Problem, messages_of
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, new_sequence
-from ...tokenizer import Tokenizer
+from ...tokenizer import Tokenizer, ids_of, prompt_of, text_of
 from ..callback import checkpoints, last_checkpoint
 from ..lora import load_base
 from ..merge import save_checkpoint
@@ -43,7 +43,7 @@ _ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one backward pass of models under
 
 
 @dataclass(frozen=True)
-class GrpoSettings:
+class GrpoSettings(GrpoRecipe):
     """How to train by reward. In each step the student answers `problems_per_step` problems, each `group_size` times.
 
     `lr` is the peak, from which the learning rate falls to 0; None means 1e-4 for models under 20 M parameters and 2e-6
@@ -51,20 +51,12 @@ class GrpoSettings:
     `rows_per_pass` is the number of answers in one backward pass; None chooses it by the model's size.
     """
 
+    group_size: int = 8
     steps: int = 200
     minutes: float | None = None
-    group_size: int = 8
-    problems_per_step: int = GrpoRecipe.problems_per_step
     max_tokens: int = 256
-    temperature: float = GrpoRecipe.temperature
     lr: float | None = None
-    warmup_steps: int = GrpoRecipe.warmup_steps
-    clip_low: float = GrpoRecipe.clip_low
-    clip_high: float = GrpoRecipe.clip_high
-    kl_weight: float = GrpoRecipe.kl_weight
-    format_weight: float = GrpoRecipe.format_weight
     rows_per_pass: int | None = None
-    max_grad_norm: float = GrpoRecipe.max_grad_norm
     save_every_s: float = TrainingRecipe.save_every_s
     seed: int = 0
 
@@ -137,10 +129,7 @@ class _Sampler:
         """Return one sampled answer a prompt: TRL has repeated each prompt `group_size` times already."""
         model, settings = trainer.model, self.settings
         sampling = Sampling(temperature=settings.temperature, max_tokens=settings.max_tokens)
-        texts = [
-            self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False) for prompt in prompts
-        ]
-        ids = [self.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        ids = [ids_of(self.tokenizer, prompt_of(self.tokenizer, prompt)) for prompt in prompts]
         # A sample's seed follows from the run's seed and the sample's place, so a resumed run draws the same samples.
         n_before = trainer.state.global_step * trainer.accelerator.num_processes + trainer.accelerator.process_index
         first = settings.seed * 1_000_003 + n_before * len(prompts)
@@ -168,10 +157,9 @@ class _Sampler:
         for prompt, ids in zip(prompts, completion_ids, strict=True):
             question = prompt[-1]["content"]
             if question not in opened:
-                text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-                opened[question] = prompt_opens_thinking(text)
+                opened[question] = prompt_opens_thinking(prompt_of(self.tokenizer, prompt))
             kept = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-            text = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = text_of(self.tokenizer, kept)
             problem = self._by_question[question]
             weight, is_open = self.settings.format_weight, opened[question]
             self.rewards.append(

@@ -20,7 +20,6 @@ from ..stage import tokenizer_of
 if TYPE_CHECKING:
     from .grpo import GrpoSettings
 
-_GROUP = 8  # answers to a problem
 _FEW = 256  # problems; docs/experiments.md shows what a model learned from 36
 
 
@@ -31,11 +30,13 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
     and then train.
 
     Raises:
-        UsageError: see `_refuse_unused` and `_graded`.
+        UsageError: `code` "settings-unused": the method ignores some of them; or see `_graded`.
         ModelError: TRL is not installed, or the weights cannot be loaded.
     """
     run, recipe = context.run, context.recipe
-    _refuse_unused(recipe)
+    if unused := unused_settings(recipe):
+        hint = "leave them out: all weights train"
+        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
     if run.student_dir.exists():
         return
     from ..train import TrainPaths
@@ -72,17 +73,6 @@ def _graded(problems: Sequence[Problem]) -> list[Problem]:
     return graded
 
 
-def _refuse_unused(recipe: TeachRecipe) -> None:
-    """Refuse settings that the method ignores.
-
-    Raises:
-        UsageError: `code` "settings-unused".
-    """
-    if unused := unused_settings(recipe):
-        hint = "leave them out: all weights train"
-        raise UsageError(f"--method grpo makes no use of {', '.join(unused)}", hint, code="settings-unused")
-
-
 def unused_settings(recipe: TeachRecipe) -> list[str]:
     """Return the settings that differ from their defaults although the method ignores them."""
     return [
@@ -114,23 +104,18 @@ def _options(recipe: TeachRecipe, n_problems: int) -> GrpoSettings:
     per_step = min(grpo.problems_per_step, n_problems)
     # With `minutes` the clock ends the training.
     n_steps = 10**6 if training.minutes else max(1, training.epochs * n_problems // per_step)
-    return GrpoSettings(
-        steps=training.steps or n_steps,
-        minutes=training.minutes,
-        group_size=grpo.group_size or (samples if samples > 1 else _GROUP),
-        problems_per_step=per_step,
-        max_tokens=recipe.teacher.max_tokens or recipe.scores.max_tokens,
-        temperature=grpo.temperature if recipe.teacher.temperature is None else recipe.teacher.temperature,
-        lr=training.learning_rate,
-        warmup_steps=grpo.warmup_steps,
-        clip_low=grpo.clip_low,
-        clip_high=grpo.clip_high,
-        kl_weight=grpo.kl_weight,
-        format_weight=grpo.format_weight,
-        max_grad_norm=grpo.max_grad_norm,
-        save_every_s=training.save_every_s,
-        seed=recipe.seed,
-    )
+    chosen = {
+        "steps": training.steps or n_steps,
+        "minutes": training.minutes,
+        "group_size": grpo.group_size or (samples if samples > 1 else GrpoSettings.group_size),
+        "problems_per_step": per_step,
+        "max_tokens": recipe.teacher.max_tokens or recipe.scores.max_tokens,
+        "temperature": grpo.temperature if recipe.teacher.temperature is None else recipe.teacher.temperature,
+        "lr": training.learning_rate,
+        "save_every_s": training.save_every_s,
+        "seed": recipe.seed,
+    }
+    return GrpoSettings(**vars(grpo) | chosen)
 
 
 def sometimes_solved(problems: Sequence[Problem], rates: Mapping[str, float]) -> list[Problem]:
