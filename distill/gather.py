@@ -77,22 +77,17 @@ def take_in(context: Context, path: Path) -> None:
     Raises:
         ArtifactError: the file is missing or broken, or nothing in it is recognised.
     """
-    report, n_skipped = context.report, 0
-
-    def skip(where: str, why: str) -> None:
-        nonlocal n_skipped
-        n_skipped += 1
-
+    report, skipped = context.report, list[str]()
     with TraceStore(context.run.traces_path) as store, Grader() as grader:
-        for n, (problem, trace) in enumerate(import_traces(path, on_skip=skip), 1):
+        for n, (problem, trace) in enumerate(import_traces(path, on_skip=lambda where, why: skipped.append(where)), 1):
             if not store.has(trace.id):
                 grade = grader.grade(problem, trace.content)
                 store.append(replace(trace, answer=grade.answer, verdict=grade.verdict, verdict_by=grade.verdict_by))
             report.progress("import", n, total=n + 1, note=f"{len(store)} traces")
         report.progress("import", 1, total=1, note=f"{len(store)} traces")
         _judge(context, store, grader=grader, budget=Budget(context.recipe.cost))
-    if n_skipped:
-        report.say(f"{n_skipped} rows of {path} hold no answer and were left out")
+    if skipped:
+        report.say(f"{len(skipped)} rows of {path} hold no answer and were left out")
 
 
 def is_traces_file(path: Path) -> bool:
@@ -155,6 +150,4 @@ def _probed_teacher(context: Context, problems: Sequence[Problem]) -> Teacher:
 def _judge(context: Context, store: TraceStore, *, grader: Grader, budget: Budget) -> None:
     recipe = context.recipe
     budget.price = recipe.cost.price_of_judge(recipe.judge.model, recipe.teacher.model)
-    judged = judge_ungraded(store, grader, context=context, budget=budget)
-    if judged and judged.n_unreadable:
-        context.report.say(f"{judged.n_unreadable} verdicts of the judge could not be read: those traces stay unjudged")
+    judge_ungraded(store, grader, context=context, budget=budget)

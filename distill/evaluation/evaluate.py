@@ -97,11 +97,10 @@ def score_file(
     path: Path, problems: Sequence[Problem], *, max_tokens: int, answers_path: Path, report: Reporter = SILENT
 ) -> Score:
     """Ask a GGUF the problems, greedily, and write every answer with its verdict to `answers_path`."""
-    with open_teacher(str(path)) as model, Grader() as grader:
+    with open_teacher(str(path)) as model:
         return evaluate(
             model,
             problems,
-            grader=grader,
             sampling=Sampling(max_tokens=max_tokens),
             answers_path=answers_path,
             report=report,

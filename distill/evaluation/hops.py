@@ -8,7 +8,6 @@ from pathlib import Path
 from ...localrun.core.generation import Sampling
 from ...localrun.core.reporter import SILENT, Reporter
 from ..context import Context
-from ..graders.pool import Grader
 from ..problems.load import load_problems
 from ..recipe.teach import EvalRecipe
 from ..records import NONE, Problem
@@ -23,28 +22,23 @@ def score_hops(context: Context, base: Path, held_out: Sequence[Problem]) -> Non
     if not graded:
         context.report.say("nothing is scored: no held-out problem has an answer")
         return
-    run, rounds = context.run, context.recipe.on_policy.rounds
+    run, recipe, rounds = context.run, context.recipe, context.recipe.on_policy.rounds
     imitated = {"imitation": run.first_student_dir(rounds)} if rounds else {}  # the student that only imitated
     for hop, model in {"base": base, **imitated, "student": run.student_dir}.items():
-        if hop not in (run.load("scores.json") or {}):
-            _score(context, hop, model=model, problems=graded)
-
-
-def _score(context: Context, hop: str, *, model: Path, problems: Sequence[Problem]) -> None:
-    """Score one hop and add it to scores.json."""
-    run, recipe = context.run, context.recipe
-    with context.open_student(model) as student, Grader() as grader:
-        score = evaluate(
-            student,
-            problems,
-            grader=grader,
-            sampling=Sampling(max_tokens=recipe.scores.max_tokens),
-            answers_path=run.folder / "answers" / f"{hop}.jsonl",
-            report=context.report,
-            stage=f"scoring the {hop}",
-        )
-    asked = {"problems": recipe.problems, "seed": recipe.seed}
-    run.save("scores.json", (run.load("scores.json") or {}) | {hop: score.to_json() | asked})
+        scores = run.load("scores.json") or {}
+        if hop in scores:
+            continue
+        with context.open_student(model) as student:
+            score = evaluate(
+                student,
+                graded,
+                sampling=Sampling(max_tokens=recipe.scores.max_tokens),
+                answers_path=run.folder / "answers" / f"{hop}.jsonl",
+                report=context.report,
+                stage=f"scoring the {hop}",
+            )
+        scores[hop] = score.to_json() | {"problems": recipe.problems, "seed": recipe.seed}
+        run.save("scores.json", scores)
 
 
 def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) -> Score:

@@ -53,19 +53,6 @@ class FunnelRow:
     example: dict[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A trace to read in the page, its texts shortened."""
-
-    trace: Trace
-    judged: str
-    line: str
-    question: str
-    reasoning: str
-    content: str
-    is_kept: bool | None
-
-
 def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
     """Write report.html from the run's artifacts; the `kept` traces, if given, are marked as trained."""
     artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
@@ -136,17 +123,13 @@ def _template() -> jinja2.Template:
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _show(trace: Trace, kept_ids: set[str] | None) -> Shown:
+def _show(trace: Trace, kept_ids: set[str] | None) -> dict[str, Any]:
+    """Return a trace as the page shows it, its texts shortened."""
     question = question_of(trace)
-    return Shown(
-        trace=trace,
-        judged=judged_as(trace),
-        line=shorten(question, 160),
-        question=_cut(question, _N_BYTES["question"]),
-        reasoning=_cut(trace.reasoning_content or "", _N_BYTES["reasoning"]),
-        content=_cut(trace.content, _N_BYTES["content"]),
-        is_kept=None if kept_ids is None else trace.id in kept_ids,
-    )
+    texts = {"question": question, "reasoning": trace.reasoning_content or "", "content": trace.content}
+    is_kept = None if kept_ids is None else trace.id in kept_ids
+    shown = {"trace": trace, "judged": judged_as(trace), "line": shorten(question, 160), "is_kept": is_kept}
+    return shown | {name: _cut(text, _N_BYTES[name]) for name, text in texts.items()}
 
 
 def _cut(text: str, n_bytes: int) -> str:

@@ -14,19 +14,15 @@ from ..recipe.teach import TeachRecipe
 from ..records import GradesAnswers, Problem, Trace, has_answer
 from ..teachers.budget import Budget
 from ..traces.store import TraceStore
-from .judge import Judged, judge_traces
+from .judge import judge_traces
 from .vote import vote_on_traces
 
 REPLIES_FILE = "judge.jsonl"
 """In the run folder: what the judge answered, so that it is never asked twice."""
 
 
-def judge_ungraded(
-    store: TraceStore, grader: GradesAnswers, *, context: Context, budget: Budget | None = None
-) -> Judged | None:
-    """Bring the judgements of the traces that no grader judged up to date, and return what the judge said.
-
-    None is returned without a judge.
+def judge_ungraded(store: TraceStore, grader: GradesAnswers, *, context: Context, budget: Budget | None = None) -> None:
+    """Bring the judgements of the traces that no grader judged up to date.
 
     Raises:
         TeacherError: the judge cannot answer any more; what it said before is kept.
@@ -45,7 +41,6 @@ def judge_ungraded(
 
     votes = vote_on_traces(unknown(), recipe.voting, is_same) if recipe.voting else []
     judgements = {judgement.id: judgement for judgement in votes}
-    judged = None
     if recipe.judging:
         left = (one for one in unknown() if one.id not in judgements or judgements[one.id].verdict_by == "none")
         judged = judge_traces(
@@ -57,13 +52,14 @@ def judge_ungraded(
             report=report,
         )
         judgements |= {judgement.id: judgement for judgement in judged.judgements}
+        if judged.n_unreadable:
+            report.say(f"{judged.n_unreadable} verdicts of the judge could not be read: those traces stay unjudged")
     if judgements:
         counts = Counter(judgement.verdict_by for judgement in judgements.values())
         accepted = ", ".join(f"{counts[by]} by {by}" for by in ("vote", "judge") if counts[by]) or "none"
         report.say(f"of {len(judgements)} traces that no grader judged are accepted: {accepted}")
     new = [one for one in judgements.values() if before[one.id] != (one.verdict_by, one.agreement)]
     store.append_judgements(new)
-    return judged
 
 
 def check_judged(problems: Sequence[Problem], recipe: TeachRecipe) -> None:

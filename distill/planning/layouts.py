@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .catalogue import Gpu
-from .parameters import DecoderShape, Dtype, Parameters
+from .parameters import DecoderShape
 
 USED_SHARE = 0.9  # of the memory, as vLLM's default: the rest is for activations, CUDA graphs, communication
 NODE = 8  # GPUs
@@ -41,31 +41,6 @@ class Load:
     length: int
     mean_length: float
     concurrency: int
-
-    @classmethod
-    def of(
-        cls,
-        shape: DecoderShape,
-        counts: Parameters,
-        *,
-        dtype: Dtype,
-        cache_bits: int,
-        prompt_tokens: int,
-        tokens: int,
-        concurrency: int,
-    ) -> Load:
-        """Return the load of answering prompts of `prompt_tokens` with `tokens`, `concurrency` at once at most."""
-        whole, experts = counts.bytes(dtype), counts.expert_bytes(dtype)
-        return cls(
-            shape,
-            whole,
-            experts,
-            whole - experts - (2 * counts.embedding if counts.head else 0),
-            shape.kv_numbers * cache_bits / 8,
-            prompt_tokens + tokens,
-            prompt_tokens + tokens / 2,  # on average half of an answer is written
-            concurrency,
-        )
 
     def touched(self, n_tokens: float) -> float:
         """Return the share of a layer's experts that a step with n_tokens reads, if routing is even."""

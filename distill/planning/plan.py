@@ -42,15 +42,10 @@ class PlanSettings:
     price: Price | None = None
 
     def __post_init__(self) -> None:
-        for name in ("traces", "tokens", "concurrency", "n_gpus", "tokens_per_s"):
+        least = {"prompt_tokens": 0, "gpu_hour": 0}  # of the others more than 0
+        for name in ("traces", "tokens", "concurrency", "n_gpus", "tokens_per_s", "prompt_tokens", "gpu_hour"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise UsageError(
-                    f"{name.replace('_', '-')} must be more than 0, not {value:g}", code="number-out-of-range"
-                )
-        for name in ("prompt_tokens", "gpu_hour"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
+            if value is not None and not (0 < value < float("inf") or value == least.get(name)):
                 raise UsageError(f"{name.replace('_', '-')} cannot be {value:g}", code="number-out-of-range")
         for name, kinds in (("dtype", get_args(Dtype)), ("kv_dtype", get_args(CacheDtype))):
             if getattr(self, name) not in (None, *kinds):
@@ -103,15 +98,7 @@ def plan(settings: PlanSettings) -> ServingPlan:
     """
     model, source, shape = load_shape(settings.teacher)
     counts, gpu, dtype = count_parameters(shape), find_gpu(settings.gpu), settings.dtype or shape.published_dtype
-    load = Load.of(
-        shape,
-        counts,
-        dtype=dtype,
-        cache_bits=settings.cache_bits,
-        prompt_tokens=settings.prompt_tokens,
-        tokens=settings.tokens,
-        concurrency=min(settings.concurrency, settings.traces),
-    )
+    load = load_of(shape, counts, dtype=dtype, settings=settings)
     layouts = gpu_layouts(load, gpu, settings.n_gpus)
     if not layouts:
         raise _does_not_fit(f"{model} in {dtype}", load, gpu=gpu, n_gpus=settings.n_gpus)
@@ -137,6 +124,21 @@ def plan(settings: PlanSettings) -> ServingPlan:
         usd_rented=None if gpu_hour is None else hours * layouts[0].n_gpus * gpu_hour,
         usd_endpoint=None if price is None else settings.traces * price.of(settings.prompt_tokens, settings.tokens),
         notes=[*_model_notes(settings, shape), *_gpu_notes(settings, dtype, gpu=gpu, layout=layouts[0])],
+    )
+
+
+def load_of(shape: DecoderShape, counts: Parameters, *, dtype: Dtype, settings: PlanSettings) -> Load:
+    """Return what a deployment holds and reads."""
+    whole, experts = counts.bytes(dtype), counts.expert_bytes(dtype)
+    return Load(
+        shape,
+        bytes=whole,
+        expert_bytes=experts,
+        read_bytes=whole - experts - (2 * counts.embedding if counts.head else 0),
+        cache_bytes=shape.kv_numbers * settings.cache_bits / 8,
+        length=settings.prompt_tokens + settings.tokens,
+        mean_length=settings.prompt_tokens + settings.tokens / 2,  # on average half of an answer is written
+        concurrency=min(settings.concurrency, settings.traces),
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import random
 from bisect import bisect
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from ..tokenizer import Tokenizer, text_of
 from ..traces.logprobs import Logprobs, logprobs_path
 from .rows import Row, make_row
 
+WITH_LOGITS = "rows carry the teacher's log-probabilities"
+MISSING, OTHER_TOKENS = "have none in the sidecar", "are rendered as other tokens"
 _LEAST_ALIGNED = 0.5  # share of a row's targets that are tokens of the teacher
-_HINT = "set training.loss to cross-entropy, or choose a student with the teacher's tokenizer"
 
 
 def lessons(
@@ -91,17 +93,16 @@ def _with_logits(
     path, loss = logprobs_path(path), training.loss
     if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
         return rows
-    if not path.exists():
-        raise refuse(str(why_no_logits(None, traces, tokenizer)))
-    with closing(Logprobs.open(path)) as logprobs:
+    with closing(Logprobs.open(path)) if path.exists() else nullcontext() as logprobs:
         reason = why_no_logits(logprobs, traces, tokenizer)
         if reason and loss == "logits":
-            raise refuse(reason)
-        if reason:
+            hint = "set training.loss to cross-entropy, or choose a student with the teacher's tokenizer"
+            raise ArtifactError(f"training.loss=logits: {reason}", hint, code="no-logits")
+        if reason or logprobs is None:
             report.say(f"{reason}: training on the tokens alone (cross-entropy)")
             return rows
-        rows, counted = add_logits(rows, traces, logprobs=logprobs, share=training.logit_share)
-    report.say(counted.describe())
+        rows, counts = add_logits(rows, traces, logprobs=logprobs, share=training.logit_share)
+    report.say("; ".join(f"{n} {what}" for what, n in counts.items()))
     return rows
 
 
@@ -116,21 +117,6 @@ def hold_out(rows: Sequence[Row], traces: Sequence[Trace], *, n: int, seed: int)
     held_out = set(random.Random(seed).sample(problems, n))
     trained = [i for i, trace in enumerate(traces) if trace.problem_id not in held_out]
     return trained, [row for row, trace in zip(rows, traces, strict=True) if trace.problem_id in held_out][:n]
-
-
-@dataclass
-class LogitCounts:
-    """How many rows have the teacher's distribution, and why others do not."""
-
-    with_logits: int = 0
-    without: int = 0
-    not_aligned: int = 0
-
-    def describe(self) -> str:
-        """Return one line for the user."""
-        without = f"; {self.without} have none in the sidecar" if self.without else ""
-        differing = f"; {self.not_aligned} are rendered as other tokens" if self.not_aligned else ""
-        return f"{self.with_logits} rows carry the teacher's log-probabilities{without}{differing}"
 
 
 def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer: Tokenizer) -> str | None:
@@ -152,8 +138,10 @@ def why_no_logits(logprobs: Logprobs | None, traces: Sequence[Trace], tokenizer:
 
 def add_logits(
     rows: Sequence[Row], traces: Sequence[Trace], *, logprobs: Logprobs, share: float
-) -> tuple[list[Row], LogitCounts]:
+) -> tuple[list[Row], Counter[str]]:
     """Return the rows of these traces, with forward KL as `share` of the loss if the sidecar has the distribution.
+
+    The counts say how many rows have it, and why others do not.
 
     The sidecar has the teacher's tokens, the row those of the student's template. Where they agree, the target is the
     teacher's distribution; a token that only the template has, such as a newline, is its own target.
@@ -161,18 +149,15 @@ def add_logits(
     Raises:
         ArtifactError: a record of the sidecar is broken.
     """
-    counts, with_logits = LogitCounts(), list[Row]()
+    counts, with_logits = Counter({WITH_LOGITS: 0}), list[Row]()
     for row, trace in zip(rows, traces, strict=True):
-        stored = logprobs.get(trace.id)
-        if stored is None:
-            counts.without += 1
-            with_logits.append(row)
-            continue
-        place = _places(list(row.input_ids[row.n_prompt :]), stored[0].tolist())
-        counts.not_aligned += place is None
-        counts.with_logits += place is not None
-        if place is not None:
-            row = replace(row, losses=mixture("forward_kl", share), top=logprobs.stored(trace.id, place))
+        stored, outcome = logprobs.get(trace.id), MISSING
+        if stored is not None:
+            place = _places(list(row.input_ids[row.n_prompt :]), stored[0].tolist())
+            outcome = OTHER_TOKENS if place is None else WITH_LOGITS
+            if place is not None:
+                row = replace(row, losses=mixture("forward_kl", share), top=logprobs.stored(trace.id, place))
+        counts[outcome] += 1
         with_logits.append(row)
     return with_logits, counts
 
@@ -181,11 +166,6 @@ def mixture(name: str, share: float) -> tuple[tuple[str, float], ...]:
     """Return the losses of a row: `share` of the named one, and cross-entropy for the rest."""
     parts = ((name, share), ("cross_entropy", 1 - share))
     return tuple(part for part in parts if part[1] > 0)
-
-
-def refuse(reason: str) -> ArtifactError:
-    """Return the error for a user who asked for logits that cannot be had."""
-    return ArtifactError(f"training.loss=logits: {reason}", _HINT, code="no-logits")
 
 
 def _places(targets: list[int], tokens: list[int]) -> list[int] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +42,35 @@ def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.devi
 
 
 def _lora_config(model: Any, settings: TrainingRecipe) -> Any:
+    """Return peft's settings of the adapter.
+
+    Raises:
+        UsageError: `code` "no-such-layer".
+    """
     from peft import LoraConfig
 
+    lora, layers = settings.lora, model.get_decoder().layers
+    linears = (name for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear))
+    kinds = sorted({name.rpartition(".")[2] for name in linears})
+    if unknown := set(lora.targets) - set(kinds):
+        raise UsageError(
+            f"the student has no linear map {', '.join(sorted(unknown))}",
+            f"choose from {', '.join(kinds)}",
+            code="no-such-layer",
+        )
+    if lora.first_layer >= len(layers):
+        raise UsageError(
+            f"the student has no layer {lora.first_layer}",
+            "give a smaller training.lora.first_layer",
+            code="no-such-layer",
+        )
     return LoraConfig(
-        r=settings.lora.rank,
-        lora_alpha=settings.lora.alpha,
-        target_modules=_targets(model, settings),
-        use_dora=settings.lora.dora,
-        use_rslora=settings.lora.rslora,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets) or kinds,
+        layers_to_transform=list(range(lora.first_layer, len(layers))),
+        use_dora=lora.dora,
+        use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
     )
 
@@ -103,38 +123,6 @@ def parameter_groups(model: Any, settings: TrainingRecipe) -> list[dict[str, Any
         }
         for (is_b, is_matrix), parameters in groups.items()
     ]
-
-
-def _targets(model: Any, settings: TrainingRecipe) -> list[str]:
-    """Return the full names of the linear maps that get an adapter."""
-    wanted = set(settings.lora.targets)
-    linears = list(_linears(model))
-    kinds = {name.rpartition(".")[2] for _, name in linears}
-    if unknown := wanted - kinds:
-        raise UsageError(
-            f"the student has no linear map {', '.join(sorted(unknown))}",
-            f"choose from {', '.join(sorted(kinds))}",
-            code="no-such-layer",
-        )
-    found = [
-        name
-        for layer, name in linears
-        if layer >= settings.lora.first_layer and (not wanted or name.rpartition(".")[2] in wanted)
-    ]
-    if not found:
-        raise UsageError(
-            f"the student has no layer {settings.lora.first_layer}",
-            "give a smaller training.lora.first_layer",
-            code="no-such-layer",
-        )
-    return found
-
-
-def _linears(model: Any) -> Iterator[tuple[int, str]]:
-    """Yield (layer, name) of every linear map in the decoder's layers."""
-    for name, module in model.get_decoder().layers.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            yield int(name.split(".")[0]), f"layers.{name}"
 
 
 def four_bits(device: torch.device) -> Any:

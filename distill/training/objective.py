@@ -125,6 +125,8 @@ def can_pack(causal_lm: Any) -> bool:
             found = states_of(causal_lm, None, input_ids=ids, position_ids=position_ids, layout=batch.layout)
             wanted = batch.positions.to(causal_lm.device)
             if _near(found[wanted], plain.flatten(0, 1)[layout.scatter][wanted]):
+                causal_lm.train()  # dropout in its attention is refused
+                states_of(causal_lm, None, input_ids=ids, position_ids=position_ids, layout=batch.layout)
                 return True
     except (TypeError, ValueError, RuntimeError):
         pass  # the model does not accept a layout, or does not pass it on to its attention

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
@@ -55,10 +54,6 @@ class StudentTrainer(Trainer):
         # filled on the device: copying it there would wait for the GPU
         weight = torch.full((), sum(batch["weight"] for batch in batch_samples), device=device)
         return self.accelerator.gather(weight).sum() if self.accelerator.num_processes > 1 else weight
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return SequentialSampler(rows)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Return AdamW over the parameter groups."""
@@ -116,7 +111,8 @@ def arguments(
         output_dir=str(output_dir),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=settings.batch_size // (micro_batch * n_processes),
-        num_train_epochs=1,  # the rows hold every epoch already, in order
+        num_train_epochs=1,  # the rows hold every epoch already
+        train_sampling_strategy="sequential",
         max_steps=min(settings.steps, n_steps) if settings.steps else -1,
         learning_rate=settings.peak_lr,
         weight_decay=settings.weight_decay,

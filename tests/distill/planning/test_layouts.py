@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from tiny_config import TINY
 
 from deepdistill.distill.planning.catalogue import GPUS, MODELS
-from deepdistill.distill.planning.layouts import USED_SHARE, Load, gpu_layouts
+from deepdistill.distill.planning.layouts import USED_SHARE, gpu_layouts
 from deepdistill.distill.planning.parameters import (
     BITS,
     Dtype,
     count_parameters,
     read_shape,
 )
-from deepdistill.distill.planning.plan import PlanSettings, find_gpu, plan
+from deepdistill.distill.planning.plan import PlanSettings, find_gpu, load_of, plan
 
 
 # Source: SGLang's table of configurations for DeepSeek-V3 and R1, docs/basic_usage/deepseek_v3.md.
@@ -52,15 +52,8 @@ def test_what_is_said_to_fit_fits(
     config: dict[str, Any], dtype: Dtype, gpu: Any, prompt: int, tokens: int, concurrency: int
 ) -> None:
     shape = read_shape(config, "test")
-    load = Load.of(
-        shape,
-        count_parameters(shape),
-        dtype=dtype,
-        cache_bits=16,
-        prompt_tokens=prompt,
-        tokens=tokens,
-        concurrency=concurrency,
-    )
+    wanted = PlanSettings(prompt_tokens=prompt, tokens=tokens, concurrency=concurrency)
+    load = load_of(shape, count_parameters(shape), dtype=dtype, settings=wanted)
     for way in gpu_layouts(load, gpu):
         held_each = way.n_sequences / way.dp * way.cache_bytes * (prompt + tokens)
         assert way.weight_bytes + held_each <= USED_SHARE * gpu.memory * 1e9 * (1 + 1e-9)
@@ -94,8 +87,7 @@ def test_tensor_parallel_divides_the_heads(heads: int, kv_heads: int, widest: in
     """Qwen2.5-7B has 28 heads: servers refuse it on 8 GPUs of one tensor-parallel group."""
     config = TINY | {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": heads * 64}
     shape = read_shape(config | {"num_hidden_layers": 1}, "test")
-    load = Load.of(
-        shape, count_parameters(shape), dtype="bf16", cache_bits=16, prompt_tokens=1, tokens=1, concurrency=1
-    )
+    wanted = PlanSettings(prompt_tokens=1, tokens=1, concurrency=1)
+    load = load_of(shape, count_parameters(shape), dtype="bf16", settings=wanted)
     found = [n for n in (1, 2, 4, 8) if gpu_layouts(load, find_gpu("H100"), n)]
     assert max(found) == widest
