@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..localrun.core.record_log import from_json
+from ..errors import ArtifactError
+from ..localrun.core.record_log import read_records
 from .context import Context
 from .graders.pool import Grader
 from .judging.judge_traces import REPLIES_FILE, judge_ungraded
@@ -92,14 +93,10 @@ def take_in(context: Context, path: Path) -> None:
 
 def is_traces_file(path: Path) -> bool:
     """Say whether a file holds our own traces."""
-    if not path.is_file() or path.suffix != ".jsonl":
+    try:
+        return path.suffix == ".jsonl" and next(read_records(path, Trace), None) is not None
+    except ArtifactError:
         return False
-    with path.open("rb") as lines:
-        try:
-            from_json(Trace, lines.readline())
-        except ValueError:
-            return False
-    return True
 
 
 def _expanded(

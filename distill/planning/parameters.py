@@ -11,12 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ...errors import ArtifactError, UsageError
 from .catalogue import MODELS
 from .kv_cache import kv_numbers
 
+_C = TypeVar("_C", dict[str, Any], list[Any])
 Dtype = Literal["bf16", "fp8", "int8", "int4", "nvfp4", "mxfp4"]
 
 BITS: dict[Dtype, float] = {  # a weight, with its share of the block's scale
@@ -160,11 +161,11 @@ def read_shape(config: Mapping[str, Any], where: str) -> DecoderShape:
         ArtifactError: `code` "config-broken" or "model-not-covered".
     """
     fields = _Fields(config, where)
-    fields = _Fields({**config, **fields.mapping("text_config")}, where)
+    fields = _Fields({**config, **fields.container("text_config", dict)}, where)
     _refuse_uncovered(fields)
     model_type = str(fields.values.get("model_type", ""))
     n_layers, hidden, n_heads = fields["num_hidden_layers"], fields["hidden_size"], fields["num_attention_heads"]
-    is_fp8 = fields.mapping("quantization_config").get("quant_method") == "fp8"
+    is_fp8 = fields.container("quantization_config", dict).get("quant_method") == "fp8"
     has_bias = bool(fields.values.get("attention_bias", False))
     latent = _latent(fields)
     n_kv_heads = fields.get("num_key_value_heads") or n_heads
@@ -249,23 +250,16 @@ class _Fields:
             return value
         return None
 
-    def mapping(self, name: str) -> dict[str, Any]:
-        """Return a field that is an object itself; an empty one if it is missing or null."""
-        value = self.values.get(name) or {}
-        if not isinstance(value, dict):
-            raise _broken(f"{self.where}: {name} is {value!r}, not an object")
-        return value
-
-    def sequence(self, name: str) -> list[Any]:
-        """Return a field that is a list; an empty one if it is missing or null."""
-        value = self.values.get(name) or []
-        if not isinstance(value, list):
-            raise _broken(f"{self.where}: {name} is {value!r}, not a list")
+    def container(self, name: str, kind: type[_C]) -> _C:
+        """Return a field that is an object or a list; an empty one if it is missing or null."""
+        value = self.values.get(name) or kind()
+        if not isinstance(value, kind):
+            raise _broken(f"{self.where}: {name} is {value!r}, not a {kind.__name__}")
         return value
 
 
 def _refuse_uncovered(fields: _Fields) -> None:
-    kinds = set(map(str, fields.sequence("layer_types"))) - {"full_attention", "sliding_attention"}
+    kinds = set(map(str, fields.container("layer_types", list))) - {"full_attention", "sliding_attention"}
     if kinds or fields.values.get("is_encoder_decoder") or "ssm_cfg" in fields.values:
         what = ", ".join(sorted(kinds)) or "not a plain decoder"
         raise ArtifactError(
@@ -298,7 +292,7 @@ def _experts(fields: _Fields, n_layers: int) -> Experts | None:
     width = fields.get("moe_intermediate_size") or fields["intermediate_size"]
     step = fields.get("decoder_sparse_step", "moe_layer_freq") or 1
     first = fields.get("first_k_dense_replace") or 0
-    dense = fields.sequence("mlp_only_layers")
+    dense = fields.container("mlp_only_layers", list)
     offset = 1 if "decoder_sparse_step" in fields.values else 0
     n_sparse = sum(i >= first and i not in dense and (i + offset) % step == 0 for i in range(n_layers))
     shared = fields.get("shared_expert_intermediate_size") or (fields.get("n_shared_experts") or 0) * width

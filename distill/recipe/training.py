@@ -202,16 +202,7 @@ class TrainingRecipe:
             )
 
     @property
-    def full(self) -> bool:
-        """Whether all weights train."""
-        return self.weights == "full"
-
-    @property
-    def is_qlora(self) -> bool:
-        """Whether an adapter trains on a base of 4 bits."""
-        return self.weights == "qlora"
-
-    @property
     def peak_lr(self) -> float:
         """The highest learning rate of the schedule."""
-        return self.learning_rate if self.learning_rate is not None else (1e-4 if self.full else 6e-4)
+        default = 1e-4 if self.weights == "full" else 6e-4
+        return default if self.learning_rate is None else self.learning_rate

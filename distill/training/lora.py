@@ -25,18 +25,17 @@ def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.devi
         UsageError: `code` "no-such-layer": the student has no linear map or layer that the recipe names.
     """
     quiet_transformers()
-    model = load_base(
-        base_dir, torch.float32 if settings.full else dtype, four_bits(device) if settings.is_qlora else None
-    )
-    model = model if settings.is_qlora else model.to(device)
+    is_full, is_qlora = settings.weights == "full", settings.weights == "qlora"
+    model = load_base(base_dir, torch.float32 if is_full else dtype, four_bits(device) if is_qlora else None)
+    model = model if is_qlora else model.to(device)
     model.config.use_cache = False
-    if settings.full:
+    if is_full:
         return model
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     torch.manual_seed(settings.seed or 0)
     lora = _lora_config(model, settings)
-    if settings.is_qlora:
+    if is_qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return get_peft_model(model, lora)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from ...errors import ArtifactError, ModelError
 from ...localrun.core.atomic import replacing_folder
@@ -30,7 +31,7 @@ _BASE_FILE = "deepdistill_base.json"
 
 def save_checkpoint(model: Any, base_dir: Path, *, tokenizer: Tokenizer, out: Path) -> None:
     """Write a plain checkpoint in the base's number format, and replace one that is there."""
-    stored = stored_dtype(base_dir) or torch.float32
+    stored = AutoConfig.from_pretrained(base_dir).dtype or torch.float32
     model.config.use_cache = True
     model.config._attn_implementation = "sdpa"
     for config in (model.config, model.generation_config):
@@ -124,10 +125,3 @@ def _check_base(adapter_dir: Path, base_dir: Path) -> None:
 def _logits(model: Any, row: Row) -> Tensor:
     logits: Tensor = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].float()
     return logits
-
-
-def stored_dtype(folder: Path) -> torch.dtype | None:
-    """Return the number format that a checkpoint's config names."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = config.get("dtype") or config.get("torch_dtype")
-    return getattr(torch, name) if isinstance(name, str) else None

@@ -14,7 +14,7 @@ compiles a matrix product for each new shape, which takes ten times as long as t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .losses import Segment, Targets
+from .losses import Segment, Targets, Tensors
 from .rows import Row
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Tensors):
     """Where T packed tokens are in n rows of at most L."""
 
     gather: Tensor  # [n, L], the flat index of each row's tokens; 0 in the padding
@@ -35,14 +35,6 @@ class Layout:
     shared: Tensor  # [U], the flat tokens that are in several rows
     copies: Tensor  # [M], where in [n * L] the later of these rows have them
     copy_of: Tensor  # [M], which of the U each copy is
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Layout:
-        """Return the same layout on another device."""
-        return Layout(*(getattr(self, field.name).to(device, non_blocking=non_blocking) for field in fields(self)))
-
-    def pin_memory(self) -> Layout:
-        """Return the same layout in page-locked memory, from which a GPU copies while it computes."""
-        return Layout(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
     def sum_back(self, rows: Tensor) -> Tensor:
         """Return for each flat token the sum over its places in the rows: `[T, C]` of `[n * L, C]`.

@@ -30,7 +30,7 @@ def check_training(context: Context, base: Path) -> None:
 
     training = context.recipe.training
     reporters(training.report_to)
-    if training.is_qlora:
+    if training.weights == "qlora":
         four_bits(choose_device(context.resources.device))
     make_row(tokenizer_of(base), [{"role": "user", "content": "1 + 1?"}], reasoning="1 + 1 = 2", content="2")
 

@@ -111,7 +111,7 @@ def train(
         plan = make_plan(paths.base_dir, rows, settings=settings, device=training.device, folder=folder)
         _check_same_rows(rows, folder)
         result = training.run_fitting(plan)
-        if settings.full or not is_first():
+        if settings.weights == "full" or not is_first():
             return result
         _free_memory(training.device)  # the trained weights are in the adapter's folder
         difference = merge_adapter(
@@ -206,7 +206,7 @@ class _Training:
         """Write the trained weights; `gathered` has all of them if each process holds a part."""
         if not is_first():
             return
-        if not self.settings.full:
+        if self.settings.weights != "full":
             save_adapter(model, self.paths.base_dir, folder=self.paths.adapter_dir, weights=gathered)
             return
         if gathered is not None:

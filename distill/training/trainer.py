@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -86,9 +86,6 @@ class StudentTrainer(Trainer):
         return 0
 
 
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
-
-
 def schedule(settings: TrainingRecipe, progress: Callable[[int], float]) -> Callable[[int], float]:
     """Return the factor of the peak learning rate by step: a linear warm-up, then a linear decay to `final_lr`."""
 
@@ -136,13 +133,13 @@ def arguments(
         seed=settings.seed or 0,
         ddp_find_unused_parameters=False if n_processes > 1 else None,
     )
-    return on_one_gpu(given)
-
-
-def on_one_gpu(given: Arguments) -> Arguments:
-    """Return Trainer's arguments with one GPU per process: with more it uses DataParallel, which would split rows."""
-    given._n_gpu = min(given.n_gpu, 1)
+    use_one_gpu(given)
     return given
+
+
+def use_one_gpu(given: TrainingArguments) -> None:
+    """Have Trainer use one GPU per process: with more it uses DataParallel, which would split rows."""
+    given._n_gpu = min(given.n_gpu, 1)
 
 
 def reporters(names: Sequence[str]) -> list[str]:

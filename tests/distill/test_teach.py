@@ -124,8 +124,9 @@ def test_what_the_untrained_student_always_solves_is_left_out(chain_sum: str, tm
 
 
 def test_the_pocket_teacher_refuses_what_it_never_learned(tmp_path: Path) -> None:
-    with pytest.raises(TeacherError, match="not learned gym:gcd"):
+    with pytest.raises(TeacherError, check=lambda error: error.code == "pocket-cannot-answer") as caught:
         teach(_settings("gym:gcd"), tmp_path / "run")
+    assert "gym:gcd" in caught.value.message
 
 
 def test_no_right_trace_is_said_with_the_reasons(finished: Path, chain_sum: str, tmp_path: Path) -> None:
@@ -227,7 +228,7 @@ def test_what_is_wrong_with_the_training_is_found_before_the_teacher_is_asked(ch
     with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
         TrainingRecipe(reasoning_weight=0.0, answer_weight=0.0)
     qlora = _settings(chain_sum, training__weights="qlora", resources__device="cpu")
-    with pytest.raises(ModelError, match="needs"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "needs-gpu"):
         teach(qlora, tmp_path / "run")
     with pytest.raises(UsageError, check=lambda error: error.code == "no-rounds"):
         teach(_settings(chain_sum), tmp_path / "run", stop_after="samples")

@@ -11,7 +11,7 @@ from .forward_kl import forward_kl
 from .policy_gradient import policy_gradient
 from .projected import Head, Loss, Segment, projected_kl, projected_loss, token_scores
 from .reverse_kl import reverse_kl
-from .targets import Targets
+from .targets import Targets, Tensors
 from .unlikelihood import unlikelihood
 
 LOSSES: dict[str, Loss] = {
@@ -23,4 +23,4 @@ LOSSES: dict[str, Loss] = {
 }
 """The losses by the names that rows give (`rows.Row.losses`)."""
 
-__all__ = ["LOSSES", "Head", "Segment", "Targets", "projected_kl", "projected_loss", "token_scores"]
+__all__ = ["LOSSES", "Head", "Segment", "Targets", "Tensors", "projected_kl", "projected_loss", "token_scores"]

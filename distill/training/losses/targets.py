@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Targets:
+class Tensors:
+    """A dataclass of tensors, some of which may be None, that move together."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Return the same on another device."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Return the same in page-locked memory, from which a GPU copies while it computes."""
+        return self.each(Tensor.pin_memory)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return the same with every tensor changed."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in known.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Targets(Tensors):
     """Flat tensors of the N targets of a batch; None for what no row of the batch has.
 
     `top_ids` is -1 where the teacher gave fewer than k. Where a row lacks what others have, advantages are 0 and old
@@ -28,16 +47,4 @@ class Targets:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> Targets:
-        return self._each(lambda tensor: tensor[part])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        """Return the same targets on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Targets:
-        """Return the same targets in page-locked memory, from which a GPU copies while it computes."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Targets:
-        known = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in known.items() if value is not None})
+        return self.each(lambda tensor: tensor[part])

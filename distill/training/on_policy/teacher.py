@@ -216,26 +216,14 @@ def score_samples(
         writer = LogprobsWriter(out, {id_key(trace.id) for trace in samples})
         try:
             with Logprobs.open(out) as scored:
-                wanted = [trace for trace in samples if trace.id in sampled and trace.id not in scored]
-            scores = _scores(wanted, sampled, teacher=teacher, top_logprobs=top_logprobs)
-            for done, (trace, ids, top) in enumerate(scores, 1):
+                found = [(trace, sampled.get(trace.id)) for trace in samples if trace.id not in scored]
+            wanted = [(trace, stored[0].tolist()) for trace, stored in found if stored is not None]
+            asked = [(trace.messages, ids) for trace, ids in wanted]
+            scores = teacher().score_many(asked, top_logprobs=top_logprobs) if wanted else iter(())
+            for done, (index, top) in enumerate(scores, 1):
+                trace, ids = wanted[index]
                 writer.append(encode(trace.id, ids, top))
                 report.progress("the teacher scores", done, total=len(wanted))
         finally:
             writer.close()
     return len(wanted)
-
-
-def _scores(
-    wanted: Sequence[Trace], sampled: Logprobs, *, teacher: Callable[[], Teacher], top_logprobs: int
-) -> Iterator[tuple[Trace, list[int], Any]]:
-    """Yield (sample, its tokens, the teacher's distribution at each) as the teacher gives them."""
-    if not wanted:
-        return
-    conversations = []
-    for trace in wanted:
-        stored = sampled.get(trace.id)
-        assert stored is not None
-        conversations.append((trace.messages, stored[0].tolist()))
-    for index, top in teacher().score_many(conversations, top_logprobs=top_logprobs):
-        yield wanted[index], conversations[index][1], top

@@ -36,7 +36,7 @@ from ..callback import checkpoints, last_checkpoint
 from ..lora import load_base
 from ..merge import save_checkpoint
 from ..train import TrainPaths
-from ..trainer import on_one_gpu
+from ..trainer import use_one_gpu
 from .reward import Reward, reward_of
 
 _ROWS_SMALL, _ROWS_LARGE = 64, 8  # answers in one backward pass of models under 20 M parameters, and of larger ones
@@ -262,34 +262,34 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
     n_rows = settings.group_size * settings.problems_per_step
     wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
     rows_per_pass = max(n for n in range(1, min(wanted, n_rows) + 1) if n_rows % n == 0)
-    return on_one_gpu(
-        GRPOConfig(
-            output_dir=str(checkpoints_dir),
-            per_device_train_batch_size=rows_per_pass,
-            gradient_accumulation_steps=n_rows // rows_per_pass,
-            num_generations=settings.group_size,
-            max_completion_length=settings.max_tokens,
-            temperature=settings.temperature,
-            beta=settings.kl_weight,
-            scale_rewards="none",  # else wrong answers that differ only in form would teach as much as any
-            epsilon=settings.clip_low,
-            epsilon_high=settings.clip_high,
-            max_steps=settings.steps,
-            learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta2=0.99,
-            bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
-            use_cpu=device.type == "cpu",
-            activation_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",  # `_Watch` decides when
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=device.type == "cuda",
-            seed=settings.seed,
-        )
+    given = GRPOConfig(
+        output_dir=str(checkpoints_dir),
+        per_device_train_batch_size=rows_per_pass,
+        gradient_accumulation_steps=n_rows // rows_per_pass,
+        num_generations=settings.group_size,
+        max_completion_length=settings.max_tokens,
+        temperature=settings.temperature,
+        beta=settings.kl_weight,
+        scale_rewards="none",  # else wrong answers that differ only in form would teach as much as any
+        epsilon=settings.clip_low,
+        epsilon_high=settings.clip_high,
+        max_steps=settings.steps,
+        learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
+        max_grad_norm=settings.max_grad_norm,
+        adam_beta2=0.99,
+        bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",  # `_Watch` decides when
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        seed=settings.seed,
     )
+    use_one_gpu(given)
+    return given
 
 
 def _default_lr(model: Any) -> float:

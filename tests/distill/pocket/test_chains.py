@@ -70,5 +70,6 @@ def test_pocket_refuses_the_rest_and_says_what_it_answers(source: str, named: st
 
 
 def test_pocket_leaves_unknown_parameters_to_the_problems() -> None:
-    with pytest.raises(UsageError, match="min_term"):
+    with pytest.raises(UsageError) as caught:
         check_source("gym:chain_sum?min_term=2")
+    assert "min_term" in caught.value.message
