@@ -282,16 +282,16 @@ class _Run:
 
 def prefill(context: Context, sequence: int, *, start: int, n_tokens: int) -> None:
     """Add random tokens to a sequence, in batches as large as the context takes, and ask for the last one's logits."""
-    end = start + n_tokens
-    for at in range(start, end, context.n_batch):
-        positions = range(at, min(end, at + context.n_batch))
-        _run(context, [Entry(_token(context), at, sequence, at == end - 1) for at in positions])
+    if n_tokens:
+        context.logits(context.run([_token(context) for _ in range(n_tokens)], start, sequence=sequence))
 
 
 def decode(context: Context, n_seq: int, *, start: int, n_tokens: int) -> None:
     """Add random tokens to several sequences, one to each at a time."""
     for at in range(start, start + n_tokens):
-        _run(context, [Entry(_token(context), at, sequence, True) for sequence in range(n_seq)])
+        is_room = context.decode([Entry(_token(context), at, sequence, True) for sequence in range(n_seq)])
+        assert is_room, "the context is too small for the measurement"
+        context.logits(n_seq - 1)  # waits until the device has finished
 
 
 def seconds_per_token(model: Model, n_threads: int) -> float:
@@ -305,13 +305,6 @@ def seconds_per_token(model: Model, n_threads: int) -> float:
             if time.monotonic() - started > 1:  # a large model, or threads that wait for one another
                 break
         return (time.monotonic() - started) / n
-
-
-def _run(context: Context, entries: list[Entry]) -> None:
-    is_room = context.decode(entries)
-    assert is_room, "the context is too small for the measurement"
-    if entries[-1].wanted:
-        context.logits(len(entries) - 1)  # waits until the device has finished
 
 
 def _token(context: Context) -> int:

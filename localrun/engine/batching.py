@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ...errors import ModelError
 from ..core.generation import Completion, Guidance, Sampling
 from ..families.thinking import Tags
 from .llama import Context, Entry
@@ -176,7 +175,7 @@ class Batch:
                     self._running[slot].n_cached = n
                 return indexes
             if len(self._running) == 1:
-                raise ModelError("the context is full", "give a larger --context", code="context-full")
+                raise self.context.full()
             slot = next(reversed(self._running))
             self.context.forget(slot)
             request = self._running.pop(slot)

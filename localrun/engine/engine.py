@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ModelError
 from ..core.closes import Closes
 from ..core.generation import FREE, GREEDY, Completion, Guidance, Sampling, TopLogprobs
-from ..families import template
 from ..families.thinking import Think, steer_thinking, tags_of
 from ..gguf.header import UnknownTypeError
 from ..machine.hardware import best_threads
@@ -19,8 +18,8 @@ from ..machine.memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, f
 from .batching import Batch
 from .kv_cache import KVCache
 from .library import llama_version
-from .llama import Context, Entry, Model, check_file
-from .logprobs import stack_rows, top_with
+from .llama import Context, Model, check_file
+from .logprobs import logit_rows, stack_rows, top_with
 from .speculation import Latch, ModelDrafts, NgramDrafts, Propose
 from .stream import Step, stream_turn
 from .turn import Turn
@@ -121,7 +120,7 @@ class Engine(Closes):
         self._context.set_threads(n_threads)
         started, n = time.monotonic(), 0
         while n < _N_MEASURED and time.monotonic() - started < _MEASURED_S:
-            self._context.decode([Entry(n % self.n_vocab, n, 0, True)])
+            self._context.run([n % self.n_vocab], n)
             n += 1
         seconds = (time.monotonic() - started) / n
         self._context.forget(0)
@@ -154,13 +153,7 @@ class Engine(Closes):
         Raises:
             ModelError: code "no-chat-template" or "template-refused".
         """
-        source = self.metadata.get("tokenizer.chat_template")
-        if not source:
-            raise ModelError(
-                f"{self.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
-            )
-        bos, eos = (self._special_text(name) for name in ("bos", "eos"))
-        return template.render(source, messages, thinking=thinking, bos_token=bos, eos_token=eos, tools=tools)
+        return self.model.render(messages, thinking=thinking, tools=tools)
 
     def prompt(
         self,
@@ -174,10 +167,6 @@ class Engine(Closes):
             ModelError: see `render`.
         """
         return steer_thinking(self.render(messages, thinking=think != "off", tools=tools), think, self.tags)
-
-    def _special_text(self, name: str) -> str:
-        token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return self.detokenize([int(token)]) if token is not None else ""
 
     def tokenize(self, text: str) -> list[int]:
         """Return the tokens of a rendered prompt: special tokens parsed, BOS put first where the file asks for it."""
@@ -293,7 +282,8 @@ class Engine(Closes):
         import numpy as np
 
         rows = np.empty((len(tokens), self.n_vocab), np.float32)
-        for i, row in enumerate(self._logit_rows(tokens)):
+        self._cache.clear()
+        for i, row in enumerate(logit_rows(self._context, tokens)):
             rows[i] = row
         return rows
 
@@ -305,21 +295,9 @@ class Engine(Closes):
         Raises:
             ModelError: code "prompt-too-long".
         """
-        rows = itertools.islice(self._logit_rows(tokens), start - 1, len(tokens) - 1)
-        return stack_rows([top_with(row, k, token) for row, token in zip(rows, tokens[start:], strict=True)], k)
-
-    def _logit_rows(self, tokens: Sequence[int]) -> Iterator[npt.NDArray[np.float32]]:
-        """Yield the logits `[V]` that follow each token: views that are overwritten."""
-        if not 0 < len(tokens) <= self.n_ctx:
-            raise ModelError(
-                f"{len(tokens)} tokens do not fit the context of {self.n_ctx}",
-                "give a larger --context",
-                code="prompt-too-long",
-            )
         self._cache.clear()
-        for start in range(0, len(tokens), N_BATCH):
-            last = self._cache.extend(tokens[start : start + N_BATCH], every=True)
-            yield from (self._context.logits(i) for i in range(last + 1))
+        rows = logit_rows(self._context, tokens[:-1], start - 1)
+        return stack_rows([top_with(row, k, token) for row, token in zip(rows, tokens[start:], strict=True)], k)
 
     def save_state(self, path: Path) -> None:
         """Write what the KV cache holds of the last stream, so that another process need not compute it again.

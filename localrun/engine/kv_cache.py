@@ -12,10 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import ModelError
 from ..core.atomic import replacing_file
-from ..machine.memory import N_BATCH
-from .llama import Context, Entry
+from .llama import Context
 
 if TYPE_CHECKING:
     from .vision import Projector
@@ -52,10 +50,8 @@ class KVCache:
         self.release()
         n_same = _n_same(self.tokens, tokens[:-1])  # the last token always runs, for its logits
         del self.tokens[self.context.forget(0, n_same) :]
-        fresh, index = tokens[len(self.tokens) :], 0
-        for start in range(0, len(fresh), N_BATCH):
-            index = self.extend(fresh[start : start + N_BATCH])
-        return len(fresh), index
+        fresh = tokens[len(self.tokens) :]
+        return len(fresh), self.extend(fresh)
 
     def show(self, projector: Projector, prompt: str, images: Sequence[Path | bytes]) -> int:
         """Bring the sequence to a prompt with images; return the index of the last token's logits."""
@@ -65,16 +61,8 @@ class KVCache:
         return index
 
     def extend(self, tokens: Sequence[int], *, every: bool = False) -> int:
-        """Run at most a batch of tokens at the end; return the index of the last one's logits, or of all with `every`.
-
-        Raises:
-            ModelError: code "context-full".
-        """
-        start, last = len(self.tokens), len(tokens) - 1
-        if not self.context.decode([Entry(t, start + i, 0, every or i == last) for i, t in enumerate(tokens)]):
-            raise ModelError(
-                f"the context of {self.n_ctx} tokens is full", "give a larger --context", code="context-full"
-            )
+        """Run tokens at the end; return the index of the last one's logits; see `Context.run`."""
+        last = self.context.run(tokens, len(self.tokens), every=every)
         self.tokens += tokens
         return last
 

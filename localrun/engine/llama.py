@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ..core.closes import Closes
+from ..families import template
 from ..machine.hardware import default_threads
 from ..machine.memory import KV_TYPES, N_BATCH, N_MICRO_BATCH
 from .library import clear_log, has_amx, llama_cpp, logged_reason, start_library
@@ -146,6 +147,30 @@ class Model(Closes):
         n = llama_cpp.llama_token_to_piece(self.vocab, token, buffer, size, 0, True)
         return buffer.raw[:n] if n >= 0 else self._read_piece(token, -n)
 
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        thinking: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        asks: bool = True,
+    ) -> str:
+        """Return a conversation as rendered by the file's own chat template; see `template.render`.
+
+        Raises:
+            ModelError: code "no-chat-template" or "template-refused".
+        """
+        source = self.metadata.get("tokenizer.chat_template")
+        bos, eos = (self.special_text(name) for name in ("bos", "eos"))
+        return template.render(
+            source, messages, thinking=thinking, bos_token=bos, eos_token=eos, tools=tools, asks=asks
+        )
+
+    def special_text(self, name: str) -> str:
+        """Return the text of the `bos` or the `eos` token, empty if the file names none."""
+        token = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return "" if token is None else self.piece(int(token)).decode("utf-8", "replace")
+
     @cached_property
     def eog(self) -> frozenset[int]:
         """The tokens that end generation."""
@@ -244,6 +269,28 @@ class Context(Closes):
                 code="decode-failed",
             )
         return bool(code == 0)
+
+    def run(self, tokens: Sequence[int], start: int, *, sequence: int = 0, every: bool = False) -> int:
+        """Decode tokens from a position on, in batches; return the index of the last one's logits in the last batch.
+
+        With `every`, each token of a batch has logits.
+
+        Raises:
+            ModelError: code "context-full" or "decode-failed".
+        """
+        last = -1
+        for begin in range(0, len(tokens), self.n_batch):
+            part = tokens[begin : begin + self.n_batch]
+            last = len(part) - 1
+            entries = [Entry(t, start + begin + i, sequence, every or i == last) for i, t in enumerate(part)]
+            if not self.decode(entries):
+                raise self.full()
+        return last
+
+    def full(self) -> ModelError:
+        """Return the error of a KV cache that has no more room."""
+        message = f"the context of {self.n_ctx} tokens is full"
+        return ModelError(message, "give a larger --context", code="context-full")
 
     def logits(self, index: int) -> npt.NDArray[np.float32]:
         """Return the logits `[V]` of one entry of the last batch: a view that the next batch overwrites."""

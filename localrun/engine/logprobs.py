@@ -1,11 +1,13 @@
-"""The k most probable tokens of a row of logits, fast enough to compute at every token."""
+"""The logits of a text, and the k most probable tokens of a row of them, fast enough to compute at every token."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from ...errors import ModelError
 from ..core.generation import TopLogprobs
+from .llama import Context, Entry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,6 +16,27 @@ if TYPE_CHECKING:
     TopRow = tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]
 
 _BLOCK = 64
+
+
+def logit_rows(context: Context, tokens: Sequence[int], start: int = 0) -> Iterator[npt.NDArray[np.float32]]:
+    """Yield the logits `[V]` that follow each token of a text from `start` on: views that are overwritten.
+
+    The text takes the place of what sequence 0 holds.
+
+    Raises:
+        ModelError: code "prompt-too-long".
+    """
+    if not start < len(tokens) <= context.n_ctx:
+        raise ModelError(
+            f"{len(tokens)} tokens do not fit the context of {context.n_ctx}",
+            "give a larger --context",
+            code="prompt-too-long",
+        )
+    context.forget(0)
+    for begin in range(0, len(tokens), context.n_batch):
+        part = range(begin, min(begin + context.n_batch, len(tokens)))
+        context.decode([Entry(tokens[i], i, 0, i >= start) for i in part])
+        yield from (context.logits(i - begin) for i in part if i >= start)
 
 
 def top_of(logits: npt.NDArray[np.float32], k: int) -> TopRow:

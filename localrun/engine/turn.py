@@ -13,7 +13,15 @@ from collections.abc import Callable, Sequence
 
 from ..core.generation import FinishReason, Guidance, Sampling
 from ..core.loops import LoopDetector, VarietyGauge
-from ..families.thinking import THINK, Part, Tags, ThinkingParser, prompt_closes_thinking, prompt_opens_thinking
+from ..families.thinking import (
+    THINK,
+    Part,
+    Tags,
+    ThinkingParser,
+    n_held_back,
+    prompt_closes_thinking,
+    prompt_opens_thinking,
+)
 from .llama import Context, Model
 from .sampler import Sampler
 
@@ -212,74 +220,41 @@ class Turn:
         self._sampler.close()
 
 
-class Reading:
-    """The text of one sequence so far, as thinking and answer.
-
-    `n_reasoning` counts the tokens up to and including the one that closes the thinking; 0 if it never opened.
-    """
+class Reading(ThinkingParser):
+    """The text of one sequence so far, read from its tokens."""
 
     def __init__(self, starts_inside: bool, piece: Callable[[int], bytes], tags: Tags = THINK) -> None:
         """Read tokens whose bytes `piece` gives."""
+        super().__init__(starts_inside, tags)
         self._piece = piece
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # characters may be split over tokens
-        self._parser = ThinkingParser(starts_inside, tags)
-        self._texts: dict[Part, list[str]] = {"thinking": [], "answer": []}
+        self._thoughts: list[str] = []
         self._n_before_close = 0
-        self._has_answer = False
+        self.has_answer = False  # more than white space
 
-    def add(self, token: int) -> list[tuple[Part, str]]:
+    def add(self, token: int) -> list[Piece]:
         """Return the text that can be shown with this token, in order, as (part, text)."""
-        self._n_before_close += not self._parser.closed
-        return self._keep(self._parser.feed(self._decoder.decode(self._piece(token))))
+        self._n_before_close += not self.closed
+        return self._keep(self.feed(self._decoder.decode(self._piece(token))))
 
-    def finish(self) -> list[tuple[Part, str]]:
+    def finish(self) -> list[Piece]:
         """Return what was held back, at the end of the stream."""
-        return self._keep(self._parser.feed(self._decoder.decode(b"", final=True)) + self._parser.finish())
+        return self._keep(self.feed(self._decoder.decode(b"", final=True)) + super().finish())
 
-    def forbid_tags(self) -> None:
-        """Take tags out of the answer too, from now on."""
-        self._parser.forbid_tags()
-
-    def _keep(self, pieces: list[tuple[Part, str]]) -> list[tuple[Part, str]]:
-        for part, text in pieces:
-            self._texts[part].append(text)
-            self._has_answer = self._has_answer or (part == "answer" and not text.isspace())
+    def _keep(self, pieces: list[Piece]) -> list[Piece]:
+        self._thoughts += [text for part, text in pieces if part == "thinking"]
+        self.has_answer = self.has_answer or any(part == "answer" and not text.isspace() for part, text in pieces)
         return pieces
 
     @property
-    def part(self) -> Part:
-        """The part that the next token belongs to, as far as is known."""
-        return self._parser.part
-
-    @property
-    def decided(self) -> bool:
-        """Whether there was enough text to tell if the output begins with thinking."""
-        return self._parser.decided
-
-    @property
-    def has_answer(self) -> bool:
-        """Whether the answer holds more than white space."""
-        return self._has_answer
-
-    @property
     def n_reasoning(self) -> int:
-        """How many tokens the thinking took, its tags included."""
-        return self._n_before_close if self._parser.opened else 0
-
-    @property
-    def closed(self) -> bool | None:
-        """Whether the thinking was closed; None if it never opened."""
-        return self._parser.closed if self._parser.opened else None
+        """How many tokens the thinking took, up to and including the one that closes it; 0 if it never opened."""
+        return self._n_before_close if self.opened else 0
 
     @property
     def reasoning(self) -> str | None:
         """The thinking; None if it never opened."""
-        return "".join(self._texts["thinking"]) if self._parser.opened else None
-
-    @property
-    def content(self) -> str:
-        """The answer."""
-        return "".join(self._texts["answer"])
+        return "".join(self._thoughts) if self.opened else None
 
 
 class StopStrings:
@@ -299,10 +274,8 @@ class StopStrings:
         if starts:
             self.found = True
             return self._held[: min(starts)]
-        longest = max(map(len, self._strings), default=1)
-        tails = range(min(longest - 1, len(self._held)), 0, -1)
-        n = next((n for n in tails if any(s.startswith(self._held[-n:]) for s in self._strings)), 0)
-        out, self._held = self._held[: len(self._held) - n], self._held[len(self._held) - n :]
+        cut = len(self._held) - n_held_back(self._held, *self._strings)
+        out, self._held = self._held[:cut], self._held[cut:]
         return out
 
     def finish(self) -> str:

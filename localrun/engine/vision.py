@@ -26,7 +26,7 @@ from ...errors import ArtifactError, ModelError, UsageError
 from ..core.closes import Closes
 from ..gguf.header import read_gguf
 from .library import clear_log, keep_log, logged_reason, start_library
-from .llama import Context, Entry, Model
+from .llama import Context, Model
 
 MARKER = "<__media__>"
 _TEXT, _IMAGE = 0, 1  # mtmd_input_chunk_type
@@ -134,9 +134,7 @@ class Projector(Closes):
                 self._decode_image(context, chunk, position=position, sequence=sequence)
             elif n_same < end:
                 start = max(n_same, position)
-                at = _decode_text(
-                    context, chunk, base=position, start=start, sequence=sequence, is_last=chunk is chunks[-1]
-                )
+                at = context.run(chunk.held[start - position :], start, sequence=sequence)
             position = end
         return at
 
@@ -163,7 +161,7 @@ class Projector(Closes):
             ctypes.byref(after),
         )
         if code == _KV_FULL:
-            raise _full(context)
+            raise context.full()
         if code != 0:
             raise ModelError(
                 f"{self.path} cannot encode the image (code {code}): {logged_reason()}", code="decode-failed"
@@ -298,20 +296,6 @@ def _n_same(chunks: Sequence[_Chunk], cached: Sequence[int]) -> int:
             return position
         position = end
     return n
-
-
-def _decode_text(context: Context, chunk: _Chunk, *, base: int, start: int, sequence: int, is_last: bool) -> int:
-    """Decode text whose first token has position `base`, from `start` on; return the index of the last logits."""
-    last = base + len(chunk.held) - 1
-    entries = [Entry(chunk.held[i - base], i, sequence, is_last and i == last) for i in range(start, last + 1)]
-    for begin in range(0, len(entries), context.n_batch):
-        if not context.decode(entries[begin : begin + context.n_batch]):
-            raise _full(context)
-    return (len(entries) - 1) % context.n_batch
-
-
-def _full(context: Context) -> ModelError:
-    return ModelError(f"the context of {context.n_ctx} tokens is full", "give a larger --context", code="context-full")
 
 
 def _image_bytes(path: Path) -> bytes:

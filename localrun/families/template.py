@@ -21,7 +21,7 @@ from ...errors import ModelError
 
 
 def render(
-    source: str,
+    source: str | None,
     messages: Sequence[Mapping[str, Any]],
     *,
     thinking: bool,
@@ -36,8 +36,12 @@ def render(
     get the object that most expect; those that expect a text get that, see `_Arguments`.
 
     Raises:
-        ModelError: code "template-refused": the template is broken or refuses the conversation.
+        ModelError: code "no-chat-template": there is no `source`; "template-refused": the template is broken or refuses
+            the conversation.
     """
+    if not source:
+        hint = "use an instruction-tuned model"
+        raise ModelError("the model's file has no chat template", hint, code="no-chat-template")
     try:
         return _compile(source).render(
             messages=[_as_templates_expect(message) for message in messages],

@@ -69,7 +69,7 @@ def split_thinking(text: str, starts_inside: bool, tags: Tags = THINK) -> tuple[
     pieces = parser.feed(text) + parser.finish()
     thinking = "".join(piece for part, piece in pieces if part == "thinking")
     content = "".join(piece for part, piece in pieces if part == "answer")
-    return (thinking if parser.opened else None), content, (parser.closed if parser.opened else None)
+    return (thinking if parser.opened else None), content, parser.closed
 
 
 class ThinkingParser:
@@ -86,9 +86,9 @@ class ThinkingParser:
         self._held = ""
 
     @property
-    def closed(self) -> bool:
-        """Whether the thinking has ended."""
-        return self.opened and self._state in ("closed", "answer")
+    def closed(self) -> bool | None:
+        """Whether the thinking has ended; None if it never opened."""
+        return self._state in ("closed", "answer") if self.opened else None
 
     @property
     def decided(self) -> bool:
@@ -98,7 +98,7 @@ class ThinkingParser:
     @property
     def part(self) -> Part:
         """The part that the next text belongs to, as far as is known."""
-        return "thinking" if self.opened and not self.closed else "answer"
+        return "thinking" if self.closed is False else "answer"
 
     def forbid_tags(self) -> None:
         """Remove tags from the answer too: a model that was interrupted in its thinking may still want to close it."""
@@ -150,7 +150,7 @@ class ThinkingParser:
             thought, self._held = self._held[:end].removesuffix("\n"), self._held[end + len(close) :]
             self._state = "closed"
             return thought
-        return self._take_but(_n_held_back(self._held, close, f"\n{close}"))
+        return self._take_but(n_held_back(self._held, close, f"\n{close}"))
 
     def _take_answer(self) -> str:
         """Take what is certainly answer out of the held text."""
@@ -159,7 +159,7 @@ class ThinkingParser:
         while any(tag in self._held for tag in self._tags):  # what remains may join into another tag
             for tag in self._tags:
                 self._held = self._held.replace(tag, "")
-        return self._take_but(_n_held_back(self._held, *self._tags))
+        return self._take_but(n_held_back(self._held, *self._tags))
 
     def _take_but(self, n: int) -> str:
         """Take all but the last n characters of the held text."""
@@ -168,9 +168,9 @@ class ThinkingParser:
         return taken
 
 
-def _n_held_back(text: str, *endings: str) -> int:
+def n_held_back(text: str, *endings: str) -> int:
     """Return how many last characters may yet turn out to begin one of the endings."""
-    for length in range(min(max(map(len, endings)), len(text)), 0, -1):
+    for length in range(min(max(map(len, endings), default=0), len(text)), 0, -1):
         if any(ending.startswith(text[-length:]) for ending in endings):
             return length
     return 0

@@ -49,7 +49,6 @@ _WRITTEN = (
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {  # name: (result, arguments)
     "ggml_blck_size": (ctypes.c_int64, [ctypes.c_int]),
     "ggml_type_size": (ctypes.c_size_t, [ctypes.c_int]),
-    "ggml_row_size": (ctypes.c_size_t, [ctypes.c_int, ctypes.c_int64]),
     "ggml_type_name": (ctypes.c_char_p, [ctypes.c_int]),
     "ggml_quantize_chunk": (
         ctypes.c_size_t,
@@ -99,19 +98,9 @@ def _library_path() -> Path:
     return path
 
 
-def type_name(type_: GGMLQuantizationType) -> str:
-    """Return ggml's own name of a type, such as `q4_K`."""
-    return str(ggml_library().ggml_type_name(int(type_)).decode())
-
-
 def block_size(type_: GGMLQuantizationType) -> int:
     """Return how many elements one block holds: a row must be a multiple of it."""
-    return int(ggml_library().ggml_blck_size(int(type_)))
-
-
-def type_size(type_: GGMLQuantizationType) -> int:
-    """Return the bytes of one block."""
-    return int(ggml_library().ggml_type_size(int(type_)))
+    return GGML_QUANT_SIZES[type_][0]
 
 
 def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
@@ -120,9 +109,10 @@ def row_size(type_: GGMLQuantizationType, n_per_row: int) -> int:
     Raises:
         ValueError: a row of this length has no whole number of blocks.
     """
-    if n_per_row <= 0 or n_per_row % block_size(type_):
-        raise ValueError(f"a row of {n_per_row} is not a multiple of {type_.name}'s block of {block_size(type_)}")
-    return int(ggml_library().ggml_row_size(int(type_), n_per_row))
+    block, block_bytes = GGML_QUANT_SIZES[type_]
+    if n_per_row <= 0 or n_per_row % block:
+        raise ValueError(f"a row of {n_per_row} is not a multiple of {type_.name}'s block of {block}")
+    return n_per_row // block * block_bytes
 
 
 def quantize_rows(
@@ -195,9 +185,9 @@ def dequantize_rows(
         return data.view(_PLAIN[type_]).astype(np.float32)
     if type_ == GGMLQuantizationType.BF16:
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    assert n_per_row % block_size(type_) == 0
+    name = ggml_library().ggml_type_name(int(type_)).decode()
     try:
-        function = getattr(ggml_library(), f"dequantize_row_{type_name(type_)}")
+        function = getattr(ggml_library(), f"dequantize_row_{name}")
     except AttributeError as error:
         raise ModelError(f"the installed ggml cannot dequantize {type_.name}", code="type-unsupported") from error
     function.restype, function.argtypes = None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]

@@ -109,10 +109,6 @@ class ModelCard:
             ModelError: code "no-chat-template" or "template-refused".
         """
         source = self.header.metadata.get("tokenizer.chat_template")
-        if not source:
-            raise ModelError(
-                f"{self.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
-            )
         return render(source, messages, thinking=True, bos_token=self.special("bos"), eos_token=self.special("eos"))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ModelError
-from ..engine.llama import Context, Entry, Model
+from ..engine.llama import Context, Model
 from ..machine.hardware import default_threads
 from ..machine.memory import N_BATCH
 from .tensors import Pointer, name_of, op_of, scheduler_callback, values_of
@@ -74,18 +74,13 @@ def collect_squares(
 
 def _read(context: Context, tokens: list[int], failed: list[BaseException]) -> None:
     context.forget(0)
-    for start in range(0, len(tokens), N_BATCH):
-        part = tokens[start : start + N_BATCH]
-        try:
-            done = context.decode([Entry(token, start + i, 0, True) for i, token in enumerate(part)])
-        except ModelError:
-            if failed:
-                raise failed[0] from None
+    try:
+        context.run(tokens, 0, every=True)
+    except ModelError:
+        if not failed:
             raise
-        if failed:
-            raise failed[0]
-        if not done:
-            raise ModelError(f"the context of {context.n_ctx} tokens is full", code="context-full")
+    if failed:
+        raise failed[0]
 
 
 def _is_product_with_weight(node: Pointer) -> bool:

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ...errors import ModelError
 from ..core.closes import Closes
-from ..engine.llama import Context, Entry, Model
+from ..engine.llama import Context, Model
+from ..engine.logprobs import logit_rows
 from ..machine.hardware import default_threads
 from ..machine.memory import N_BATCH
 from .tensors import Pointer, address_of, name_of, scheduler_callback, set_f16
@@ -43,18 +44,9 @@ class LogitReader(Closes):
         """Yield the logits `[V]` that predict each token from `start`, at least 1, on: views that are overwritten.
 
         Raises:
-            ModelError: the tokens do not fit the context.
+            ModelError: code "prompt-too-long".
         """
-        if not start < len(tokens) <= self._context.n_ctx:
-            raise ModelError(
-                f"{len(tokens)} tokens do not fit the context of {self._context.n_ctx}", code="prompt-too-long"
-            )
-        self._context.forget(0)
-        last = len(tokens) - 1  # nothing comes after the last token
-        for begin in range(0, last, N_BATCH):
-            part = range(begin, min(begin + N_BATCH, last))
-            self._context.decode([Entry(tokens[i], i, 0, i >= start - 1) for i in part])
-            yield from (self._context.logits(i - begin) for i in part if i >= start - 1)
+        return logit_rows(self._context, tokens[:-1], start - 1)
 
     def close(self) -> None:
         """Free the cache and the weights. More than one call does no harm."""
@@ -93,7 +85,7 @@ class Probe(LogitReader):
 
         with Context(self.model, N_BATCH, n_batch=8, on_eval=scheduler_callback(on_node, failed)) as context:
             context.set_threads(n_threads)
-            context.decode([Entry(0, i, 0, True) for i in range(4)])
+            context.run([0] * 4, 0)
         if failed:
             raise failed[0]
 

@@ -52,7 +52,7 @@ class TypedTensor:
     @property
     def n_bytes(self) -> int:
         """Its bytes in the file, without padding."""
-        return self.n_weights // ggml.block_size(self.got) * ggml.type_size(self.got)
+        return ggml.row_size(self.got, self.n_weights)
 
 
 @dataclass(frozen=True)

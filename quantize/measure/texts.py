@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ...localrun.engine.llama import Model
-from ...localrun.families import template
 from ..convert.files import sha256_of
 from ..recipe import CalibrationRecipe
 
@@ -151,17 +150,11 @@ def _verified(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _render(model: Model, trace: Mapping[str, Any], max_length: int) -> Text:
-    source = model.metadata.get("tokenizer.chat_template")
-    if not source:
-        raise ModelError(
-            f"{model.path} has no chat template", "use an instruction-tuned model", code="no-chat-template"
-        )
-    ids = (model.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
-    bos, eos = ("" if one is None else model.piece(int(one)).decode("utf-8", "replace") for one in ids)
+    eos = model.special_text("eos")
     messages: Sequence[Mapping[str, Any]] = trace["messages"]
     answer = {"role": "assistant", "content": trace["content"], "reasoning_content": trace.get("reasoning_content")}
-    prompt = template.render(source, messages, thinking=True, bos_token=bos, eos_token=eos)
-    whole = template.render(source, [*messages, answer], thinking=True, bos_token=bos, eos_token=eos, asks=False)
+    prompt = model.render(messages)
+    whole = model.render([*messages, answer], asks=False)
     if not whole.startswith(prompt):
         raise ModelError(
             "the chat template renders an answer differently from how it prompts for one", code="template-mismatch"

@@ -33,11 +33,11 @@ def _fresh_library() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("type_", USED)
-def test_sizes_are_those_of_the_format(type_: Type) -> None:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[type_]
-    assert (ggml.block_size(type_), ggml.type_size(type_)) == (block, block_bytes)
-    assert ggml.row_size(type_, 3 * 256) == 3 * 256 // block * block_bytes
-    assert ggml.type_name(type_).upper() == type_.name
+def test_sizes_are_those_of_the_library(type_: Type) -> None:
+    library = ggml.ggml_library()
+    block = library.ggml_blck_size(int(type_))
+    assert ggml.block_size(type_) == block
+    assert ggml.row_size(type_, 3 * 256) == 3 * 256 // block * library.ggml_type_size(int(type_))
 
 
 @pytest.mark.parametrize("type_", [Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q5_0, Type.Q5_1])
@@ -108,5 +108,5 @@ def test_an_imatrix_of_the_wrong_length_is_refused(rows: np.ndarray) -> None:
 def test_no_library_is_an_error_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_CPP_LIB_PATH", str(tmp_path))
     with pytest.raises(ModelError, check=lambda error: error.code == "llama-cpp-broken") as caught:
-        ggml.block_size(Type.Q4_K)
+        ggml.ggml_library()
     assert "pip install llama-cpp-python" in caught.value.hint
