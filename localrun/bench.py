@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .core.printable import facts_table
 from .core.reporter import SILENT, Reporter
 from .core.text import format_bytes
 from .engine.llama import Context, Entry, Model
@@ -313,16 +314,15 @@ def _token(context: Context) -> int:
 
 def print_bench(report: BenchReport, console: Console) -> None:
     """Print the report, readable at 60 columns and without colour."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True, style="dim")
-    facts.add_column(overflow="fold")
-    facts.add_row("model", Text(f"{report.path.name}, {format_bytes(report.file_bytes)}"))
     threads = f"{report.n_threads} thread{'s' if report.n_threads > 1 else ''}"
-    facts.add_row("machine", Text(f"{report.cpu}, {threads}, reads {report.bandwidth / 1e9:.1f} GB/s"))
-    facts.add_row("loading", f"{report.load_s:.2f} s")
-    facts.add_row("first token", f"{report.first_token_s:.2f} s after a prompt of {report.n_prompt} tokens")
-    facts.add_row("memory", f"{format_bytes(report.peak_bytes)} at most, including this program's own")
-    console.print(facts)
+    facts = {
+        "model": f"{report.path.name}, {format_bytes(report.file_bytes)}",
+        "machine": f"{report.cpu}, {threads}, reads {report.bandwidth / 1e9:.1f} GB/s",
+        "loading": f"{report.load_s:.2f} s",
+        "first token": f"{report.first_token_s:.2f} s after a prompt of {report.n_prompt} tokens",
+        "memory": f"{format_bytes(report.peak_bytes)} at most, including this program's own",
+    }
+    console.print(facts_table(facts.items()))
     console.print()
     console.print(_rates(report))
     for use in report.memory:

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import DeepDistillError
+from .core.printable import facts_table
 from .core.text import format_bytes
 from .gguf.header import read_gguf
 from .machine import hardware
@@ -219,12 +220,7 @@ def _in_ollama() -> Iterator[tuple[str, Path]]:
 
 def print_doctor(report: DoctorReport, console: Console) -> None:
     """Print the report, readable at 60 columns and without colour."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True, style="dim")
-    facts.add_column(overflow="fold")
-    for name, value in _facts(report):
-        facts.add_row(name, Text(value))
-    console.print(facts)
+    console.print(facts_table(_facts(report)))
     for note in _notes(report):
         console.print(Text(f"note: {note}"))
     console.print()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...localrun.core.printable import facts_table
 from ...localrun.core.text import format_bytes
 from .layouts import MOST_GPUS, USED_SHARE, GpuLayout
 from .plan import ServingPlan
@@ -30,11 +31,7 @@ def print_plan(plan: ServingPlan, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True, style="dim")
-    facts.add_column(overflow="fold")
-    for name, value in _facts(plan):
-        facts.add_row(name, Text(value))
+    facts = facts_table(_facts(plan))
     console.print(Text(plan.model, style="bold"), Text(plan.source, style="dim"), facts, "", sep="\n")
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")

@@ -146,7 +146,7 @@ class TraceStore(Closes):
             self._logprobs = self._open_logprobs(self._opened)
         writer, before = self._logprobs, self._logprobs.size
         try:
-            writer.append(encode(trace.id, completion.token_ids, completion.logprobs))
+            writer.write(encode(trace.id, completion.token_ids, completion.logprobs))
             writer.sync()
             self._file.append(replace(trace, n_logprobs=completion.logprobs.ids.shape[1]))
         except BaseException:

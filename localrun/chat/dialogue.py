@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ...errors import DeepDistillError
-from ..core.printable import new_console, printable
+from ..core.printable import facts_table, new_console, printable
 from ..engine.engine import Engine
 from ..engine.stream import Step
 from .conversations import Conversation, Store
@@ -53,15 +53,7 @@ class Dialogue:
 
     def say_facts(self, facts: Mapping[str, str]) -> None:
         """Print a table of names and values."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
-        for name, value in facts.items():
-            table.add_row(Text(name), Text(value))
-        self.console.print(table, style="dim italic")
+        self.console.print(facts_table(facts.items(), ""), style="dim italic")
 
     def new_screen(self) -> Screen:
         """Return a screen for one answer to stream to."""

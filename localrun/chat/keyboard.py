@@ -6,10 +6,10 @@ import os
 import re
 import select
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from .conversations import data_dir
 
@@ -30,19 +30,11 @@ FOLD_KEY = b"\x14"  # Ctrl-T
 _SEQUENCE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|O.|.)?")  # what a key such as an arrow sends
 
 
-class Suggests(Protocol):
-    """What completion offers."""
-
-    def commands(self) -> Iterable[tuple[str, str]]:
-        """Return each command with its help."""
-
-    def arguments(self, command: str) -> Iterable[str] | None:
-        """Return the arguments of a command; None if it takes a path."""
+Suggestions = Mapping[str, tuple[str, Callable[[], Iterable[str] | None]]]
+"""Of each command its help, and a function that returns its arguments, or None if it takes a path."""
 
 
-def reader(
-    suggests: Suggests | None = None, *, on_fold: Callable[[], None] = lambda: None, keeps_history: bool = True
-) -> Callable[[str], str]:
+def reader(commands: Suggestions, *, on_fold: Callable[[], None], keeps_history: bool) -> Callable[[str], str]:
     """Return a function that reads one message, given the text that the line begins with.
 
     Enter sends; Alt-Enter or a trailing backslash begins a new line; Ctrl-T calls `on_fold`. The function raises
@@ -59,7 +51,7 @@ def reader(
         prompt_continuation="  ",
         key_bindings=_keys(on_fold),
         history=_history(keeps_history),
-        completer=_completer(suggests) if suggests else None,
+        completer=_completer(commands),
         complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
         reserve_space_for_menu=4,
         style=Style.from_dict(_MENU),
@@ -99,7 +91,7 @@ def _keys(on_fold: Callable[[], None]) -> KeyBindings:
     return keys
 
 
-def _completer(suggests: Suggests) -> Completer:
+def _completer(commands: Suggestions) -> Completer:
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -112,11 +104,11 @@ def _completer(suggests: Suggests) -> Completer:
                 return
             name, space, rest = text.partition(" ")
             if not space:
-                for command, help_ in suggests.commands():
+                for command, (help_, _) in commands.items():
                     if command.startswith(name):
                         yield Completion(command, start_position=-len(name), display_meta=help_)
                 return
-            arguments = suggests.arguments(name)
+            arguments = commands[name][1]() if name in commands else ()
             if arguments is None:
                 yield from PathCompleter(expanduser=True).get_completions(Document(rest), event)
             else:

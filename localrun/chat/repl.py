@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ...errors import DeepDistillError
@@ -20,7 +19,8 @@ def converse(dialogue: Dialogue, kept: tuple[Path, Conversation] | None = None, 
     if kept:
         dialogue.take_up(*kept)
     dialogue.pending = Question("", images=images)
-    read = reader(_Suggestions(dialogue), on_fold=dialogue.fold, keeps_history=dialogue.store is not None)
+    suggestions = {name: (command.help, partial(command.choices, dialogue)) for name, command in COMMANDS.items()}
+    read = reader(suggestions, on_fold=dialogue.fold, keeps_history=dialogue.store is not None)
     while True:
         try:
             draft = dialogue.pending.typed
@@ -46,16 +46,3 @@ def _take_turn(dialogue: Dialogue, text: str) -> None:
             dialogue.answer(dialogue.pending._replace(typed=text.strip()))
     except DeepDistillError as error:
         dialogue.say(f"{error.message}; {error.hint}" if error.hint else error.message)
-
-
-@dataclass(frozen=True)
-class _Suggestions:
-    """The slash commands and their arguments, as the keyboard completes them."""
-
-    dialogue: Dialogue
-
-    def commands(self) -> list[tuple[str, str]]:
-        return [(command.name, command.help) for command in COMMANDS.values()]
-
-    def arguments(self, command: str) -> Iterable[str] | None:
-        return COMMANDS[command].choices(self.dialogue) if command in COMMANDS else ()

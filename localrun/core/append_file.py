@@ -1,6 +1,6 @@
-"""Files that only grow, with one writer at a time: what was appended is whole after `kill -9` at any byte.
+"""Files that only grow, with one writer at a time: what was written is whole after `kill -9` at any byte.
 
-`append` returns when the operating system has the bytes, so that the death of this process loses none of them. A loss
+`write` returns when the operating system has the bytes, so that the death of this process loses none of them. A loss
 of power may take what was not yet on the disk; `sync` returns when it is there.
 """
 
@@ -16,12 +16,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ...errors import ArtifactError
+from .closes import Closes
 
 _NO_ROOM_HINT = "make room and run the same command again: it resumes after what is stored"
 
 
-class AppendFile:
-    """A file that only grows. Each `append` adds all of its bytes or, if that fails, none of them."""
+class AppendFile(Closes):
+    """A file that only grows. Each `write` adds all of its bytes or, if that fails, none of them."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file.
@@ -40,7 +41,7 @@ class AppendFile:
         if is_new:
             _sync_folder(path.parent)
 
-    def append(self, data: bytes) -> None:
+    def write(self, data: bytes) -> None:
         """Add the bytes at the end.
 
         Raises:
@@ -93,7 +94,7 @@ class AppendFile:
         return torn
 
     def sync(self) -> None:
-        """Return when the disk has all that was appended.
+        """Return when the disk has all that was written.
 
         Raises:
             ArtifactError: `code` "write-failed": the disk refused some of it; nothing more is appended then, since

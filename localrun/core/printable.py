@@ -1,4 +1,4 @@
-"""Text that is not ours, made safe for a terminal, and the console it is written to.
+"""Text that is not ours, made safe for a terminal, and how it is written there.
 
 A model, a server or a file may send what a terminal obeys. Without control characters it cannot steer the terminal;
 without bidirectional overrides it cannot show other text than it holds.
@@ -7,10 +7,12 @@ without bidirectional overrides it cannot show other text than it holds.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 _BIDIRECTIONAL = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
@@ -31,3 +33,16 @@ def new_console(*, stderr: bool = False) -> Console:
         return console
     size = shutil.get_terminal_size()
     return Console(stderr=stderr, width=size.columns, height=size.lines)  # rich ignores a width without a height
+
+
+def facts_table(facts: Iterable[tuple[str, str]], style: str = "dim") -> Table:
+    """Return names, in a style, and beside each what there is to know of it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style=style)
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(Text(name), Text(value))
+    return table

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_arg
 
 from ...errors import ArtifactError
 from .append_file import AppendFile
-from .closes import Closes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -97,7 +96,7 @@ def parse_line(cls: type[R], line: bytes, *, path: Path, number: int) -> R:
         ) from error
 
 
-class RecordLog(Closes, Generic[R]):
+class RecordLog(AppendFile, Generic[R]):
     """A JSON Lines file that only grows. A record that `append` returned from survives `kill -9`.
 
     Opening cuts off a torn last line; `n_cut_bytes` says how long it was. Close the log, or use it in a `with` block.
@@ -110,44 +109,23 @@ class RecordLog(Closes, Generic[R]):
         Raises:
             ArtifactError: `code` "write-failed".
         """
-        self.path, self._cls = path, cls
-        self._file = AppendFile(path)
-        self.n_cut_bytes = self._file.cut_torn_line()
-
-    @property
-    def size(self) -> int:
-        """The length of the file in bytes."""
-        return self._file.size
+        super().__init__(path)
+        self._cls = cls
+        self.n_cut_bytes = self.cut_torn_line()
 
     def append(self, record: R) -> None:
-        """Add a record; if that fails, nothing of it is in the file.
-
-        Raises:
-            ArtifactError: see `AppendFile.append`.
-        """
-        self._file.append(_line(record))
+        """Add a record; if that fails, nothing of it is in the file; see `write`."""
+        self.write(_line(record))
 
     def extend(self, records: Iterable[R]) -> None:
-        """Add many records with few writes.
-
-        Raises:
-            ArtifactError: see `AppendFile.append`.
-        """
+        """Add many records with few writes; see `write`."""
         rest = iter(records)
         while batch := b"".join(map(_line, itertools.islice(rest, _BATCH))):
-            self._file.append(batch)
+            self.write(batch)
 
     def __iter__(self) -> Iterator[R]:
         """Yield what the file holds so far, in order."""
         return read_records(self.path, self._cls)
-
-    def sync(self) -> None:
-        """Return when the disk has all that was appended."""
-        self._file.sync()
-
-    def close(self) -> None:
-        """Sync and close. Calling it again does no harm."""
-        self._file.close()
 
 
 def _line(record: DataclassInstance) -> bytes:

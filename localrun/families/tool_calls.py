@@ -77,7 +77,7 @@ def parse_tool_calls(content: str, known: Collection[str] | None = None) -> tupl
             if known is not None and any(call["function"]["name"] not in known for call in found):
                 raise ValueError("a tool that was not offered")
         except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last three are those of Python's parser
-            at = opener.end()
+            at = max(opener.end(), at + 1)  # a bare object has an empty opener
         else:
             calls += found
             kept.append(content[start : opener.start()])
@@ -87,11 +87,6 @@ def parse_tool_calls(content: str, known: Collection[str] | None = None) -> tupl
 
 
 _Found = tuple[list[ToolCall], int]  # at least one call, and where the text continues
-
-
-def _read_hermes(text: str, opener: re.Match[str]) -> _Found:
-    calls, end = _json_calls(text, opener.end())
-    return calls, _skip(r"\s*(</tool_calls?>|<\|/tool_call\|>)|", text, end)  # a model that stops early leaves it out
 
 
 def _read_xml(text: str, opener: re.Match[str]) -> _Found:
@@ -109,10 +104,6 @@ def _read_xml(text: str, opener: re.Match[str]) -> _Found:
     end = _skip(r"\s*</function>", text, end)
     end = _skip(r"\s*</tool_call>|", text, end) if opener["xml"].startswith("<tool_call>") else end
     return [_call(opener["xml_name"], arguments)], end
-
-
-def _read_python_tag(text: str, opener: re.Match[str]) -> _Found:
-    return _json_calls(text, opener.end())
 
 
 def _read_mistral(text: str, opener: re.Match[str]) -> _Found:
@@ -133,14 +124,14 @@ def _read_code(text: str, opener: re.Match[str]) -> _Found:
     return _python_calls(code), opener.end() + len(code) + len(closer)
 
 
-def _read_fence(text: str, opener: re.Match[str]) -> _Found:
-    calls, end = _json_calls(text, opener.end(), strict=True)
-    return calls, _skip(r"\s*```", text, end)
+def _json(closer: str = "", *, strict: bool = False) -> Callable[[str, re.Match[str]], _Found]:
+    """Return a reader of JSON calls that a pattern ends."""
 
+    def read(text: str, opener: re.Match[str]) -> _Found:
+        calls, end = _json_calls(text, opener.end(), strict=strict)
+        return calls, _skip(closer, text, end)
 
-def _read_bare(text: str, opener: re.Match[str]) -> _Found:
-    calls, end = _json_calls(text, opener.end() - 1, strict=True)
-    return calls, _skip(r"\s*\Z", text, end)
+    return read
 
 
 def _read_bare_python(text: str, opener: re.Match[str]) -> _Found:
@@ -149,8 +140,8 @@ def _read_bare_python(text: str, opener: re.Match[str]) -> _Found:
 
 _FORMS: dict[str, tuple[str, Callable[[str, re.Match[str]], _Found]]] = {
     "xml": (r"(?:<tool_call>\s*)?<function=(?P<xml_name>[^<>\s]+)>", _read_xml),
-    "hermes": (r"<tool_calls?>|<\|tool_call\|>", _read_hermes),
-    "python_tag": (r"<\|python_tag\|>", _read_python_tag),
+    "hermes": (r"<tool_calls?>|<\|tool_call\|>", _json(r"\s*(</tool_calls?>|<\|/tool_call\|>)|")),  # may stop early
+    "python_tag": (r"<\|python_tag\|>", _json()),
     "mistral": (
         r"\[TOOL_CALLS\]\s*(?:(?P<mistral_name>[\w.-]+)(?:\[CALL_ID\](?P<mistral_id>\w+))?(?:\[ARGS\])?(?=\{))?",
         _read_mistral,
@@ -161,8 +152,8 @@ _FORMS: dict[str, tuple[str, Callable[[str, re.Match[str]], _Found]]] = {
         _read_deepseek,
     ),
     "code": (r"```tool_code\s*\n|<\|tool_call_start\|>", _read_code),
-    "fence": (r"```(?:json|tool_call)?\s*\n(?=\s*[{\[])", _read_fence),
-    "bare": (r"\A\s*(?:\{|\[(?=\s*\{))", _read_bare),
+    "fence": (r"```(?:json|tool_call)?\s*\n(?=\s*[{\[])", _json(r"\s*```", strict=True)),
+    "bare": (r"\A\s*(?=\{|\[\s*\{)", _json(r"\s*\Z", strict=True)),
     "bare_python": (r"\A\s*\[(?=\s*[A-Za-z_][\w.]*\()", _read_bare_python),
 }
 _OPENER = re.compile("|".join(f"(?P<{form}>{pattern})" for form, (pattern, _) in _FORMS.items()))

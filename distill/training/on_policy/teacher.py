@@ -222,7 +222,7 @@ def score_samples(
             scores = teacher().score_many(asked, top_logprobs=top_logprobs) if wanted else iter(())
             for done, (index, top) in enumerate(scores, 1):
                 trace, ids = wanted[index]
-                writer.append(encode(trace.id, ids, top))
+                writer.write(encode(trace.id, ids, top))
                 report.progress("the teacher scores", done, total=len(wanted))
         finally:
             writer.close()

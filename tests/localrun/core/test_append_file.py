@@ -14,13 +14,13 @@ from deepdistill.localrun.core.append_file import AppendFile, WriterLock
 def test_what_was_appended_is_there_at_once_and_after_opening_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
     file = AppendFile(path)
-    file.append(b"one\n")
+    file.write(b"one\n")
     assert path.read_bytes() == b"one\n"
     file.sync()
     file.close()
     file.close()
     again = AppendFile(path)
-    again.append(b"two\n")
+    again.write(b"two\n")
     assert (again.size, path.read_bytes()) == (8, b"one\ntwo\n")
     again.truncate(4)
     assert path.read_bytes() == b"one\n"
@@ -39,7 +39,7 @@ def test_a_torn_line_is_cut_off_however_long_it_is(tmp_path: Path, whole: bytes,
 
 def test_a_failed_append_leaves_what_was_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, real = AppendFile(tmp_path / "log"), os.write
-    file.append(b"one\n")
+    file.write(b"one\n")
 
     def interrupted(handle: int, data: bytes) -> int:
         real(handle, data[:2])
@@ -48,9 +48,9 @@ def test_a_failed_append_leaves_what_was_there_before(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            file.append(b"two\n")
+            file.write(b"two\n")
     assert (tmp_path / "log").read_bytes() == b"one\n"
-    file.append(b"three\n")
+    file.write(b"three\n")
     file.close()
     assert (tmp_path / "log").read_bytes() == b"one\nthree\n"
 
@@ -62,7 +62,7 @@ def test_what_cannot_be_opened_or_has_changed_is_an_error(tmp_path: Path) -> Non
     file = AppendFile(tmp_path / "log")
     (tmp_path / "log").write_bytes(b"other\n")
     with pytest.raises(ArtifactError, check=lambda error: error.code == "file-changed"):
-        file.append(b"one\n")
+        file.write(b"one\n")
     file.close()
     assert (tmp_path / "log").read_bytes() == b"other\n"
 
