@@ -116,7 +116,7 @@ def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     answers = file.with_suffix(".answers.jsonl")
     score = score_file(file, problems, max_tokens=settings.eval_max_tokens, answers_path=answers)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    return score.to_json() | {"right": [line["verdict"] == "right" for line in lines]}
+    return vars(score) | {"right": [line["verdict"] == "right" for line in lines]}
 
 
 if __name__ == "__main__":

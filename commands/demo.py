@@ -116,4 +116,4 @@ def _score_gguf(folder: Path, path: Path, *, recipe: TeachRecipe, report: Report
     held_out = load_problems(recipe.problems, "test", n=recipe.scores.n, seed=recipe.seed)
     answers_path, max_tokens = folder / "answers" / "gguf.jsonl", recipe.scores.max_tokens
     score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers_path, report=report)
-    return score.to_json()
+    return vars(score)

@@ -43,7 +43,7 @@ def run(
         f"{score.tokens_per_s:.0f} tokens/s"
     )
     if json_output:
-        print(json.dumps({"model": model, "problems": recipe.problems, "seed": recipe.seed} | score.to_json()))
+        print(json.dumps({"model": model, "problems": recipe.problems, "seed": recipe.seed} | vars(score)))
 
 
 EvalCommand, eval_ = declared(EvalRecipe, run)

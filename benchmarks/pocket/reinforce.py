@@ -99,8 +99,8 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
         "looped": sum(score.looped for score in scores.values()) / len(scores),
         "busiest_expert": round(float(load.max()), 3),
         "idlest_expert": round(float(load.min()), 3),
-        "families": {family: score.to_json() for family, score in scores.items()},
-        "sampled_families": {family: score.to_json() for family, score in drawn.items()},
+        "families": {family: vars(score) for family, score in scores.items()},
+        "sampled_families": {family: vars(score) for family, score in drawn.items()},
     }
 
 

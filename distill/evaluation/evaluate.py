@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,6 @@ class Score:
     tokens_per_answer: float
     tokens_per_s: float
     n_failed: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the score as scores.json has it."""
-        return asdict(self) | {"interval": list(self.interval)}
 
 
 def evaluate(

@@ -37,7 +37,7 @@ def score_hops(context: Context, base: Path, held_out: Sequence[Problem]) -> Non
                 report=context.report,
                 stage=f"scoring the {hop}",
             )
-        scores[hop] = score.to_json() | {"problems": recipe.problems, "seed": recipe.seed}
+        scores[hop] = vars(score) | {"problems": recipe.problems, "seed": recipe.seed}
         run.save("scores.json", scores)
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 
 from ..graders.number import parse
@@ -25,63 +24,39 @@ Same = Callable[[str, str], bool]
 _WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
 
 
-@dataclass(frozen=True)
-class Ballot:
-    """One sample's vote; `answer` is None if the sample was cut off or has no answer."""
+def vote(
+    answers: Mapping[str, str | None], settings: VoteRecipe | None = None, same: Same | None = None
+) -> list[Judgement]:
+    """Judge the samples of one problem by their ids: `vote` for those that gave the elected answer, `none` for others.
 
-    id: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class Election:
-    """The outcome of one problem: the accepted answer, the ids that gave it, and by id the share that agrees with it.
-
-    `agreement` is None for a sample without an answer.
-    """
-
-    accepted: str | None
-    favoured: frozenset[str]
-    agreement: dict[str, float | None]
-
-
-def vote(ballots: Sequence[Ballot], settings: VoteRecipe | None = None, same: Same | None = None) -> Election:
-    """Return the outcome of a vote.
-
-    Answers are the same if they are written alike (up to case, white space, Markdown and LaTeX markup), are the same
-    number, or `same` says so. The order of the ballots does not matter. `accepted` is the winners' shortest wording.
+    The answer is None for a sample that was cut off or has none. A judgement's agreement is the share of all samples
+    that gave the same answer. Answers are the same if they are written alike (up to case, white space, Markdown and
+    LaTeX markup), are the same number, or `same` says so. The order of the samples does not matter.
     """
     settings = settings or VoteRecipe()
-    groups = _group([ballot for ballot in ballots if ballot.answer is not None], same)
-    agreement: dict[str, float | None] = {ballot.id: None for ballot in ballots}
-    for group in groups:
-        agreement |= dict.fromkeys((ballot.id for ballot in group), len(group) / len(ballots))
-    sizes = sorted(map(len, groups), reverse=True)
-    is_tied = len(sizes) > 1 and sizes[0] == sizes[1]
-    if not sizes or is_tied or sizes[0] < settings.min_votes or sizes[0] / len(ballots) < settings.min_share - 1e-9:
-        return Election(None, frozenset(), agreement)
-    winners = max(groups, key=len)
-    wordings = sorted((ballot.answer or "" for ballot in winners), key=lambda answer: (len(answer), answer))
-    return Election(wordings[0], frozenset(ballot.id for ballot in winners), agreement)
+    given = {id_: answer for id_, answer in answers.items() if answer is not None}
+    groups = sorted(_group(given, same), key=len, reverse=True)
+    agreement = {id_: len(group) / len(answers) for group in groups for id_ in group}
+    most, second = [*map(len, groups), 0, 0][:2]
+    is_elected = most > second and most >= settings.min_votes and most / len(answers) >= settings.min_share - 1e-9
+    elected = groups[0] if is_elected else []
+    return [Judgement(id_, "vote" if id_ in elected else "none", agreement.get(id_)) for id_ in answers]
 
 
 def vote_on_traces(
     traces: Iterable[Trace], settings: VoteRecipe | None = None, same: Same | None = None
 ) -> Iterator[Judgement]:
-    """Yield a judgement of every trace that no grader judged: `vote` for the winners, `none` for the others.
+    """Yield a judgement of every trace that no grader judged.
 
     The traces of a problem are its samples, in any order; one that did not end by itself does not vote.
     """
-    problems: dict[str, list[Ballot]] = {}
+    problems: dict[str, dict[str, str | None]] = {}
     for trace in traces:
         if trace.verdict == "unknown":
             answer = trace.answer if trace.finish_reason == "stop" and (trace.answer or "").strip() else None
-            problems.setdefault(trace.problem_id, []).append(Ballot(trace.id, answer))
-    for ballots in problems.values():
-        election = vote(ballots, settings, same)
-        for ballot in ballots:
-            by = election.agreement[ballot.id]
-            yield Judgement(ballot.id, "vote" if ballot.id in election.favoured else "none", by)
+            problems.setdefault(trace.problem_id, {})[trace.id] = answer
+    for answers in problems.values():
+        yield from vote(answers, settings, same)
 
 
 def answer_key(answer: str) -> str | Fraction:
@@ -101,19 +76,18 @@ def _without_markup(text: str) -> str:
     return text[:-1] if text.endswith((".", "!")) and not text.endswith("..") else text
 
 
-def _group(ballots: Sequence[Ballot], same: Same | None) -> list[list[Ballot]]:
-    """Group the ballots whose answers are the same: by their keys first, then keys that `same` joins."""
-    by_key: dict[str | Fraction, list[Ballot]] = {}
-    for ballot in sorted(ballots, key=lambda ballot: (ballot.answer or "", ballot.id)):
-        by_key.setdefault(answer_key(ballot.answer or ""), []).append(ballot)
+def _group(answers: Mapping[str, str], same: Same | None) -> list[list[str]]:
+    """Group the ids whose answers are the same: by their keys first, then keys that `same` joins."""
+    by_key: dict[str | Fraction, list[str]] = {}
+    for id_, answer in sorted(answers.items(), key=lambda one: (one[1], one[0])):
+        by_key.setdefault(answer_key(answer), []).append(id_)
     if same is None:
         return list(by_key.values())
-    groups: list[list[Ballot]] = []
-    for members in by_key.values():
-        answer = members[0].answer or ""
-        group = next((group for group in groups if same(group[0].answer or "", answer)), None)
+    groups: list[list[str]] = []
+    for ids in by_key.values():
+        group = next((group for group in groups if same(answers[group[0]], answers[ids[0]])), None)
         if group is None:
-            groups.append(members)
+            groups.append(ids)
         else:
-            group += members
+            group += ids
     return groups

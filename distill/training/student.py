@@ -45,16 +45,15 @@ def student_dir(spec: str, offline: bool = False) -> Path:
         return _cached("pocket-student-v1", _write_pocket)
     if spec.startswith("hf:"):
         path = download_checkpoint(spec.removeprefix("hf:"), offline=offline)
-        _check(path)
-        return path
-    path = Path(spec)
-    if not path.is_dir():
+    elif not (path := Path(spec)).is_dir():
         raise UsageError(
             f"there is no student {spec!r}",
             "a student is smollm2, pocket, hf:ORG/NAME or a checkpoint folder",
             code="no-such-model",
         )
-    _check(path)
+    from ..teachers.huggingface.loading import check_folder
+
+    check_folder(path)
     return path
 
 
@@ -79,12 +78,6 @@ def teach_template(tokenizer: Tokenizer) -> None:
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _check(path: Path) -> None:
-    from ..teachers.huggingface.loading import check_folder
-
-    check_folder(path)
 
 
 def _cached(name: str, write: Callable[[Path], None]) -> Path:

@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from ....errors import ModelError, UsageError
+from ....errors import ModelError
 from ....localrun.core.generation import Sampling
 from ....localrun.core.reporter import SILENT, Reporter
 from ....localrun.families.thinking import prompt_opens_thinking
@@ -89,7 +89,6 @@ def grpo(
 
     Raises:
         ModelError: `code` "not-installed": TRL is missing; or the weights cannot be loaded.
-        UsageError: `code` "group-too-small": a group has one answer.
     """
     try:
         import trl  # noqa: F401
@@ -97,10 +96,6 @@ def grpo(
         raise ModelError(
             "reinforcement learning needs TRL", "pip install 'deepdistill[rl]'", code="not-installed"
         ) from error
-    if settings.group_size < 2:
-        raise UsageError(
-            "a group of one answer has nothing to compare", "set grpo.group_size to 2 or more", code="group-too-small"
-        )
     where = choose_device(device)
     quiet_transformers()
     model: Any = load_base(paths.base_dir, torch.float32).to(where)
@@ -137,9 +132,8 @@ class _Sampler:
             new_sequence(i, row, max_new=settings.max_tokens, sampling=sampling, seed=first + i)
             for i, row in enumerate(ids)
         ]
-        decoder = BatchDecoder(
-            model, batch_size=len(rows), eos_ids=frozenset([self.tokenizer.eos_token_id]), pad_id=_pad(self.tokenizer)
-        )
+        eos_ids, pad_id = frozenset([self.tokenizer.eos_token_id]), self.tokenizer.pad_token_id or 0
+        decoder = BatchDecoder(model, batch_size=len(rows), eos_ids=eos_ids, pad_id=pad_id)
         was_training = model.training
         model.eval()
         with torch.inference_mode(), trainer.accelerator.autocast():
@@ -260,7 +254,8 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
     from trl.trainer.grpo_config import GRPOConfig
 
     n_rows = settings.group_size * settings.problems_per_step
-    wanted = settings.rows_per_pass or (_ROWS_SMALL if model.num_parameters() < SMALL_MODEL else _ROWS_LARGE)
+    is_small = model.num_parameters() < SMALL_MODEL
+    wanted = settings.rows_per_pass or (_ROWS_SMALL if is_small else _ROWS_LARGE)
     rows_per_pass = max(n for n in range(1, min(wanted, n_rows) + 1) if n_rows % n == 0)
     given = GRPOConfig(
         output_dir=str(checkpoints_dir),
@@ -274,10 +269,10 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
         epsilon=settings.clip_low,
         epsilon_high=settings.clip_high,
         max_steps=settings.steps,
-        learning_rate=settings.lr if settings.lr is not None else _default_lr(model),
+        learning_rate=(1e-4 if is_small else 2e-6) if settings.lr is None else settings.lr,
         max_grad_norm=settings.max_grad_norm,
         adam_beta2=0.99,
-        bf16=model.num_parameters() >= SMALL_MODEL and has_fast_bf16(device),
+        bf16=not is_small and has_fast_bf16(device),
         use_cpu=device.type == "cpu",
         activation_checkpointing=False,
         logging_steps=1,
@@ -290,11 +285,3 @@ def _arguments(settings: GrpoSettings, model: Any, *, checkpoints_dir: Path, dev
     )
     use_one_gpu(given)
     return given
-
-
-def _default_lr(model: Any) -> float:
-    return 1e-4 if model.num_parameters() < SMALL_MODEL else 2e-6
-
-
-def _pad(tokenizer: Tokenizer) -> int:
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)

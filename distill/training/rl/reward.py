@@ -18,8 +18,6 @@ class Reward:
 
     total: float
     is_right: bool
-    is_closed: bool | None
-    """Whether the answer closed its thinking; None if it opened none."""
 
 
 def reward_of(
@@ -32,4 +30,4 @@ def reward_of(
     _, content, closed = split_thinking(text, starts_inside)
     is_right = bool(content.strip()) and grader.grade(problem, content).verdict == "right"
     has_form = bool(closed) and bool(content.strip())
-    return Reward(is_right + format_weight * has_form, is_right, closed)
+    return Reward(is_right + format_weight * has_form, is_right)

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepdistill.distill.judging.vote import Ballot, Election, answer_key, vote, vote_on_traces
+from deepdistill.distill.judging.vote import answer_key, vote, vote_on_traces
 from deepdistill.distill.recipe.gathering import VoteRecipe
 from deepdistill.distill.records import Judgement, TeacherInfo, Trace, Usage, Verdict
 from deepdistill.localrun.core.generation import FinishReason, Sampling
 
 
-def ballots(*answers: str | None) -> list[Ballot]:
-    return [Ballot(f"s{i}", answer) for i, answer in enumerate(answers)]
+def ids(*answers: str | None) -> dict[str, str | None]:
+    return {f"s{i}": answer for i, answer in enumerate(answers)}
 
 
-def favoured(election: Election) -> list[int]:
-    return sorted(int(name[1:]) for name in election.favoured)
+def elected(*answers: str | None, settings: VoteRecipe | None = None, same: Any = None) -> list[int]:
+    """Return the places of the samples that gave the elected answer."""
+    return [i for i, one in enumerate(vote(ids(*answers), settings, same)) if one.verdict_by == "vote"]
 
 
-def test_the_majority_is_accepted_and_those_who_gave_it_favoured() -> None:
-    election = vote(ballots("7", "8", "7", " 7.0 ", "9"))
-    assert election.accepted == "7"
-    assert favoured(election) == [0, 2, 3]
-    assert election.agreement == {"s0": 0.6, "s1": 0.2, "s2": 0.6, "s3": 0.6, "s4": 0.2}
+def test_the_majority_is_elected() -> None:
+    assert elected("7", "8", "7", " 7.0 ", "9") == [0, 2, 3]
+    judged = vote(ids("7", "8", "7", " 7.0 ", None))
+    assert [one.agreement for one in judged] == [0.6, 0.2, 0.6, 0.6, None]
 
 
 @pytest.mark.parametrize(
@@ -44,20 +45,19 @@ def test_the_majority_is_accepted_and_those_who_gave_it_favoured() -> None:
     ],
 )
 def test_without_enough_agreement_nothing_is_accepted(answers: tuple[str | None, ...]) -> None:
-    election = vote(ballots(*answers))
-    assert (election.accepted, election.favoured) == (None, frozenset())
+    assert elected(*answers) == []
 
 
 def test_the_share_is_reached_exactly() -> None:
-    assert vote(ballots(*["7"] * 3, "8", "9")).accepted == "7", "3 of 5 is 0.6"
-    assert vote(ballots(*["7"] * 7, *"123"), VoteRecipe(min_share=0.7)).accepted == "7"
-    assert vote(ballots(*["7"] * 6, *"1234"), VoteRecipe(min_share=0.7)).accepted is None
+    assert elected(*["7"] * 3, "8", "9") == [0, 1, 2], "3 of 5 is 0.6"
+    assert elected(*["7"] * 7, *"123", settings=VoteRecipe(min_share=0.7)) == [*range(7)]
+    assert elected(*["7"] * 6, *"1234", settings=VoteRecipe(min_share=0.7)) == []
 
 
 def test_a_tie_is_no_majority_however_low_the_share_is_set() -> None:
     low = VoteRecipe(min_share=0.1)
-    assert vote(ballots("1", "1", "2", "2", "3"), low).accepted is None
-    assert vote(ballots("1", "1", "2", "2", "1"), low).accepted == "1"
+    assert elected("1", "1", "2", "2", "3", settings=low) == []
+    assert elected("1", "1", "2", "2", "1", settings=low) == [0, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,8 @@ def test_a_callable_may_know_more() -> None:
     def metres(one: str, other: str) -> bool:
         return {one, other} == {"1 km", "1000 m"}
 
-    assert vote(ballots("1 km", "1000 m", "2 km")).accepted is None
-    election = vote(ballots("1000 m", "1 km", "2 km"), same=metres)
-    assert (election.accepted, favoured(election)) == ("1 km", [0, 1])
+    assert elected("1 km", "1000 m", "2 km") == []
+    assert elected("1000 m", "1 km", "2 km", same=metres) == [0, 1]
 
 
 ANSWERS = st.lists(st.sampled_from(["1", "1.0", "2", "two", "Two", None, "1/2", "0.5", ""]), max_size=9)
@@ -116,26 +115,25 @@ ANSWERS = st.lists(st.sampled_from(["1", "1.0", "2", "two", "Two", None, "1/2", 
 def test_neither_order_nor_repetition_of_the_count_changes_it(
     answers: list[str | None], share: float, least: int, rng: object
 ) -> None:
-    cast, rules = ballots(*answers), VoteRecipe(share, least)
-    election = vote(cast, rules)
-    shuffled = list(cast)
+    cast, rules = ids(*answers), VoteRecipe(share, least)
+    judged = vote(cast, rules)
+    shuffled = list(cast.items())
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert vote(shuffled, rules) == election
-    assert vote(cast, rules, same=lambda a, b: False) == election
-    counted = Counter(answer_key(answer) for answer in answers if answer is not None)
-    for ballot in cast:
-        expected = None if ballot.answer is None else counted[answer_key(ballot.answer)] / len(cast)
-        assert election.agreement[ballot.id] == expected
-    if election.accepted is None:
-        assert not election.favoured
+    assert {one.id: one for one in vote(dict(shuffled), rules)} == {one.id: one for one in judged}
+    assert vote(cast, rules, same=lambda a, b: False) == judged
+    keys = {id_: None if answer is None else answer_key(answer) for id_, answer in cast.items()}
+    counted = Counter(key for key in keys.values() if key is not None)
+    for one in judged:
+        assert one.agreement == (None if keys[one.id] is None else counted[keys[one.id]] / len(cast))
+    favoured = {one.id for one in judged if one.verdict_by == "vote"}
+    if not favoured:
         return
-    key = answer_key(election.accepted)
+    (key,) = {keys[id_] for id_ in favoured}
     most = counted.most_common(2)
     assert key == most[0][0]
     assert len(most) < 2 or most[0][1] > most[1][1]
-    assert len(election.favoured) == counted[key] >= least
+    assert len(favoured) == counted[key] >= least
     assert counted[key] / len(cast) >= share - 1e-9
-    assert election.favoured == {b.id for b in cast if b.answer is not None and answer_key(b.answer) == key}
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(1, 10**6))

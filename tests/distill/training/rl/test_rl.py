@@ -32,18 +32,18 @@ class Contains:
 
 
 @pytest.mark.parametrize(
-    ("text", "total", "is_right", "is_closed"),
+    ("text", "total", "is_right"),
     [
-        ("1+1=2\n</think>\n\n2", 1.1, True, True),
-        ("1+1=3\n</think>\n\n3", 0.1, False, True),
-        ("1+1=2 and so on", 0.0, False, False),  # thinks on for ever: the 2 in it is no answer
-        ("1+1=2\n</think>\n\n", 0.0, False, True),
+        ("1+1=2\n</think>\n\n2", 1.1, True),
+        ("1+1=3\n</think>\n\n3", 0.1, False),
+        ("1+1=2 and so on", 0.0, False),  # thinks on for ever: the 2 in it is no answer
+        ("1+1=2\n</think>\n\n", 0.0, False),
     ],
 )
-def test_what_an_answer_earns(text: str, total: float, is_right: bool, is_closed: bool) -> None:
+def test_what_an_answer_earns(text: str, total: float, is_right: bool) -> None:
     reward = reward_of(Problem("p", "1+1?", "2", "s", "number"), text, starts_inside=True, grader=Contains())
     assert reward.total == pytest.approx(total)
-    assert (reward.is_right, reward.is_closed) == (is_right, is_closed)
+    assert reward.is_right == is_right
 
 
 @pytest.mark.slow
