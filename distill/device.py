@@ -101,7 +101,7 @@ def quiet_transformers() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is first imported
     from transformers.utils import logging
 
-    # peft asks transformers by a name that is going away; nobody who runs deepdistill can do anything about it.
+    # peft uses a deprecated name of transformers; users of deepdistill can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

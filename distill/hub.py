@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,10 @@ def download_split(repository: str, *, split: str, config: str | None, offline: 
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     with _translated(ArtifactError, f"the data set {repository}", offline=offline):
-        chosen: list[Path] = []
-        for revision in (None, _CONVERTED):
-            try:
-                chosen = _files_of(repository, revision, split=split, config=config, offline=offline)
-            except (HfHubHTTPError, LocalEntryNotFoundError):
-                if revision is None:
-                    raise
-            if chosen:
+        if chosen := _files_of(repository, None, split=split, config=config, offline=offline):
+            return chosen
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError):
+            if chosen := _files_of(repository, _CONVERTED, split=split, config=config, offline=offline):
                 return chosen
     raise UsageError(
         f"{repository} has no {' or '.join(_TABLES)} file of the split {split!r}"

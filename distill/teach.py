@@ -35,7 +35,7 @@ from .training.student import student_dir
 
 @dataclass(frozen=True)
 class TeachResult:
-    """What a run has come to: the student's folder and the score of each hop, where they were made."""
+    """The results of a run so far: the student's folder and the score of each hop, if there are any."""
 
     folder: Path
     student_dir: Path | None
@@ -71,7 +71,7 @@ def teach(
     recipe = check(recipe)
     with Run(folder, recipe) as run:
         context = Context(run, recipe, report, stop_after, opener)
-        # Before anything is paid for: what is off with the student, the held-out problems or the filters ends it here.
+        # Faults of the student, the held-out problems or the filters end the run here, before anything is paid for.
         offline = recipe.resources.offline
         base = student_dir(recipe.student, offline) if stop_after != "traces" else None
         problems, held_out = draw_problems(recipe)
@@ -91,7 +91,7 @@ def teach(
 
 
 def draw_problems(recipe: TeachRecipe) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to ask and the held-out ones, of which there need be none where no problem has an answer."""
+    """Return the problems to ask and the held-out ones; without any answers there may be no held-out ones."""
     spec, seed, offline = recipe.problems, recipe.seed, recipe.resources.offline
     asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline)
     try:
@@ -103,10 +103,10 @@ def draw_problems(recipe: TeachRecipe) -> tuple[list[Problem], list[Problem]]:
 
 
 def _check(context: Context, problems: list[Problem], base: Path | None) -> None:
-    """Check that what is asked for can be had, as far as that can be told before a teacher is asked.
+    """Check the settings as far as that is possible before a teacher is asked.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: they do not go together, or the problems do not allow them.
         ModelError: the student cannot be taught.
     """
     recipe, rounds = context.recipe, context.recipe.on_policy.rounds

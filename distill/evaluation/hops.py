@@ -45,7 +45,7 @@ def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) ->
     """Score any model that can be opened as a teacher, on problems of the test bucket.
 
     Raises:
-        UsageError, ArtifactError: the problems cannot be had.
+        UsageError, ArtifactError: the problems cannot be loaded.
         TeacherError, ModelError: the model cannot be opened, or does not answer.
     """
     resources = recipe.resources

@@ -63,10 +63,10 @@ def judge_ungraded(store: TraceStore, grader: GradesAnswers, *, context: Context
 
 
 def check_judged(problems: Sequence[Problem], recipe: TeachRecipe) -> None:
-    """Return if traces of these problems can come to train: a grader, a vote or a judge may speak for them.
+    """Check that a grader, a vote or a judge can accept traces of these problems.
 
     Raises:
-        UsageError: nothing would, and every trace would be paid for in vain.
+        UsageError: `code` "nothing-judges": none can, so no trace that is paid for would train.
     """
     votes = recipe.voting is not None and recipe.traces.samples > 1
     accept = recipe.curation.accept

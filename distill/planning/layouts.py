@@ -91,48 +91,42 @@ def gpu_layouts(load: Load, gpu: Gpu, n_gpus: int | None = None) -> list[GpuLayo
     A way that needs more than 16 nodes is left out. With `n_gpus` a layout may hold as little as one sequence.
     """
     found = []
-    for way in (_tensor_parallel(load, gpu), _expert_parallel(load, gpu)):
-        fitting = (
-            layout
-            for layout in way
-            if (layout.n_sequences >= _LEAST_SEQUENCES if n_gpus is None else layout.n_gpus == n_gpus)
-        )
+    for way in (_tensor_parallel(load.shape), _expert_parallel(load.shape)):
+        layouts = (_layout(load, gpu, tp=tp, pp=pp, dp=dp) for tp, pp, dp in way)
+        least = _LEAST_SEQUENCES if n_gpus is None else 1
+        fitting = (one for one in layouts if one.n_sequences >= least and n_gpus in (None, one.n_gpus))
         found += [layout for layout in [next(fitting, None)] if layout]
     return sorted(found, key=lambda layout: (layout.n_gpus, -layout.tokens_per_s))
 
 
-def _tensor_parallel(load: Load, gpu: Gpu) -> Iterator[GpuLayout]:
-    """Yield what holds at least a sequence, fewest GPUs first: TP 1, 2, 4, 8 in a node; TP 8 × PP over nodes."""
+def _layout(load: Load, gpu: Gpu, *, tp: int, pp: int, dp: int) -> GpuLayout:
+    """Return the layout of these degrees, with as many expert as data parallel ones."""
     shape = load.shape
+    stage = math.ceil(shape.n_layers / pp) / shape.n_layers  # share of the layers on the fullest stage
+    heads = 1 if shape.latent else max(1, shape.n_kv_heads // tp) / shape.n_kv_heads
+    weights = (load.bytes - load.expert_bytes + load.expert_bytes / dp) * stage / tp
+    cache = load.cache_bytes * stage * heads
+    fits = dp * load.n_fitting(gpu, weights, cache)
+    running = min(fits, load.concurrency)
+    batch = running / pp  # the stages work on a part of the sequences each
+    matrices = load.read_bytes + load.expert_bytes / dp * load.touched(batch)
+    read = matrices * stage / tp + batch / dp * load.mean_length * cache
+    rate = batch * gpu.bandwidth * 1e9 / read
+    return GpuLayout(gpu.name, tp, pp, dp, dp, weights, cache, fits, running, read, rate)
+
+
+def _tensor_parallel(shape: DecoderShape) -> Iterator[tuple[int, int, int]]:
+    """Yield (TP, PP, DP), fewest GPUs first: TP 1, 2, 4, 8 in a node; TP 8 × PP over nodes."""
     tps = [tp for tp in (1, 2, 4, 8) if shape.n_heads % tp == 0 and _splits(shape, tp)]
-    for tp, pp in [(tp, 1) for tp in tps] + [(tps[-1], pp) for pp in range(2, MOST_GPUS // tps[-1] + 1)]:
-        if pp > shape.n_layers:
-            return
-        stage = math.ceil(shape.n_layers / pp) / shape.n_layers  # share of the layers on the fullest stage
-        weights = load.bytes * stage / tp
-        cache = load.cache_bytes * stage * (1 if shape.latent else max(1, shape.n_kv_heads // tp) / shape.n_kv_heads)
-        if fits := load.n_fitting(gpu, weights, cache):
-            running = min(fits, load.concurrency)
-            batch = running / pp  # the stages work on a part of the sequences each
-            matrices = load.read_bytes + load.expert_bytes * load.touched(batch)
-            read = matrices * stage / tp + batch * load.mean_length * cache
-            rate = batch * gpu.bandwidth * 1e9 / read
-            yield GpuLayout(gpu.name, tp, pp, 1, 1, weights, cache, fits, running, read, rate)
+    yield from ((tp, 1, 1) for tp in tps)
+    yield from ((tps[-1], pp, 1) for pp in range(2, min(shape.n_layers, MOST_GPUS // tps[-1]) + 1))
 
 
-def _expert_parallel(load: Load, gpu: Gpu) -> Iterator[GpuLayout]:
-    """Yield what holds a sequence a GPU, fewest GPUs first: 2, 4, 8, then whole nodes that divide the experts."""
-    experts = load.shape.experts
-    for n in (2, 4, *range(NODE, MOST_GPUS + 1, NODE)) if experts else ():
-        if experts is None or experts.n % n:
-            continue
-        weights = load.bytes - load.expert_bytes + load.expert_bytes / n
-        if fits := n * load.n_fitting(gpu, weights, load.cache_bytes):
-            running = min(fits, load.concurrency)
-            matrices = load.read_bytes + load.expert_bytes / n * load.touched(running)
-            read = matrices + running / n * load.mean_length * load.cache_bytes
-            rate = running * gpu.bandwidth * 1e9 / read
-            yield GpuLayout(gpu.name, 1, 1, n, n, weights, load.cache_bytes, fits, running, read, rate)
+def _expert_parallel(shape: DecoderShape) -> Iterator[tuple[int, int, int]]:
+    """Yield (TP, PP, DP), fewest GPUs first: 2, 4, 8, then whole nodes that divide the experts."""
+    for n in (2, 4, *range(NODE, MOST_GPUS + 1, NODE)):
+        if shape.experts and shape.experts.n % n == 0:
+            yield 1, 1, n
 
 
 def _splits(shape: DecoderShape, tp: int) -> bool:

@@ -24,7 +24,7 @@ class PlanSettings:
     """What is planned: `traces` samples of `tokens` each (thinking and answer, on average) from one deployment.
 
     `teacher` is a known model, a config.json or a folder with one. `dtype` None is what its publisher gives. Without
-    `n_gpus` the fewest that hold it are taken; without `tokens_per_s` (a deployment's, measured) a bound stands in.
+    `n_gpus` the fewest that hold it are taken; without `tokens_per_s` (a deployment's, measured) a bound is used.
     `gpu_hour` is in dollars, `price` an endpoint's.
     """
 

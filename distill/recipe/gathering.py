@@ -1,4 +1,4 @@
-"""Settings of the first half of `teach`: who is asked, for how many traces, who judges them, and which train."""
+"""Settings of the first half of `teach`: the teacher, the number of traces, their judges, and which of them train."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _rubric(text: str) -> str:
 
 @dataclass(frozen=True)
 class TeacherRecipe:
-    """Who is asked, and how it is sampled."""
+    """The teacher, and how it is sampled."""
 
     model: str = setting(
         "pocket",
@@ -165,7 +165,7 @@ class CurationRecipe:
     """Which traces train. `none` or `false` switches a filter off."""
 
     accept: tuple[Literal["vote", "judge"], ...] | None = setting(
-        None, "What may stand in for a grader. Both, for problems that no grader judged, unless set."
+        None, "What may accept an answer that no grader judged. Both, unless set."
     )
     keep: int | None = setting(
         1, "Correct traces to keep per problem, the shortest first; sampling it stops then.", min=1, heading=_TEACHER
@@ -176,9 +176,7 @@ class CurationRecipe:
     reasoning: bool = setting(True, "Leave out traces without reasoning.")
     min_tokens: int | None = setting(None, "Tokens that a trace has at least.", min=1)
     max_trace_tokens: int | None = setting(None, "Tokens that a trace has at most.", min=1)
-    max_repeated: float | None = setting(
-        0.5, "Share of a trace's 8-grams that may have stood in it before.", min=0, max=1
-    )
+    max_repeated: float | None = setting(0.5, "Share of a trace's 8-grams that may repeat earlier ones.", min=0, max=1)
     min_pass_rate: float | None = setting(
         None, "Leave out problems that the untrained student solves less often than this.", min=0, max=1
     )
@@ -231,7 +229,7 @@ def read_price(text: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class CostRecipe:
-    """What the traces may cost. It belongs to a command, not to the run: recipe.json leaves it out."""
+    """The most that the traces may cost. It belongs to a command, not to the run: recipe.json leaves it out."""
 
     price: tuple[float, float] | None = setting(
         None,

@@ -107,17 +107,17 @@ class TeachRecipe:
 
     @property
     def keep(self) -> int:
-        """Correct traces of a problem after which it is sampled no more."""
+        """Correct traces that are enough for a problem: then no more are sampled."""
         return min(self.curation.keep or self.traces.samples, self.traces.samples)
 
     @property
     def voting(self) -> VoteRecipe | None:
-        """When samples that agree are believed; None if they never are."""
+        """How many samples have to agree to be accepted; None if agreement does not count."""
         return self.vote if self.curation.accept is None or "vote" in self.curation.accept else None
 
     @property
     def judging(self) -> JudgeRecipe | None:
-        """Who judges what no grader can; None without a judge."""
+        """The model that judges what no grader can; None without one."""
         return self.judge if self.judge.model else None
 
     def one_training(self, number: int = 0) -> TrainingRecipe:

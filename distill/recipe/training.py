@@ -43,9 +43,9 @@ class LoraRecipe:
         name="lora-plus",
         unused_by=_GRPO,
     )
-    dora: bool = setting(False, "Weight-decomposed LoRA (arXiv 2402.09353); slower.", name="dora", unused_by=_GRPO)
+    dora: bool = setting(False, "Weight-decomposed LoRA (arXiv 2402.09353); slower.", unused_by=_GRPO)
     rslora: bool = setting(
-        False, "Divide by the root of the rank instead of the rank (arXiv 2312.03732).", name="rslora", unused_by=_GRPO
+        False, "Divide by the root of the rank instead of the rank (arXiv 2312.03732).", unused_by=_GRPO
     )
 
 

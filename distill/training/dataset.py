@@ -46,8 +46,8 @@ def lessons(
     middle of its reasoning, never the closing tag or the answer.
 
     Raises:
-        ArtifactError: `code` "traces-too-long": all of them are; "no-logits": `training.loss` asks for
-            log-probabilities that cannot be had.
+        ArtifactError: `code` "traces-too-long": all of them are; "no-logits": `training.loss` needs
+            log-probabilities that the traces lack.
     """
     limit = training.max_length
     with_text = [trace for trace in traces if trace.content.strip() or (trace.reasoning_content or "").strip()]

@@ -20,7 +20,7 @@ def check_training(context: Context, base: Path) -> None:
     """Check that the student can be trained with these settings, before anything is paid for.
 
     Raises:
-        UsageError: `code` "no-such-tracker" or "not-installed": a tracker that cannot be had.
+        UsageError: `code` "no-such-tracker" or "not-installed": a tracker is unknown or missing.
         ModelError: the chat template has no room for reasoning, or there is no way to 4 bits here.
     """
     from ..device import choose_device

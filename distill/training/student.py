@@ -33,7 +33,7 @@ def cache_dir() -> Path:
 
 
 def student_dir(spec: str, offline: bool = False) -> Path:
-    """Return the folder of the student's untrained Hugging Face checkpoint, making or downloading it if need be.
+    """Return the folder of the student's untrained Hugging Face checkpoint, made or downloaded if necessary.
 
     Raises:
         UsageError: `code` "no-such-model": the spec names no student.
