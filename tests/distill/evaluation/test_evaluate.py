@@ -56,7 +56,8 @@ def is_loop_to_training(tokens: Sequence[int], path: Path) -> bool:
     top = TopLogprobs(np.array(tokens, np.int32)[:, None], np.zeros((len(tokens), 1), np.float32))
     sample, path = trace_of("", "wrong"), path / f"{len(list(path.iterdir()))}.bin"
     with closing(LogprobsWriter(path, set())) as writer:
-        writer.append(encode(sample.id, tokens, top))
+        writer.write(encode(sample.id, tokens, top))
+        writer.sync()
     with Logprobs.open(path) as own:
         mixture = mix(
             load_tokenizer(pocket_dir()),

@@ -1,0 +1,211 @@
+r"""Read what a mathematical text says: a number with its unit, a formula, a set, a point, an interval, a matrix.
+
+A text is read as a whole. `7 or 8` are two values, `x > 2` is an interval, `x = 5` is the value 5 with a name, and what
+is no mathematics is `Words`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeAlias
+
+from .answer import clean
+from .base import CannotTell
+from .expression import is_formula
+from .latex import is_balanced, split_top
+from .quantity import Quantity, parse
+from .units import measured
+
+_NAME = re.compile(
+    r"(?:\\?[A-Za-z]+|[^\W\d_])(?:'*|_\{?\w+\}?)*(?:\([^()]*\))?|[A-Za-z][A-Za-z ]{1,40}"
+    r"|\\angle\s*\w+|\\overline\{\w+\}"
+)
+_RELATION = r"<|>|\\leq|\\geq|\\neq"
+_MATRIX = re.compile(
+    r"\\begin\{(?:[pbvBV]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{(?:[pbvBV]?matrix|array)\}", re.DOTALL
+)
+_JOINT = r",(?!\d{3}(?!\d))\s*(?:\\?\s*(?:and|or)\b)?|;|\b(?:and|or)\b|\\(?:land|lor|cup|text\{or\})(?![A-Za-z])"
+_CLOSING = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
+_NOT_NUMBERS = re.compile(
+    r"\d{4}-\d\d?-\d\d?|\d+(?:\s*:\s*\d+)+(?:\s*[ap]\.?m\.?)?|\w+_\{?\d+\}?(?<=[\d}])", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One value: a quantity if it is a plain number, else a formula, perhaps with a unit; `name = …` has a name."""
+
+    text: str
+    number: Quantity | None
+    unit: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Equation:
+    """Two formulas that are equal, where neither is the name of the other: `x^2 + y^2 = 1`."""
+
+    left: str
+    right: str
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Values in order: a point, a vector, an interval, a matrix of rows. `opening` and `closing` are its brackets."""
+
+    items: tuple[Value, ...]
+    opening: str = "("
+    closing: str = ")"
+
+
+@dataclass(frozen=True)
+class Several:
+    """Values in any order: a list, a set, a union of intervals, both signs of ±."""
+
+    items: tuple[Value, ...]
+    has_braces: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """Text that is no mathematics, in small letters and without punctuation."""
+
+    text: str
+
+
+Value: TypeAlias = Scalar | Equation | Sequence | Several | Words
+
+
+def read(text: str) -> Value:
+    """Return the value that a text in plain spelling is."""
+    text = clean(text)
+    if number := parse(text):
+        return Scalar(text, number, number.unit)
+    if text == r"\emptyset":
+        return Several((), has_braces=True)
+    if _NOT_NUMBERS.fullmatch(text):
+        return Words(squeezed(text))
+    text = re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", "", text)
+    text = re.sub(r"^\\\{\s*[a-z]\s*(?:\\mid|\||:)\s*(.*)\\\}$", r"\1", text)
+    parts = [part for part in split_top(text, _JOINT) if part]
+    if len(parts) > 1:
+        if re.search(r"\band\b|\\land", text) and any(re.search(_RELATION, part) for part in parts):
+            raise CannotTell(f"{text[:40]!r} are conditions that hold together")
+        return _several([read(part) for part in parts])
+    if bracketed := _bracketed(text):
+        return bracketed
+    if matrix := _MATRIX.fullmatch(text):
+        rows = [
+            [read(cell) for cell in row.split("&")] for row in re.split(r"\\\\", matrix[1].strip(" \\")) if row.strip()
+        ]
+        if all(len(row) == 1 for row in rows) and len(rows) > 1:
+            return Sequence(tuple(row[0] for row in rows))
+        return Sequence(tuple(Sequence(tuple(row)) for row in rows), "[", "]")
+    if re.search(_RELATION, text):
+        return _relation(text)
+    if "\\approx" in text:
+        exact, _, rounded = text.partition("\\approx")
+        text = exact.strip() if exact.strip() and not _NAME.fullmatch(exact.strip()) else rounded.strip()
+    if "=" in text:
+        return _equation(text)
+    if "\\pm" in text:
+        both = [read(text.replace("\\pm", sign).replace("\\mp", {"+": "-", "-": "+"}[sign])) for sign in "+-"]
+        return _several(both)
+    return _scalar(text)
+
+
+def _several(items: list[Value]) -> Value:
+    """Return values as one, in any order; `x = 1 or x = 2` are values of one x, `x = 1, y = 2` a pair."""
+    flat = [one for item in items for one in (item.items if isinstance(item, Several) else [item])]
+    if any(isinstance(item, Words) for item in flat):
+        return Words(squeezed(" ".join(item.text for item in flat if isinstance(item, Words | Scalar))))
+    names = {re.sub(r"_\{?\w+\}?", "", item.name) for item in flat if isinstance(item, Scalar)}
+    if len(names) == 1:
+        flat = [Scalar(item.text, item.number, item.unit) if isinstance(item, Scalar) else item for item in flat]
+    return Several(tuple(flat))
+
+
+def _bracketed(text: str) -> Value | None:
+    opening = next((mark for mark in (r"\{", r"\langle", "(", "[", "]") if text.startswith(mark)), None)
+    closing = next((mark for mark in (r"\}", r"\rangle", ")", "]", "[") if text.endswith(mark)), None)
+    if opening is None or closing is None or len(text) < 2:
+        return None
+    inside = text[len(opening) : len(text) - len(closing)]
+    if not is_balanced(inside):
+        return None  # (x+1)(x-1)
+    parts = split_top(inside, r",(?!\d{3}(?!\d))|;|\\mid" if opening == r"\{" else r"[,;]")
+    if opening == r"\{":
+        return Several(tuple(read(part) for part in parts if part), has_braces=True)
+    if len(parts) < 2:
+        return read(inside) if (opening, closing) == ("(", ")") else None
+    if opening == r"\langle":
+        opening, closing = "(", ")"
+    return Sequence(tuple(map(read, parts)), opening, closing)
+
+
+def _relation(text: str) -> Value:
+    """Return the interval that an inequality in one name describes."""
+    parts = re.split(rf"({_RELATION})", text)
+    sides, signs = [part.strip() for part in parts[::2]], parts[1::2]
+    infinity = Scalar(r"\infty", None)
+    minus = Scalar(r"-\infty", None)
+    if len(sides) == 2 and not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[1]):
+        sides, signs = sides[::-1], [{"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}.get(signs[0], signs[0])]
+    if len(sides) == 2 and _NAME.fullmatch(sides[0]) and not _NAME.fullmatch(sides[1]):
+        end = read(sides[1])
+        if signs[0] == r"\neq":
+            return Several((Sequence((minus, end)), Sequence((end, infinity))))
+        if signs[0] in ("<", r"\leq"):
+            return Sequence((minus, end), "(", ")" if signs[0] == "<" else "]")
+        return Sequence((end, infinity), "(" if signs[0] == ">" else "[", ")")
+    if len(sides) == 3 and _NAME.fullmatch(sides[1]):
+        if set(signs) <= {">", r"\geq"}:
+            sides, signs = sides[::-1], [{">": "<", r"\geq": r"\leq"}[sign] for sign in signs[::-1]]
+        if set(signs) <= {"<", r"\leq"}:
+            low, high = ("(" if signs[0] == "<" else "["), (")" if signs[1] == "<" else "]")
+            return Sequence((read(sides[0]), read(sides[2])), low, high)
+    raise CannotTell(f"cannot compare the condition {text[:40]!r}")
+
+
+def _equation(text: str) -> Value:
+    """Return the value of `x = …` or of the end of a calculation, else the equation."""
+    sides = split_top(text, "=")
+    if re.fullmatch(r"\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)", sides[0]):  # (x, y) = (1, 2)
+        return read(sides[-1])
+    if _NAME.fullmatch(sides[0]) or not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", sides[0])):
+        value = read(sides[-1])
+        is_name = _NAME.fullmatch(sides[0]) is not None
+        return (
+            Scalar(value.text, value.number, value.unit, sides[0]) if isinstance(value, Scalar) and is_name else value
+        )
+    if not all(map(is_formula, sides)):
+        return Words(squeezed(text))
+    if len(sides) == 2:
+        return Equation(*sides)
+    raise CannotTell(f"cannot compare the equation {text[:40]!r}")
+
+
+def _scalar(text: str) -> Value:
+    """Return a formula, with its unit if it is a constant, or words."""
+    tokens = text.split(" ")
+    for n in range(1, min(len(tokens), 5)):
+        formula, unit = " ".join(tokens[:-n]), " ".join(tokens[-n:])
+        is_constant = not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", formula))
+        is_unit = measured(Fraction(1), unit) or re.fullmatch(r"[A-Za-z]{3,}(?: [A-Za-z]{2,})*", unit)
+        if is_constant and is_unit and re.search(r"[\d}]|\\pi", formula) and not re.search(r"[-+*/^(]$", formula):
+            unit = "" if re.fullmatch(r"(?:square |cubic )?units?", unit) else unit
+            return Scalar(formula, parse(formula), unit)
+    if text.endswith(("°", "%")) and len(text) > 1 and not re.search(r"(?:sin|cos|tan|cot|sec|csc)\b", text):
+        return Scalar(text[:-1], None, text[-1])
+    if text.startswith("$"):
+        return Scalar(text[1:], None, "$")
+    return Scalar(text, None) if is_formula(text) else Words(squeezed(text))
+
+
+def squeezed(text: str) -> str:
+    """Return a text in small letters, without decoration and the white space and braces that change nothing."""
+    text = " ".join(clean(text).casefold().split())
+    text = re.sub(r"(?<![\w.])\s+|\s+(?![\w.])", "", text)
+    return re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"\b([ap])\.?m\.?$", r"\1m", text))
