@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import math
 import os
 import re
 import selectors
@@ -129,7 +130,21 @@ def _defined(source: str) -> set[str]:
 
 def _call(entry_point: str, given: Any, expected: Any) -> str:
     arguments = given if isinstance(given, list) else [given]
-    return f"assert {entry_point}(*{arguments!r}) == {expected!r}"
+    result = f"{entry_point}(*{_literal(arguments)})"
+    if isinstance(expected, float) and math.isnan(expected):
+        return f"result = {result}\nassert isinstance(result, float) and result != result"
+    return f"assert {result} == {_literal(expected)}"
+
+
+def _literal(value: Any) -> str:
+    """Return a JSON value as Python source, with its infinite numbers."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float({str(value)!r})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    return repr(value)
 
 
 def _text(value: Any) -> str:

@@ -92,7 +92,7 @@ def confinement() -> tuple[str, ...]:
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", __spec__.name, scratch]
+        command = [sys.executable, "-P", "-m", __spec__.name, scratch]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     return tuple(json.loads(done.stdout)) if done.returncode == 0 else ()
 

@@ -22,7 +22,7 @@ close_range 436 436, fstat 5 80, stat 4 -, lstat 6 -, newfstatat 262 79, statx 3
 access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, chdir 80 49,
 fchdir 81 50, mkdir 83 -, mkdirat 258 34, unlink 87 -, unlinkat 263 35, rmdir 84 -, rename 82 -, renameat 264 38,
 renameat2 316 276, ftruncate 77 46, truncate 76 45, fallocate 285 47, fsync 74 82, fdatasync 75 83, dup 32 23,
-dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fcntl 72 25, ioctl 16 29, flock 73 32, umask 95 166, utimensat 280 88,
+dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, flock 73 32, umask 95 166, utimensat 280 88,
 sendfile 40 71, copy_file_range 326 285, fadvise64 221 223, statfs 137 43, fstatfs 138 44, poll 7 -, ppoll 271 73,
 select 23 -, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
 eventfd2 290 19, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, brk 12 214, madvise 28 233, msync 26 227,
@@ -38,6 +38,11 @@ exit_group 231 94, socketpair 53 199, recvfrom 45 207, shutdown 48 210, getsocko
 """
 _CLONE, _CLONE3, _TGKILL, _PRLIMIT64, _SENDTO = (56, 220), (435, 435), (234, 131), (302, 261), (44, 206)
 _CLONE_THREAD = 0x10000
+_FCNTL, _IOCTL = (72, 25), (16, 29)
+# Duplicate, flags, locks, pipe size, seals. Not F_SETOWN and F_SETSIG: the kernel would signal whom they name.
+_FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1031, 1032, 1034)
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Not FIOSETOWN, FIOASYNC, TIOCSTI.
+_IOCTL_COMMANDS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
 _NEWEST = 462  # a higher number belongs to a later kernel: "no such call" lets libraries fall back
 
@@ -51,7 +56,7 @@ def install() -> bool:
     """Restrict this process and its threads to the list for good; return False if the kernel cannot.
 
     The process may start threads, signal itself, and read and set its own limits, no others. Data that it sends on a
-    socket pair goes to the other end and nowhere else.
+    socket pair goes to the other end and nowhere else. It cannot have the kernel signal others when data arrives.
     """
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
@@ -81,6 +86,8 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
     program += _only_if(_TGKILL[column], 0, test=_EQUAL, value=os.getpid())
     program += _only_if(_PRLIMIT64[column], 0, test=_EQUAL, value=0)
     program += _only_if(_SENDTO[column], 4, test=_EQUAL, value=0)  # no address
+    program += _one_of(_FCNTL[column], 1, values=_FCNTL_COMMANDS)
+    program += _one_of(_IOCTL[column], 1, values=_IOCTL_COMMANDS)
     # A filter cannot read clone3's flags, which lie in memory: "no such call" makes libraries use clone instead.
     program += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _NO_SUCH_CALL)]
     # x86-64 also takes the calls of the x32 ABI, from 0x40000000 on: they get "no such call".
@@ -94,4 +101,13 @@ def _only_if(number: int, argument: int, *, test: int, value: int) -> list[tuple
     if test == _EQUAL and value == 0:
         check += [(_LOAD, 0, 0, high), (_EQUAL, 1, 0, 0), (_RETURN, 0, 0, _REFUSE)]
     check.append((_RETURN, 0, 0, _ALLOW))
+    return [(_EQUAL, 0, len(check), number), *check]
+
+
+def _one_of(number: int, argument: int, *, values: tuple[int, ...]) -> list[tuple[int, int, int, int]]:
+    """Allow one call if the low half of an argument, all that the kernel reads of a command, is one of some values."""
+    check = [(_LOAD, 0, 0, 16 + 8 * argument)]
+    for value in values:
+        check += [(_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
+    check.append((_RETURN, 0, 0, _REFUSE))
     return [(_EQUAL, 0, len(check), number), *check]

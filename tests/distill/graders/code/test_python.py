@@ -163,6 +163,42 @@ def test_a_forged_pass_is_not_right(grader: Grader) -> None:
     assert grader.grade(problem(tolerant), yes).verdict == "unknown"
 
 
+ALWAYS = "lambda *a, **k: True"
+ACCOMPLICES = [
+    ("assert np.allclose(f(2), 4)", f"class np: allclose = {ALWAYS}\ndef f(x): return 5"),
+    ("assert np.array_equal(f(2), [4])", f"class np: array_equal = {ALWAYS}\ndef f(x): return [5]"),
+    ("assert isclose(f(2), 4)", f"isclose = {ALWAYS}\ndef f(x): return 5"),
+    ("assert f(2) == pytest.approx(4)", "class pytest: approx = lambda x: 5\ndef f(x): return 5"),
+    ("assert f(2) == approx(4)", "approx = lambda x: 5\ndef f(x): return 5"),
+    ("assert Counter(f(2)) == Counter([4])", "Counter = lambda x: 0\ndef f(x): return [5]"),
+    ("assert same(f(2), 4)", f"same = {ALWAYS}\ndef f(x): return 5"),
+    ("assert not differ(f(2), 4)", "differ = lambda *a: False\ndef f(x): return 5"),
+    ("assert same(f(2), 4) is True and f(2)", f"same = {ALWAYS}\ndef f(x): return 5"),
+    ("for _ in map(f, [2]): assert _ == 4", "def f(x): raise StopIteration"),
+    ("assert all(x == 4 for x in map(f, [2]))", "def f(x): raise StopIteration"),
+    ("assert f(2) == 4 or tf.no_such_thing(f(2), 4)", f"class tf: no_such_thing = {ALWAYS}\ndef f(x): return 5"),
+]
+
+
+def test_what_tests_use_without_importing_it_is_never_the_codes_own(grader: Grader) -> None:
+    grades = grade_all(grader, [(tests, code) for tests, code in ACCOMPLICES])
+    assert [case for case, grade in zip(ACCOMPLICES, grades, strict=True) if grade.verdict == "right"] == []
+    honest = [(tests, "def f(x): return [x * x] if LIST else x * x") for tests, _ in ACCOMPLICES[:5]]
+    honest = [(tests, code.replace("LIST", str("array_equal" in tests))) for tests, code in honest]
+    honest.append(("assert gcd(4, 6) == 2", "def gcd(a, b):\n    while b: a, b = b, a % b\n    return a"))
+    honest.append(("assert decode(encode('a')) == 'a'", "def encode(x): return x[::-1]\ndecode = encode"))
+    grades = grade_all(grader, honest)
+    assert [(case, grade.reason) for case, grade in zip(honest, grades, strict=True) if grade.verdict != "right"] == []
+
+
+def test_numbers_that_are_not_finite_can_be_expected(grader: Grader) -> None:
+    pairs = [{"input": [1], "output": float("inf")}, {"input": [0], "output": float("nan")}]
+    code = "def f(x): return float('inf') if x else float('nan')"
+    forged = "inf = nan = 1\ndef f(x): return 1"
+    right, wrong = (grader.grade(problem(pairs, entry_point="f"), text) for text in (code, forged))
+    assert (right.verdict, wrong.verdict) == ("right", "wrong")
+
+
 def test_programs_that_print_the_wrong_thing(grader: Grader) -> None:
     programs = [
         "print(4)", "print(9)", "", "import os; os._exit(0)", "print(int(input()))", "print(int(input()) ** 2, 0)",
@@ -269,6 +305,9 @@ ESCAPES = {
     "send by a socket pair": "socket.socketpair(type=socket.SOCK_DGRAM)[0].sendto(b'x', '\\0abstract')",
     "kill the parent": "os.kill(os.getppid(), 9)",
     "stop every process": "os.kill(-1, 19)",
+    "have the kernel signal the parent": "fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, os.getppid())",
+    "choose the kernel's signal": "fcntl.fcntl(os.pipe()[0], fcntl.F_SETSIG, 9)",
+    "own a descriptor's signals": "fcntl.ioctl(socket.socketpair()[0], 0x8901, os.getppid().to_bytes(4, 'little'))",
     "limit the parent": "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
     "raise a limit": "resource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))",
     "fork": "os.fork()",
@@ -292,7 +331,8 @@ ESCAPES = {
 def test_hostile_code_gets_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEEPDISTILL_SECRET", "1")
     (tmp_path / "secret").write_text("secret")
-    imports = "import ctypes, os, resource, signal, socket, subprocess\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    imports = "import ctypes, fcntl, os, resource, signal, socket, subprocess\n"
+    imports += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     with socket.create_server(("127.0.0.1", 0)) as server, Grader(timeout_s=20, n_workers=2) as grader:
         fill = {
             "{home}": os.path.expanduser("~"),
