@@ -65,7 +65,7 @@ class Kind:
 KINDS = {
     "exact": Kind("exact"),
     "number": Kind("number", reads_answer=False),
-    "math": Kind("mathematics"),
+    "math": Kind("mathematics", reads_answer=False),
     "choice": Kind("choice", reads_answer=False),
     "regex": Kind("regex", needs_reference=False),
     "json_schema": Kind("json_schema", reads_answer=False, needs_reference=False),

@@ -1,4 +1,4 @@
-"""One of several options, named by its letter or by its text.
+"""One of several options, named by its letter (or the digit that is its label) or by its text.
 
 The problem's metadata has the options under `choices`: a list of texts, an object of letter to text, or
 `{"label": […], "text": […]}`. The reference is a letter, a text, or an index from 0 into a list of options.
@@ -10,12 +10,18 @@ import json
 import re
 from typing import Any
 
-from .answer import clean, marked_answer
+from .answer import clean, marked_answer, standing
 from .base import CannotTell, Submission
 
-_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z])\s*[)\]}]?\s*[.:)]?", re.DOTALL)
+_LETTER = re.compile(r"[(\[{]?\s*([A-Za-z]|\d)\s*[)\]}]?\s*[.:)]?", re.DOTALL)
 _LED = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+)", re.IGNORECASE)
-_LETTER_AND_TEXT = re.compile(r"(?:[(\[]([A-Za-z])[)\]]|([A-Za-z])\s*[.:)]|([A-Z])\s*[-–—])\s*(.+)", re.DOTALL)
+_LETTER_AND_TEXT = re.compile(
+    r"(?:[(\[]([A-Za-z]|\d)[)\]]|([A-Za-z]|\d)\s*[.:)]|([A-Z]|\d)\s*[-–—,])\s*(.+)", re.DOTALL
+)
+_VERB = re.compile(r"\b(?:is|be|leaves|go with|going with|choose|pick|select|option|choice)\b:?", re.IGNORECASE)
+_UNSURE = re.compile(
+    r"\b(?:whether|if|unless|might|could|may|maybe|perhaps|either|neither|wrong|incorrect)\b", re.IGNORECASE
+)
 _LATEX = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 
 
@@ -27,13 +33,36 @@ def grade(submission: Submission) -> float:
     """
     choices = read_choices(submission.metadata.get("choices"))
     gold = _gold(submission.reference(), choices)
-    marked = marked_answer(submission.content.strip())
-    lines = submission.content.strip().splitlines()
-    text = marked if marked is not None else (lines[-1] if lines else "")
-    chosen = choose(text, choices)
-    if chosen is None and marked is None and _mentions(text, choices or {gold: ""}):
-        raise CannotTell("the answer mentions options without choosing one")
+    chosen = find(submission.content, choices, gold)
     return 1.0 if chosen == gold else 0.0
+
+
+def find(content: str, choices: dict[str, str], gold: str = "") -> str | None:
+    """Return the letter of the option that a content chooses; None if its answer names none or several.
+
+    Raises:
+        CannotTell: it mentions options without choosing one.
+    """
+    marked = marked_answer(content, whole_line=True)
+    if marked is not None:
+        return choose(marked, choices) or _concluded(marked, choices)
+    lines = [line for line in standing(content).splitlines() if line.strip()]
+    if not lines:
+        return None
+    last, first = lines[-1], lines[0]
+    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices)
+    if chosen is None and _mentions(last, choices or {gold: ""}):
+        raise CannotTell("the answer mentions options without choosing one")
+    return chosen
+
+
+def _concluded(line: str, choices: dict[str, str]) -> str | None:
+    """Return the option that the last sentence of a line ends with: "That leaves D.", "so I'd go with (B) Lyon"."""
+    sentence = re.split(r"(?<=[a-z)][.!?])\s+(?=[A-Z])", line)[-1]
+    parts = _VERB.split(sentence)
+    if len(parts) < 2 or _UNSURE.search(sentence):
+        return None
+    return choose(parts[-1], choices)
 
 
 def read_choices(choices: Any) -> dict[str, str]:
@@ -84,7 +113,8 @@ def choose(text: str, choices: dict[str, str]) -> str | None:
 
 def _mentions(text: str, choices: dict[str, str]) -> bool:
     """Say whether a text has an option's text, or its letter as a word (`A` and `I` may be ordinary words)."""
-    letters = set(re.findall(r"(?<![\w'’])([A-Z])(?![\w'’])", text)) - (
+    label = r"\d" if all(key.isdigit() for key in choices) else "[A-Z]"
+    letters = set(re.findall(rf"(?<![\w'’])({label})(?![\w'’])", text)) - (
         {"A", "I"} if re.search(r"\b[AI] [a-z]", text) else set()
     )
     known = letters if "" in choices else letters & set(choices)

@@ -14,13 +14,13 @@ import queue
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...errors import ModelError, UsageError
 from ...localrun.core.closes import Closes
 from ..records import NONE, Grade, Problem
-from .answer import final_answer, is_number
+from .answer import final_answer, is_number, is_refusal
 from .base import Kind, kind_of
 
 _LOADING_S = 120.0  # importing sympy or reasoning-gym on a cold, busy machine
@@ -49,6 +49,8 @@ class Grader(Closes):
     def grade(self, problem: Problem, content: str) -> Grade:
         """Return the verdict on a content: `unknown` if the problem has no reference answer or grading fails.
 
+        A problem may have several wordings of its reference (`aliases` in its metadata): a content is right by any.
+
         Raises:
             UsageError: `code` "no-such-grader"; "bad-grader" if its argument is invalid, its module cannot be imported,
                 or this system cannot confine the code that it runs.
@@ -56,12 +58,22 @@ class Grader(Closes):
         """
         if problem.grader == NONE:
             return Grade(_answer(problem, content), "unknown", "none", None)
+        verdicts = []
+        for reference in (problem.answer, *problem.metadata.get("aliases", ())):
+            verdicts.append(self._grade(replace(problem, answer=reference), content))
+            if verdicts[-1].verdict == "right":
+                return verdicts[-1]
+        return next((one for one in verdicts if one.verdict == "unknown"), verdicts[0])
+
+    def _grade(self, problem: Problem, content: str) -> Grade:
         kind, _ = kind_of(problem.grader)
         answer = content.strip() or None if not kind.reads_answer else _answer(problem, content)
         if kind.needs_reference and problem.answer is None:
             return Grade(_answer(problem, content), "unknown", "none", None, "the problem has no reference answer")
         if answer is None:
             return Grade(None, "wrong", "grader", 0.0)
+        if is_refusal(content):
+            return Grade(None, "unknown", "none", None, "the reply is a refusal")
         request = {"problem": asdict(problem), "content": content, "answer": answer, "timeout_s": self.timeout_s}
         worker = self._idle.get()
         try:
@@ -186,7 +198,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._stop()
-        command = [sys.executable, "-m", f"{__package__}.worker"]
+        command = [sys.executable, "-P", "-m", f"{__package__}.worker"]  # -P: not a json.py of the working folder
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
         )

@@ -10,18 +10,19 @@ Source: self-consistency, Wang et al., arXiv 2203.11171; the minimum share and n
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 
-from ..graders.number import parse
+from ..graders.answer import clean
+from ..graders.latex import plain
+from ..graders.quantity import parse
 from ..recipe.gathering import VoteRecipe
 from ..records import Judgement, Trace
 
 Same = Callable[[str, str], bool]
 """Says whether two differently written answers mean the same, as a grader does."""
 
-_WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|textbf)\{([^{}]*)\}")
+_BOXED = re.compile(r"\\f?boxed\{([^{}]*)\}")
 
 
 def vote(
@@ -61,19 +62,9 @@ def vote_on_traces(
 
 def answer_key(answer: str) -> str | Fraction:
     """Return the number or the plain text of an answer, the same for `1,000`, `1000.0` and `$1000$`."""
-    text = unicodedata.normalize("NFKC", answer).replace("−", "-").replace("–", "-")
-    while (plain := _without_markup(text)) != text:
-        text = plain
-    number, unit = parse(text) or (None, "")
-    return text if number is None or unit else number
-
-
-def _without_markup(text: str) -> str:
-    text = _WRAPPED.sub(r"\1", text)
-    for mark in ("\\left", "\\right", "\\,", "\\!", "\\;", "\\(", "\\)", "\\[", "\\]"):
-        text = text.replace(mark, "")
-    text = " ".join(text.casefold().split()).strip("*_`\"'“”‘’$ ")
-    return text[:-1] if text.endswith((".", "!")) and not text.endswith("..") else text
+    text = clean(plain(_BOXED.sub(r"\1", answer)))
+    number = parse(text)
+    return number.value if number and not number.unit else " ".join(text.casefold().split()).rstrip("!")
 
 
 def _group(answers: Mapping[str, str], same: Same | None) -> list[list[str]]:

@@ -147,3 +147,29 @@ def test_closing_leaves_no_process(grader: Grader) -> None:
     other.close()
     other.close()
     assert worker.poll() is not None
+
+
+def test_a_module_of_the_working_folder_does_not_run_in_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("json", "fractions", "sympy"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(tmp_path)
+    with Grader(n_workers=1) as grader:
+        assert grader.grade(problem(r"\frac{x}{2}"), r"\boxed{0.5x}").verdict == "right"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["I'm sorry, but I can't help with that. Error 3", "I cannot answer this.", "As an AI, I am unable to help."],
+)
+def test_a_refusal_is_unknown(grader: Grader, content: str) -> None:
+    grade = grader.grade(problem("3"), content)
+    assert (grade.verdict, grade.answer, "refusal" in grade.reason) == ("unknown", None, True)
+
+
+def test_any_wording_of_the_reference_is_right(grader: Grader) -> None:
+    asked = problem("Paris", "exact", aliases=["Lutetia"])
+    verdicts = [grader.grade(asked, content).verdict for content in ("Paris", "Lutetia", "Lyon")]
+    assert verdicts == ["right", "right", "wrong"]
