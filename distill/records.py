@@ -19,7 +19,11 @@ NONE = "none"  # the grader of a problem that has no answer
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `grader` is KIND or KIND:ARGUMENT (see graders/); `id` depends on the question alone."""
+    """One question. `grader` is KIND or KIND:ARGUMENT (see graders/); `id` depends on the question alone.
+
+    `messages` is the conversation that asks it, if that is more than the question: a system message, earlier turns.
+    `question` has the text of the user's turns.
+    """
 
     id: str
     question: str
@@ -27,11 +31,17 @@ class Problem:
     source: str
     grader: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    messages: list[Message] = field(default_factory=list)
 
 
-def messages_of(problem: Problem) -> list[dict[str, str]]:
+def messages_of(problem: Problem) -> list[Message]:
     """Return the conversation that asks a problem: the same for teacher, student and base model."""
-    return [{"role": "user", "content": problem.question}]
+    return list(problem.messages) or [{"role": "user", "content": problem.question}]
+
+
+def question_in(messages: Sequence[Message]) -> str:
+    """Return the text of the user's turns of a conversation, which is the `question` of its problem."""
+    return "\n".join(turn["content"] or "" for turn in messages if turn["role"] == "user")
 
 
 Backend = Literal["pocket", "endpoint", "transformers", "gguf", "imported", "worked"]

@@ -89,7 +89,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "run": "recipe",
         "traces": "recipe records problems teachers run",
         "context": "recipe teachers run",
-        "judging": "recipe records graders teachers traces context",
+        "judging": "graders recipe records teachers traces context",
         "gather": "records graders teachers run traces context judging",
         "training": (
             "recipe records tokenizer device hub graders problems pocket curation teachers run traces context gather"

@@ -32,7 +32,7 @@ from ..problems.similarity import (
     sign_texts,
     word_hashes,
 )
-from ..problems.split import normalise_question
+from ..problems.split import same_meaning
 from ..recipe.gathering import CurationRecipe
 from ..records import Problem, Trace
 from .filters import FILTERS, N_EXCERPT, excerpt, fault_of, fault_of_text, question_of
@@ -137,7 +137,7 @@ class _Survey:
         position = self.n_traces
         self.n_traces += 1
         question = question_of(trace)
-        key = hashlib.blake2b(normalise_question(question).encode(), digest_size=8).digest()
+        key = hashlib.blake2b(same_meaning(question).encode(), digest_size=8).digest()
         problem = self.problems.setdefault(key, len(self.problems))
         if problem == len(self._asked):
             self._asked.append(-1)

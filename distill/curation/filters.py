@@ -9,7 +9,7 @@ from ...localrun.core.text import shorten
 from ..problems.similarity import Words, repeated_share
 from ..problems.split import bucket_of
 from ..recipe.gathering import CurationRecipe
-from ..records import Trace
+from ..records import Trace, question_in
 
 FILTERS = {
     "held_out": "the question is not in the training bucket of the split",
@@ -43,7 +43,7 @@ N_EXCERPT = 100  # characters
 
 def fault_of(trace: Trace, settings: CurationRecipe, pass_rate: Mapping[str, float]) -> str | None:
     """Return the filter that drops a trace for anything but its text, or None."""
-    if settings.train_bucket and bucket_of(next(iter(_user_turns(trace)), "")) != "train":
+    if settings.train_bucket and bucket_of(question_of(trace)) != "train":
         return "held_out"
     if settings.verified and trace.verdict == "wrong":
         return "wrong"
@@ -82,13 +82,8 @@ def fault_of_text(trace: Trace, words: Words, settings: CurationRecipe) -> str |
 
 
 def question_of(trace: Trace) -> str:
-    """Return the question of a trace: the user's turns."""
-    return "\n".join(_user_turns(trace))
-
-
-def _user_turns(trace: Trace) -> list[str]:
-    turns = (turn["content"] or "" for turn in trace.messages if turn["role"] == "user")
-    return [turn.encode("utf-8", "replace").decode() for turn in turns]  # half a surrogate pair has no hash
+    """Return the question of a trace, without halves of surrogate pairs, which have no hash."""
+    return question_in(trace.messages).encode("utf-8", "replace").decode()
 
 
 def excerpt(trace: Trace) -> str:

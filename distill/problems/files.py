@@ -1,33 +1,47 @@
-"""Rows of problems from a file, a folder of prompts, or a data set on the Hugging Face hub.
+"""Rows of problems and traces from a file, a folder of prompts, or a data set on the Hugging Face hub.
 
-A row is a mapping of columns. A prompt is a row with a question alone: a line of a .txt file, a whole .md file, or each
-.txt or .md file of a folder.
+A row is a mapping of columns; where one cannot be read, its place in the stream has the error instead, so that one bad
+row is never the end. A prompt is a row with a question alone: a line of a .txt file, a whole .md file, or each .txt or
+.md file of a folder. No file takes more than some 100 MB of memory, however it was made.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
+import gzip
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 from ...errors import ArtifactError, UsageError
 from ..hub import download_split
 
-Columns = Mapping[str, Any]
+Columns: TypeAlias = Mapping[str, Any]
 """One row of a table, by column."""
+Row: TypeAlias = Columns | ArtifactError
+"""One row, or what is wrong with it."""
 
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 _PROMPTS = (".txt", ".md")
+_NO_PROMPTS = ("readme", "license", "changelog", "contributing", "citation", "notice")
+_MAX_TEXT = 16 << 20  # characters of a line or a field
+_MAX_DOCUMENT = 256 << 20  # bytes of a .json file, which has to be read at once
+_MAX_GROUP = 2 << 30  # bytes of a Parquet row group, uncompressed
+_ROWS_AT_ONCE = 64  # of a Parquet file
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, Columns]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of a file, which its suffix says how to read, or of a folder of prompts.
+
+    A row that cannot be read is an ArtifactError: `code` "line-broken", "line-too-long" or "too-many-fields".
 
     Raises:
         UsageError: `code` "unknown-format": the suffix is none of ours.
-        ArtifactError: `code` "no-such-file", "file-unreadable", "file-broken", "line-broken", or "no-problems" if a
+        ArtifactError: `code` "no-such-file", "file-unreadable", "file-broken", "file-too-large", or "no-problems" if a
             folder has no prompt.
     """
     if path.is_dir():
@@ -39,18 +53,16 @@ def read_rows(path: Path) -> Iterator[tuple[str, Columns]]:
             "problems are gym:NAME?param=value, hf:ORG/NAME, a .jsonl, .csv, .parquet or .txt file, or a folder",
             code="no-such-file",
         )
-    read = _READERS.get(path.suffix.lower())
-    if read is None:
-        raise UsageError(
-            f"cannot tell the format of {path}",
-            "files of problems end in .jsonl, .csv, .parquet, .txt or .md",
-            code="unknown-format",
-        )
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else (suffixes or [""])[-1]
+    if kind not in SUFFIXES:
+        hint = f"files of problems end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or in one of these and .gz"
+        raise UsageError(f"cannot tell the format of {path}", hint, code="unknown-format")
     with _translated(path):
-        yield from read(path)
+        yield from _READERS[kind](path)
 
 
-def read_hub(repository: str, *, split: str, config: str | None, offline: bool) -> Iterator[tuple[str, Columns]]:
+def read_hub(repository: str, *, split: str, config: str | None, offline: bool) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) of one split of a data set on the hub; offline, of the cache.
 
     Raises:
@@ -61,23 +73,53 @@ def read_hub(repository: str, *, split: str, config: str | None, offline: bool) 
             yield f"hf:{repository} {path.name}", row
 
 
+def encoding_of(path: Path) -> str:
+    """Return how a text file is encoded: UTF-8, UTF-16 if it has its mark, else Windows' cp1252."""
+    with _open_bytes(path) as file:
+        start = file.read(4)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            decoder.decode(start)
+            while block := file.read(1 << 20):
+                decoder.decode(block)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            return "cp1252"
+    return "utf-8-sig"
+
+
+def _open_bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[IO[str]]:
+    encoding = encoding_of(path)
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
+    with opened(path, "rt", encoding=encoding, newline="") as text:
+        yield text
+
+
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, csv.Error) as error:  # json, unicode and pyarrow errors are ValueErrors
+    except (ValueError, csv.Error, EOFError) as error:  # json, unicode and pyarrow errors are ValueErrors
         hint = "mend the file, or convert it to UTF-8 .jsonl"
         raise ArtifactError(f"{path} is broken: {error}", hint, code="file-broken") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error}", "check the file", code="file-unreadable") from error
 
 
-def _read_folder(path: Path) -> Iterator[tuple[str, Columns]]:
-    """Yield each .txt and .md file of a folder as a prompt, in the order of their names."""
+def _read_folder(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield each .txt and .md file of a folder as a prompt, in the order of their names, but not its README."""
     files = sorted(
         file
         for file in path.rglob("*")
         if file.suffix.lower() in _PROMPTS
+        and file.stem.lower() not in _NO_PROMPTS
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
@@ -87,60 +129,114 @@ def _read_folder(path: Path) -> Iterator[tuple[str, Columns]]:
         )
     for file in files:
         with _translated(file):
-            text = file.read_text(encoding="utf-8-sig").strip()
-        if text:
-            yield str(file), {"question": text}
+            yield from ((where, row) for where, row in _read_document(file) if row["question"].strip())
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Columns]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            hint = "mend that line: a file of problems has one JSON object a line"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                fault = f"{error.msg.removesuffix(' at')} at column {error.colno}"
-                raise ArtifactError(f"{path}:{number} is not JSON: {fault}", hint, code="line-broken") from error
-            if not isinstance(row, dict):
-                raise ArtifactError(f"{path}:{number} is not a JSON object", hint, code="line-broken")
-            yield f"{path}:{number}", row
+def _lines(path: Path) -> Iterator[tuple[str, str | ArtifactError]]:
+    """Yield (place, line) of each line that says something, or an error for one that is too long."""
+    with _open_text(path) as text:
+        number = 0
+        while line := text.readline(_MAX_TEXT):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) == _MAX_TEXT and not line.endswith("\n"):
+                while (rest := text.readline(_MAX_TEXT)) and not rest.endswith("\n"):
+                    pass
+                fault = f"{where} has more than {_MAX_TEXT:,} characters"
+                yield where, ArtifactError(fault, "split that line, or remove it", code="line-too-long")
+            elif line.strip():
+                yield where, line
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Columns]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        for number, row in enumerate(csv.DictReader(lines, strict=True), 2):
-            yield f"{path}:{number}", row
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    for where, line in _lines(path):
+        yield where, _json_row(line, where) if isinstance(line, str) else line
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Columns]]:
+def _json_row(line: str, where: str) -> Row:
+    hint = "mend that line: a file of problems has one JSON object a line"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        fault = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        fault = str(error)
+    else:
+        if isinstance(row, dict):
+            return row
+        return ArtifactError(f"{where} is not a JSON object", hint, code="line-broken")
+    return ArtifactError(f"{where} is not JSON: {fault}", hint, code="line-broken")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the objects of a JSON list, or of the first list of objects in a JSON object (`{"data": […]}`)."""
+    with _open_bytes(path) as file:
+        document = file.read(_MAX_DOCUMENT + 1)
+    if len(document) > _MAX_DOCUMENT:
+        hint = "convert it to .jsonl, which is read line by line"
+        raise ArtifactError(f"{path} has more than {_MAX_DOCUMENT >> 20} MiB", hint, code="file-too-large")
+    try:
+        found = json.loads(document.decode(encoding_of(path)))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if isinstance(found, dict):
+        found = next((value for value in found.values() if isinstance(value, list) and value), [found])
+    for number, row in enumerate(found if isinstance(found, list) else [found], 1):
+        where = f"{path} row {number}"
+        fault = ArtifactError(f"{where} is not a JSON object", "mend or remove that row", code="line-broken")
+        yield where, row if isinstance(row, dict) else fault
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a table whose header says what separates its fields: commas, semicolons or tabs."""
+    csv.field_size_limit(_MAX_TEXT)
+    with _open_text(path) as text:
+        header = text.readline(_MAX_TEXT)
+        text.seek(0)
+        separator = max(",;\t", key=header.count)
+        reader = csv.DictReader(text, strict=True, delimiter=separator)
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row:
+                fault = f"{where} has more fields than the header"
+                hint = "quote fields that contain the separator or line breaks"
+                yield where, ArtifactError(fault, hint, code="too-many-fields")
+            else:
+                yield where, row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000):
+        groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
+        if max(groups, default=0) > _MAX_GROUP:
+            hint = "write it again with smaller row groups"
+            raise ArtifactError(f"a row group of {path} has more than 2 GiB", hint, code="file-too-large")
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path} row {number}", row
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Columns]]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"{path}:{number}", {"question": line.strip()}
+def _read_prompts(path: Path) -> Iterator[tuple[str, Row]]:
+    for where, line in _lines(path):
+        yield where, {"question": line.strip()} if isinstance(line, str) else line
 
 
-def _read_markdown(path: Path) -> Iterator[tuple[str, Columns]]:
-    yield str(path), {"question": path.read_text(encoding="utf-8-sig")}
+def _read_document(path: Path) -> Iterator[tuple[str, Columns]]:
+    with _open_text(path) as text:
+        yield str(path), {"question": text.read(_MAX_TEXT).strip()}
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Columns]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Row]]]] = {
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
+    ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
-    ".txt": _read_lines,
-    ".md": _read_markdown,
+    ".txt": _read_prompts,
+    ".md": _read_document,
 }

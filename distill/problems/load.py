@@ -1,9 +1,9 @@
 """Problems from one string, drawn from one bucket of the split; every draw is distinct by question.
 
-`gym:NAME?param=value&…` (reasoning-gym), a JSONL, CSV or Parquet file, `hf:ORG/NAME?split=train&config=…` (a data set
-on the hub), a .txt file with a prompt a line, or a folder of prompts. The spec may name the columns and the grader:
-`file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`. A column
-with worked solutions (`worked=COLUMN`) makes the problems their own teacher: `--teacher worked`.
+`gym:NAME?param=value&…` (reasoning-gym), a JSONL, JSON, CSV or Parquet file, `hf:ORG/NAME?split=train&config=…` (a
+data set on the hub), a .txt file with a prompt a line, or a folder of prompts. The spec may name the columns and the
+grader: `file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`. A
+column with worked solutions (`worked=COLUMN`) makes the problems their own teacher: `--teacher worked`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,30 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ...errors import ArtifactError, UsageError
-from ..graders.base import is_trusted, kind_of
-from ..records import NONE, Problem
-from .columns import PROBLEM_ANSWERS, PROBLEM_METADATA, PROBLEM_QUESTIONS, PROBLEM_WORKED, find_column, problem_answer
-from .files import Columns, read_hub, read_rows
-from .split import Bucket, bucket_of, question_hash
+from ...localrun.core.reporter import SILENT, Reporter
+from ..records import Problem
+from .files import Row, read_hub, read_rows
+from .rows import PARAMETERS, Intake, check_grader
+from .split import Bucket, bucket_of, question_id
 
 _DEFAULT_N = 1000
 _SHARES = {"train": 0.8, "validation": 0.05, "test": 0.15, None: 1.0}
 
 
 def load_problems(
-    spec: str, bucket: Bucket | None = None, *, n: int | None = None, seed: int | None = None, offline: bool = False
+    spec: str,
+    bucket: Bucket | None = None,
+    *,
+    n: int | None = None,
+    seed: int | None = None,
+    offline: bool = False,
+    report: Reporter = SILENT,
 ) -> list[Problem]:
     """Return up to n distinct problems of a bucket (None: of every bucket), always the same ones in the same order.
 
     A source with fewer problems gives all of them. `n` and `seed` default to the spec's own `size` and `seed`. Offline,
-    a data set of the hub comes from the cache.
+    a data set of the hub comes from the cache. `report` is told of rows that could not be used, of columns that were
+    not, and of questions that are there twice with different answers.
 
     >>> from deepdistill import load_problems
     >>> problem, *_ = load_problems("gym:chain_sum?max_terms=2&max_digits=1", "test", n=10)
@@ -45,8 +52,20 @@ def load_problems(
         ArtifactError: `code` "no-such-column", "empty-question", "no-problems" if there is none in this bucket, or one
             of `read_rows` and `read_hub`.
     """
-    n, drawn = _draw(spec, bucket, n=n, seed=seed, offline=offline)
-    problems = _distinct(drawn, bucket, n)
+    path, params = _parse(spec)
+    size, spec_seed = _whole(params.pop("size", _DEFAULT_N), "size"), _whole(params.pop("seed", 0), "seed")
+    n, seed = size if n is None else n, spec_seed if seed is None else seed
+    if path.startswith("gym:"):
+        n_drawn = int(n / _SHARES[bucket] * 1.5) + 20
+        problems = _distinct(
+            _draw_gym(path.removeprefix("gym:"), params, n=n_drawn, seed=seed), bucket, n=n, report=report
+        )
+    else:
+        rows = _open_rows(path, params, offline=offline)
+        intake = Intake(path, _checked(params, path))
+        problems = _distinct(intake.problems(rows), bucket, n=n, report=report)
+        for note in intake.notes():
+            report.say(f"{path}: {note}")
     if not problems:
         where = f"the {bucket} part of {spec}" if bucket else spec
         raise ArtifactError(
@@ -57,14 +76,20 @@ def load_problems(
     return problems
 
 
-def _distinct(drawn: Iterator[Problem], bucket: Bucket | None, n: int) -> list[Problem]:
-    """Return the first n distinct problems of a bucket."""
+def _distinct(drawn: Iterator[Problem], bucket: Bucket | None, *, n: int, report: Reporter) -> list[Problem]:
+    """Return the first n distinct problems of a bucket; of the same question with two references, the first."""
     problems: dict[str, Problem] = {}
+    n_contradicted, example = 0, ""
     for problem in drawn:
         if len(problems) == n:
             break
-        if bucket is None or bucket_of(problem.question) == bucket:
-            problems.setdefault(problem.id, problem)
+        if bucket is not None and bucket_of(problem.question) != bucket:
+            continue
+        first = problems.setdefault(problem.id, problem)
+        if first.answer != problem.answer:
+            n_contradicted, example = n_contradicted + 1, example or f"{first.answer} and {problem.answer}"
+    if n_contradicted:
+        report.say(f"{n_contradicted} questions are there twice with different answers ({example}): the first counts")
     return list(problems.values())
 
 
@@ -82,23 +107,33 @@ def with_params(spec: str) -> tuple[str, dict[str, Any]]:
     return name, dataclasses.asdict(_gym_dataset(name, params, seed=0, size=1).config)
 
 
-def _draw(
-    spec: str, bucket: Bucket | None, *, n: int | None, seed: int | None, offline: bool
-) -> tuple[int, Iterator[Problem]]:
-    """Return how many problems are wanted, and an iterator over the source's."""
-    path, params = _parse(spec)
-    size, spec_seed = _whole(params.pop("size", _DEFAULT_N), "size"), _whole(params.pop("seed", 0), "seed")
-    n, seed = size if n is None else n, spec_seed if seed is None else seed
-    if path.startswith("gym:"):
-        n_drawn = int(n / _SHARES[bucket] * 1.5) + 20
-        return n, _draw_gym(path.removeprefix("gym:"), params, n=n_drawn, seed=seed)
-    if path.startswith("hf:"):
-        split, config = str(params.pop("split", "train")), params.pop("config", None)
-        config = None if config is None else str(config)
-        rows = read_hub(path.removeprefix("hf:"), split=split, config=config, offline=offline)
-    else:
-        rows = read_rows(Path(path))
-    return n, _draw_rows(rows, params, path)
+def _open_rows(path: str, params: dict[str, Any], *, offline: bool) -> Iterator[tuple[str, Row]]:
+    """Return the rows of a file, a folder or a data set of the hub; take the hub's own parameters out of `params`."""
+    if not path.startswith("hf:"):
+        return read_rows(Path(path))
+    split, config = str(params.pop("split", "train")), params.pop("config", None)
+    config = None if config is None else str(config)
+    return read_hub(path.removeprefix("hf:"), split=split, config=config, offline=offline)
+
+
+def _checked(params: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the parameters of a table.
+
+    Raises:
+        UsageError: `code` "no-such-parameter", "bad-parameter" or "no-such-grader".
+    """
+    if unknown := sorted(set(params) - set(PARAMETERS)):
+        takes = "question=COLUMN, answer=COLUMN, worked=COLUMN, answers=all|any and grader=GRADER"
+        takes += ", split=NAME and config=NAME" if source.startswith("hf:") else ""
+        raise UsageError(
+            f"{source} has no parameter {', '.join(unknown)}", f"it takes {takes}", code="no-such-parameter"
+        )
+    if params.get("answers") not in (None, "all", "any"):
+        hint = "answers=all asks for all of several answers, answers=any takes any of them"
+        raise UsageError(f"answers cannot be {params['answers']!r}", hint, code="bad-parameter")
+    if params.get("grader") is not None:
+        check_grader(str(params["grader"]))
+    return params
 
 
 def _parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -160,7 +195,7 @@ def _draw_gym(name: str, params: dict[str, Any], *, n: int, seed: int) -> Iterat
                 return
             seen.add(item["question"])
             yield Problem(
-                id=question_hash(item["question"])[:16],
+                id=question_id(item["question"]),
                 question=item["question"],
                 answer=item["answer"],
                 source=source,
@@ -169,101 +204,3 @@ def _draw_gym(name: str, params: dict[str, Any], *, n: int, seed: int) -> Iterat
             )
         # A round with few new questions means that the data set has run dry.
         start, size = size, size * 2 if len(seen) - before > (size - start) // 20 else size
-
-
-def _draw_rows(rows: Iterator[tuple[str, Columns]], params: dict[str, Any], source: str) -> Iterator[Problem]:
-    unknown = sorted(set(params) - {"question", "answer", "grader", "worked"})
-    if unknown:
-        takes = "question=COLUMN, answer=COLUMN, worked=COLUMN and grader=GRADER"
-        takes += ", split=NAME and config=NAME" if source.startswith("hf:") else ""
-        raise UsageError(
-            f"{source} has no parameter {', '.join(unknown)}", f"it takes {takes}", code="no-such-parameter"
-        )
-    if params.get("grader") is not None:
-        _check_grader(str(params["grader"]))
-    is_empty = True
-    for where, row in rows:
-        is_empty = False
-        yield _problem(row, params, source=source, where=where)
-    if is_empty:
-        raise ArtifactError(
-            f"{source} has no problems", "write one problem a line, with a question and an answer", code="no-problems"
-        )
-
-
-def _problem(row: Columns, params: dict[str, Any], *, source: str, where: str) -> Problem:
-    """Return the problem of a row; `params` may name its columns and its grader."""
-    question = find_column(row, params.get("question"), PROBLEM_QUESTIONS)
-    answer = find_column(row, params.get("answer"), PROBLEM_ANSWERS)
-    if question is None or (answer is None and "answer" in params):
-        missing = "question" if question is None else "answer"
-        raise ArtifactError(
-            f"{where} has no {missing} column; it has {', '.join(map(str, row))}",
-            f"name the column: '{source}?{missing}=COLUMN'",
-            code="no-such-column",
-        )
-    text = "" if row[question] is None else str(row[question]).strip()
-    if not text:
-        hint = f"fill in the column {question}, or remove the row"
-        raise ArtifactError(f"the question at {where} is empty", hint, code="empty-question")
-    metadata = _metadata(row) | _worked(row, params.get("worked"), answer=answer, where=where)
-    gold = None if answer is None else problem_answer(row[answer])
-    named = params.get("grader")
-    grader = str(named) if named is not None else _grader_of(row, gold, metadata=metadata, where=where)
-    return Problem(
-        id=question_hash(text)[:16], question=text, answer=gold, source=source, grader=grader, metadata=metadata
-    )
-
-
-def _metadata(row: Columns) -> dict[str, Any]:
-    """Return what graders need beside the answer, by the name that they know it by."""
-    found = {}
-    for name, columns in PROBLEM_METADATA.items():
-        column = find_column(row, None, columns)
-        if column is not None and row[column] not in (None, "", [], {}):
-            found[name] = json.loads(json.dumps(row[column], default=str))
-    return found
-
-
-def _worked(row: Columns, named: str | None, *, answer: str | None, where: str) -> dict[str, Any]:
-    """Return the worked solution of a row: its named column, a usual one, or the text before the answer's `####`."""
-    column = find_column(row, named, [name for name in PROBLEM_WORKED if name != (answer or "").lower()])
-    if named is not None and column is None:
-        raise ArtifactError(
-            f"{where} has no column {named}; it has {', '.join(map(str, row))}",
-            "name the column of the worked solutions: ?worked=COLUMN",
-            code="no-such-column",
-        )
-    text = row[column] if column is not None else (row[answer] if answer is not None else None)
-    is_worked = isinstance(text, str) and text.strip() and (column is not None or "####" in text)
-    return {"worked": text} if is_worked else {}
-
-
-def _grader_of(row: Columns, gold: str | None, *, metadata: Mapping[str, Any], where: str) -> str:
-    """Return the row's own grader, or the one that its columns call for."""
-    column = find_column(row, None, ("grader",))
-    if column is not None and row[column]:
-        grader = str(row[column])
-        _check_grader(grader, where)
-        if is_trusted(grader):
-            raise UsageError(
-                f"{where} names the grader {grader}, which runs code without a sandbox",
-                f"if you trust it, name it yourself: ?grader={grader}",
-                code="untrusted-grader",
-            )
-        return grader
-    if "tests" in metadata:
-        return "python"
-    if gold is None:
-        return NONE
-    return "choice" if "choices" in metadata else "math"
-
-
-def _check_grader(grader: str, where: str = "") -> None:
-    try:
-        if grader != NONE:
-            kind_of(grader)
-    except UsageError as error:
-        raise UsageError(
-            f"{where}: {error.message}" if where else error.message, error.hint, code=error.code
-        ) from error

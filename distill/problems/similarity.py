@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .split import normalise_question
+from .split import same_meaning
 
 Words: TypeAlias = npt.NDArray[np.uint32]
 """Hashes of a text's words in order, [W]; the lowest bit says that the word has a digit."""
@@ -35,8 +35,8 @@ _FACTORS, _OFFSETS = np.frombuffer(
 
 
 def word_hashes(text: str) -> Words:
-    """Return the hashes of a text's words, [W], normalised as for the split and without punctuation at their ends."""
-    return np.fromiter(map(_hash_word, normalise_question(text).split()), np.uint32)
+    """Return the hashes of a text's words, [W], in lower case and without punctuation at their ends."""
+    return np.fromiter(map(_hash_word, same_meaning(text).split()), np.uint32)
 
 
 @lru_cache(1 << 17)

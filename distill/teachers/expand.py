@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ...localrun.core.generation import Message
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
-from ..problems.split import bucket_of, question_hash
+from ..problems.split import bucket_of, question_id
 from ..recipe.gathering import ExpandRecipe
 from ..records import Problem
 from .ask_once import Ask, StoredReplies, StoredReply, ask_id, stored_replies
@@ -150,13 +150,13 @@ class _Sieve:
 
     def sift(self, written: list[tuple[str, Problem]], evaluation: list[str]) -> list[Problem]:
         """Return those of (question, the given problem) that are new, as problems."""
-        seen = {question_hash(text) for text in (*(p.question for p in self.given), _EXAMPLE, *_EXAMPLE_NEW)}
+        seen = {question_id(text) for text in (*(p.question for p in self.given), _EXAMPLE, *_EXAMPLE_NEW)}
         fresh = []
         for text, origin in written:
             if reason := self._reason(text, seen):
                 self._drop(reason, text)
             else:
-                seen.add(question_hash(text))
+                seen.add(question_id(text))
                 fresh.append((text, origin))
         fresh = self._without("contaminated", fresh, self._contaminated([text for text, _ in fresh], evaluation))
         fresh = self._without("near_duplicate", fresh, self._repeated([text for text, _ in fresh]))
@@ -165,7 +165,7 @@ class _Sieve:
     def _reason(self, text: str, seen: set[str]) -> str | None:
         if not (_SHORTEST <= len(text) <= _LONGEST and re.search(r"\w\W+\w", text)):
             return "malformed"
-        if question_hash(text) in seen:
+        if question_id(text) in seen:
             return "copy"
         return None if bucket_of(text) == "train" else "held_out"
 
@@ -197,7 +197,7 @@ class _Sieve:
 
 def _new_problem(text: str, origin: Problem) -> Problem:
     return Problem(
-        id=question_hash(text)[:16],
+        id=question_id(text),
         question=text,
         answer=None,
         source=f"expand:{origin.source}",

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from ...errors import TeacherError
 from ...localrun.core.generation import Completion, Sampling
 from ..graders.answer import final_answer, is_number
-from ..records import Problem, Request
+from ..records import Problem, Request, question_in
 from .base import Teacher
 
 WORKED = "worked"
@@ -65,7 +65,7 @@ class WorkedTeacher(Teacher):
     ) -> Iterator[tuple[int, Completion]]:
         """Yield the solution of each problem; one without comes back as an error."""
         for index, request in enumerate(requests):
-            solution = self._solutions.get(request.messages[-1]["content"])
+            solution = self._solutions.get(question_in(request.messages))
             if solution is None:
                 error = "the problem has no worked solution"
                 yield index, Completion("", None, None, "error", 0, 0, 0, 0.0, error=error)

@@ -18,8 +18,8 @@ from ...localrun.core.generation import FinishReason, Message, Sampling
 from ...localrun.families.thinking import THINK, Tags, split_thinking
 from ..problems.columns import TRACE_CONTENTS, TRACE_QUESTIONS, TRACE_REASONINGS, trace_answer
 from ..problems.files import Columns, read_rows
-from ..problems.split import question_hash
-from ..records import NONE, Problem, TeacherInfo, Trace, Usage
+from ..problems.split import question_id
+from ..records import NONE, Problem, TeacherInfo, Trace, Usage, question_in
 
 _TABLES = (".jsonl", ".ndjson", ".parquet", ".csv")
 _THOUGHT = Tags("<|begin_of_thought|>", "<|end_of_thought|>")  # Sky-T1, Bespoke-Stratos, OpenThoughts-114k
@@ -62,6 +62,10 @@ def import_traces(
     n_traces, columns = 0, ""
     for file in _files(path):
         for where, row in read_rows(file):
+            if isinstance(row, ArtifactError):
+                if on_skip is not None:
+                    on_skip(where, row.message)
+                continue
             columns = ", ".join(map(str, row))
             answers = _answers_in(row)
             if not answers and on_skip is not None:
@@ -201,10 +205,10 @@ def _trace(row: Columns, answer: _Answer, *, sample: int, teacher: str, file_nam
     reasoning, content, closed = (
         (answer.reasoning, answer.content, True) if answer.reasoning else _split(answer.content)
     )
-    question = next((m["content"] for m in reversed(answer.messages) if m["role"] == "user"), "")
+    question = question_in(answer.messages)
     reference = trace_answer({name: value for name, value in row.items() if name != answer.column})
     source = str(row.get("source") or file_name)
-    problem = Problem(question_hash(question)[:16], question, reference, source, "math" if reference else NONE)
+    problem = Problem(question_id(question), question, reference, source, "math" if reference else NONE)
     info = TeacherInfo(str(row.get("model_name") or row.get("model") or teacher), "imported")
     key = json.dumps(["import", problem.id, info.name, reasoning, content])
     trace = Trace(

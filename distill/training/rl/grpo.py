@@ -28,7 +28,7 @@ from ....localrun.core.reporter import SILENT, Reporter
 from ....localrun.families.thinking import prompt_opens_thinking
 from ...device import SMALL_MODEL, choose_device, has_fast_bf16, quiet_transformers
 from ...recipe.training import GrpoRecipe, TrainingRecipe
-from ...records import GradesAnswers, Problem, messages_of
+from ...records import GradesAnswers, Problem, messages_of, question_in
 from ...run import CLOCK_FILE
 from ...teachers.huggingface.batching import BatchDecoder, new_sequence
 from ...tokenizer import Tokenizer, ids_of, prompt_of, text_of
@@ -149,7 +149,7 @@ class _Sampler:
         opened: dict[str, bool] = {}
         self.rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
-            question = prompt[-1]["content"]
+            question = question_in(prompt)
             if question not in opened:
                 opened[question] = prompt_opens_thinking(prompt_of(self.tokenizer, prompt))
             kept = ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids

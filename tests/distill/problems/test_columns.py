@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.problems.columns import find_column, problem_answer, trace_answer
+from deepdistill.distill.problems.columns import find_column, read_reference, trace_answer
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.traces.importing import import_traces
 
@@ -25,7 +25,7 @@ def test_a_column_is_the_named_one_or_the_first_usual_one_in_any_case() -> None:
     [(None, None), (" ", None), ("two\n#### 4", "4"), (4.5, "4.5"), ({"k": [1]}, '{"k": [1]}')],
 )
 def test_the_reference_of_a_problem(value: object, expected: str | None) -> None:
-    assert problem_answer(value) == expected
+    assert read_reference(value).text == expected
 
 
 def test_the_reference_in_a_trace() -> None:

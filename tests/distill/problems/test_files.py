@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 
 from deepdistill.distill.problems.load import load_problems
+from deepdistill.errors import ArtifactError
 
 
 def test_files_of_every_kind_agree(tmp_path: Path) -> None:
@@ -39,3 +42,43 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
     assert [p.question for p in load_problems(str(tmp_path / "lines.txt"))] == ["One?", "Two?"]
     assert [p.question for p in load_problems(str(folder / "b.txt"))] == ["Second?", "With two lines."]
     assert [p.question for p in load_problems(str(folder / "a.md"))] == ["# First?"]
+
+
+def test_tables_in_other_forms(tmp_path: Path) -> None:
+    text = "question{0}answer\nHow big is à?{0}4\n"
+    (tmp_path / "semicolons.csv").write_text(text.format(";"), encoding="utf-8")
+    (tmp_path / "tabs.tsv").write_text(text.format("\t"), encoding="utf-8")
+    (tmp_path / "utf16.csv").write_text(text.format(","), encoding="utf-16")
+    (tmp_path / "windows.csv").write_text(text.format(","), encoding="cp1252")
+    (tmp_path / "zipped.csv.gz").write_bytes(gzip.compress(text.format(",").encode()))
+    row = {"question": "How big is à?", "answer": "4"}
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": [row]}))
+    (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
+    for path in sorted(tmp_path.iterdir()):
+        assert [(p.question, p.answer) for p in load_problems(str(path))] == [("How big is à?", "4")], path.name
+
+
+def test_a_long_field_is_read_and_a_row_with_too_many_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    long = "x" * 200_000
+    path.write_text(f"question,answer\n{long},4\na,b,c\nd,5\n")
+    assert [p.question for p in load_problems(str(path))] == [long, "d"]
+    path.write_text("question,answer\na,b,c\n")
+    with pytest.raises(
+        ArtifactError, check=lambda error: error.code == "too-many-fields" and "p.csv:2" in error.message
+    ):
+        load_problems(str(path))
+
+
+def test_a_line_without_end_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    with path.open("w") as file:
+        file.write('{"question": "' + "x" * (17 << 20) + '"}\n{"question": "b"}\n')
+    assert [p.question for p in load_problems(str(path))] == ["b"]
+
+
+def test_the_readme_of_a_folder_is_no_problem(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("About these prompts.")
+    (tmp_path / "a.txt").write_text("First?")
+    assert [p.question for p in load_problems(str(tmp_path))] == ["First?"]

@@ -53,7 +53,7 @@ def test_columns_can_be_named_and_gsm8k_answers_are_cut(tmp_path: Path) -> None:
         ("gym:chain_sum?a=1&a=2", UsageError, "bad-spec", "a=1&a=2"),
         ("nowhere.jsonl", ArtifactError, "no-such-file", ".csv"),
         ("{tmp}/empty.jsonl", ArtifactError, "no-problems", "empty.jsonl"),
-        ("{tmp}/broken.jsonl", ArtifactError, "line-broken", "broken.jsonl:2"),
+        ("{tmp}/broken.jsonl", ArtifactError, "line-broken", "broken.jsonl:1"),
         ("{tmp}/list.jsonl", ArtifactError, "line-broken", "list.jsonl:1"),
         ("{tmp}/blank.jsonl", ArtifactError, "empty-question", "blank.jsonl:1"),
         ("{tmp}/columns.jsonl?answer=gold", ArtifactError, "no-such-column", "answer=COLUMN"),
@@ -65,21 +65,21 @@ def test_columns_can_be_named_and_gsm8k_answers_are_cut(tmp_path: Path) -> None:
         ("{tmp}/evil.jsonl", UsageError, "untrusted-grader", "?grader=os:system"),
         ("{tmp}/loose.jsonl", UsageError, "untrusted-grader", "?grader=python:unconfined"),
         ("{tmp}/folder", ArtifactError, "no-problems", ".md"),
-        ("{tmp}/latin.txt", ArtifactError, "file-broken", "latin.txt"),
+        ("{tmp}/bytes.txt", ArtifactError, "file-broken", "bytes.txt"),
         ("{tmp}/broken.parquet", ArtifactError, "file-broken", "broken.parquet"),
         ("{tmp}/what.doc", UsageError, "unknown-format", ".jsonl"),
     ],
 )
 def test_bad_specs(spec: str, kind: type[DeepDistillError], code: str, named: str, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": ')
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": ')
     (tmp_path / "list.jsonl").write_text("[]\n")
     (tmp_path / "blank.jsonl").write_text('{"question": " ", "answer": "b"}\n')
     (tmp_path / "columns.jsonl").write_text('{"question": "a", "result": "b"}\n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
     (tmp_path / "what.doc").write_text("?")
     (tmp_path / "folder").mkdir()
-    (tmp_path / "latin.txt").write_bytes("naïve?".encode("latin1"))
+    (tmp_path / "bytes.txt").write_bytes(b"what is \x81?")
     for name, grader in (("graders", "nonsense"), ("evil", "os:system"), ("loose", "python:unconfined")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "a", "answer": "b", "grader": grader}))
     with pytest.raises(kind) as caught:

@@ -167,7 +167,7 @@ def test_earlier_turns_keep_their_thinking_apart(tmp_path: Path) -> None:
         {"role": "assistant", "content": "Hello", "reasoning_content": "greet"},
         {"role": "user", "content": Q},
     ]
-    assert problem.question == Q
+    assert problem.question == f"Hi\n{Q}"
 
 
 def test_counts_of_distilabel_are_kept(tmp_path: Path) -> None:
