@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
-from gguf import GGMLQuantizationType as Type
 
 from ..errors import ArtifactError, UsageError
 from ..localrun.core.reporter import SILENT, Reporter
 from ..localrun.core.text import listed
-from ..localrun.gguf import ggml
 from ..localrun.gguf.header import StoredTensor
 from .choose.imatrix import read_imatrix
-from .convert.writer import Conversion, Importance, TypedTensor, plan, weighted_rows
+from .convert.writer import Conversion, Importance, TypedTensor, encode, plan, weighted_rows
 from .provenance.inspect import own_metadata, stored_tensors
 from .provenance.metadata import source_of
 
@@ -99,10 +93,23 @@ def _different(conversion: Conversion, stored: Stored, *, importance: Importance
     for i, typed in enumerate(conversion.tensors):
         name = typed.tensor.name
         if name in stored:
-            part, tensor = stored[name]
-            if _digest(typed, tensor.type, importance.get(name)) != _stored_digest(part, tensor):
+            path, tensor = stored[name]
+            if not _is_same(replace(typed, got=tensor.type, importance=importance.get(name)), path, tensor):
                 yield name
         report.progress("verifying", i + 1, total=len(conversion.tensors), note=name)
+
+
+def _is_same(typed: TypedTensor, path: Path, tensor: StoredTensor) -> bool:
+    """Say whether a tensor of a file has the bytes, and no others, that its source makes."""
+    n_left = tensor.n_bytes
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        for rows, weights in weighted_rows(typed, typed.importance):
+            made = encode(typed, rows, weights=weights).tobytes()
+            n_left -= len(made)
+            if file.read(len(made)) != made:
+                return False
+    return n_left == 0
 
 
 def _source_differences(expected: dict[str, str], folder: Path, base: Path | None) -> Iterator[str]:
@@ -112,26 +119,3 @@ def _source_differences(expected: dict[str, str], folder: Path, base: Path | Non
             yield f"{folder / name} is missing"
         elif name in expected and expected[name] != found[name]:
             yield f"{folder / name} has changed"
-
-
-def _digest(typed: TypedTensor, type_: Type, weights: npt.NDArray[np.float32] | None) -> str:
-    digest = hashlib.sha256()
-    for rows, columns in weighted_rows(typed, weights):
-        if type_ == Type.F32:
-            digest.update(np.ascontiguousarray(rows, "<f4").tobytes())
-        else:
-            digest.update(ggml.quantize_rows(rows, type_, imatrix=columns).tobytes())
-    return digest.hexdigest()
-
-
-def _stored_digest(path: Path, tensor: StoredTensor) -> str:
-    with path.open("rb") as file:
-        file.seek(tensor.offset)
-        digest, left = hashlib.sha256(), tensor.n_bytes
-        while left:
-            block = file.read(min(left, 1 << 22))
-            if not block:
-                raise ArtifactError(f"{path} is cut short", "copy it again", code="gguf-broken")
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()

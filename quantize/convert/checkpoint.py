@@ -92,7 +92,7 @@ class Checkpoint:
                         "config.json belongs to another checkpoint",
                         code="tensor-mismatch",
                     )
-                found[name] = Blocks(tensor, scale, (block[0], block[1]))
+                found[name] = Blocks(name, tensor.shape, tensor, scale, (block[0], block[1]))
             elif tensor.dtype == "F8_E4M3":
                 raise ModelError(
                     f"{name} in {tensor.path.name} is F8_E4M3 without scales",

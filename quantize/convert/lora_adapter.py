@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import ArtifactError, ModelError
-from .safetensors import Derived, Tensor, Weight, read_header, read_json
+from .safetensors import Tensor, Weight, read_header, read_json
 
 _PREFIX = "base_model.model."
 _MERGE_FIRST = "merge it first: call peft's merge_and_unload, then save_pretrained"
@@ -27,9 +27,10 @@ _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 
 @dataclass(frozen=True)
-class Merged(Derived):
+class Merged(Weight):
     """A weight with an adapter's product added: `left` [n_rows, r] times `right` [r, n_per_row]."""
 
+    weight: Weight
     left: npt.NDArray[np.float32]
     right: npt.NDArray[np.float32]
 
@@ -87,7 +88,8 @@ def merge(folder: Path, tensors: dict[str, Weight]) -> dict[str, Weight]:
             base_shape = list(weight.shape) if weight else "missing"
             message = f"the adapter's {module} is {left.shape[0]} x {right.shape[1]}, and the base's is {base_shape}"
             raise ArtifactError(message, _OTHER_BASE, code="adapter-mismatch")
-        merged[f"{module}.weight"] = Merged(weight, np.ascontiguousarray(left), np.ascontiguousarray(right))
+        left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
+        merged[f"{module}.weight"] = Merged(weight.name, weight.shape, weight, left, right)
     return merged
 
 

@@ -12,40 +12,36 @@ import dataclasses
 import functools
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from ...errors import ArtifactError, ModelError
 
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1"}
-_HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 
 
-class Weight(Protocol):
-    """A matrix, vector or stack of matrices, read in ranges of its first axis."""
+@dataclass(frozen=True)
+class Weight(ABC):
+    """A matrix, vector or stack of matrices: its name in the checkpoint, and its shape there, rows first."""
 
-    @property
-    def name(self) -> str:
-        """Its name in the checkpoint."""
+    name: str
+    shape: tuple[int, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape in the checkpoint, rows first."""
-
+    @abstractmethod
     def rows(self, part: slice = slice(None)) -> npt.NDArray[np.float32]:
         """Read a range of its first axis, as float32."""
 
 
 @dataclass(frozen=True)
-class Tensor:
+class Tensor(Weight):
     """A tensor's place in a file."""
 
-    name: str
-    shape: tuple[int, ...]
     dtype: str
     path: Path
     offset: int
@@ -80,26 +76,10 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Derived:
-    """A weight that is computed from another one, whose name and shape it keeps."""
-
-    weight: Weight
-
-    @property
-    def name(self) -> str:
-        """The weight's name in the checkpoint."""
-        return self.weight.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape, rows first."""
-        return self.weight.shape
-
-
-@dataclass(frozen=True)
-class Blocks(Derived):
+class Blocks(Weight):
     """An fp8 matrix with a scale for each of its blocks, as DeepSeek publishes its models."""
 
+    weight: Tensor
     scale: Tensor
     block: tuple[int, int]
 
@@ -146,40 +126,21 @@ def read_header(path: Path) -> dict[str, Tensor]:
         ArtifactError: `code` "safetensors-broken".
         ModelError: `code` "unsupported-dtype".
     """
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            n_header = int.from_bytes(file.read(8), "little")
-            if not 2 <= n_header <= min(_HEADER_LIMIT, size - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(n_header))
-        header.pop("__metadata__", None)
-        entries = {name: (tuple(e["shape"]), e["dtype"], tuple(e["data_offsets"])) for name, e in header.items()}
-        if any(type(n) is not int or n < 0 for shape, _, span in entries.values() for n in (*shape, *span)):
-            raise ValueError("a size or an offset is not a whole number")
-        if any(len(span) != 2 for _, _, span in entries.values()):
-            raise ValueError("a tensor's offsets are not a beginning and an end")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        with safe_open(path, "numpy") as file:
+            stored = {name: file.get_slice(name) for name in file.offset_keys()}
+            entries = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in stored.items()}
+    except (SafetensorError, OSError) as error:
         raise _broken(path, str(error)) from error
-    first = 8 + n_header
-    return {name: _tensor(name, entry, path=path, first=first, size=size) for name, entry in entries.items()}
-
-
-def _tensor(
-    name: str, entry: tuple[tuple[int, ...], str, tuple[int, int]], *, path: Path, first: int, size: int
-) -> Tensor:
-    """Return a tensor of a file of so many bytes, whose tensors start at `first`, after checking it."""
-    shape, dtype, (start, end) = entry
-    if first + end > size:
-        raise _broken(path, f"it ends before {name} does")
-    if dtype not in _DTYPES:
-        hint = f"save the weights as one of {', '.join(sorted(_DTYPES))}"
-        raise ModelError(
-            f"deepdistill cannot read {name} in {path.name}, which is {dtype}", hint, code="unsupported-dtype"
-        )
-    if end - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
-        raise _broken(path, f"{name} has the wrong number of bytes")
-    return Tensor(name, shape, dtype, path, first + start)
+    tensors, end = dict[str, Tensor](), path.stat().st_size  # the tensors follow each other and fill the file
+    for name, (shape, dtype) in reversed(entries.items()):
+        if dtype not in _DTYPES:
+            message = f"deepdistill cannot read {name} in {path.name}, which is {dtype}"
+            hint = f"save the weights as one of {', '.join(sorted(_DTYPES))}"
+            raise ModelError(message, hint, code="unsupported-dtype")
+        end -= math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
+        tensors[name] = Tensor(name, shape, dtype, path, end)
+    return dict(reversed(tensors.items()))
 
 
 def _broken(path: Path, reason: str) -> ArtifactError:

@@ -244,11 +244,7 @@ def _write_tensors(
     for typed in tensors:
         n_written = 0
         for rows, weights in weighted_rows(typed, typed.importance, part_size):
-            try:
-                n_written += file.write(_encode(rows, typed.got, weights=weights, pool=pool))
-            except ValueError as error:
-                hint = "training diverged, or the checkpoint is broken"
-                raise ArtifactError(f"{typed.tensor.name}: {error}", hint, code="weights-broken") from error
+            n_written += file.write(encode(typed, rows, weights=weights, pool=pool))
             meter.add(rows.size, f"{typed.tensor.name} {typed.got.name}")
         assert n_written == typed.n_bytes, typed.tensor.name
         writer.write_padding(file, n_written)
@@ -275,21 +271,30 @@ def weighted_rows(
         done += len(rows)
 
 
-def _encode(
+def encode(
+    typed: TypedTensor,
     rows: npt.NDArray[np.float32],
-    type_: GGMLQuantizationType,
     *,
     weights: npt.NDArray[np.float32] | None,
-    pool: Executor,
+    pool: Executor | None = None,
 ) -> memoryview:
-    if type_ == GGMLQuantizationType.F32:
-        if not np.isfinite(rows).all():
-            raise ValueError("NaN or infinite values")
-        return np.ascontiguousarray(rows, "<f4").data
-    # ggml would write infinity without a word.
-    if type_ == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
-        raise ValueError("values too large for F16; BF16 and F32 can hold them")
-    return ggml.quantize_rows(rows, type_, imatrix=weights, pool=pool).data
+    """Return the bytes of a tensor's rows `[n_rows, n_per_row]` under its type, given their columns' weights.
+
+    Raises:
+        ArtifactError: `code` "weights-broken": a value is NaN, infinite, or too large for F16.
+    """
+    try:
+        if typed.got == GGMLQuantizationType.F32:
+            if not np.isfinite(rows).all():
+                raise ValueError("NaN or infinite values")
+            return np.ascontiguousarray(rows, "<f4").data
+        # ggml would write infinity without a word.
+        if typed.got == GGMLQuantizationType.F16 and np.abs(rows).max(initial=0) > np.finfo(np.float16).max:
+            raise ValueError("values too large for F16; BF16 and F32 can hold them")
+        return ggml.quantize_rows(rows, typed.got, imatrix=weights, pool=pool).data
+    except ValueError as error:
+        hint = "training diverged, or the checkpoint is broken"
+        raise ArtifactError(f"{typed.tensor.name}: {error}", hint, code="weights-broken") from error
 
 
 def round_trip(
