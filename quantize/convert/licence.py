@@ -74,19 +74,16 @@ def _origin(config: dict[str, Any]) -> str | None:
 
 def write_provenance(provenance: Provenance, writer: GGUFWriter) -> None:
     """Add a model's provenance to a file's metadata, under llama.cpp's keys."""
-    writer.add_name(provenance.name)
-    if provenance.licence:
-        writer.add_license(provenance.licence)
-    if provenance.licence_name:
-        writer.add_license_name(provenance.licence_name)
-    if provenance.licence_link:
-        writer.add_license_link(provenance.licence_link)
-    if not provenance.base_models:
-        return
-    writer.add_base_model_count(len(provenance.base_models))
-    for i, base in enumerate(provenance.base_models):
-        organization, _, name = base.rpartition("/")
-        writer.add_base_model_name(i, name)
-        if _REPOSITORY.fullmatch(base):
-            writer.add_base_model_organization(i, organization)
-            writer.add_base_model_repo_url(i, f"https://huggingface.co/{base}")
+    Metadata(
+        name=provenance.name,
+        license=provenance.licence,
+        license_name=provenance.licence_name,
+        license_link=provenance.licence_link,
+        base_models=[_base_model(base) for base in provenance.base_models] or None,
+    ).set_gguf_meta_model(writer)
+
+
+def _base_model(base: str) -> dict[str, str]:
+    organization, _, name = base.rpartition("/")
+    on_hub = {"organization": organization, "repo_url": f"https://huggingface.co/{base}"}
+    return {"name": name} | (on_hub if _REPOSITORY.fullmatch(base) else {})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,17 @@ _PLAIN_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "Merged
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Tokens with scores and types, and whether the tokenizer puts a space before every text."""
+class Vocabulary:
+    """Tokens and their types, with the scores of a SentencePiece vocabulary or the merges of a byte-level BPE.
+
+    `space_prefix` says whether the tokenizer puts a space before every text.
+    """
 
     tokens: list[str]
-    scores: list[float]
     types: list[int]
-    space_prefix: bool
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    space_prefix: bool = False
 
 
 def is_sentencepiece(source: dict[str, Any]) -> bool:
@@ -41,18 +45,20 @@ def is_sentencepiece(source: dict[str, Any]) -> bool:
     return bool(source["model"].get("type") == "BPE" and source["model"].get("byte_fallback"))
 
 
-def looks_special(token: str) -> bool:
-    """Say whether a token is a control token, even if its tokenizer does not say so.
+def type_of(added: dict[str, Any]) -> TokenType:
+    """Return the type of an added token of tokenizer.json.
+
+    llama.cpp looks for turn ends among the control tokens only, and some models mark theirs as ordinary.
 
     Source: llama.cpp, conversion/base.py, does_token_look_special.
     """
-    if token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]"):
-        return True
-    ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
-    return any(token.startswith(first) and token.endswith(last) for first, last in ends)
+    token, ends = added["content"], (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    is_special = added.get("special") or token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+    is_special = is_special or any(token.startswith(first) and token.endswith(last) for first, last in ends)
+    return TokenType.CONTROL if is_special else TokenType.USER_DEFINED
 
 
-def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pieces:
+def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Vocabulary:
     """Return a vocabulary of n_vocab tokens from tokenizer.json, and its scores from tokenizer.model if there is one.
 
     Raises:
@@ -71,10 +77,9 @@ def read_pieces(source: dict[str, Any], model: Path | None, n_vocab: int) -> Pie
         if i >= n_vocab:
             message = f"the tokenizer has token {i}, but the model has {n_vocab} embeddings"
             raise ArtifactError(message, "copy the tokenizer files from the base model", code="tokenizer-mismatch")
-        special = entry.get("special") or looks_special(text)
-        types[i] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
-        tokens[i], scores[i] = (text if special else text.replace(_SPACE, " ")), _ADDED_SCORE
-    return Pieces(tokens, scores, types, space_prefix)
+        types[i], scores[i] = int(type_of(entry)), _ADDED_SCORE
+        tokens[i] = text if types[i] == TokenType.CONTROL else text.replace(_SPACE, " ")
+    return Vocabulary(tokens, types, scores, space_prefix=space_prefix)
 
 
 def _space_prefix(source: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from gguf import GGUFWriter, TokenType
 from ...errors import ArtifactError, ModelError
 from .architectures import use_llama_cpp
 from .checkpoint import Checkpoint
-from .sentencepiece import Pieces, is_sentencepiece, looks_special, read_pieces
+from .sentencepiece import Vocabulary, is_sentencepiece, read_pieces, type_of
 
 _GPT2 = ("byte-level", True)  # splits by GPT-2's pattern, then maps bytes to letters
 _BYTES = ("byte-level", False)
@@ -48,16 +48,11 @@ _SPECIAL = ("bos", "eos", "unk", "pad")
 _LONG_NAMES = {"unk": "unknown", "pad": "padding"}  # in a GGUF's keys
 
 
-@dataclass(frozen=True)
-class Tokenizer:
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer(Vocabulary):
     """A tokenizer as the file has it. `notes` say where llama.cpp differs on rare text."""
 
     pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    scores: list[float]  # only of a SentencePiece vocabulary, which has no merges
-    space_prefix: bool
     special_ids: dict[str, int]  # bos, eos, eot, unk, pad
     add_bos: bool
     add_eos: bool
@@ -74,18 +69,16 @@ def read_tokenizer(checkpoint: Checkpoint, n_vocab: int) -> Tokenizer:
     """
     folder, source = checkpoint.folder, _read_source(checkpoint)
     try:
-        pre = "default" if is_sentencepiece(source) else _pre_tokenizer(source, folder)
-        pieces, merges = _pieces(source, checkpoint, n_vocab)
-        special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(pieces.tokens)})
-        texts = {name: pieces.tokens[i] for name, i in special_ids.items()}
+        if is_sentencepiece(source):
+            pre, vocabulary = "default", read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab)
+        else:
+            pre, vocabulary = _pre_tokenizer(source, folder), _vocabulary(source, n_vocab)
+        special_ids = _special_ids(checkpoint, {token: i for i, token in enumerate(vocabulary.tokens)})
+        texts = {name: vocabulary.tokens[i] for name, i in special_ids.items()}
         add_bos, add_eos = _adds(source.get("post_processor"), checkpoint, texts)
         return Tokenizer(
+            **vars(vocabulary),
             pre=pre,
-            tokens=pieces.tokens,
-            types=pieces.types,
-            merges=merges,
-            scores=pieces.scores,
-            space_prefix=pieces.space_prefix,
             special_ids=special_ids,
             add_bos=add_bos,
             add_eos=add_eos,
@@ -103,14 +96,6 @@ def _read_source(checkpoint: Checkpoint) -> dict[str, Any]:
         raise use_llama_cpp("a SentencePiece tokenizer (tokenizer.model)", checkpoint.folder)
     hint = "copy the tokenizer files from the base model"
     raise ArtifactError(f"{checkpoint.folder} has no tokenizer.json", hint, code="no-tokenizer")
-
-
-def _pieces(source: dict[str, Any], checkpoint: Checkpoint, n_vocab: int) -> tuple[Pieces, list[str]]:
-    """Return the vocabulary and the merges; a SentencePiece vocabulary has none, a byte-level BPE has no scores."""
-    if is_sentencepiece(source):
-        return read_pieces(source, checkpoint.find("tokenizer.model"), n_vocab), []
-    tokens, types = _vocabulary(source, n_vocab)
-    return Pieces(tokens, [], types, space_prefix=False), _merges(source["model"]["merges"])
 
 
 def write_tokenizer(tokenizer: Tokenizer, writer: GGUFWriter) -> None:
@@ -169,8 +154,8 @@ def _describe(steps: tuple[tuple[str, Any], ...]) -> str:
     return " + ".join(f"{kind}({value})" for kind, value in steps) or "none"
 
 
-def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[int]]:
-    """Return the text and type of each of n_vocab tokens; ids without a token are unused."""
+def _vocabulary(source: dict[str, Any], n_vocab: int) -> Vocabulary:
+    """Return a byte-level BPE's n_vocab tokens and its merges; ids without a token are unused."""
     tokens = [f"[PAD{i}]" for i in range(n_vocab)]
     types = [int(TokenType.UNUSED)] * n_vocab
     added = {entry["id"]: entry for entry in source.get("added_tokens") or []}
@@ -183,17 +168,8 @@ def _vocabulary(source: dict[str, Any], n_vocab: int) -> tuple[list[str], list[i
             code="tokenizer-mismatch",
         )
     for i, token in known.items():
-        tokens[i] = token
-        types[i] = int(_type_of(added.get(i)))
-    return tokens, types
-
-
-def _type_of(added: dict[str, Any] | None) -> TokenType:
-    if added is None:
-        return TokenType.NORMAL
-    # llama.cpp looks for turn ends among the control tokens only, and some models mark theirs as ordinary.
-    is_special = added.get("special") or looks_special(added["content"])
-    return TokenType.CONTROL if is_special else TokenType.USER_DEFINED
+        tokens[i], types[i] = token, int(type_of(added[i]) if i in added else TokenType.NORMAL)
+    return Vocabulary(tokens, types, merges=_merges(source["model"]["merges"]))
 
 
 def _merges(merges: list[Any]) -> list[str]:

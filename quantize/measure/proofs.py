@@ -13,8 +13,9 @@ import importlib.util
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from ...localrun.core.text import first_line
 from ...localrun.engine.engine import Engine
 from ...localrun.gguf.header import read_gguf
 from ..convert.ftypes import FTYPES, UNQUANTIZED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 STRESS = (
     "Hello world! It's 3 o'clock, I'LL wait; they've said 'stone'.\n\n\n  two spaces   three\t\ttabs \n \r\n end  "
@@ -143,7 +147,7 @@ def _not_greedy(ftype: str, prompts: Sequence[str]) -> Proof:
     return Proof(None, "" if prompts else "no questions to ask")
 
 
-def _load_tokenizer(student_dir: Path) -> Any:
+def _load_tokenizer(student_dir: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -152,7 +156,7 @@ def _load_tokenizer(student_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(student_dir, local_files_only=True)
 
 
-def _same_tokens(tokenizer: Any, engine: Engine) -> Proof:
+def _same_tokens(tokenizer: PreTrainedTokenizerBase, engine: Engine) -> Proof:
     """Compare token ids on the stress text, with every special token between its lines."""
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if not (t.lstrip or t.rstrip)]
     lines = STRESS.split("\n")
@@ -163,9 +167,7 @@ def _same_tokens(tokenizer: Any, engine: Engine) -> Proof:
     for text in (STRESS, mixed, *lines):
         expected, got = list(tokenizer(text)["input_ids"]), engine.tokenize(text)
         if expected != got:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), min(len(expected), len(got))
-            )
+            at = next(i for i, (a, b) in enumerate(zip_longest(expected, got)) if a != b)
             around = tokenizer.decode(expected[max(0, at - 2) : at + 3])
             detail = f"at {around!r} transformers has {expected[at : at + 4]}, the GGUF {got[at : at + 4]}"
             return Proof(False, detail)
@@ -173,7 +175,9 @@ def _same_tokens(tokenizer: Any, engine: Engine) -> Proof:
     return Proof(True, f"{n_tokens:,} token ids of a stress text, {len(special)} special tokens among it")
 
 
-def _same_prompts(tokenizer: Any, engine: Engine, questions: Sequence[str]) -> tuple[Proof, list[str]]:
+def _same_prompts(
+    tokenizer: PreTrainedTokenizerBase, engine: Engine, questions: Sequence[str]
+) -> tuple[Proof, list[str]]:
     """Compare rendered conversations, text and token ids; return transformers' rendering of the questions too."""
     if not tokenizer.chat_template:
         return Proof(None, "the checkpoint has no chat template"), list(questions)
@@ -197,7 +201,7 @@ def _same_prompts(tokenizer: Any, engine: Engine, questions: Sequence[str]) -> t
             if got != expected or _without_bos(engine.tokenize(got), ids) != ids:
                 return Proof(False, f"the GGUF renders {got[:80]!r}…, transformers {expected[:80]!r}…"), []
             n_compared += 1
-        prompts.append(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+        prompts.append(str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)))
     return Proof(True, f"{n_compared} rendered conversations, text and token ids"), prompts[2:]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
+from ...localrun.core.record_log import whole_lines
 from ...localrun.engine.llama import Model
 from ..convert.files import sha256_of
 from ..recipe import CalibrationRecipe
@@ -81,11 +82,7 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationRecipe)
 def _by_purpose(traces_path: Path, model: Model, settings: CalibrationRecipe) -> dict[Purpose, list[Text]]:
     """Return as many texts of each purpose as the settings ask for."""
     n_calibrate = max(settings.n_calibrate, settings.n_heal)
-    limits: dict[Purpose, int] = {
-        "calibrate": n_calibrate,
-        "choose": settings.n_choose,
-        "measure": settings.n_measure,
-    }
+    limits: dict[Purpose, int] = {"calibrate": n_calibrate, "choose": settings.n_choose, "measure": settings.n_measure}
     texts: dict[Purpose, list[Text]] = {purpose: [] for purpose in limits}
     counts = dict.fromkeys(limits, 0)
     for trace in _verified(traces_path):
@@ -129,12 +126,8 @@ def _judged(path: Path) -> dict[str, str]:
 
 
 def _verified(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines, judged = path.read_bytes().splitlines(), _judged(_verdicts_path(path))
-    except OSError as error:
-        hint = "give --traces FILE, or --imatrix none"
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", hint, code="file-unreadable") from error
-    for number, line in enumerate(lines, 1):
+    judged = _judged(_verdicts_path(path))
+    for number, line in whole_lines(path):
         try:
             trace = json.loads(line)
             by = trace.get("verdict_by")
@@ -142,8 +135,6 @@ def _verified(path: Path) -> Iterator[dict[str, Any]]:
             is_verified = trace["verdict"] == "right" or by in ("vote", "judge")
             trace["messages"][-1]["content"] + trace["content"]  # both are texts
         except (ValueError, KeyError, TypeError, IndexError) as error:
-            if number == len(lines):  # a killed run may tear its last line
-                return
             raise ArtifactError(f"line {number} of {path} is not a trace: {error}", code="trace-broken") from error
         if is_verified and trace.get("finish_reason", "stop") == "stop":
             yield trace

@@ -11,6 +11,7 @@ from typing import Any
 from ...localrun.core.text import shorten
 from ...localrun.gguf.header import StoredTensor, read_gguf
 from ...localrun.machine.memory import Footprint
+from ..convert.files import shard_paths
 
 _N_MEMORY_CTX = 2048  # tokens
 
@@ -34,15 +35,10 @@ def stored_tensors(path: Path) -> dict[str, tuple[Path, StoredTensor]]:
     Raises:
         ArtifactError: see `header.read_gguf`.
     """
-    header = read_gguf(path)
-    n_parts = int(header.metadata.get("split.count") or 1)
-    first = f"-00001-of-{n_parts:05d}.gguf"
-    found = {name: (path, tensor) for name, tensor in header.tensors.items()}
-    if n_parts > 1 and path.name.endswith(first):
-        for i in range(2, n_parts + 1):
-            part = path.with_name(f"{path.name.removesuffix(first)}-{i:05d}-of-{n_parts:05d}.gguf")
-            found |= {name: (part, tensor) for name, tensor in read_gguf(part).tensors.items()}
-    return found
+    n_parts = int(read_gguf(path).metadata.get("split.count") or 1)
+    parts = shard_paths(path.with_name(path.name.replace(f"-00001-of-{n_parts:05d}", "")), n_parts)
+    parts = parts if path in parts else [path]  # a later part knows only its own tensors
+    return {name: (part, tensor) for part in parts for name, tensor in read_gguf(part).tensors.items()}
 
 
 def _parsed(value: Any) -> Any:
