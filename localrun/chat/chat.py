@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
 from ..engine.engine import Engine
-from ..engine.json_schema import grammar_of_schema
 from ..families.tool_calls import read_tools
 from ..find import find_model
 from ..recipe import ChatRecipe
@@ -57,7 +56,7 @@ def chat(
     piped = not is_terminal(sys.stdin)
     once = prompt is not None or piped or not is_terminal(sys.stdout)
     _check_once(recipe, once=once, json_output=json_output)
-    constraint = _grammar(recipe)
+    grammar, schema = _constraint(recipe)
     tools = read_tools(_read(recipe.tools)) if recipe.tools else ()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -72,7 +71,7 @@ def chat(
     try:
         _warn_of_long_context(session.engine)
         session.adopt(conversation)
-        _override(session, recipe, grammar=constraint, tools=tools)
+        _override(session, recipe, grammar=grammar, schema=schema, tools=tools)
         images = tuple(str(image.absolute()) for image in recipe.images)
         if once:
             if path:
@@ -116,7 +115,9 @@ def _warn_of_long_context(engine: Engine) -> None:
         print(f"note: {trained}: beyond them its answers may get worse", file=sys.stderr)
 
 
-def _override(session: Session, recipe: ChatRecipe, *, grammar: str | None, tools: tuple[dict[str, Any], ...]) -> None:
+def _override(
+    session: Session, recipe: ChatRecipe, *, grammar: str | None, schema: str | None, tools: tuple[dict[str, Any], ...]
+) -> None:
     """Put into a session what was given; what was not stays as the resumed conversation has it."""
     session.system = (session.system if recipe.system is None else recipe.system) or None
     session.think = recipe.think or session.think
@@ -125,6 +126,7 @@ def _override(session: Session, recipe: ChatRecipe, *, grammar: str | None, tool
         session.guidance,
         think_budget=budget,
         grammar=grammar,
+        schema=schema,
         loop_guard=recipe.loop_guard,
         speculate=recipe.speculate or recipe.draft is not None,
         repeat_penalty=recipe.repeat_penalty,
@@ -135,14 +137,18 @@ def _override(session: Session, recipe: ChatRecipe, *, grammar: str | None, tool
     session.sampling = replace(session.sampling, **given)
 
 
-def _grammar(recipe: ChatRecipe) -> str | None:
-    """Return the GBNF of the grammar file, or what holds an answer to the JSON schema."""
+def _constraint(recipe: ChatRecipe) -> tuple[str | None, str | None]:
+    """Return the text of the grammar file and that of the schema file, which is checked before a model is loaded."""
     if recipe.schema and recipe.grammar:
         hint = "give one of them"
         raise UsageError("--schema and --grammar are two ways to say one thing", hint, code="settings-conflict")
-    if recipe.grammar:
-        return _read(recipe.grammar)
-    return grammar_of_schema(_read(recipe.schema)) if recipe.schema else None
+    grammar = _read(recipe.grammar) if recipe.grammar else None
+    schema = _read(recipe.schema) if recipe.schema else None
+    if schema is not None:
+        from ..engine.json_schema import check_schema  # loads llguidance
+
+        check_schema(schema)
+    return grammar, schema
 
 
 def _read(path: Path) -> str:

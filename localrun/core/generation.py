@@ -42,12 +42,19 @@ class Guidance:
     """Detect loops: use DRY sampling first, then end the thinking or the answer."""
     grammar: str | None = None
     """GBNF with a `root`, which constrains the text after the thinking."""
+    schema: str | None = None
+    """A JSON schema, as its text, which the text after the thinking has to fit."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer and are not part of it; they have no effect in the thinking."""
     speculate: bool = False
     """Draft tokens from the text so far, or with the draft model, and check them in one batch."""
     dry_multiplier: float = 0.0
     repeat_penalty: float = 1.0
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer has to fit a grammar or a schema."""
+        return self.grammar is not None or self.schema is not None
 
     @property
     def ensures_answer(self) -> bool:

@@ -16,6 +16,7 @@ from ..gguf.header import UnknownTypeError
 from ..machine.hardware import best_threads
 from ..machine.memory import MAX_DEFAULT_CTX, N_BATCH, Footprint, fit_context, flash_attention, n_cells
 from .batching import Batch
+from .grammar import check_grammar
 from .kv_cache import KVCache
 from .library import llama_version
 from .llama import Context, Model, check_file
@@ -191,9 +192,9 @@ class Engine(Closes):
         Raises:
             ArtifactError: an image is missing or broken, see `Projector.evaluate`.
             ModelError: code "prompt-too-long", "prompt-empty", "context-full" or "no-projector".
-            UsageError: code "grammar-broken".
+            UsageError: code "grammar-broken" or "schema-unsupported".
         """
-        _check_grammar(guidance, self.model)
+        _check_constraint(guidance, self.model)
         text = prompt if isinstance(prompt, str) else self.detokenize(prompt[-32:])
         started = time.monotonic()
         if images:
@@ -250,7 +251,7 @@ class Engine(Closes):
         `sampling.seed + i`. With `top_logprobs` a completion holds that many log-probabilities a token. A prompt that
         does not fit comes back with an error. Closing the iterator stops the work.
         """
-        _check_grammar(guidance, self.model)
+        _check_constraint(guidance, self.model)
         self._cache.clear()
         owner = self._cache.owner
         batch = Batch(
@@ -324,10 +325,12 @@ class Engine(Closes):
         self.model.close()
 
 
-def _check_grammar(guidance: Guidance, model: Model) -> None:
-    if guidance.grammar is not None:
-        from .grammar import check_grammar
+def _check_constraint(guidance: Guidance, model: Model) -> None:
+    if guidance.schema is not None:
+        from .json_schema import check_schema
 
+        check_schema(guidance.schema)
+    elif guidance.grammar is not None:
         check_grammar(guidance.grammar, model)
 
 

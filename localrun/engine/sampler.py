@@ -1,23 +1,26 @@
 """Choose the next token with llama.cpp's own samplers, so that no logit passes through Python.
 
-The chain is [penalties, DRY, top-k, top-p, min-p, temperature, a seeded draw], or greedy after the first two. A grammar
-is checked against the chosen token first and applied to the whole vocabulary only if it refuses that.
+The chain is [penalties, DRY, top-k, top-p, min-p, temperature, a seeded draw], or greedy after the first two. A
+grammar or a JSON schema checks the chosen token first; only if it refuses that one, it is applied to all of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.generation import Guidance, Sampling
+from .grammar import GrammarConstraint, as_array
 from .library import llama_cpp
 from .llama import Context, Model
+
+if TYPE_CHECKING:
+    from .json_schema import SchemaConstraint
 
 _DRY_BASE, _DRY_ALLOWED = 1.75, 2  # llama.cpp's defaults: repeats of up to 2 tokens cost nothing
 _DRY_AGAINST_LOOPS = 1.0
 _PENALIZED = 64  # last tokens that the repeat penalty looks at
-_ROOT = "deepdistill-root"  # a blank line after the thinking, then the grammar's own root
 _CANDIDATE = [("id", "i4"), ("logit", "f4"), ("p", "f4")]  # numpy's words for llama_token_data
 
 
@@ -28,7 +31,7 @@ class Sampler:
         self._model, self._sampling, self._guidance, self._seed = model, sampling, guidance, seed
         self._dry = guidance.dry_multiplier
         self._chain = self._make_chain()
-        self._grammar: Any = None
+        self._constraint: GrammarConstraint | SchemaConstraint | None = None
 
     def _make_chain(self) -> Any:
         sampling, stages = self._sampling, []
@@ -65,32 +68,35 @@ class Sampler:
         for token in history:
             llama_cpp.llama_sampler_accept(self._chain, token)
 
-    def constrain(self, grammar: str, after_thinking: bool) -> None:
-        """Hold the rest of the text to a grammar, checked before; the blank line after the thinking may come first."""
-        text, root = f"{_ROOT} ::= [\\n]? [\\n]? root\n{grammar}", _ROOT if after_thinking else "root"
-        self._grammar = llama_cpp.llama_sampler_init_grammar(self._model.vocab, text.encode(), root.encode())
-        assert self._grammar, "the grammar was not checked"
+    def constrain(self, after_thinking: bool) -> None:
+        """Hold the rest of the text to the grammar or the schema, which were checked before."""
+        if self._guidance.schema is not None:
+            from .json_schema import SchemaConstraint
+
+            self._constraint = SchemaConstraint(self._model, self._guidance.schema, after_thinking=after_thinking)
+        elif self._guidance.grammar is not None:
+            self._constraint = GrammarConstraint(self._model, self._guidance.grammar, after_thinking=after_thinking)
 
     def sample(self, context: Context, index: int, banned: Collection[int] = ()) -> int:
         """Return the token chosen from one entry's logits of the last batch; `accept` it if it is taken."""
         with context.without(index, banned):
-            if self._grammar is None:
+            if self._constraint is None:
                 return int(llama_cpp.llama_sampler_sample(self._chain, context.handle, index))
             logits = context.logits(index)
-            token = self._choose(logits, grammar_first=False)
+            token = self._choose(logits, constrained=False)
             if not self._allows(token):
-                token = self._choose(logits, grammar_first=True)
+                token = self._choose(logits, constrained=True)
         self.accept(token)
         return token
 
-    def _choose(self, logits: Any, grammar_first: bool) -> int:
+    def _choose(self, logits: Any, constrained: bool) -> int:
         import numpy as np
 
         candidates = np.empty(len(logits), _CANDIDATE)
         candidates["id"], candidates["logit"], candidates["p"] = np.arange(len(logits)), logits, 0
-        array = _as_array(candidates)
-        if grammar_first:
-            llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(array))
+        if constrained and self._constraint:
+            self._constraint.restrict(candidates)
+        array = as_array(candidates)
         llama_cpp.llama_sampler_apply(self._chain, ctypes.byref(array))
         return int(array.data[array.selected].id)
 
@@ -98,29 +104,26 @@ class Sampler:
         import numpy as np
 
         candidate = np.array([(token, 0.0, 0.0)], _CANDIDATE)
-        llama_cpp.llama_sampler_apply(self._grammar, ctypes.byref(_as_array(candidate)))
+        if self._constraint:
+            self._constraint.restrict(candidate)
         return bool(np.isfinite(candidate["logit"][0]))
 
     def accept(self, token: int) -> None:
         """Record a token that joined the sequence; `sample` has recorded the one that it returned."""
         llama_cpp.llama_sampler_accept(self._chain, token)
-        if self._grammar is not None:
-            llama_cpp.llama_sampler_accept(self._grammar, token)
+        if self._constraint:
+            self._constraint.accept(token)
 
     def close(self) -> None:
         """Free the samplers. More than one call does no harm."""
-        for sampler in (self._chain, self._grammar):
-            if sampler:
-                llama_cpp.llama_sampler_free(sampler)
-        self._chain = self._grammar = None
+        if self._chain:
+            llama_cpp.llama_sampler_free(self._chain)
+        self._chain = None
+        if self._constraint:
+            self._constraint.close()
 
 
 def _penalties(n_vocab: int, repeat: float) -> Any:
     arguments = (n_vocab, _PENALIZED, repeat, 0.0, 0.0)
     make = llama_cpp.llama_sampler_init_penalties
     return make(*arguments[-len(make.argtypes) :])  # older releases take no n_vocab
-
-
-def _as_array(candidates: Any) -> Any:
-    data = candidates.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
-    return llama_cpp.llama_token_data_array(data=data, size=len(candidates), selected=-1, sorted=False)

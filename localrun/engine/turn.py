@@ -54,7 +54,8 @@ class Turn:
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._queue: deque[int] = deque()
-        self._hinted = self._closing = self._constrained = False
+        self._hinted = self._closing = False
+        self._awaits_constraint = guidance.is_constrained
         self._loops = LoopDetector() if guidance.loop_guard else None
         self._variety: VarietyGauge | None = None  # of the part that went in circles, since then
         self._fought_in: Part | None = None
@@ -103,7 +104,7 @@ class Turn:
             return token
         banned = self._model.eog if self._needs_words() else frozenset[int]()
         token = self._sampler.sample(context, index, banned)
-        if self._guidance.grammar and not self._constrained and not self.reading.decided and not self._may_open(token):
+        if self._awaits_constraint and not self.reading.decided and not self._may_open(token):
             self._constrain()  # this is answer from its first token on
             token = self._sampler.sample(context, index, banned)
         if token in self._model.eog and self._guidance.ensures_answer and self.reading.part == "thinking":
@@ -201,14 +202,13 @@ class Turn:
             self.finish_reason = "loop"
 
     def _constrain_if_due(self) -> None:
-        """Start the grammar once the answer begins."""
-        if self._guidance.grammar and not self._constrained and self.reading.part == "answer" and self.reading.decided:
+        """Start the grammar or the schema once the answer begins."""
+        if self._awaits_constraint and self.reading.part == "answer" and self.reading.decided:
             self._constrain()
 
     def _constrain(self) -> None:
-        assert self._guidance.grammar
-        self._constrained = True
-        self._sampler.constrain(self._guidance.grammar, after_thinking=self.reading.closed is True)
+        self._awaits_constraint = False
+        self._sampler.constrain(after_thinking=self.reading.closed is True)
 
     def _may_open(self, token: int) -> bool:
         """Say whether a first token may begin the opening tag."""
