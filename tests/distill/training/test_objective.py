@@ -87,6 +87,13 @@ def test_attention_that_rows_cannot_have_is_found_out_and_padded(rows_of: Rows) 
     assert model(**objective.collator(0)(rows)).item() == pytest.approx(alone.item(), rel=1e-4)
 
 
+def test_attention_with_dropout_is_padded(pocket_student: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pocket_student, attention_dropout=0.1)
+    objective = Objective(model, 16)
+    assert objective.pass_ == "padded"
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_logits_that_are_no_product_are_refused(pocket_student: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(pocket_student)
