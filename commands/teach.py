@@ -57,7 +57,7 @@ def run(
 
     folder = out or Path("runs") / run_name(recipe.student, recipe.problems)
     if dry_run:
-        _preview(recipe, folder, json_output)
+        _preview(recipe, folder, json_output=json_output, quiet=quiet)
         return
     with leading(), bars(quiet) as report, resumable(folder):
         result = run_teach(recipe, folder, report=report, stop_after=stop_after)
@@ -73,12 +73,13 @@ def run(
         print(json.dumps(dataclasses.asdict(result), default=str))
 
 
-def _preview(recipe: TeachRecipe, folder: Path, json_output: bool) -> None:
+def _preview(recipe: TeachRecipe, folder: Path, *, json_output: bool, quiet: bool) -> None:
     """Print what `teach` would ask for and what that may cost, without asking."""
     from ..distill.preview import describe_preview, preview
     from ..distill.teach import draw_problems
 
-    problems, held_out = draw_problems(recipe)
+    with bars(quiet) as report:
+        problems, held_out = draw_problems(recipe, report=report)
     made = preview(recipe, folder, problems=problems, held_out=held_out)
     print(*describe_preview(made, problems, recipe), sep="\n")
     if json_output:

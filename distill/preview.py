@@ -11,16 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..localrun.core.text import format_duration, listed
+from ..localrun.core.printable import printable
+from ..localrun.core.text import format_duration, listed, shorten
 from .recipe.gathering import CostRecipe
 from .recipe.teach import TeachRecipe
-from .records import Problem, Trace, has_answer
+from .records import Problem, Trace, has_answer, messages_of
 from .teachers.expand import missing_expansions
 from .traces.collect import CollectSettings, Ledger
 from .traces.store import TraceStore
 
 _CHARACTERS_PER_TOKEN = 4  # of English text, roughly, with today's tokenizers
 _JUDGED_FROM = 20  # traces; fewer say little about the rest
+_SHOWN_LINES = 12  # of a message
 _AT_ONCE = 8  # requests to a server at the beginning
 
 
@@ -92,7 +94,8 @@ def describe_preview(made: Preview, problems: Sequence[Problem], recipe: TeachRe
     named = listed((f"{n:,} {source}" if len(sources) > 1 else source for source, n in sources), most=5)
     n_open = sum(not has_answer(problem) for problem in problems)
     without = f", {n_open:,} of them without an answer" if n_open else ""
-    yield f"problems  {made.n_problems:,} from the training part: {named}{without}"
+    yield f"problems  {made.n_problems:,} from the training part: {named}{without}; the first one:"
+    yield from describe_problem(problems[0])
     if traces.file:
         yield f"traces    {traces.file}: no teacher is asked"
         yield from _student(made, recipe)
@@ -117,6 +120,20 @@ def describe_preview(made: Preview, problems: Sequence[Problem], recipe: TeachRe
     yield f"tokens    about {made.prompt_tokens:,} of prompts and {made.completion_tokens:,} of answers, {how}"
     yield from _cost(made, recipe.cost)
     yield from _student(made, recipe)
+
+
+def describe_problem(problem: Problem) -> Iterator[str]:
+    """Yield a problem in lines, as the teacher is asked it, with its reference and its grader."""
+    for turn in messages_of(problem):
+        lines = [printable(line) for line in turn["content"].strip().splitlines()]
+        if len(lines) > _SHOWN_LINES:
+            lines[_SHOWN_LINES - 2 : -1] = [f"… {len(lines) - _SHOWN_LINES + 1:,} more lines …"]
+        yield from (f"{turn['role'] if i == 0 else '':<10}{shorten(line, 400)}" for i, line in enumerate(lines))
+    aliases = problem.metadata.get("aliases", [])
+    how = " (all of them, in any order)" if problem.metadata.get("together") == "all" else ""
+    answer = listed([problem.answer, *aliases], most=5).replace(" and ", " or ") if aliases else problem.answer
+    yield f"reference {printable(answer) + how if answer else 'none'}"
+    yield f"grader    {problem.grader}"
 
 
 def _cost(made: Preview, cost: CostRecipe) -> Iterator[str]:

@@ -21,6 +21,7 @@ from .evaluation.hops import score_hops
 from .evaluation.report import write_report
 from .gather import gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
+from .preview import describe_problem
 from .problems.load import load_problems
 from .recipe.gathering import CurationRecipe
 from .recipe.teach import Stage, TeachRecipe
@@ -74,7 +75,8 @@ def teach(
         # Faults of the student, the held-out problems or the filters end the run here, before anything is paid for.
         offline = recipe.resources.offline
         base = student_dir(recipe.student, offline) if stop_after != "traces" else None
-        problems, held_out = draw_problems(recipe)
+        problems, held_out = draw_problems(recipe, report=report)
+        report.say("\n".join(("the first problem, as it is asked:", *describe_problem(problems[0]))))
         _check(context, problems, base)
         kept, done = _learned(context, base, problems=problems, held_out=held_out)
         if base is not None and done and stop_after != "training":
@@ -90,10 +92,10 @@ def teach(
         return result
 
 
-def draw_problems(recipe: TeachRecipe) -> tuple[list[Problem], list[Problem]]:
+def draw_problems(recipe: TeachRecipe, *, report: Reporter = SILENT) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to ask and the held-out ones; without any answers there may be no held-out ones."""
     spec, seed, offline = recipe.problems, recipe.seed, recipe.resources.offline
-    asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline)
+    asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline, report=report)
     try:
         return asked, load_problems(spec, "test", n=recipe.scores.n, seed=seed, offline=offline)
     except ArtifactError:

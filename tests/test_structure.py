@@ -96,7 +96,9 @@ ROOMS: dict[str, dict[str, str]] = {
         ),
         "evaluation": "recipe records graders problems curation teachers run traces context training",
         "preview": "recipe records teachers traces",
-        "teach": ("recipe records problems curation teachers run traces context judging gather training evaluation"),
+        "teach": (
+            "recipe records problems curation teachers run traces context judging gather training evaluation preview"
+        ),
     },
 }
 """What each room of a stage imports, lowest room first: a room imports only from rooms above it in this table."""

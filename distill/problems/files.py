@@ -73,6 +73,11 @@ def read_hub(repository: str, *, split: str, config: str | None, offline: bool) 
             yield f"hf:{repository} {path.name}", row
 
 
+def is_text(path: Path) -> bool:
+    """Say whether a path is a file of problems that is text, so that it has an encoding."""
+    return path.is_file() and ".parquet" not in path.suffixes
+
+
 def encoding_of(path: Path) -> str:
     """Return how a text file is encoded: UTF-8, UTF-16 if it has its mark, else Windows' cp1252."""
     with _open_bytes(path) as file:

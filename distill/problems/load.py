@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.reporter import SILENT, Reporter
 from ..records import Problem
-from .files import Row, read_hub, read_rows
+from .files import Row, encoding_of, is_text, read_hub, read_rows
 from .rows import PARAMETERS, Intake, check_grader
 from .split import Bucket, bucket_of, question_id
 
@@ -64,6 +64,8 @@ def load_problems(
         rows = _open_rows(path, params, offline=offline)
         intake = Intake(path, _checked(params, path))
         problems = _distinct(intake.problems(rows), bucket, n=n, report=report)
+        if not path.startswith("hf:") and is_text(Path(path)) and encoding_of(Path(path)) == "cp1252":
+            report.say(f"{path} is not UTF-8: it is read as Windows-1252, and a wrong character may be in it")
         for note in intake.notes():
             report.say(f"{path}: {note}")
     if not problems:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deepdistill.distill.preview import Preview, describe_preview, preview
+from deepdistill.distill.preview import Preview, describe_preview, describe_problem, preview
 from deepdistill.distill.recipe.gathering import CostRecipe, CurationRecipe, TeacherRecipe, TracesRecipe
 from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.records import Grade, Problem, TeacherInfo, Trace
@@ -94,6 +94,21 @@ def test_traces_of_ones_own_cost_nothing(tmp_path: Path) -> None:
     made = preview(settings, tmp_path, problems=PROBLEMS, held_out=[])
     assert (made.n_traces, made.n_judgements, made.usd) == (0, 0, 0.0)
     assert any("no teacher is asked" in line for line in describe_preview(made, PROBLEMS, settings))
+
+
+def test_a_problem_is_shown_as_it_is_asked() -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Roots?\x1b[2J\nof x² = 4"}]
+    problem = Problem("id", "Roots?", "2, -2", "mine", "math", {"together": "all"}, turns)
+    assert list(describe_problem(problem)) == [
+        "system    Be brief.",
+        "user      Roots?[2J",
+        "          of x² = 4",
+        "reference 2, -2 (all of them, in any order)",
+        "grader    math",
+    ]
+    any_of = Problem("id", "line\n" * 99, "Paris", "mine", "exact", {"aliases": ["Lutetia"]})
+    lines = list(describe_problem(any_of))
+    assert (len(lines), lines[-2]) == (14, "reference Paris or Lutetia")
 
 
 def test_the_lines(tmp_path: Path) -> None:

@@ -12,6 +12,17 @@ import pytest
 
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.errors import ArtifactError
+from deepdistill.localrun.core.reporter import Reporter
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
 
 
 def test_files_of_every_kind_agree(tmp_path: Path) -> None:
@@ -56,7 +67,10 @@ def test_tables_in_other_forms(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": [row]}))
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
     for path in sorted(tmp_path.iterdir()):
-        assert [(p.question, p.answer) for p in load_problems(str(path))] == [("How big is à?", "4")], path.name
+        heard = Listener()
+        problems = load_problems(str(path), report=heard)
+        assert [(p.question, p.answer) for p in problems] == [("How big is à?", "4")], path.name
+        assert bool(heard.lines) == (path.name == "windows.csv")
 
 
 def test_a_long_field_is_read_and_a_row_with_too_many_is_not(tmp_path: Path) -> None:
