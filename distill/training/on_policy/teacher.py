@@ -212,18 +212,15 @@ def score_samples(
         TeacherError: the teacher cannot score.
         ArtifactError: a file is broken, or cannot be written.
     """
-    with Logprobs.open(samples_logprobs) as sampled:
-        writer = LogprobsWriter(out, {id_key(trace.id) for trace in samples})
-        try:
-            with Logprobs.open(out) as scored:
-                found = [(trace, sampled.get(trace.id)) for trace in samples if trace.id not in scored]
-            wanted = [(trace, stored[0].tolist()) for trace, stored in found if stored is not None]
-            asked = [(trace.messages, ids) for trace, ids in wanted]
-            scores = teacher().score_many(asked, top_logprobs=top_logprobs) if wanted else iter(())
-            for done, (index, top) in enumerate(scores, 1):
-                trace, ids = wanted[index]
-                writer.write(encode(trace.id, ids, top))
-                report.progress("the teacher scores", done, total=len(wanted))
-        finally:
-            writer.close()
+    keys = {id_key(trace.id) for trace in samples}
+    with Logprobs.open(samples_logprobs) as sampled, LogprobsWriter(out, keys) as writer:
+        with Logprobs.open(out) as scored:
+            found = [(trace, sampled.get(trace.id)) for trace in samples if trace.id not in scored]
+        wanted = [(trace, stored[0].tolist()) for trace, stored in found if stored is not None]
+        asked = [(trace.messages, ids) for trace, ids in wanted]
+        scores = teacher().score_many(asked, top_logprobs=top_logprobs) if wanted else iter(())
+        for done, (index, top) in enumerate(scores, 1):
+            trace, ids = wanted[index]
+            writer.write(encode(trace.id, ids, top))
+            report.progress("the teacher scores", done, total=len(wanted))
     return len(wanted)
