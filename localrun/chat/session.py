@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from ...errors import UsageError
 from ..core.generation import FREE, Guidance, Message, Sampling
 from ..engine.engine import Engine
 from ..engine.stream import Step
@@ -84,10 +85,14 @@ class Session:
                 answer: Message = {"role": "assistant", "content": texts["answer"]}
                 self.turns += [asked, answer | ({"reasoning_content": texts["thinking"]} if opened else {})]
 
-    def undo(self) -> Question | None:
-        """Remove the last turn; return its question, None if there is no turn."""
+    def undo(self) -> Question:
+        """Remove the last turn; return its question.
+
+        Raises:
+            UsageError: code "no-turn": there is none.
+        """
         if not self.turns:
-            return None
+            raise UsageError("there is no question yet", "ask something first", code="no-turn")
         asked = self.turns[-2]
         del self.turns[-2:]
         return Question.from_message(asked)

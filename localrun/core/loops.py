@@ -7,7 +7,7 @@ whose exact repetition is penalized.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -113,16 +113,9 @@ class VarietyGauge:
     """
 
     def __init__(self) -> None:
-        self._last: deque[int] = deque()
-        self._counts: Counter[int] = Counter()
+        self._last: deque[int] = deque(maxlen=_WINDOW)
 
     def add(self, token: int) -> bool:
         """Say whether the text, with this token, is long enough and varies too little."""
         self._last.append(token)
-        self._counts[token] += 1
-        if len(self._last) > _WINDOW:
-            gone = self._last.popleft()
-            self._counts[gone] -= 1
-            if not self._counts[gone]:
-                del self._counts[gone]
-        return len(self._last) == _WINDOW and len(self._counts) < _LEAST_DIFFERENT * _WINDOW
+        return len(self._last) == _WINDOW and len(set(self._last)) < _LEAST_DIFFERENT * _WINDOW

@@ -14,6 +14,7 @@ import math
 import tomllib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass
 from functools import cache
 from pathlib import Path
@@ -317,14 +318,10 @@ def _read_many(kinds: tuple[Any, ...], value: Any) -> Any:
 
 
 def _number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _leaves(cls: type, prefix: tuple[str, ...]) -> Iterator[Leaf]:

@@ -133,11 +133,6 @@ class Engine(Closes):
         return self.model.eog
 
     @property
-    def size_bytes(self) -> int:
-        """The file's size."""
-        return self.path.stat().st_size
-
-    @property
     def sees_images(self) -> bool:
         """Whether a projector is loaded."""
         return self._projector is not None

@@ -55,6 +55,8 @@ class Header:
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    table_at: int
+    """Where the table of tensors begins, in bytes from the file's start: the metadata comes before it."""
 
 
 def read_gguf(path: Path) -> Header:
@@ -106,13 +108,13 @@ class _Reader:
         # A power of two; True is not one, although Python takes it for 1.
         if type(alignment) is not int or not 0 < alignment <= _MOST_ALIGNMENT or alignment & (alignment - 1):
             raise ValueError(f"an alignment of {alignment!r}"[:80])
-        tensors: dict[str, StoredTensor] = {}
+        table_at, tensors = self.at, dict[str, StoredTensor]()
         for _ in range(n_tensors):
             tensor = self.tensor(alignment)
             if tensor.name in tensors:
                 raise ValueError(f"{tensor.name} appears twice")
             tensors[tensor.name] = tensor
-        return Header(metadata, self.placed(tensors, alignment))
+        return Header(metadata, self.placed(tensors, alignment), table_at)
 
     def placed(self, tensors: dict[str, StoredTensor], alignment: int) -> dict[str, StoredTensor]:
         """Return the tensors with offsets from the file's start, after checking that all are in it and none overlap."""

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ...errors import ArtifactError
-from .header import Header, StoredTensor, read_gguf
+from .header import StoredTensor, read_gguf
 
 MAX_SHARD_BYTES = 64_000_000
 """Bytes of tensors. A download that breaks off loses one shard, and free hosts take files up to 100 MB."""
 
 _NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _UINT16, _UINT32, _INT32 = (2, "H"), (4, "I"), (5, "i")  # GGUF's numbers of value types, and struct's letters
+_PREAMBLE = 24  # bytes: the magic, the version and two counts
 _PIECE = 1 << 22  # bytes in memory at once
 
 
@@ -41,7 +42,8 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
         raise ArtifactError(f"{path} is part of a split model", "give the whole model in one file", code="is-shard")
     if not header.tensors:
         raise ArtifactError(f"{path} has no tensors", "give a model", code="no-tensors")
-    n_entries, entries = _metadata_bytes(path, header)
+    with path.open("rb") as source:
+        entries = source.read(header.table_at)[_PREAMBLE:]
     groups = _groups(list(header.tensors.values()), max_bytes)
     alignment = int(header.metadata.get("general.alignment", 32))
     written = []
@@ -53,7 +55,7 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
             _entry("split.tensors.count", _INT32, len(header.tensors)),
         ]
         if number == 0:
-            n, metadata = n_entries + len(split_info), entries + b"".join(split_info)
+            n, metadata = len(header.metadata) + len(split_info), entries + b"".join(split_info)
         else:
             split_info += [_entry("general.alignment", _UINT32, alignment)] if alignment != 32 else []
             n, metadata = len(split_info), b"".join(split_info)
@@ -61,21 +63,6 @@ def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> li
             _write_shard(source, file, n_entries=n, metadata=metadata, tensors=group, alignment=alignment)
         written.append(shard)
     return written
-
-
-def _metadata_bytes(path: Path, header: Header) -> tuple[int, bytes]:
-    """Return how many metadata entries a file has, and their bytes: all that comes before the table of tensors."""
-    data_start = min(tensor.offset for tensor in header.tensors.values())
-    with path.open("rb") as file:
-        head = file.read(data_start)
-    table = b"".join(_table_row(tensor, tensor.offset - data_start) for tensor in header.tensors.values())
-    end = head.rfind(table)
-    if end < 0:
-        raise ArtifactError(
-            f"{path} is not laid out as a GGUF file", "write it again: deepdistill quantize", code="gguf-broken"
-        )
-    (n_entries,) = struct.unpack_from("<Q", head, 16)
-    return n_entries, head[24:end]
 
 
 def _groups(tensors: Sequence[StoredTensor], max_bytes: int) -> list[list[StoredTensor]]:
