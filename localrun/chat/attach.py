@@ -6,41 +6,32 @@ import re
 from pathlib import Path
 
 from ...errors import ArtifactError
+from ..core.text import read_text
 
 _BYTES_PER_TOKEN = 32  # a longer text cannot fit the context, so it is not even read
 
 
-def read_text(path: Path, n_ctx: int) -> str:
+def read_attachment(path: Path, n_ctx: int) -> str:
     """Return a file's text, for a conversation with a context of n_ctx tokens.
 
     Raises:
-        ArtifactError: code "no-such-file", "file-unreadable", "not-text" or "prompt-too-long".
+        ArtifactError: code "no-such-file", "file-unreadable", "file-not-text" or "prompt-too-long".
     """
     if not path.is_file():
         raise ArtifactError(
             f"there is no file {path}" if not path.exists() else f"{path} is a folder", code="no-such-file"
         )
-    limit = n_ctx * _BYTES_PER_TOKEN
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
-    if b"\0" in data:
-        raise ArtifactError(f"{path} is binary", "only text can be attached", code="not-text")
-    if len(data) > limit:
-        size = path.stat().st_size
+    size = path.stat().st_size
+    if size > n_ctx * _BYTES_PER_TOKEN:
         raise ArtifactError(
             f"{path} has {size:,} bytes, more than any context of {n_ctx:,} tokens holds",
             "attach a part of it",
             code="prompt-too-long",
         )
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ArtifactError(
-            f"{path} is not UTF-8 text", "convert it: iconv -f latin1 -t utf-8", code="not-text"
-        ) from error
+    text = read_text(path)
+    if "\0" in text:
+        raise ArtifactError(f"{path} is binary", "only text can be attached", code="file-not-text")
+    return text
 
 
 def fenced(name: str, text: str) -> str:

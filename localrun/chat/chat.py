@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ArtifactError, ModelError, UsageError
+from ..core.text import read_text
 from ..engine.engine import Engine
 from ..families.tool_calls import read_tools
 from ..find import find_model
@@ -57,7 +58,7 @@ def chat(
     once = prompt is not None or piped or not is_terminal(sys.stdout)
     _check_once(recipe, once=once, json_output=json_output)
     grammar, schema = _constraint(recipe)
-    tools = read_tools(_read(recipe.tools)) if recipe.tools else ()
+    tools = read_tools(read_text(recipe.tools)) if recipe.tools else ()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a character that the encoding lacks must not stop the answer
@@ -142,22 +143,13 @@ def _constraint(recipe: ChatRecipe) -> tuple[str | None, str | None]:
     if recipe.schema and recipe.grammar:
         hint = "give one of them"
         raise UsageError("--schema and --grammar are two ways to say one thing", hint, code="settings-conflict")
-    grammar = _read(recipe.grammar) if recipe.grammar else None
-    schema = _read(recipe.schema) if recipe.schema else None
+    grammar = read_text(recipe.grammar) if recipe.grammar else None
+    schema = read_text(recipe.schema) if recipe.schema else None
     if schema is not None:
         from ..engine.json_schema import check_schema  # loads llguidance
 
         check_schema(schema)
     return grammar, schema
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{path} is not UTF-8 text", code="file-not-text") from error
 
 
 def _kept(store: Store, which: Literal["newest", "pick"]) -> tuple[Path, Conversation]:

@@ -14,7 +14,7 @@ from ...errors import ArtifactError, UsageError
 from ..core.text import format_bytes, shorten
 from ..families.thinking import Think
 from ..find import find_model
-from .attach import fenced, read_text
+from .attach import fenced, read_attachment
 from .conversations import read_conversation, write_new
 from .dialogue import Dialogue
 from .session import Question
@@ -157,7 +157,7 @@ def _file(dialogue: Dialogue, rest: str) -> None:
         dialogue.say("no file is attached")
     elif rest:
         path = Path(rest).expanduser()
-        block = fenced(path.name, read_text(path, dialogue.session.engine.n_ctx))
+        block = fenced(path.name, read_attachment(path, dialogue.session.engine.n_ctx))
         n = len(dialogue.session.engine.tokenize(pending.attached + block))
         room = dialogue.session.engine.n_ctx - dialogue.session.n_used()
         if n >= room:

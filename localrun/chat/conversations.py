@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ...errors import ArtifactError
 from ..core.atomic import write_text
 from ..core.generation import Message, Sampling
-from ..core.text import shorten
+from ..core.text import read_text, shorten
 from ..engine.engine import Engine
 from ..families.thinking import Think
 
@@ -91,12 +91,10 @@ def read_conversation(path: Path) -> Conversation:
     """Return the conversation in a file: one of ours, or any JSON object with `messages`.
 
     Raises:
-        ArtifactError: code "file-unreadable" or "conversation-broken".
+        ArtifactError: code "file-unreadable", "file-not-text" or "conversation-broken".
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}", code="file-unreadable") from error
+        record = json.loads(read_text(path))
     except ValueError as error:
         raise ArtifactError(f"{path} is not JSON", _HINT, code="conversation-broken") from error
     messages = record.get("messages") if isinstance(record, dict) else None

@@ -1,12 +1,28 @@
-"""Sizes, durations, lists and errors, each in one line for people: the one place where they get their wording."""
+"""Text files, and sizes, durations, lists and errors, each in one line for people: the one place of their wording."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
-from ...errors import UsageError
+from ...errors import ArtifactError, UsageError
 
 _SIZES = {"K": 1e3, "M": 1e6, "G": 1e9}
+
+
+def read_text(path: Path) -> str:
+    """Return a file's UTF-8 text, without a byte order mark.
+
+    Raises:
+        ArtifactError: code "file-unreadable" or "file-not-text".
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror or error}", code="file-unreadable") from error
+    except UnicodeDecodeError as error:
+        hint = "convert it: iconv -f latin1 -t utf-8"
+        raise ArtifactError(f"{path} is not UTF-8 text", hint, code="file-not-text") from error
 
 
 def format_bytes(n: float) -> str:
