@@ -201,13 +201,15 @@ def test_files_that_are_no_gguf(tmp_path: Path, random_gguf: Path) -> None:
         assert refused.value.code == code
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(random_gguf.read_bytes().replace(b"llama", b"lhama"))
-    with pytest.raises(ModelError, match="lhama") as caught:
+    with pytest.raises(ModelError, check=lambda e: e.code == "load-failed" and "lhama" in e.message) as caught:
         Engine(strange)
     one_line(caught.value)
 
 
 def test_a_missing_tensor_is_named(build_gguf: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"short: tensor 'blk\.1\.ffn_up\.weight' not found") as caught:
+    with pytest.raises(
+        ArtifactError, check=lambda error: error.code == "gguf-broken" and "blk.1.ffn_up.weight" in error.message
+    ) as caught:
         Engine(build_gguf(tmp_path / "m.gguf", without="blk.1.ffn_up"))
     one_line(caught.value)
 

@@ -29,15 +29,15 @@ def model(random_gguf: Path) -> Iterator[Model]:
         ("root ::= x", "Undefined rule identifier 'x'"),
         ('yes ::= "a"', "does not contain a 'root' symbol"),
         ('root ::= root | "a"', "left recursion"),
-        ('root ::= ("a"', r"expecting '\)' at the end of a line"),
+        ('root ::= ("a"', "expecting ')' at the end of a line"),
         ("root ::= [a", "unexpected end of input"),
         ("root ::= " + "(" * 100_000, "too deeply"),
         ('root ::= "a"\0', "NUL"),
-        ("root ::= \ud800", "expecting|parse"),
+        ("root ::= \ud800", "parse"),
     ],
 )
 def test_a_grammar_that_does_not_parse_is_told(gbnf: str, said: str, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, check=lambda error: error.code == "grammar-broken" and said in error.message):
         check_grammar(gbnf)
     os.write(2, b"still there")
     assert capfd.readouterr().err == "still there"

@@ -155,18 +155,18 @@ def test_earlier_thinking_is_dropped_by_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    "source",
     [
-        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% for m in messages %}", "Unexpected end of template|end of template"),
-        ("{{ messages[0].content + 1 }}", "str"),
-        ("{{ nothing.at.all }}", "undefined"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        "{{ raise_exception('roles must alternate') }}",
+        "{% for m in messages %}",
+        "{{ messages[0].content + 1 }}",
+        "{{ nothing.at.all }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
     ],
 )
-def test_a_template_that_refuses_or_is_broken_is_one_error(source: str, said: str) -> None:
-    with pytest.raises(ModelError, match=said):
+def test_a_template_that_refuses_or_is_broken_is_one_error(source: str) -> None:
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-refused"):
         render(source, ONE, thinking=True)
 
 

@@ -92,8 +92,8 @@ HUGE = 1 << 62
         (gguf_of([entry("general.alignment", 7, b"\1")], []), "alignment of True"),
         (gguf_of([], [row(dims=())]), "0 dimensions"),
         (gguf_of([], [row(dims=(1,) * 5)]), "5 dimensions"),
-        (gguf_of([], [row(dims=(4, 0))]), r"\[0, 4\] in F32"),
-        (gguf_of([], [row(dims=(33, 2), type_=8)]), r"\[2, 33\] in Q8_0"),
+        (gguf_of([], [row(dims=(4, 0))]), "[0, 4] in F32"),
+        (gguf_of([], [row(dims=(33, 2), type_=8)]), "[2, 33] in Q8_0"),
         (gguf_of([], [row(dims=(1 << 32, 1 << 32))]), "cut short"),
         (gguf_of([], [row(offset=8)]), "not aligned"),
         (gguf_of([], [row(offset=64)]), "cut short"),
@@ -110,7 +110,7 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path, file: bytes, says: s
     path.write_bytes(file)
     tracemalloc.start()
     try:
-        with pytest.raises(ArtifactError, match=says):
+        with pytest.raises(ArtifactError, check=lambda e: e.code.startswith(("gguf-", "type-")) and says in e.message):
             read_gguf(path)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
