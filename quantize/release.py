@@ -30,6 +30,7 @@ from .measure.paired import Answers, Paired, compare
 from .provenance import comparison
 from .provenance.card import write_card
 from .provenance.comparison import ComparedFile
+from .provenance.inspect import measured_lines
 from .provenance.metadata import file_bytes, fill_in, source_key
 from .recipe import QuantizeRecipe
 from .report import QuantizeReport, report_of
@@ -56,48 +57,28 @@ class Measured:
         if kl := self.fidelity:
             found |= {"kl": kl.kl_mean, "kl_p99": kl.kl_p99, "same_top": kl.same_top, "perplexity": kl.perplexity}
         if answers := self.answers:
-            found |= {"accuracy": answers.accuracy, "closed": answers.closed, "loops": answers.loops}
+            found |= answers.to_json()
         return found
 
-    def to_json(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None, dict[str, Any] | None]:
+    def to_json(self) -> dict[str, dict[str, Any] | None]:
         """Return the three parts as the table has them."""
-        answers = self.answers
-        return (
-            self.fidelity.to_json() if self.fidelity else None,
-            {"accuracy": answers.accuracy, "closed": answers.closed, "loops": answers.loops} if answers else None,
-            self.paired.to_json() if self.paired else None,
-        )
+        parts = ("fidelity", self.fidelity), ("answers", self.answers), ("paired", self.paired)
+        return {name: part.to_json() if part else None for name, part in parts}
 
 
-@dataclass(frozen=True)
-class Release:
+@dataclass(frozen=True, kw_only=True)
+class Release(Measured):
     """A published file: its report, the files that it is compared with, the types chosen and why, its measurements."""
 
     report: QuantizeReport
     rows: tuple[ComparedFile, ...]
     choices: tuple[dict[str, Any], ...] = ()
-    fidelity: Fidelity | None = None
-    answers: Answers | None = None
-    paired: Paired | None = None
     n_promotions: int = 0
     healed: Mapping[str, Any] | None = None
 
     def summary(self) -> list[str]:
         """Return the lines that a person wants to read."""
-        lines = []
-        if kl := self.fidelity:
-            lines.append(
-                f"fidelity on {kl.n_tokens:,} held-out tokens: KL {kl.kl_mean:.4f} ± {kl.kl_error:.4f} nats, 99 % "
-                f"{kl.kl_p99:.3f}, same top {100 * kl.same_top:.2f} %, perplexity {kl.perplexity:.4f} "
-                f"(unquantized {kl.reference_perplexity:.4f})"
-            )
-        if self.answers and self.paired:
-            low, high = self.paired.interval
-            lines.append(
-                f"answers: {100 * self.answers.accuracy:.1f} % of {self.paired.n}, {self.paired.lost} lost and "
-                f"{self.paired.gained} gained against unquantized: {100 * self.paired.difference:+.1f} points "
-                f"({100 * low:+.1f} to {100 * high:+.1f}), p {self.paired.p_value:.3f}"
-            )
+        lines = measured_lines(self.to_json())
         if self.healed:
             lines.append("healed: " + ", ".join(f"{key} {value}" for key, value in self.healed.items()))
         if self.n_promotions:
@@ -356,9 +337,9 @@ class _Work:
         write_card(file.path, conversion.provenance, table=table, plot=plot, facts=self._facts)
         comparison.update_report(self.out.parent, files)
         return Release(
-            file,
-            tuple(files),
-            choices=tuple(self.chooser.describe()),
+            report=file,
+            rows=tuple(files),
+            choices=self.chooser.describe(),
             **vars(measured),
             n_promotions=n_promotions,
             healed=self.healed,
@@ -367,7 +348,7 @@ class _Work:
     def _compared(self, name: str, n_bytes: int, *, bits: float, is_ours: bool, measured: Measured) -> ComparedFile:
         texts = self.bench.texts.sha256 if measured.fidelity else ""
         problems = self.stage.problems if measured.answers else ""
-        return ComparedFile(name, n_bytes, bits, is_ours, *measured.to_json(), texts, problems)
+        return ComparedFile(name, n_bytes, bits, is_ours, texts=texts, asked=problems, **measured.to_json())
 
     def _others(self) -> list[ComparedFile]:
         """Return the unquantized model, if it was asked, and the files of the mixtures to compare with."""

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -268,11 +267,3 @@ def _layer(name: str) -> int:
 
 def _role(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
-
-
-def describe(items: Sequence[Item], chosen: Sequence[Choice]) -> list[dict[str, Any]]:
-    """Return the choice for each item as JSON objects for the report: its type, bytes and damage."""
-    return [
-        {"tensor": i.name, "type": c.type.name, "bytes": c.n_bytes, "nats": c.damage}
-        for i, c in zip(items, chosen, strict=True)
-    ]

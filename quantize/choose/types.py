@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..convert.ftypes import FTYPES, UNQUANTIZED
 from ..convert.writer import Conversion, Importance, Types, plan
 from ..recipe import QuantizeRecipe
 from .allocate import Choice, Item, promoted, solve, target_bytes
-from .sensitivity import describe, refine
+from .sensitivity import refine
 from .workbench import Workbench
 
 _ALIGNMENT = 32  # bytes; the padding of a tensor is less
@@ -73,9 +73,14 @@ class Chooser:
         self.types = {one.tensor.name: one.got for one in self._bench.f16.tensors} | types
         self.chosen = chosen
 
-    def describe(self) -> Sequence[dict[str, Any]]:
-        """Return the choices and their damages; none for a mixture."""
-        return describe(self._bench.sensitivity.items, self.chosen) if self.chosen else ()
+    def describe(self) -> tuple[dict[str, Any], ...]:
+        """Return the choices as JSON objects: tensor, type, bytes, and damage in nats; none for a mixture."""
+        if self.chosen is None:
+            return ()
+        return tuple(
+            {"tensor": item.name, "type": one.type.name, "bytes": one.n_bytes, "nats": one.damage}
+            for item, one in zip(self._bench.sensitivity.items, self.chosen, strict=True)
+        )
 
     def tensor_budget(self) -> int:
         """Return the bytes that the tensors with a choice may take together.

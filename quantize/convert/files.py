@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ...errors import ArtifactError
 from ...localrun.core.atomic import replacing_file
+from ...localrun.core.text import format_bytes
 
 
 def shard_paths(out: Path, n: int) -> list[Path]:
@@ -81,7 +82,7 @@ def _check_space(out: Path, n_bytes: int) -> None:
         raise ArtifactError(f"cannot write {out}: {error.strerror or error}", code="write-failed") from error
     if free < n_bytes:
         raise ArtifactError(
-            f"cannot write {out}: it takes {n_bytes / 1e6:.0f} MB, and the disk has {free / 1e6:.0f} MB left",
+            f"cannot write {out}: it takes {format_bytes(n_bytes)}, and the disk has {format_bytes(free)} left",
             "free some space, or write to another disk with --out",
             code="write-failed",
         )

@@ -30,6 +30,10 @@ class Answers:
         """The share of right answers."""
         return sum(self.right) / len(self.right)
 
+    def to_json(self) -> dict[str, float | None]:
+        """Return its three shares."""
+        return {"accuracy": self.accuracy, "closed": self.closed, "loops": self.loops}
+
 
 @dataclass(frozen=True)
 class Paired:

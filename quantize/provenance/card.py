@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,10 @@ def _front_matter(provenance: Provenance) -> str:
     return str(yaml.safe_dump(front, sort_keys=False)).strip()
 
 
-def as_text(value: Any) -> str:
-    """Return a JSON value as a phrase: objects and lists without brackets."""
+def as_text(value: Any, write: Callable[[Any], str] = str) -> str:
+    """Return a JSON value as a phrase: objects and lists without brackets, and all else as `write` writes it."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {as_text(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {as_text(item, write)}" for key, item in value.items())
     if isinstance(value, list):
-        return "; ".join(map(as_text, value))
-    return str(value)
+        return "; ".join(as_text(item, write) for item in value)
+    return write(value)

@@ -16,8 +16,20 @@ from ...localrun.core.atomic import write_text
 from .plot import Point, draw
 
 _BEGIN, _END = "<!-- files: begin -->", "<!-- files: end -->"
-_HEADS = ("file", "MB", "bits a weight", "mean KL", "99 % KL", "same top", "perplexity", "accuracy", "closed", "loops",
-          "lost / gained", "p")  # fmt: skip
+# A figure's head, its part of the file's measurements, its key there, and how it is written.
+_FIGURES = (
+    ("mean KL", "fidelity", "kl_mean", ".4f"),
+    ("99 % KL", "fidelity", "kl_p99", ".3f"),
+    ("same top", "fidelity", "same_top", ".2%"),
+    ("perplexity", "fidelity", "perplexity", ".4f"),
+    ("accuracy", "answers", "accuracy", ".1%"),
+    ("closed", "answers", "closed", ".1%"),
+    ("loops", "answers", "loops", ".1%"),
+    ("lost", "paired", "lost", "d"),
+    ("gained", "paired", "gained", "d"),
+    ("p", "paired", "p_value", ".3f"),
+)
+_HEADS = ("file", "MB", "bits a weight", *(head for head, *_ in _FIGURES))
 
 
 @dataclass(frozen=True)
@@ -48,26 +60,11 @@ class ComparedFile:
 
     def cells(self) -> list[str]:
         """Return its row of the table as text, with a dash where nothing was measured."""
-        kl, answers, flips = self.fidelity or {}, self.answers or {}, self.paired or {}
-
-        def cell(values: Mapping[str, Any], key: str, *, form: str, factor: float = 1) -> str:
-            value = values.get(key)
-            return "–" if value is None else form.format(factor * value)
-
-        return [
-            self.name,
-            f"{self.n_bytes / 1e6:.1f}",
-            f"{self.bits_per_weight:.2f}",
-            cell(kl, "kl_mean", form="{:.4f}"),
-            cell(kl, "kl_p99", form="{:.3f}"),
-            cell(kl, "same_top", form="{:.2f} %", factor=100),
-            cell(kl, "perplexity", form="{:.4f}"),
-            cell(answers, "accuracy", form="{:.1f} %", factor=100),
-            cell(answers, "closed", form="{:.1f} %", factor=100),
-            cell(answers, "loops", form="{:.1f} %", factor=100),
-            f"{flips['lost']} / {flips['gained']}" if flips else "–",
-            cell(flips, "p_value", form="{:.3f}"),
-        ]
+        cells = [self.name, f"{self.n_bytes / 1e6:.1f}", f"{self.bits_per_weight:.2f}"]
+        for _, part, key, form in _FIGURES:
+            value = (getattr(self, part) or {}).get(key)
+            cells.append("–" if value is None else format(value, form).replace("%", " %"))
+        return cells
 
 
 def keep_files(folder: Path, files: Sequence[ComparedFile], source: str) -> list[ComparedFile]:

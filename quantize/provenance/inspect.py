@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...localrun.core.text import shorten
+from ...localrun.core.text import format_bytes, shorten
 from ...localrun.gguf.header import StoredTensor, read_gguf
 from ...localrun.machine.memory import Footprint
 from ..convert.files import shard_paths
+from .card import as_text
 
 _N_MEMORY_CTX = 2048  # tokens
 
@@ -88,29 +90,29 @@ def summary(found: dict[str, Any]) -> list[str]:
         f"{found['bytes'] / 1e6:.1f} MB, {found['bits_per_weight']:.2f} bits a weight",
         "types: " + ", ".join(f"{100 * part:.1f} % {name}" for name, part in share.items()),
         f"licence: {found['licence'] or 'not stated'}",
-        f"memory: {found['memory_bytes'] / 1e6:.0f} MB with a context of {_N_MEMORY_CTX:,} tokens or less",
+        f"memory: {format_bytes(found['memory_bytes'])} with a context of {_N_MEMORY_CTX:,} tokens or less",
     ]
     others = dict(found["deepdistill"])
-    measured = others.pop("measured", None) or {}
-    if kl := measured.get("fidelity"):
-        lines.append(
-            f"measured: KL {kl['kl_mean']:.4f} nats, 99 % {kl['kl_p99']:.3f}, same top {100 * kl['same_top']:.2f} %, "
-            f"perplexity {kl['perplexity']:.4f}, on {kl['n_tokens']:,} held-out tokens"
-        )
-    if answers := measured.get("answers"):
-        flips = measured.get("paired") or {}
-        lines.append(
-            f"answers: {100 * answers['accuracy']:.1f} % right"
-            + (f" of {flips['n']}, {flips['lost']} lost and {flips['gained']} gained" if flips else "")
-        )
-    lines += [f"{name.replace('_', ' ')}: {_short(value)}" for name, value in others.items()]
+    lines += measured_lines(others.pop("measured", None) or {})
+    for name, value in others.items():
+        lines.append(f"{name.replace('_', ' ')}: {as_text(value, lambda part: shorten(str(part), 72))}")
     return lines if found["deepdistill"] else [*lines, "no metadata of deepdistill: another tool made it"]
 
 
-def _short(value: Any) -> str:
-    """Return a value as a phrase, every part of it at most 72 characters long."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(_short, value))
-    return shorten(str(value), 72)
+def measured_lines(measured: Mapping[str, Any]) -> list[str]:
+    """Return a line for a file's fidelity and one for its answers, as far as there are any."""
+    lines = []
+    if kl := measured.get("fidelity"):
+        lines.append(
+            f"fidelity on {kl['n_tokens']:,} held-out tokens: KL {kl['kl_mean']:.4f} ± {kl['kl_error']:.4f} nats, 99 % "
+            f"{kl['kl_p99']:.3f}, same top {100 * kl['same_top']:.2f} %, perplexity {kl['perplexity']:.4f} "
+            f"(unquantized {kl['reference_perplexity']:.4f})"
+        )
+    if flips := measured.get("paired"):
+        low, high = flips["interval"]
+        lines.append(
+            f"answers: {100 * measured['answers']['accuracy']:.1f} % of {flips['n']}, {flips['lost']} lost and "
+            f"{flips['gained']} gained against unquantized: {100 * flips['difference']:+.1f} points "
+            f"({100 * low:+.1f} to {100 * high:+.1f}), p {flips['p_value']:.3f}"
+        )
+    return lines
