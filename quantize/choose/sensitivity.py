@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,42 +124,31 @@ def items_of(
 
 
 def _choices(typed: TypedTensor, importance: Importance) -> tuple[Choice, ...]:
-    name = typed.tensor.name
-    weights = importance.get(name)
-    n_per_row = typed.tensor.shape[-1]
-    rows, columns = _sample(typed, weights)
+    weights, n_per_row = importance.get(typed.tensor.name), typed.tensor.shape[-1]
+    samples = list(_sample(typed, weights))
+    share = sum(rows.size for rows, _ in samples) / typed.n_weights
     found = []
     for type_ in TYPES:
         if n_per_row % ggml.block_size(type_) or (weights is None and type_ in ggml.NEED_IMATRIX):
             continue
-        changed = np.concatenate(
-            [round_trip(part, type_, weights=row) for part, row in zip(rows, columns, strict=True)]
-        )
-        weight = np.concatenate(
-            [np.broadcast_to(1.0 if row is None else row, part.shape) for part, row in zip(rows, columns, strict=True)]
-        )
-        delta = (changed - np.concatenate(rows)).astype(np.float64)
-        error = float((weight * delta**2).sum()) * typed.n_weights / delta.size
-        found.append(Choice(type_, replace(typed, got=type_).n_bytes, error))
+        error = 0.0
+        for rows, columns in samples:
+            squares = (round_trip(rows, type_, weights=columns) - rows).astype(np.float64) ** 2
+            error += float((squares if columns is None else columns * squares).sum())
+        found.append(Choice(type_, replace(typed, got=type_).n_bytes, error / share))
     return efficient(found)
 
 
 def _sample(
     typed: TypedTensor, weights: npt.NDArray[np.float32] | None
-) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32] | None]]:
-    """Return some rows of a tensor, evenly spaced, each group with the weights of its columns."""
-    n_rows = typed.n_weights // typed.tensor.shape[-1]
-    step = max(1, n_rows // _N_SAMPLED)
-    n_per_matrix = math.prod(typed.tensor.shape[-2:-1])
-    rows, columns, at = list[npt.NDArray[np.float32]](), list[npt.NDArray[np.float32] | None](), 0
-    for part in typed.tensor.read():
-        for i in range(-at % step, len(part), step):
-            rows.append(np.ascontiguousarray(part[i : i + 1]))
-            columns.append(weights[(at + i) // n_per_matrix] if weights is not None and weights.ndim == 2 else weights)
-        at += len(part)
-    if weights is None or weights.ndim == 1:
-        return [np.concatenate(rows)], [weights]
-    return rows, columns
+) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]]:
+    """Yield some rows of a tensor, evenly spaced, in groups with the weights of their columns."""
+    step = max(1, typed.n_weights // typed.tensor.shape[-1] // _N_SAMPLED)
+    at = 0
+    for rows, columns in weighted_rows(typed, weights):
+        if len(sample := rows[-at % step :: step]):
+            yield np.ascontiguousarray(sample), columns
+        at += len(rows)
 
 
 class DamageMeter(Closes):

@@ -40,12 +40,7 @@ NEED_IMATRIX = frozenset({"IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_
 _BITS_2 = frozenset({"IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS"})
 _RICH_2 = frozenset({"IQ2_M", "IQ2_S"})
 _SMALLER_BLOCK = {
-    Type.IQ2_XXS: Type.IQ4_NL,
-    Type.IQ2_XS: Type.IQ4_NL,
-    Type.IQ2_S: Type.IQ4_NL,
-    Type.IQ3_XXS: Type.IQ4_NL,
-    Type.IQ3_S: Type.IQ4_NL,
-    Type.IQ4_XS: Type.IQ4_NL,
+    **dict.fromkeys((Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S, Type.IQ4_XS), Type.IQ4_NL),
     Type.Q2_K: Type.Q4_0,
     Type.Q3_K: Type.Q4_0,
     Type.Q4_K: Type.Q5_0,

@@ -41,7 +41,6 @@ class Texts:
     calibrate: tuple[Text, ...] = ()
     choose: tuple[Text, ...] = ()
     measure: tuple[Text, ...] = ()
-    source: str = ""
     sha256: str = ""
 
 
@@ -74,7 +73,6 @@ def read_texts(traces_path: Path, model_path: Path, settings: CalibrationRecipe)
         calibrate=tuple(_first(texts["calibrate"], settings.n_calibrate)),
         choose=tuple(texts["choose"]),
         measure=tuple(texts["measure"]),
-        source=str(traces_path),
         sha256=_hash(traces_path),
     )
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+import numpy as np
+
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 20, 48
 _OURS, _STANDARD = "#3b6fe0", "#c2661d"
@@ -80,18 +82,14 @@ def _mark(point: Point, scale: _Scale) -> str:
 def _axes(scale: _Scale) -> list[str]:
     parts, bottom, right = list[str](), _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
     step = _step(scale.x1 - scale.x0)
-    tick = math.ceil(scale.x0 / step) * step
-    while tick <= scale.x1:
+    for tick in np.arange(math.ceil(scale.x0 / step), math.floor(scale.x1 / step) + 1) * step:
         x = scale.x(tick)
         parts.append(_line((x, bottom), (x, bottom + 5)))
         parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{tick:g}</text>')
-        tick += step
-    level = scale.y0
-    while level <= scale.y1 + 1e-9:
+    for level in np.arange(2 * scale.y0, 2 * scale.y1 + 1) / 2:
         y = scale.y(level)
         parts.append(_line((_LEFT, y), (right, y), 0.25))
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{10**level:.2g}</text>')
-        level += 0.5
     parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">MB</text>')
     middle = (_TOP + bottom) / 2
     parts.append(

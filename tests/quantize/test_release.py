@@ -153,7 +153,7 @@ def test_no_file_has_the_name_if_the_gate_is_not_met(tied: Path, settings: Quant
     out.write_text("before")
     wanted = replace(settings, type="Q4_0", gate="accuracy >= 0.9 of bf16, kl <= 10")
     given = iter([answers(20), answers(10)])
-    with pytest.raises(GateError, match=r"accuracy is 0\.5, not >= 0\.9"):
+    with pytest.raises(GateError, check=lambda error: error.code == "gate-not-met" and "accuracy" in error.message):
         release(tied, out, settings=wanted, stage=DistillStage(evaluate=lambda _: next(given)), n_threads=1)
     assert out.read_text() == "before"
     assert [one.name for one in tmp_path.iterdir() if one.suffix == ".gguf" and "imatrix" not in one.name] == ["a.gguf"]
@@ -215,7 +215,7 @@ def test_a_file_in_parts_is_measured_and_made_again(tied: Path, settings: Quanti
     assert (found["bytes"], found["weights"]) == (made.report.n_bytes, made.report.n_weights)
     last = max(tmp_path.glob("a-*.gguf"))
     last.unlink()
-    with pytest.raises(ArtifactError, match=last.name):
+    with pytest.raises(ArtifactError, check=lambda error: last.name in error.message):
         verify(first)
 
 
@@ -277,9 +277,9 @@ def test_a_recipe_goes_without_traces_where_they_are_too_few(tied: Path, traces:
 
 def test_settings_that_contradict_are_refused(tied: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.gguf"
-    with pytest.raises(UsageError, match="three ways"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "settings-conflict"):
         release(tied, out, settings=QuantizeRecipe(size=10**6, bpw=4))
-    with pytest.raises(UsageError, match="until a gate is met"):
+    with pytest.raises(UsageError, check=lambda error: error.code == "gate-missing"):
         release(tied, out, settings=QuantizeRecipe(promote=True))
     with pytest.raises(UsageError, check=lambda error: error.code == "no-traces"):
         release(tied, out, settings=QuantizeRecipe(bpw=5), n_threads=1)

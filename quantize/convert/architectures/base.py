@@ -65,7 +65,7 @@ class Architecture:
     activation: ClassVar[str] = "silu"
     rope_types: ClassVar[frozenset[str]] = frozenset({"default", "linear", "yarn"})
     default_theta: ClassVar[float] = 10000.0
-    n_experts = 0
+    n_experts = n_ff_expert = 0
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Check that a GGUF can express everything that the config asks for.
@@ -249,6 +249,10 @@ class Architecture:
         self.write_heads(writer)
         writer.add_layer_norm_rms_eps(float(self.config.get("rms_norm_eps", 1e-6)))
         writer.add_vocab_size(self.n_vocab)
+        if self.n_experts:
+            writer.add_expert_count(self.n_experts)
+            writer.add_expert_used_count(self.number("num_experts_per_tok"))
+            writer.add_expert_feed_forward_length(self.n_ff_expert)
         writer.add_rope_freq_base(float(self.rope.get("rope_theta") or self.default_theta))
         write_rope(writer, self.rope, self.config)
 

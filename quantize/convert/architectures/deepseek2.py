@@ -113,12 +113,9 @@ class DeepSeek2(Architecture):
             yield from self.linear(f"{new}{part}_shexp", f"{old}shared_experts.{source}", shape)
 
     def write_parameters(self, writer: GGUFWriter) -> None:
-        """Add the experts' numbers too."""
+        """Add the shared experts and how experts are chosen too."""
         super().write_parameters(writer)
         writer.add_leading_dense_block_count(self.n_dense)
-        writer.add_expert_feed_forward_length(self.n_ff_expert)
-        writer.add_expert_count(self.n_experts)
-        writer.add_expert_used_count(self.number("num_experts_per_tok"))
         writer.add_expert_shared_count(self.n_shared)
         writer.add_expert_weights_scale(float(self.config.get("routed_scaling_factor") or 1.0))
         gating = ExpertGatingFuncType.SIGMOID if self.is_v3 else ExpertGatingFuncType.SOFTMAX

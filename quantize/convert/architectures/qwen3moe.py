@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from gguf import GGUFWriter
-
 from ..checkpoint import Checkpoint
 from .base import Planned
 from .qwen3 import Qwen3
@@ -37,10 +35,3 @@ class Qwen3Moe(Qwen3):
         """Yield a layer's router and its experts, stacked."""
         yield from self.take(f"{new}ffn_gate_inp.weight", f"{old}gate.weight", shape=(self.n_experts, self.n_embd))
         yield from self.experts(new, old, self.n_ff_expert)
-
-    def write_parameters(self, writer: GGUFWriter) -> None:
-        """Add the experts' numbers too."""
-        super().write_parameters(writer)
-        writer.add_expert_count(self.n_experts)
-        writer.add_expert_used_count(self.number("num_experts_per_tok"))
-        writer.add_expert_feed_forward_length(self.n_ff_expert)
