@@ -49,7 +49,7 @@ def _lora_config(model: Any, settings: TrainingRecipe) -> Any:
     from peft import LoraConfig
 
     lora, layers = settings.lora, model.get_decoder().layers
-    linears = (name for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear))
+    linears = [name for name, module in layers.named_modules() if isinstance(module, torch.nn.Linear)]
     kinds = sorted({name.rpartition(".")[2] for name in linears})
     if unknown := set(lora.targets) - set(kinds):
         raise UsageError(
@@ -63,11 +63,11 @@ def _lora_config(model: Any, settings: TrainingRecipe) -> Any:
             "give a smaller training.lora.first_layer",
             code="no-such-layer",
         )
+    wanted = [name for name in linears if name.rpartition(".")[2] in (lora.targets or kinds)]
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=list(lora.targets) or kinds,
-        layers_to_transform=list(range(lora.first_layer, len(layers))),
+        target_modules=[f"layers.{name}" for name in wanted if int(name.split(".")[0]) >= lora.first_layer],
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         task_type="CAUSAL_LM",
