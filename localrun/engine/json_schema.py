@@ -37,7 +37,8 @@ class SchemaConstraint:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # it calls a function by its old name
                 _tokenizers[model] = lltokenizer_from_vocab(model.vocab, eos_token=sorted(model.eog))
-        self._matcher = LLMatcher(_tokenizers[model], _grammar(schema, after_thinking=after_thinking))
+        grammar = _grammar(schema, after_thinking=after_thinking)
+        self._matcher = LLMatcher(_tokenizers[model], grammar, log_level=0)
 
     def restrict(self, candidates: Any) -> None:
         """Make the candidates impossible that may not come next.

@@ -20,7 +20,7 @@ from .header import StoredTensor, read_gguf
 MAX_SHARD_BYTES = 64_000_000
 """Bytes of tensors. A download that breaks off loses one shard, and free hosts take files up to 100 MB."""
 
-_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _UINT16, _UINT32, _INT32 = (2, "H"), (4, "I"), (5, "i")  # GGUF's numbers of value types, and struct's letters
 _PREAMBLE = 24  # bytes: the magic, the version and two counts
 _PIECE = 1 << 22  # bytes in memory at once
@@ -29,6 +29,14 @@ _PIECE = 1 << 22  # bytes in memory at once
 def is_shard(path: Path) -> bool:
     """Say whether a file's name is that of a part of a split model."""
     return _NAME.search(path.name) is not None
+
+
+def other_shards(path: Path) -> list[Path]:
+    """Return the other files of a split model; none if a file is not a part of one."""
+    if not (found := _NAME.search(path.name)):
+        return []
+    parts = path.parent.glob(f"{path.name[: found.start()]}-*-of-{found[2]}.gguf")
+    return sorted(part for part in parts if part != path)
 
 
 def split_gguf(path: Path, folder: Path, max_bytes: int = MAX_SHARD_BYTES) -> list[Path]:

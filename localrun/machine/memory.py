@@ -16,6 +16,7 @@ from ...errors import ModelError, UsageError
 from ..core.text import format_bytes
 from ..gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from ..gguf.header import Header, read_gguf
+from ..gguf.split import other_shards
 from . import hardware
 from .hardware import gpus
 
@@ -32,7 +33,6 @@ N_MICRO_BATCH = 128  # of these, tokens computed at once where every attention s
 
 _CELLS = 256  # llama.cpp rounds a KV cache up to a multiple
 _SPARE = 0.1  # share of the free memory to leave: other programs grow, and swapping costs more than a shorter context
-_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Footprint:
             if name.startswith(f"{header.metadata.get('general.architecture')}.")
         }
         vocabulary = header.metadata.get("tokenizer.ggml.tokens") or range(_number(about.get("vocab_size")))
-        parts = [header, *map(read_gguf, _other_parts(path))]
+        parts = [header, *map(read_gguf, other_shards(path))]
         tensors = {name: tensor.n_bytes for part in parts for name, tensor in part.tensors.items()}
         return cls(
             path=path,
@@ -304,11 +304,3 @@ def _read_bytes(tensors: dict[str, int], about: dict[str, Any]) -> int:
         for name, n_bytes in tensors.items()
         if tied or name != "token_embd.weight"
     )
-
-
-def _other_parts(path: Path) -> list[Path]:
-    """Return the other files of a split model."""
-    if not (found := _SPLIT.search(path.name)):
-        return []
-    parts = path.parent.glob(f"{path.name[: found.start()]}-*-of-{found[2]}.gguf")
-    return sorted(part for part in parts if part != path)
