@@ -43,7 +43,7 @@ def main() -> None:
             arguments.run / "student",
             Path(scratch),
             arguments.out,
-            traces_path=arguments.run / "traces.jsonl",
+            QuantizeRecipe(type="Q4_K_M", traces=arguments.run / "traces.jsonl"),
         )
         for recipe in arguments.recipes.split(","):
             for name in (f"{recipe} recipe", f"{recipe} chosen"):
@@ -83,7 +83,7 @@ def chosen(bench: Workbench, recipe: str, n_bytes: int, deadline: float) -> dict
             if note.endswith(("nats", "one by one")) and time.monotonic() > deadline:
                 raise SystemExit("the time is over; run it again and it resumes from here")
 
-    settings = QuantizeRecipe(size=n_bytes, traces=bench.traces_path, fidelity=False)
+    settings = QuantizeRecipe(size=n_bytes, traces=bench.settings.traces, fidelity=False)
     made = release(bench.student_dir, bench.kept_dir / f"at-{recipe}.gguf", settings=settings, report=Printed())
     types = [f"{one['tensor']} {one['type']} {one['nats']:.2g}" for one in made.choices]
     return {"bytes": made.report.n_bytes, "types": types} | bench.fidelity(made.report.path).to_json()

@@ -104,7 +104,7 @@ def measure(run: Path, out: Path, paths: Sequence[Path]) -> dict[str, Any]:
             run / "student",
             Path(scratch),
             out,
-            traces_path=run / "traces.jsonl",
+            QuantizeRecipe(type="Q4_K_M", traces=run / "traces.jsonl"),
         )
         return {path.stem: bench.fidelity(path).to_json() for path in paths}
 

@@ -160,19 +160,17 @@ def release(
     _check(student_dir, out, settings=settings, evaluates=stage.evaluate is not None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
+        n_heal = settings.heal.steps * settings.heal.batch_tokens
         workbench = Workbench(
             student_dir,
             Path(scratch),
             out.parent,
-            traces_path=settings.traces,
-            imatrix_path=settings.imatrix_path,
-            settings=replace(settings.calibration, n_heal=settings.heal.steps * settings.heal.batch_tokens),
-            base=settings.base,
+            replace(settings, calibration=replace(settings.calibration, n_heal=n_heal)),
             n_threads=n_threads or default_threads(),
             report=report,
         )
-        settings = _measurable(workbench, settings)
-        return _Work(workbench, out, settings=settings, stage=stage, metadata=dict(metadata or {})).run()
+        _drop_unmeasurable(workbench)
+        return _Work(workbench, out, stage=stage, metadata=dict(metadata or {})).run()
 
 
 def _check(student_dir: Path, out: Path, *, settings: QuantizeRecipe, evaluates: bool) -> None:
@@ -202,36 +200,27 @@ def _check_types(settings: QuantizeRecipe) -> None:
         check_ftype(name, has_imatrix=has_imatrix)
 
 
-def _measurable(workbench: Workbench, settings: QuantizeRecipe) -> QuantizeRecipe:
-    """Return the settings without measurements if the traces are too few and no setting needs them."""
+def _drop_unmeasurable(workbench: Workbench) -> None:
+    """Take the traces out of the settings if they are too few and no setting needs measurements."""
+    settings = workbench.settings
     needs = settings.has_budget or settings.gate or settings.heal.steps
     if needs or not settings.reads_traces:
-        return settings
+        return
     try:
         assert workbench.texts
     except (UsageError, ModelError) as error:
         workbench.notes.append(f"not measured, and no importance matrix: {error.message}")
-        workbench.traces_path = None
-        settings = replace(settings, traces=None)
-        _check_types(settings)  # a type may need the importance matrix
-    return settings
+        workbench.settings = replace(settings, traces=None)
+        _check_types(workbench.settings)  # a type may need the importance matrix
 
 
 class _Work:
     """One release in progress."""
 
-    def __init__(
-        self,
-        workbench: Workbench,
-        out: Path,
-        *,
-        settings: QuantizeRecipe,
-        stage: DistillStage,
-        metadata: dict[str, Value],
-    ) -> None:
-        self.bench, self.out, self.settings, self.stage, self.extra = workbench, out, settings, stage, metadata
-        self.chooser = Chooser(workbench, settings, lambda one: file_bytes(one, self._metadata(one)))
-        self.gate = Gate.parse(settings.gate) if settings.gate else None
+    def __init__(self, bench: Workbench, out: Path, *, stage: DistillStage, metadata: dict[str, Value]) -> None:
+        self.bench, self.out, self.settings, self.stage, self.extra = bench, out, bench.settings, stage, metadata
+        self.chooser = Chooser(bench, lambda one: file_bytes(one, self._metadata(one)))
+        self.gate = Gate.parse(self.settings.gate) if self.settings.gate else None
         self.healed: Mapping[str, Any] | None = None
         self.reference_answers: Answers | None = None
         self._facts: dict[str, Any] = {}  # the part of the metadata that the card shows
@@ -291,7 +280,6 @@ class _Work:
         signed = sign(
             self.bench,
             conversion,
-            settings=self.settings,
             source_dir=self.chooser.source_dir,
             folder=self.out.parent,
             recipe=self.stage.recipe,

@@ -22,13 +22,12 @@ def sign(
     workbench: Workbench,
     conversion: Conversion,
     *,
-    settings: QuantizeRecipe,
     source_dir: Path,
     folder: Path,
     recipe: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a file in `folder` says about itself, by key without the prefix; paths are relative to the folder."""
-    is_student = source_dir == workbench.student_dir
+    settings, is_student = workbench.settings, source_dir == workbench.student_dir
     source = dict(workbench.source if is_student else source_of(source_dir))
     source["folder"] = os.path.relpath(source_dir, folder.resolve())
     if settings.base and is_student:

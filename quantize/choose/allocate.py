@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -126,17 +127,11 @@ def promoted(items: Sequence[Item], chosen: Sequence[Choice], *, n_more: int, mo
         chosen[i], is_first = up, False
 
 
-def target_bytes(target: str, n_weights: int) -> int:
+def target_bytes(target: Literal["phone", "laptop"], n_weights: int) -> int:
     """Return the bytes that a file may take on a kind of machine, at most those of Q8_0.
 
     A phone gives an app 2 GB, reads 15 GB/s and should reach 20 tokens/s; a laptop 6 GB, 50 GB/s and 12 tokens/s. Every
     token reads all weights, and a fifth of the memory is left to the cache and the program.
-
-    Raises:
-        UsageError: `code` "no-such-target".
     """
-    machines = {"phone": (2e9, 15e9, 20), "laptop": (6e9, 50e9, 12)}
-    if target not in machines:
-        raise UsageError(f"no target {target!r}", f"choose one of {', '.join(machines)}", code="no-such-target")
-    memory, bandwidth, rate = machines[target]
+    memory, bandwidth, rate = {"phone": (2e9, 15e9, 20), "laptop": (6e9, 50e9, 12)}[target]
     return int(min(0.8 * memory, bandwidth / rate, 8.5 * n_weights / 8))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from ...errors import ArtifactError, ModelError
 from ...localrun.core.atomic import replacing_file
+from ...localrun.core.reporter import SILENT, Reporter
 from ...localrun.gguf.header import StoredTensor, read_gguf
 from ..convert.writer import importance_shape
 
@@ -72,11 +73,11 @@ class Imatrix:
 
 def collect_imatrix(
     model_path: Path,
-    texts: Iterable[Sequence[int]],
+    texts: Sequence[Sequence[int]],
     *,
     dataset: str,
     n_threads: int | None = None,
-    on_text: Callable[[int], None] = lambda _: None,
+    report: Reporter = SILENT,
 ) -> Imatrix:
     """Read texts of token ids with an unquantized GGUF, and return the squares of its weights' inputs.
 
@@ -85,6 +86,9 @@ def collect_imatrix(
         ModelError: see there; `code` "weights-broken": the inputs are not finite.
     """
     from ...localrun.weights.activations import collect_squares
+
+    def on_text(n: int) -> None:
+        report.progress("importance", n, total=len(texts))
 
     squares = collect_squares(model_path, texts, n_threads=n_threads, on_text=on_text)
     sums = {name: one.sums.reshape(len(one.counts), -1).astype(np.float32) for name, one in squares.items()}

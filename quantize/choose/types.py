@@ -11,7 +11,6 @@ from typing import Any
 from ...errors import UsageError
 from ..convert.ftypes import FTYPES, UNQUANTIZED
 from ..convert.writer import Conversion, Importance, Types, plan
-from ..recipe import QuantizeRecipe
 from .allocate import Choice, Item, promoted, solve, target_bytes
 from .sensitivity import refine
 from .workbench import Workbench
@@ -24,9 +23,9 @@ _FIRST = 0.75  # the share of a budget to start with, if a gate decides how much
 class Chooser:
     """Chooses the types of a file. `source_dir` is the checkpoint of the file: the student, or the healed one."""
 
-    def __init__(self, workbench: Workbench, settings: QuantizeRecipe, size_of: Callable[[Conversion], int]) -> None:
+    def __init__(self, workbench: Workbench, size_of: Callable[[Conversion], int]) -> None:
         """Take a workbench to measure with, and a function that returns the exact file size of a plan."""
-        self._bench, self._settings, self._size_of = workbench, settings, size_of
+        self._bench, self._settings, self._size_of = workbench, workbench.settings, size_of
         self.source_dir: Path = workbench.student_dir
         self.chosen: list[Choice] | None = None
         self.types: Types = {}
@@ -95,7 +94,8 @@ class Chooser:
             wanted = int(self._settings.bpw * n_weights / 8)
             others = sum(one.n_bytes for one in f16.tensors if one.tensor.name not in names)
         else:
-            wanted = self._settings.size or target_bytes(self._settings.target or "", n_weights)
+            target = self._settings.target
+            wanted = target_bytes(target, n_weights) if target else self._settings.size or 0
             # A header has a type's number, not its name, so the F16 file's header is as long as this file's.
             in_f16 = sum(one.n_bytes for one in f16.tensors if one.tensor.name in names)
             others = self._size_of(f16) - in_f16 + _ALIGNMENT * len(items)

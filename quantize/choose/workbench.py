@@ -19,25 +19,19 @@ from ..convert.writer import Conversion, Importance, Types, plan, write
 from ..measure.fidelity import Fidelity, Reference
 from ..measure.texts import Texts, read_texts
 from ..provenance.metadata import source_key, source_of
-from ..recipe import CalibrationRecipe
+from ..recipe import QuantizeRecipe
 from .imatrix import Imatrix, collect_imatrix, read_imatrix, write_imatrix
 from .sensitivity import DamageMeter, Sensitivity, items_of
 
 
 @dataclass
 class Workbench:
-    """A student to be quantized. `scratch_dir` is for temporary files, `kept_dir` for those that the next run uses.
-
-    `imatrix_path` is a file, "none", or None to collect a matrix from `traces_path` if there are traces.
-    """
+    """A student to be quantized. `scratch_dir` is for temporary files, `kept_dir` for those that the next run uses."""
 
     student_dir: Path
     scratch_dir: Path
     kept_dir: Path
-    traces_path: Path | None = None
-    imatrix_path: Path | str | None = None
-    settings: CalibrationRecipe = field(default_factory=CalibrationRecipe)
-    base: Path | None = None
+    settings: QuantizeRecipe
     n_threads: int = field(default_factory=default_threads)
     report: Reporter = SILENT
     notes: list[str] = field(default_factory=list)
@@ -50,11 +44,11 @@ class Workbench:
     @cached_property
     def source(self) -> dict[str, object]:
         """The hashes of the student's files."""
-        return source_of(self.student_dir, self.base)
+        return source_of(self.student_dir, self.settings.base)
 
     def plan(self, ftype: str, *, types: Types | None = None, importance: Importance | None = None) -> Conversion:
         """Return the plan of a file of the student."""
-        return plan(self.student_dir, ftype, base=self.base, types=types, importance=importance)
+        return plan(self.student_dir, ftype, base=self.settings.base, types=types, importance=importance)
 
     @cached_property
     def f16(self) -> Conversion:
@@ -75,22 +69,22 @@ class Workbench:
         Raises:
             UsageError: `code` "no-traces" or "too-few-traces".
         """
-        if self.traces_path is None:
+        if self.settings.traces is None:
             raise UsageError(
                 f"there are no traces to measure {self.name} with",
                 "give a run folder or --traces FILE; --type with --imatrix none and --no-fidelity needs none",
                 code="no-traces",
             )
-        return read_texts(self.traces_path, self.f16_path, self.settings)
+        return read_texts(self.settings.traces, self.f16_path, self.settings.calibration)
 
     @cached_property
     def imatrix(self) -> Imatrix | None:
         """The importance matrix: read from a file, kept by an earlier run, or collected now; None if there is none."""
-        if self.imatrix_path == "none":
+        if self.settings.imatrix_path == "none":
             return None
-        if self.imatrix_path is not None:
-            return read_imatrix(Path(self.imatrix_path))
-        if self.traces_path is None:
+        if self.settings.imatrix_path is not None:
+            return read_imatrix(Path(self.settings.imatrix_path))
+        if self.settings.traces is None:
             if not self.notes:
                 self.notes.append("no importance matrix: there are no traces to make one from")
             return None
@@ -102,15 +96,15 @@ class Workbench:
             texts,
             dataset=dataset,
             n_threads=self.n_threads,
-            on_text=lambda n: self.report.progress("importance", n, total=len(texts)),
+            report=self.report,
         )
         write_imatrix(imatrix, self.kept_imatrix_path)
         return imatrix
 
     @property
     def _dataset(self) -> str:
-        assert self.traces_path is not None
-        return f"{self.traces_path.name} sha256:{self.texts.sha256} model:{source_key(self.source)}"
+        assert self.settings.traces is not None
+        return f"{self.settings.traces.name} sha256:{self.texts.sha256} model:{source_key(self.source)}"
 
     @property
     def kept_imatrix_path(self) -> Path:
@@ -121,7 +115,7 @@ class Workbench:
     @property
     def imatrix_file(self) -> Path:
         """The file of the importance matrix in use."""
-        return Path(self.imatrix_path) if self.imatrix_path else self.kept_imatrix_path
+        return Path(self.settings.imatrix_path or self.kept_imatrix_path)
 
     @cached_property
     def importance(self) -> Importance:
@@ -134,24 +128,18 @@ class Workbench:
     def reference(self) -> Reference:
         """The F16 file's probabilities on the texts that measure."""
         with LogitReader(self.f16_path, n_threads=self.n_threads) as reader:
-            texts = self.texts.measure
-            return Reference.of(
-                reader, texts, lambda n: self.report.progress("reading unquantized", n, total=len(texts))
-            )
+            return Reference.of(reader, self.texts.measure, self.report)
 
     def fidelity(self, path: Path) -> Fidelity:
         """Return how far a file is from the F16 file on held-out traces."""
         with LogitReader(path, n_threads=self.n_threads) as reader:
-            n_texts = len(self.reference.texts)
-            return self.reference.measure(
-                reader, lambda n: self.report.progress("measuring", n, total=n_texts, note=path.name)
-            )
+            return self.reference.measure(reader, self.report, note=path.name)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """The choices for every tensor, with the measurements of earlier runs."""
         matrix = self.imatrix.hash() if self.imatrix else "none"
-        key = f"{source_key(self.source)} {matrix} {self.texts.sha256} {self.settings.n_choose}"
+        key = f"{source_key(self.source)} {matrix} {self.texts.sha256} {self.settings.calibration.n_choose}"
         return Sensitivity.open(
             self.kept_dir / f"{self.name}.sensitivity.json",
             key,

@@ -123,10 +123,8 @@ def _factors(
 
 
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
-    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, float(config.get("lora_alpha") or rank))
+    """Return what a product is multiplied by; the first pattern that matches a module's name or its end decides."""
+    alpha = float(config.get("lora_alpha") or rank)
+    patterns = (config.get("alpha_pattern") or {}).items()
+    alpha = next((value for key, value in patterns if re.match(rf"(.*\.)?({key})$", module)), alpha)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _by_pattern(patterns: dict[str, float], module: str, default: float) -> float:
-    """Return the value of the first pattern that matches a module's name or the end of it."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

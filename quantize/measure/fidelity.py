@@ -8,13 +8,14 @@ KL = sum p log p - p·z + log sum exp z, where z are the logits minus their maxi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ...localrun.core.reporter import SILENT, Reporter
 from .texts import Text
 
 
@@ -67,9 +68,8 @@ class Reference:
     perplexity: float
 
     @classmethod
-    def of(cls, reader: Reader, texts: Iterable[Text], on_text: Callable[[int], None] = lambda _: None) -> Reference:
-        """Read the texts with the unquantized model; `on_text` is told how many are done."""
-        texts = tuple(texts)
+    def of(cls, reader: Reader, texts: Sequence[Text], report: Reporter = SILENT) -> Reference:
+        """Read the texts with the unquantized model."""
         positions, loss = [], 0.0
         for i, text in enumerate(texts):
             for target, row in _replies(reader, text):
@@ -78,10 +78,10 @@ class Reference:
                 p = np.exp(logprobs).astype(np.float16)
                 exact = p.astype(np.float32)  # the sums are of the rounded values, so KL(p, p) is 0
                 positions.append(Position(p, float(exact.sum()), float(exact @ logprobs), int(row.argmax())))
-            on_text(i + 1)
-        return cls(texts, tuple(positions), math.exp(loss / max(len(positions), 1)))
+            report.progress("reading unquantized", i + 1, total=len(texts))
+        return cls(tuple(texts), tuple(positions), math.exp(loss / max(len(positions), 1)))
 
-    def measure(self, reader: Reader, on_text: Callable[[int], None] = lambda _: None) -> Fidelity:
+    def measure(self, reader: Reader, report: Reporter = SILENT, *, note: str = "") -> Fidelity:
         """Read the same texts with another model of the same vocabulary, and return how it differs."""
         divergences, n_same, loss = [], 0, 0.0
         positions = iter(self.positions)
@@ -94,7 +94,7 @@ class Reference:
                 divergences.append(position.negative_entropy - cross + position.total * log_total)
                 n_same += int(row.argmax()) == position.top
                 loss += log_total - float(shifted[target])
-            on_text(i + 1)
+            report.progress("measuring", i + 1, total=len(self.texts), note=note)
         kl = np.maximum(np.array(divergences), 0.0)  # rounding can make it slightly negative
         n = len(kl)
         return Fidelity(

@@ -16,7 +16,7 @@ from deepdistill.quantize.choose.allocate import Choice, Item, promoted, solve
 from deepdistill.quantize.choose.sensitivity import Sensitivity, refine
 from deepdistill.quantize.choose.workbench import Workbench
 from deepdistill.quantize.measure.fidelity import Reference
-from deepdistill.quantize.recipe import CalibrationRecipe
+from deepdistill.quantize.recipe import CalibrationRecipe, QuantizeRecipe
 
 
 def test_a_measured_damage_is_that_of_the_changed_weights(
@@ -24,7 +24,8 @@ def test_a_measured_damage_is_that_of_the_changed_weights(
 ) -> None:
     torch = pytest.importorskip("torch")
     AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
-    bench = Workbench(tied, tmp_path, tmp_path, traces_path=traces, settings=small, n_threads=1)
+    settings = QuantizeRecipe(type="Q4_0", traces=traces, calibration=small)
+    bench = Workbench(tied, tmp_path, tmp_path, settings, n_threads=1)
     item = next(item for item in bench.sensitivity.items if item.name == "blk.1.ffn_down.weight")
     choice = next(one for one in item.choices if one.type in (Type.Q3_K, Type.IQ3_S, Type.Q2_K))
     with bench.open_meter() as meter:
