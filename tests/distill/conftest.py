@@ -1,15 +1,10 @@
-"""What the tests of this stage share. The scripts of benchmarks/pocket can be imported by their plain names."""
+"""What the tests of this stage share."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 
 from deepdistill.localrun.core.reporter import Reporter
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "pocket"))
 
 
 class Recorder(Reporter):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from fake_server import FakeServer, serving
 
 from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_server import FakeServer, serving  # a module beside the tests
 
 
 @pytest.fixture(autouse=True)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import MODELS, write_model
 
 from deepdistill.distill.teachers.huggingface.teacher import TransformersTeacher
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny_models import MODELS, write_model  # a module beside the tests
 
 
 @pytest.fixture(scope="module", autouse=True)
