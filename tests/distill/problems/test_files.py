@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -12,17 +13,6 @@ import pytest
 
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.errors import ArtifactError
-from deepdistill.localrun.core.reporter import Reporter
-
-
-class Listener(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 def test_files_of_every_kind_agree(tmp_path: Path) -> None:
@@ -55,7 +45,7 @@ def test_prompts_without_answers(tmp_path: Path) -> None:
     assert [p.question for p in load_problems(str(folder / "a.md"))] == ["# First?"]
 
 
-def test_tables_in_other_forms(tmp_path: Path) -> None:
+def test_tables_in_other_forms(tmp_path: Path, recorder: Any) -> None:
     text = "question{0}answer\nHow big is à?{0}4\n"
     (tmp_path / "semicolons.csv").write_text(text.format(";"), encoding="utf-8")
     (tmp_path / "tabs.tsv").write_text(text.format("\t"), encoding="utf-8")
@@ -67,10 +57,10 @@ def test_tables_in_other_forms(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text(json.dumps({"version": 1, "data": [row]}))
     (tmp_path / "lines.jsonl.gz").write_bytes(gzip.compress(json.dumps(row).encode()))
     for path in sorted(tmp_path.iterdir()):
-        heard = Listener()
-        problems = load_problems(str(path), report=heard)
+        recorder.said.clear()
+        problems = load_problems(str(path), report=recorder)
         assert [(p.question, p.answer) for p in problems] == [("How big is à?", "4")], path.name
-        assert bool(heard.lines) == (path.name == "windows.csv")
+        assert bool(recorder.said) == (path.name == "windows.csv")
 
 
 def test_a_long_field_is_read_and_a_row_with_too_many_is_not(tmp_path: Path) -> None:

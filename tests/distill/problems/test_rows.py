@@ -17,22 +17,12 @@ from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import Problem, messages_of
 from deepdistill.errors import ArtifactError, UsageError
-from deepdistill.localrun.core.reporter import Reporter
+from deepdistill.localrun.core.reporter import SILENT, Reporter
 
 CASES = [
     json.loads(line)
     for line in (Path(__file__).parents[2] / "data" / "problem_rows.jsonl").read_text(encoding="utf-8").splitlines()
 ]
-
-
-class Listener(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +31,10 @@ def grader() -> Iterator[Grader]:
         yield grader
 
 
-def load(tmp_path: Path, *rows: dict[str, Any], query: str = "", report: Reporter | None = None) -> list[Problem]:
+def load(tmp_path: Path, *rows: dict[str, Any], query: str = "", report: Reporter = SILENT) -> list[Problem]:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    return load_problems(f"{path}{query}", report=report or Reporter())
+    return load_problems(f"{path}{query}", report=report)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["layout"])
@@ -126,15 +116,14 @@ def test_a_conversation_is_asked_whole_and_its_bucket_is_that_of_the_users_turns
     assert messages_of(with_system)[0] == {"role": "system", "content": "x"}
 
 
-def test_two_questions_are_one_only_if_they_mean_the_same(tmp_path: Path) -> None:
-    heard = Listener()
+def test_two_questions_are_one_only_if_they_mean_the_same(tmp_path: Path, recorder: Any) -> None:
     rows = [("What is 5²?", "25"), ("What is 52?", "52"), ("what  is 52?", "52"), ("What is 52?", "53")]
-    problems = load(tmp_path, *({"question": q, "answer": a} for q, a in rows), report=heard)
+    problems = load(tmp_path, *({"question": q, "answer": a} for q, a in rows), report=recorder)
     assert [(p.question, p.answer) for p in problems] == [("What is 5²?", "25"), ("What is 52?", "52")]
-    assert any("52 and 53" in line for line in heard.lines)
+    assert any("52 and 53" in line for line in recorder.said)
 
 
-def test_a_bad_row_is_named_and_never_the_end(tmp_path: Path) -> None:
+def test_a_bad_row_is_named_and_never_the_end(tmp_path: Path, recorder: Any) -> None:
     path = tmp_path / "rows.jsonl"
     deep = '{"question": ' + "[" * 100_000 + "}"
     bad = [
@@ -149,11 +138,10 @@ def test_a_bad_row_is_named_and_never_the_end(tmp_path: Path) -> None:
     bad.append('{"question": "b", "answer": NaN}')
     bad.append(json.dumps({"question": "c", "choices": ["x", "y"], "answer": 7}))
     path.write_text("\n".join([*bad, json.dumps({"question": "d", "answer": "4", "note": "n", "level": 2})]))
-    heard = Listener()
-    (problem,) = load_problems(str(path), report=heard)
+    (problem,) = load_problems(str(path), report=recorder)
     assert problem.question == "d"
-    assert f"9 of 10 rows are left out: {path}:1" in heard.lines[0]
-    assert "level, note" in heard.lines[1]
+    assert f"9 of 10 rows are left out: {path}:1" in recorder.said[0]
+    assert "level, note" in recorder.said[1]
 
 
 def test_columns_of_parquet_that_are_no_text(tmp_path: Path) -> None:
