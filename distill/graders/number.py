@@ -19,14 +19,14 @@ from .units import Dimension, measured
 
 
 def tolerance(text: str) -> Fraction:
-    """Read a tolerance: a number that is not negative.
+    """Read a tolerance, a number that is not negative.
 
     Raises:
-        ValueError: it is anything else, or too large to be meant.
+        ValueError: it is anything else, or larger than can be meant.
     """
-    if len(text) > 20 or (value := Fraction(text)) < 0 or value > 10**15:
+    if not re.fullmatch(r"\d{0,15}\.?\d{0,15}(?:[eE][-+]?\d{1,2})?", text):
         raise ValueError(text)
-    return value
+    return Fraction(text)
 
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tolerance": tolerance, "absolute": tolerance, "units": str}
