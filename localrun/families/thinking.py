@@ -6,6 +6,7 @@ after the opening tag, the one before the closing tag and the blank lines after 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
@@ -29,7 +30,16 @@ _KNOWN = (
     Tags("<seed:think>", "</seed:think>"),
     Tags("<thinking>", "</thinking>"),
     Tags("<reasoning>", "</reasoning>"),
+    Tags("<|channel>thought", "<channel|>"),
+    Tags("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
+# gpt-oss writes channels; a server that drops special tokens leaves their names alone.
+_HARMONY = re.compile(
+    r"\s*(?:<\|channel\|>analysis<\|message\|>(?P<thought>.*?)(?:<\|end\|>|$))?"
+    r"(?:<\|start\|>assistant)?(?:<\|channel\|>final<\|message\|>(?P<answer>.*?)(?:<\|return\|>|<\|end\|>|$))?",
+    re.DOTALL,
+)
+_BARE_HARMONY = re.compile(r"analysis(?P<thought>.*?)assistantfinal(?P<answer>.*)", re.DOTALL)
 
 
 def tags_of(metadata: Mapping[str, str]) -> Tags | None:
@@ -61,6 +71,25 @@ def steer_thinking(prompt: str, think: Think, tags: Tags | None) -> str:
     if think == "on" and not opens and not prompt_closes_thinking(prompt, tags):
         return f"{prompt}{tags.open}\n"
     return prompt
+
+
+def split_finished(text: str) -> tuple[str | None, str, bool | None]:
+    """Return (reasoning or None, content, closed) of a finished output, in the tags of whichever family wrote it.
+
+    A template that opens the thinking itself leaves only the closing tag in the text.
+    """
+    harmony = _HARMONY.fullmatch(text) if "<|channel|>" in text else _BARE_HARMONY.fullmatch(text)
+    if harmony and (harmony["thought"] or harmony["answer"]):
+        thought, answer = harmony["thought"], harmony["answer"]
+        return thought, (answer or "").strip(), None if thought is None else answer is not None
+    start = text.lstrip()
+    opened = next((tags for tags in _KNOWN if start.startswith(tags.open)), None)
+    if opened:
+        return split_thinking(text, starts_inside=False, tags=opened)
+    closed = next(
+        (tags for tags in _KNOWN if tags.close in text and tags.open not in text.partition(tags.close)[0]), None
+    )
+    return split_thinking(text, closed is not None, closed or THINK)
 
 
 def split_thinking(text: str, starts_inside: bool, tags: Tags = THINK) -> tuple[str | None, str, bool | None]:

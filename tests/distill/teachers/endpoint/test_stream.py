@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import random
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from fake_server import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepdistill.distill.teachers import Request
 from deepdistill.distill.teachers.endpoint.stream import LoopWatch, StreamedReply, read_logprobs
 from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
 from deepdistill.localrun.core.generation import Sampling
@@ -145,6 +148,120 @@ def test_the_reasoning_is_found_wherever_it_stands(
     answer = answer_one(server, teacher, stream(*parts, usage=usage))
     assert (answer.reasoning_content, answer.content, answer.closed) == ("12+30=42", "42", True)
     assert (answer.prompt_tokens, answer.completion_tokens, answer.reasoning_tokens) == (9, 20, 15)
+
+
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[3] / "data" / "replies.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "content" in c], ids=lambda case: case["from"])
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_the_shapes_of_many_servers(
+    server: FakeServer, teacher: EndpointTeacher, case: dict[str, Any], is_streamed: bool
+) -> None:
+    def whole(handler: Handler, _: str) -> None:
+        handler.send(200, {"choices": [{"message": case["message"], "finish_reason": "stop"}], "usage": {}})
+
+    answer = answer_one(server, teacher, stream(case["message"]) if is_streamed else whole)
+    assert (answer.reasoning_content, answer.content, answer.closed) == (case["reasoning"], case["content"], True)
+
+
+def test_an_answer_that_is_all_in_the_reasoning_has_no_content(server: FakeServer, teacher: EndpointTeacher) -> None:
+    answer = answer_one(server, teacher, stream({"content": None, "reasoning_content": "4-1=3. It is 3."}))
+    assert (answer.reasoning_content, answer.content) == ("4-1=3. It is 3.", "")
+
+
+@pytest.mark.parametrize(
+    ("usage", "billed"),
+    [
+        ({"completion_tokens": 10, "completion_tokens_details": {"reasoning_tokens": 1000}}, 1010),
+        ({"completion_tokens": 1010, "completion_tokens_details": {"reasoning_tokens": 1000}}, 1010),
+        ({"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 1030}, 1010),
+        ({"prompt_tokens": 20, "completion_tokens": 10, "total_tokens": 10}, 10),
+        ({"completion_tokens": 10**400, "prompt_tokens": True, "total_tokens": -1}, 2),
+    ],
+)
+def test_all_tokens_that_are_paid_for_count(
+    server: FakeServer, teacher: EndpointTeacher, usage: dict[str, Any], billed: int
+) -> None:
+    answer = answer_one(server, teacher, stream({"reasoning": "x"}, {"content": "y"}, usage=usage))
+    assert answer.completion_tokens == billed
+
+
+@pytest.mark.parametrize(
+    ("reason", "taken_as"),
+    [
+        ("end_turn", "stop"),
+        ("stop_sequence", "stop"),
+        ("eos_token", "stop"),
+        ("STOP", "stop"),
+        ("max_tokens", "length"),
+    ],
+)
+def test_names_for_the_end_of_an_answer(
+    server: FakeServer, teacher: EndpointTeacher, reason: str, taken_as: str
+) -> None:
+    assert answer_one(server, teacher, stream({"content": "x"}, finish=reason)).finish_reason == taken_as
+
+
+@pytest.mark.parametrize(("n_tokens", "taken_as"), [(7, "stop"), (2048, "length")])
+def test_done_without_a_finish_reason_ends_an_answer(
+    server: FakeServer, teacher: EndpointTeacher, n_tokens: int, taken_as: str
+) -> None:
+    def unfinished(handler: Handler, _: str) -> None:
+        handler.events(delta(content="42"), {"choices": [], "usage": {"completion_tokens": n_tokens}}, "[DONE]")
+
+    server.failures["question 0"] = [unfinished]
+    [(_, answer)] = teacher.generate(ask(1), Sampling(max_tokens=2048))
+    assert (answer.content, answer.finish_reason) == ("42", taken_as)
+
+
+NESTED = "[" * 100_000
+HOSTILE: dict[str, Any] = {
+    "nesting": NESTED,
+    "a message that is text": {"choices": [{"message": "x", "delta": "x"}]},
+    "a choice that is text": {"choices": ["x"]},
+    "choices that are text": {"choices": "x"},
+    "content that is a number": {"choices": [{"delta": {"content": 4}}]},
+    "reasoning that is an object": {"choices": [{"delta": {"reasoning": {"a": 1}}}]},
+    "a number of many digits": '{"choices": [{"delta": {"content": "x"}, "index": ' + "9" * 5000 + "}]}",
+    "a line that does not end": "x" * (5 << 20),
+}
+
+
+@pytest.mark.parametrize("event", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_reply_fails_alone(server: FakeServer, event: Any) -> None:
+    def hostile(handler: Handler, _: str) -> None:
+        handler.events(event)
+
+    teacher = EndpointTeacher(server.url, max_backoff_s=0.001)
+    server.failures["bad"] = [hostile] * 20
+    answers = dict(teacher.generate([Request([{"role": "user", "content": q}]) for q in ("good", "bad")], Sampling()))
+    assert (answers[0].content, answers[0].finish_reason) == ("GOOD!", "stop")
+    assert answers[1].finish_reason == "error"
+
+
+def test_only_the_first_choice_counts(server: FakeServer, teacher: EndpointTeacher) -> None:
+    def two(handler: Handler, _: str) -> None:
+        other = {"choices": [{"index": 1, "delta": {"content": "other"}, "finish_reason": "length"}]}
+        handler.events(delta(content="mine"), other, delta("stop"), "[DONE]")
+
+    answer = answer_one(server, teacher, two)
+    assert (answer.content, answer.finish_reason) == ("mine", "stop")
+
+
+def test_a_reply_without_end_is_bounded(server: FakeServer) -> None:
+    def bomb(handler: Handler, _: str) -> None:
+        data = gzip.compress(json.dumps({"choices": [], "x": "x" * (80 << 20)}).encode())
+        handler.send(200, data, Content_Encoding="gzip")
+
+    teacher = EndpointTeacher(server.url, max_backoff_s=0.001)
+    server.failures["q"] = [bomb] * 20
+    [(_, answer)] = teacher.generate([Request([{"role": "user", "content": "q"}])], Sampling())
+    assert answer.finish_reason == "error"
+    assert "64 MiB" in (answer.error or "")
 
 
 def test_answers_without_thinking_and_without_an_end(server: FakeServer, teacher: EndpointTeacher) -> None:
