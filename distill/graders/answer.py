@@ -29,6 +29,12 @@ _REFUSAL = re.compile(
     r"|advise|offer|engage|recommend|talk)",
     re.IGNORECASE,
 )
+_LABEL = re.compile(r"[^\w\n]*(?P<name>[A-Z][A-Za-z ']{1,40})[*_ ]*:[*_ ]+(?P<value>\S.{0,200})")
+_NO_RESULT = re.compile(
+    r"\b(?:note|check|explanation|step|verification|proof|hint|remark|question|problem|reason|because|given|therefore|so|"
+    r"thus|hence|confidence|next)\b",
+    re.IGNORECASE,
+)
 _SPANS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\w])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.DOTALL)
 
 
@@ -60,7 +66,8 @@ def marked_answer(content: str, *, whole_line: bool = False) -> str | None:
     ("No wait, …") does not count. With `whole_line` a stated answer goes to the end of its line, not of its sentence.
     """
     content = standing(content)
-    return _boxed(content) or _tagged(content) or _keyed(content) or _stated(content, whole_line) or _bold(content)
+    stated = _boxed(content) or _tagged(content) or _keyed(content) or _stated(content, whole_line)
+    return stated or _labelled(content) or _bold(content)
 
 
 def standing(content: str) -> str:
@@ -161,6 +168,12 @@ def _keyed(text: str) -> str | None:
         (found[key] for key in ("answer", "final_answer") if isinstance(found.get(key), str | int | float)), None
     )
     return None if value is None else str(value).strip() or None
+
+
+def _labelled(text: str) -> str | None:
+    """Return what the last line gives a short name to, as in "**Domain:** x > 2"."""
+    match = _LABEL.fullmatch(text.rpartition("\n")[2].strip())
+    return match["value"].strip(" *") or None if match and not _NO_RESULT.search(match["name"]) else None
 
 
 def _bold(text: str) -> str | None:

@@ -12,8 +12,9 @@ import unicodedata
 _SIGNS = {
     "−": "-", "–": "-", "‐": "-", "‑": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/",
     "⁄": "/", "π": r"\pi ", "∞": r"\infty ", "≤": r"\leq ", "⩽": r"\leq ", "≥": r"\geq ", "⩾": r"\geq ", "≠": r"\neq ",
-    "±": r"\pm ", "’": "'", "≈": r"\approx ", "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "º": "°",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2007": " ", "⟨": r"\langle ", "⟩": r"\rangle ", "％": "%",
+    "±": r"\pm ", "’": "'", "≈": r"\approx ", "√": r"\sqrt ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ",
+    "º": "°", "∴": " ", "⇒": r"\implies ", "→": r"\implies ", "ℝ": r"\mathbb{R}", "∖": r"\setminus ", "％": "%",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\u2007": " ",
 }  # fmt: skip
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
@@ -21,13 +22,18 @@ _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True)
 _SPACES = re.compile(
     r"(\\\\)|\\[,;:! ]|\\q?quad\b|~|\\(?:displaystyle|textstyle|left|right|[bB]ig+[lrm]?|limits)(?![A-Za-z])\.?"
 )
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|unit|rm)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|unit|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\\ |~|[\u00a0\u2009\u202f\u2007'])(?=\d{3}(?!\d))")
 _NAMES = {
     r"\\[dtc]frac": r"\\frac", r"\\[dt]binom": r"\\binom", r"\\le(?:qslant|q)?(?![A-Za-z])": r"\\leq ",
     r"\\ge(?:qslant|q)?(?![A-Za-z])": r"\\geq ", r"\\ne(?:q)?(?![A-Za-z])": r"\\neq ", r"\\lt(?![A-Za-z])": "<",
     r"\\gt(?![A-Za-z])": ">", r"\\(?:varnothing|empty)(?![A-Za-z])": r"\\emptyset", r"\\%": "%",
-    r"\\(?:l?dots|cdots)(?![A-Za-z])": "...", r"\\(?:approx|simeq)(?![A-Za-z])": r"\\approx ",
+    r"\\(?:l?dots|cdots)(?![A-Za-z])": "...", r"\\therefore(?![A-Za-z])": " ",
+    r"\\(?:Rightarrow|Longrightarrow|rightarrow|to|iff)(?![A-Za-z])": r"\\implies ",
+    r"\\backslash(?![A-Za-z])": r"\\setminus ", r"(?<=\d)\^?\s*\{?\s*(?:st|nd|rd|th)(?![A-Za-z])\s*\}?": "",
+    r"\\(?:approx|simeq)(?![A-Za-z])": r"\\approx ",
     r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])": "°", r"\\lvert|\\rvert|\\vert(?![A-Za-z])": "|",
     r"\\mathbb\s*\{?([A-Z])\}?": r"\\mathbb{\1}", r"\\(?:cup|bigcup)(?![A-Za-z])": r"\\cup ",
 }  # fmt: skip

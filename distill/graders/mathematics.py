@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +23,7 @@ from .units import measured
 from .values import Equation, Scalar, Sequence, Several, Value, Words, read, squeezed
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tolerance": tolerance, "absolute": tolerance}
+_RATIO = re.compile(r"(?<![\d:.])(\d{1,9})\s*(?::|to)\s*(\d{1,9})(?![\d:.])")
 _HAS_VALUE = re.compile(
     r"\d|\\|\b[A-Za-z]\b|[+*/^|(∅]|\b(?:zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen"
     r"|\w+ty|hundred|thousand|million|half|third|quarter|infinity)\b",
@@ -56,6 +58,8 @@ def grade(submission: Submission) -> float:
     if isinstance(gold, Words):
         if gold == read(answer_text):
             return 1.0
+        if _RATIO.fullmatch(gold_text):
+            return _same_ratio(gold_text, answer_text)
         raise CannotTell(f"the reference {submission.reference()[:40]!r} is not mathematics")
     if answer_text.count("{") != answer_text.count("}") or not _HAS_VALUE.search(answer_text):
         return 0.0
@@ -63,6 +67,17 @@ def grade(submission: Submission) -> float:
     if isinstance(answer, Words):
         answer = _mined(answer_text)
     return 1.0 if is_same(gold, answer, slack) else 0.0
+
+
+def _same_ratio(gold: str, answer: str) -> float:
+    """Return 1.0 if an answer has one ratio, and that is the reference: `2:3`, or "2 to 3"."""
+    found = _RATIO.findall(answer)
+    if len(found) != 1:
+        raise CannotTell("the answer is not one ratio")
+    (a, b), (c, d) = (map(int, pair) for pair in (_RATIO.findall(gold)[0], found[0]))
+    if (a, b) != (c, d) and a * d == b * c:
+        raise CannotTell("the ratios are the same, but for a factor")
+    return 1.0 if (a, b) == (c, d) else 0.0
 
 
 def find(content: str) -> str | None:
@@ -141,9 +156,23 @@ def is_same(gold: Value, answer: Value, slack: dict[str, Any] | None = None) -> 
         return _same_scalar(gold, answer, slack)
     if isinstance(gold, Equation | Scalar) and isinstance(answer, Equation | Scalar):
         return _same_equation(gold, answer)
+    if (pair := _in_order(gold, answer)) is not None:
+        return is_same(*pair, slack)
     if isinstance(gold, Several | Sequence) and isinstance(answer, Several | Sequence):
         raise CannotTell("one is in order, the other is not")
     return False
+
+
+def _in_order(gold: Value, answer: Value) -> tuple[Value, Value] | None:
+    """Return a point and a list of named coordinates (`x = 1, y = 2`) as two points; None if they are not that."""
+    pair = [gold, answer]
+    for i, (one, other) in enumerate(((gold, answer), (answer, gold))):
+        if isinstance(one, Several) and isinstance(other, Sequence) and len(one.items) == len(other.items):
+            named = {item.name: replace(item, name="") for item in one.items if isinstance(item, Scalar) and item.name}
+            if len(named) == len(one.items) and all(len(name) == 1 for name in named):
+                pair[i] = Sequence(tuple(named[name] for name in sorted(named)), other.opening, other.closing)
+                return pair[0], pair[1]
+    return None
 
 
 def _is_row(gold: Sequence, answer: Sequence) -> bool:
@@ -154,11 +183,19 @@ def _is_row(gold: Sequence, answer: Sequence) -> bool:
 def _same_set(gold: tuple[Value, ...], answer: tuple[Value, ...], slack: dict[str, Any]) -> bool:
     left = list(answer)
     for item in gold:
-        match = next((other for other in left if is_same(item, other, slack)), None)
+        match = next((other for other in left if _may_be(item, other) and is_same(item, other, slack)), None)
         if match is None:
             return False
         left.remove(match)
-    return all(any(is_same(item, other, slack) for item in gold) for other in left)  # {1, 1} is {1}
+    # {1, 1} is {1}
+    return all(any(_may_be(item, other) and is_same(item, other, slack) for item in gold) for other in left)
+
+
+def _may_be(one: Value, other: Value) -> bool:
+    """Say whether two values of lists can be the same: not those of other names."""
+    return not (isinstance(one, Scalar) and isinstance(other, Scalar) and one.name and other.name) or (
+        squeezed(one.name) == squeezed(other.name)
+    )
 
 
 def _same_scalar(gold: Scalar, answer: Scalar, slack: dict[str, Any]) -> bool:

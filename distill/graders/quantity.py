@@ -23,7 +23,7 @@ _NUMBER = re.compile(
       | (?:(?P<mixed>{_N})(?:\s+|-))?(?P<over>{_N})\s*/\s*(?P<under>{_N})(?![\d.,/^])
       | (?P<number>{_DIGITS})\.?(?!\d|[,.]\d|\.\.|\s*/\s*\d)
         (?:[eE](?P<e>[-+]?\d{{1,3}})(?![\d.\w])
-          | \s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*\{{?\s*(?P<power>[-+]?\d{{1,3}})\s*\}}?(?!\d))?
+          | \s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*\{{?\s*(?P<power>[-+]?\d{{1,3}})(?:\s*\}})?(?!\d))?
         (?:\s+(?P<scale>hundred|thousand|million|billion|trillion|dozen)\b)?
     )""",
     re.VERBOSE,
@@ -150,7 +150,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 def _tidy_unit(rest: str) -> str | None:
     """Return the unit or the noun that the rest of a text is, "" for an empty rest, None for anything else."""
-    rest = rest.strip()
+    rest = rest.strip().replace(r"\cdot ", "·").replace(r"\cdot", "·")
     if not rest:
         return ""
     rest = re.sub(r"\^\{?(-?\d)\}?", r"^\1", rest).removesuffix(".").rstrip()

@@ -77,14 +77,22 @@ class Words:
 
 Value: TypeAlias = Scalar | Equation | Sequence | Several | Words
 
+_INFINITY, _MINUS_INFINITY = Scalar(r"\infty", None), Scalar(r"-\infty", None)
+_DISTANCE = re.compile(r"\|\s*[A-Za-z]\s*(?:(?P<sign>[-+])\s*(?P<middle>[^|]+?)\s*)?\|")
+
 
 def read(text: str) -> Value:
     """Return the value that a text in plain spelling is."""
-    text = clean(text)
+    text = clean(text.rpartition(r"\implies")[2])
+    text = re.sub(r"^\(?[A-Ea-e]\)\s+(?=\S)", "", text)  # the letter of a part or of a contest's choice
     if number := parse(text):
         return Scalar(text, number, number.unit)
     if text == r"\emptyset":
         return Several((), has_braces=True)
+    if text == r"\mathbb{R}":
+        return Sequence((_MINUS_INFINITY, _INFINITY))
+    if gap := re.fullmatch(r"\\mathbb\{R\}\s*\\setminus\s*\\\{(.+)\\\}", text):
+        return _all_but(read(gap[1]))
     if _NOT_NUMBERS.fullmatch(text):
         return Words(squeezed(text))
     text = re.sub(r"^[A-Za-z]\s*\\in(?![A-Za-z])\s*", "", text)
@@ -96,9 +104,15 @@ def read(text: str) -> Value:
         return _several([read(part) for part in parts])
     if bracketed := _bracketed(text):
         return bracketed
+    if scaled := re.fullmatch(
+        rf"(?P<factor>.+?)\s*(?:\\cdot|\\times)?\s*(?P<matrix>{_MATRIX.pattern})", text, re.DOTALL
+    ):
+        return _scaled(scaled["factor"], read(scaled["matrix"]))
     if matrix := _MATRIX.fullmatch(text):
         rows = [
-            [read(cell) for cell in row.split("&")] for row in re.split(r"\\\\", matrix[1].strip(" \\")) if row.strip()
+            [read(cell) for cell in row.split("&")]
+            for row in re.split(r"\\\\", re.sub(r"(?:\\\\\s*)+$", "", matrix[1].strip()))
+            if row.strip()
         ]
         if all(len(row) == 1 for row in rows) and len(rows) > 1:
             return Sequence(tuple(row[0] for row in rows))
@@ -114,6 +128,16 @@ def read(text: str) -> Value:
         both = [read(text.replace("\\pm", sign).replace("\\mp", {"+": "-", "-": "+"}[sign])) for sign in "+-"]
         return _several(both)
     return _scalar(text)
+
+
+def _scaled(factor: str, value: Value) -> Value:
+    """Return a matrix with a factor multiplied into each of its values."""
+    if isinstance(value, Sequence):
+        return Sequence(tuple(_scaled(factor, item) for item in value.items), value.opening, value.closing)
+    if not isinstance(value, Scalar):
+        raise CannotTell(f"cannot multiply by {factor[:20]!r}")
+    factor = f"{factor}1" if factor in ("-", "+") else factor
+    return Scalar(rf"({factor}) \cdot ({value.text})", None)
 
 
 def _several(items: list[Value]) -> Value:
@@ -149,17 +173,17 @@ def _relation(text: str) -> Value:
     """Return the interval that an inequality in one name describes."""
     parts = re.split(rf"({_RELATION})", text)
     sides, signs = [part.strip() for part in parts[::2]], parts[1::2]
-    infinity = Scalar(r"\infty", None)
-    minus = Scalar(r"-\infty", None)
+    if len(sides) == 2 and (distance := _DISTANCE.fullmatch(sides[0])):
+        return _around(distance, signs[0], sides[1])
     if len(sides) == 2 and not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[1]):
         sides, signs = sides[::-1], [{"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}.get(signs[0], signs[0])]
     if len(sides) == 2 and _NAME.fullmatch(sides[0]) and not _NAME.fullmatch(sides[1]):
         end = read(sides[1])
         if signs[0] == r"\neq":
-            return Several((Sequence((minus, end)), Sequence((end, infinity))))
+            return _all_but(end)
         if signs[0] in ("<", r"\leq"):
-            return Sequence((minus, end), "(", ")" if signs[0] == "<" else "]")
-        return Sequence((end, infinity), "(" if signs[0] == ">" else "[", ")")
+            return Sequence((_MINUS_INFINITY, end), "(", ")" if signs[0] == "<" else "]")
+        return Sequence((end, _INFINITY), "(" if signs[0] == ">" else "[", ")")
     if len(sides) == 3 and _NAME.fullmatch(sides[1]):
         if set(signs) <= {">", r"\geq"}:
             sides, signs = sides[::-1], [{">": "<", r"\geq": r"\leq"}[sign] for sign in signs[::-1]]
@@ -167,6 +191,24 @@ def _relation(text: str) -> Value:
             low, high = ("(" if signs[0] == "<" else "["), (")" if signs[1] == "<" else "]")
             return Sequence((read(sides[0]), read(sides[2])), low, high)
     raise CannotTell(f"cannot compare the condition {text[:40]!r}")
+
+
+def _all_but(value: Value) -> Value:
+    """Return the real numbers without one."""
+    if isinstance(value, Several):
+        raise CannotTell("more than one number is left out")
+    return Several((Sequence((_MINUS_INFINITY, value)), Sequence((value, _INFINITY))))
+
+
+def _around(distance: re.Match[str], sign: str, radius: str) -> Value:
+    """Return the interval of `|x - 3| < 2`, or the two of `|x - 3| > 2`."""
+    middle = {"-": "", "+": "-"}[distance["sign"]] + f"({distance['middle']})" if distance["sign"] else "0"
+    low, high = Scalar(f"{middle} - ({radius})", None), Scalar(f"{middle} + ({radius})", None)
+    if sign in ("<", r"\leq"):
+        return Sequence((low, high), *("()" if sign == "<" else "[]"))
+    outside = (_MINUS_INFINITY, low), (high, _INFINITY)
+    ends = (")", "(") if sign == ">" else ("]", "[")
+    return Several((Sequence(outside[0], "(", ends[0]), Sequence(outside[1], ends[1], ")")))
 
 
 def _equation(text: str) -> Value:
@@ -208,4 +250,5 @@ def squeezed(text: str) -> str:
     """Return a text in small letters, without decoration and the white space and braces that change nothing."""
     text = " ".join(clean(text).casefold().split())
     text = re.sub(r"(?<![\w.])\s+|\s+(?![\w.])", "", text)
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
     return re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"\b([ap])\.?m\.?$", r"\1m", text))
