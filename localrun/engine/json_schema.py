@@ -2,7 +2,7 @@
 
 A schema that a grammar cannot enforce is refused, never ignored: every answer that comes out validates. The answers
 are narrower than the schema where that costs nothing: properties come in the schema's order, and white space is what
-printers usually write, at most 20 characters of it, since small models lose themselves in it.
+printers usually write, a space or a new line with its indentation, since small models lose themselves in more.
 
 llama.cpp's own converter of schemas lets raw newlines into strings, loses the backslashes of constants, confuses
 references that end alike, and silently drops bounds.
@@ -24,7 +24,7 @@ from llguidance.llamacpp import lltokenizer_from_vocab
 from ...errors import ModelError, UsageError
 from .llama import Model
 
-_WRITING = {"x-guidance": {"whitespace_pattern": r"[ \n\t]{0,20}"}}
+_WRITING = {"x-guidance": {"whitespace_pattern": r"( |\n[ \t]{0,20})"}}
 _tokenizers: WeakKeyDictionary[Model, LLTokenizer] = WeakKeyDictionary()  # one takes up to a second to make
 
 
