@@ -16,7 +16,6 @@ from typing import Any
 from ..errors import GateError, ModelError, UsageError
 from ..localrun.core.reporter import SILENT, Reporter
 from ..localrun.machine.hardware import default_threads
-from ..localrun.machine.memory import Footprint
 from .choose.types import Chooser
 from .choose.workbench import Workbench
 from .convert.ftypes import check_ftype
@@ -30,7 +29,7 @@ from .measure.paired import Answers, Paired, compare
 from .provenance import comparison
 from .provenance.card import write_card
 from .provenance.comparison import ComparedFile
-from .provenance.inspect import measured_lines
+from .provenance.inspect import measured_lines, memory_bytes
 from .provenance.metadata import file_bytes, fill_in, source_key
 from .recipe import QuantizeRecipe
 from .report import QuantizeReport, report_of
@@ -40,7 +39,6 @@ Evaluate = Callable[[Path], Answers]
 """Returns a GGUF's answers to the test problems, the same ones each time."""
 
 _SHOWN = ("base_model", "teacher", "licences", "quantization", "sampling", "think_budget", "tools")
-_MEMORY_CTX = 2048  # tokens
 
 
 @dataclass(frozen=True)
@@ -315,9 +313,8 @@ class _Work:
             file.path.name, file.n_bytes, bits=file.bits_per_weight, is_ours=is_ours, measured=measured
         )
         others = self._others()
-        footprint = Footprint.of(paths[0])
-        memory = footprint.total_bytes(min(_MEMORY_CTX, footprint.n_ctx_train or _MEMORY_CTX))
-        fill_in(paths[0], {"memory_bytes": memory} | {k: v for k, v in vars(ours).items() if v is not None})
+        known = {name: value for name, value in vars(ours).items() if value is not None}
+        fill_in(paths[0], {"memory_bytes": memory_bytes(paths[0])} | known)
         for path in reversed(paths):  # the first part last, so whoever finds it finds all
             os.replace(path, self.out.with_name(path.name))
         files = comparison.keep_files(self.out.parent, [*others, ours], source_key(self.bench.source))

@@ -160,7 +160,7 @@ def write(
     sizes = [t.n_bytes for t in conversion.tensors]
     spans = shards(sizes, split_bytes)
     paths = shard_paths(out, len(spans))
-    meter = _Meter(report, sum(t.n_weights for t in conversion.tensors))
+    n_done, n_weights = 0, sum(t.n_weights for t in conversion.tensors)
     with (
         replacing_parts(paths, sum(sizes)) as temporaries,
         ThreadPoolExecutor(n_threads or default_threads()) as pool,
@@ -178,7 +178,9 @@ def write(
                     writer.add_int32(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, len(sizes))
                 tensors = conversion.tensors[span.start : span.stop]
                 write_header(tensors, writer)
-                _write_tensors(tensors, writer, meter=meter, pool=pool, part_size=part_size)
+                for n, note in _write_tensors(tensors, writer, pool=pool, part_size=part_size):
+                    n_done += n
+                    report.progress("quantizing", n_done, total=n_weights, note=note)
             finally:
                 writer.close()
     return paths
@@ -223,21 +225,10 @@ def _size_label(conversion: Conversion) -> str:
     return gguf.size_label(total, total - in_experts, in_experts // max(1, n_experts), n_experts)
 
 
-class _Meter:
-    """Counts the weights written, over all the parts."""
-
-    def __init__(self, report: Reporter, total: int) -> None:
-        self._report, self._total, self._done = report, total, 0
-
-    def add(self, n: int, note: str) -> None:
-        self._done += n
-        self._report.progress("quantizing", self._done, total=self._total, note=note)
-
-
 def _write_tensors(
-    tensors: Sequence[TypedTensor], writer: GGUFWriter, *, meter: _Meter, pool: Executor, part_size: int
-) -> None:
-    """Append every tensor's bytes, padded to the alignment that the header promised."""
+    tensors: Sequence[TypedTensor], writer: GGUFWriter, *, pool: Executor, part_size: int
+) -> Iterator[tuple[int, str]]:
+    """Append every tensor's bytes, padded to the alignment that the header promised; yield weights done and a note."""
     assert writer.fout is not None
     file = writer.fout[0]
     writer.write_padding(file, file.tell())
@@ -245,7 +236,7 @@ def _write_tensors(
         n_written = 0
         for rows, weights in weighted_rows(typed, typed.importance, part_size):
             n_written += file.write(encode(typed, rows, weights=weights, pool=pool))
-            meter.add(rows.size, f"{typed.tensor.name} {typed.got.name}")
+            yield rows.size, f"{typed.tensor.name} {typed.got.name}"
         assert n_written == typed.n_bytes, typed.tensor.name
         writer.write_padding(file, n_written)
 

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+_Z = 1.959964  # standard deviations on either side that hold 95 %
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -74,8 +76,8 @@ def mcnemar(lost: int, gained: int) -> float:
     return min(1.0, float(Fraction(2 * tail, 2**n)))  # whole numbers: 2**n can exceed a float
 
 
-def interval(lost: int, gained: int, *, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the confidence interval of the difference of accuracies, 95 % by default."""
+def interval(lost: int, gained: int, *, n: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the difference of accuracies."""
     down, up = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
-    half = z * math.sqrt((down + up - (up - down) ** 2) / (n + 2))
+    half = _Z * math.sqrt((down + up - (up - down) ** 2) / (n + 2))
     return max(-1.0, up - down - half), min(1.0, up - down + half)

@@ -58,7 +58,6 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: see `header.read_gguf`.
     """
-    header = read_gguf(path)
     types: Counter[str] = Counter()
     n_bytes = 0
     stored = stored_tensors(path)
@@ -66,8 +65,7 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         types[tensor.type.name] += math.prod(tensor.shape)
         n_bytes += tensor.n_bytes
     n_weights = sum(types.values())
-    about = header.metadata
-    n_ctx = min(Footprint.of(path, header).n_ctx_train or _N_MEMORY_CTX, _N_MEMORY_CTX)
+    about = read_gguf(path).metadata
     return {
         "path": str(path),
         "bytes": sum(part.stat().st_size for part in {part for part, _ in stored.values()}),
@@ -77,9 +75,15 @@ def inspect_gguf(path: Path) -> dict[str, Any]:
         "weights": n_weights,
         "bits_per_weight": 8 * n_bytes / max(n_weights, 1),
         "types": dict(types.most_common()),
-        "memory_bytes": Footprint.of(path, header).total_bytes(n_ctx),
+        "memory_bytes": memory_bytes(path),
         "deepdistill": own_metadata(path),
     }
+
+
+def memory_bytes(path: Path) -> int:
+    """Return the bytes that running a file takes, with a context of 2,048 tokens or the longest that it knows."""
+    footprint = Footprint.of(path)
+    return footprint.total_bytes(min(_N_MEMORY_CTX, footprint.n_ctx_train or _N_MEMORY_CTX))
 
 
 def summary(found: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from ..checkpoint import Checkpoint
-from .base import Floats, Planned
+from .base import Planned
 from .qwen3 import Qwen3
 from .rope import rope_settings
 
@@ -67,7 +67,7 @@ class Gemma3(Qwen3):
 
     def norm(self, name: str, source: str, n: int = 0) -> Iterator[Planned]:
         """Yield the weight of a norm, which transformers stores minus 1."""
-        yield from self.take(name, source, shape=(n or self.n_embd,), change=_plus_one)
+        yield from self.take(name, source, shape=(n or self.n_embd,), change=lambda rows: rows + 1)
 
     def layer(self, i: int, new: str, old: str) -> Iterator[Planned]:
         """Yield the tensors of a layer, which has two norms more."""
@@ -87,7 +87,3 @@ class Gemma3(Qwen3):
             writer.add_sliding_window_pattern(self._windowed)
         if cap := self.config.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(float(cap))
-
-
-def _plus_one(rows: Floats) -> Floats:
-    return rows + 1
