@@ -171,7 +171,7 @@ def check(path: Path, promises: Promises) -> dict[str, Any]:
     records = [json.loads(line) for line in lines]
     ids = Counter(record["id"] for record in records)
     wrong = 0
-    with Logprobs.open(logprobs_path(path)) as stored:
+    with Logprobs(logprobs_path(path)) as stored:
         for record in records:
             index = int(record["problem_id"][1:])
             expected = completion_of(index, has_logprobs(index))

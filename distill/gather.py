@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError
 from ..localrun.core.record_log import read_records
+from ..localrun.core.reporter import SILENT
 from .context import Context
 from .graders.pool import Grader
 from .judging.judge_traces import REPLIES_FILE, judge_ungraded
@@ -135,7 +136,7 @@ def _probed_teacher(context: Context, problems: Sequence[Problem]) -> Teacher:
         for source in sorted({problem.source for problem in problems}):
             teacher.accepts(source)
         if not n_logprobs:
-            teacher.on_note = lambda _: None  # what is not asked for later need not be said
+            teacher.on_note = SILENT.say  # what is not asked for later need not be said
         context.report.say(describe(probe(teacher, n_logprobs or USUAL_LOGPROBS)))
         teacher.on_note = context.report.say
     except BaseException:

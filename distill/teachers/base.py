@@ -13,6 +13,7 @@ from typing import Literal
 from ...errors import TeacherError
 from ...localrun.core.closes import Closes
 from ...localrun.core.generation import Completion, Message, Sampling, TopLogprobs
+from ...localrun.core.reporter import SILENT
 from ..records import Backend, Request, TeacherInfo
 
 Rung = Literal["text", "generated", "given"]
@@ -31,10 +32,6 @@ class Capabilities:
     """Whether it gives the ids of the tokens that it generated."""
 
 
-def _ignore(_: str) -> None:
-    pass
-
-
 class Teacher(Closes):
     """A model that answers many conversations at once. Close it, or use it as a context manager."""
 
@@ -43,7 +40,7 @@ class Teacher(Closes):
     revision: str | None = None
     vocabulary: str | None = None
     n_parallel: int = 1
-    on_note: Callable[[str], None] = staticmethod(_ignore)
+    on_note: Callable[[str], None] = SILENT.say
     """Called with one line when the teacher does something other than asked: set it to show that to the user."""
 
     @abstractmethod

@@ -14,6 +14,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
@@ -186,23 +187,18 @@ def _read(file: BinaryIO, start: int, path: Path) -> tuple[npt.NDArray[np.int32]
 class Logprobs(Closes):
     """The log-probabilities of a traces file, by trace. Close it, or use it in a `with` block."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
-        self.path, self._file = path, file
-        self._starts = {record.key: record.start for record in _whole_records(file, path)}  # of a key the last counts
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
+    def __init__(self, path: Path) -> None:
         """Open the file (see `logprobs_path`).
 
         Raises:
             ArtifactError: `code` "file-unreadable" or "logprobs-broken".
         """
-        file = _open(path)
-        try:
-            return cls(file, path)
-        except BaseException:
-            file.close()
-            raise
+        self.path = path
+        with ExitStack() as opened:
+            self._file = opened.enter_context(_open(path))
+            records = _whole_records(self._file, path)
+            self._starts = {record.key: record.start for record in records}  # of a key the last counts
+            opened.pop_all()
 
     def get(self, trace_id: str) -> tuple[npt.NDArray[np.int32], TopLogprobs] | None:
         """Return (token ids [T], top-k log-probabilities [T, k]) of a trace; None if it has none.

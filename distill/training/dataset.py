@@ -10,7 +10,7 @@ import random
 from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -93,7 +93,7 @@ def _with_logits(
     path, loss = logprobs_path(path), training.loss
     if loss == "cross-entropy" or (loss == "auto" and not path.exists()):
         return rows
-    with closing(Logprobs.open(path)) if path.exists() else nullcontext() as logprobs:
+    with Logprobs(path) if path.exists() else nullcontext() as logprobs:
         reason = why_no_logits(logprobs, traces, tokenizer)
         if reason and loss == "logits":
             hint = "set training.loss to cross-entropy, or choose a student with the teacher's tokenizer"

@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import httpx
-import tenacity
 
 from ....errors import TeacherError
 from ....localrun.core.generation import Completion, Message, Sampling
@@ -90,26 +90,23 @@ class Asker:
         Raises:
             TeacherError: `code` "server-down", "server-keeps-failing" or "server-refuses": no request can succeed.
         """
-        retry = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(Retryable),
-            stop=lambda state: self.stopped.is_set() or self._is_enough(state),
-            wait=self._wait,
-            sleep=self._pause,
-            before_sleep=self._tell,
-            reraise=True,
-        )
         pending = _Pending(request, estimate_tokens(request.messages), time.monotonic())
-        try:
-            reply: StreamedReply = await retry(self._attempt, client, pending)
-        except Retryable as error:
-            if self.stopped.is_set():
-                return None
-            self._give_up(error)
-            return pending.failed(f"after {retry.statistics['attempt_number']} attempts: {error}")
-        except Refused as error:
-            return pending.failed(str(error))
+        for attempt in count(1):
+            try:
+                completion = pending.completion(await self._attempt(client, pending))
+            except Retryable as error:
+                if self.stopped.is_set():
+                    return None
+                if attempt >= self._most_attempts(error):
+                    self._give_up(error)
+                    return pending.failed(f"after {attempt} attempts: {error}")
+                self._tell(attempt, error)
+                await self._pause(self._wait_s(attempt, error))
+            except Refused as error:
+                return pending.failed(str(error))
+            else:
+                break
         self._n_given_up = 0
-        completion = pending.completion(reply)
         self._endpoint.n_answers += 1
         self._endpoint.n_tokens += completion.completion_tokens
         return completion
@@ -131,26 +128,23 @@ class Asker:
                 code="server-keeps-failing",
             ) from None
 
-    def _is_enough(self, state: tenacity.RetryCallState) -> bool:
-        error = state.outcome.exception() if state.outcome else None
+    def _most_attempts(self, error: Retryable) -> int:
         if self._endpoint.n_answers:
-            return state.attempt_number >= ATTEMPTS
-        never_there = isinstance(error, Retryable) and error.down
-        return state.attempt_number >= (FIRST_ATTEMPTS if never_there else _FIRST_REFUSALS)
+            return ATTEMPTS
+        return FIRST_ATTEMPTS if error.down else _FIRST_REFUSALS
 
-    def _tell(self, state: tenacity.RetryCallState) -> None:
+    def _tell(self, attempt: int, error: Retryable) -> None:
         """Tell the user, now and then, why nothing seems to happen."""
-        error = state.outcome.exception() if state.outcome else None
         enough = _TELL_AFTER if self._endpoint.n_answers else FIRST_ATTEMPTS
-        if error and state.attempt_number >= enough and time.monotonic() - self._told_at >= _TELL_EVERY_S:
+        if attempt >= enough and time.monotonic() - self._told_at >= _TELL_EVERY_S:
             self._told_at = time.monotonic()
             self._on_note(f"{self._endpoint.hosts}: {error}; asking again")
 
-    def _wait(self, state: tenacity.RetryCallState) -> float:
+    def _wait_s(self, attempt: int, error: Retryable) -> float:
         """Return how long to wait for the next attempt: less than a server asks for while another one works."""
-        longest_s = self._endpoint.max_backoff_s
-        others = any(server.may_be_asked for server in self._endpoint.servers)
-        return backoff(longest_s, heed_server=not others or len(self._endpoint.servers) == 1)(state)
+        servers = self._endpoint.servers
+        heed_server = len(servers) == 1 or not any(server.may_be_asked for server in servers)
+        return backoff(attempt, error.retry_after if heed_server else None, longest_s=self._endpoint.max_backoff_s)
 
     async def _attempt(self, client: httpx.AsyncClient, pending: _Pending) -> StreamedReply:
         """Ask once the limits allow it, the server that is least busy then. Replies that break off go to `one`."""
@@ -264,17 +258,12 @@ class Asker:
         return body | ({"return_tokens_as_token_ids": True} if with_ids else {})
 
 
-def backoff(longest_s: float, *, heed_server: bool = True) -> Callable[[tenacity.RetryCallState], float]:
-    """Return tenacity's wait: what the server asked for, else pauses that double from half a second, with jitter."""
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        if heed_server and isinstance(error, Retryable) and error.retry_after is not None:
-            return min(error.retry_after, _LONGEST_WAIT_S)
-        # Jitter, so that requests that failed together do not come back together.
-        return min(longest_s, 0.5 * 2.0 ** (state.attempt_number - 1)) * random.uniform(0.5, 1.0)
-
-    return wait
+def backoff(attempt: int, asked_s: float | None, *, longest_s: float) -> float:
+    """Return how many seconds to wait: those that the server asked for, else twice as long after each attempt."""
+    if asked_s is not None:
+        return min(asked_s, _LONGEST_WAIT_S)
+    # Jitter, so that requests that failed together do not come back together.
+    return min(longest_s, 0.5 * 2.0 ** (attempt - 1)) * random.uniform(0.5, 1.0)
 
 
 def is_absent(server: Server, reason: str) -> TeacherError:

@@ -9,15 +9,16 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/ (Tokeni
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import httpx
 import numpy as np
-import tenacity
 
 from ....errors import ModelError, TeacherError
 from ....localrun.core.generation import Message, TopLogprobs
+from .retry import backoff
 from .server import CONNECT_S, Retryable, Server, tls_context
 
 _ATTEMPTS = 5
@@ -74,19 +75,16 @@ class Scorer:
         self._client.close()
 
     def _ask(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
-        retry = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Retryable),
-            stop=tenacity.stop_after_attempt(_ATTEMPTS if self._gives_tokens else _FIRST_ATTEMPTS),
-            wait=tenacity.wait_random_exponential(0.5, 30.0),
-            reraise=True,
-        )
-        try:
-            found: dict[str, Any] = retry(self._ask_once, url, body)
-        except Retryable as error:
-            raise TeacherError(
-                f"{self._server.host} does not score: {error}", "try again when it works", code="server-keeps-failing"
-            ) from None
-        return found
+        attempt, most = 1, _ATTEMPTS if self._gives_tokens else _FIRST_ATTEMPTS
+        while True:
+            try:
+                return self._ask_once(url, body)
+            except Retryable as error:
+                if attempt == most:
+                    text, hint = f"{self._server.host} does not score: {error}", "try again when it works"
+                    raise TeacherError(text, hint, code="server-keeps-failing") from None
+            time.sleep(backoff(attempt, None, longest_s=30.0))
+            attempt += 1
 
     def _ask_once(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         try:

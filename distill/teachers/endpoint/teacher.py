@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from itertools import count
 
 import httpx
-import tenacity
 
 from ....errors import TeacherError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
@@ -172,29 +173,25 @@ def _listed_models(server: Server, *, is_vital: bool) -> list[str]:
     Raises:
         TeacherError: `code` "server-down", "server-refuses" or "models-not-listed".
     """
+    for attempt in count(1):
+        try:
+            return server.list_models()
+        except Retryable as error:
+            if not (error.down or is_vital):
+                break
+            if attempt == FIRST_ATTEMPTS:
+                server.has_failed(error)
+                raise is_absent(server, str(error)) if error.down else _not_listed(server, str(error)) from None
+            time.sleep(backoff(attempt, error.retry_after, longest_s=1.0))
+    return []
 
-    def is_worth_waiting(error: BaseException) -> bool:
-        return isinstance(error, Retryable) and (error.down or is_vital)
 
-    retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_worth_waiting),
-        stop=tenacity.stop_after_attempt(FIRST_ATTEMPTS),
-        wait=backoff(1.0),
-        reraise=True,
+def _not_listed(server: Server, reason: str) -> TeacherError:
+    return TeacherError(
+        f"{server.host} cannot list its models: {reason}",
+        "try again when it works, or name the model with --model",
+        code="models-not-listed",
     )
-    try:
-        return retry(server.list_models)
-    except Retryable as error:
-        if not is_worth_waiting(error):
-            return []
-        server.has_failed(error)
-        if error.down:
-            raise is_absent(server, str(error)) from None
-        raise TeacherError(
-            f"{server.host} cannot list its models: {error}",
-            "try again when it works, or name the model with --model",
-            code="models-not-listed",
-        ) from None
 
 
 class _EndpointRun:

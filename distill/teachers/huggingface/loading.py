@@ -32,22 +32,18 @@ def check_folder(path: Path) -> None:
     """
     if not path.is_dir():
         raise ModelError(f"there is no model folder at {path}", "check the path", code="no-such-model")
+    code = "model-incomplete"
     if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
-        raise ModelError(
-            f"{path} is a LoRA adapter, not a whole model", "merge it into its base model first", code="lora-adapter"
-        )
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} is not a model folder: it has no config.json", "check the path", code="model-incomplete"
-        )
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(
-            f"{path} has no tokenizer",
-            "copy tokenizer.json and tokenizer_config.json from the base model",
-            code="model-incomplete",
-        )
-    if not any(path.glob("*.safetensors")):
-        raise ModelError(f"{path} has no weights", "add model.safetensors or its shards", code="model-incomplete")
+        what, hint, code = "is a LoRA adapter, not a whole model", "merge it into its base model first", "lora-adapter"
+    elif not (path / "config.json").is_file():
+        what, hint = "is not a model folder: it has no config.json", "check the path"
+    elif not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        what, hint = "has no tokenizer", "copy tokenizer.json and tokenizer_config.json from the base model"
+    elif not any(path.glob("*.safetensors")):
+        what, hint = "has no weights", "add model.safetensors or its shards"
+    else:
+        return
+    raise ModelError(f"{path} {what}", hint, code=code)
 
 
 def weights_hash(path: Path) -> str:

@@ -104,7 +104,7 @@ class TransformersTeacher(Teacher):
         """Yield a row for each request; one that cannot be answered has no room for a token."""
         for index, request in enumerate(requests):
             prompt = self.render(request.messages)
-            ids = self._tokenize(prompt)
+            ids = self.tokenize(prompt)
             room = sampling.max_tokens if self.n_ctx is None else self.n_ctx - len(ids)
             opened[index] = prompt_opens_thinking(prompt)
             limit = max(0, min(room, sampling.max_tokens)) if ids else 0
@@ -131,8 +131,8 @@ class TransformersTeacher(Teacher):
     @torch.inference_mode()
     def score(self, messages: Sequence[Message], answer: str | Sequence[int], *, top_logprobs: int) -> TopLogprobs:
         """Return the `top_logprobs` most probable tokens at each place of the answer, in bounded passes."""
-        prompt = self._tokenize(self.render(messages))
-        ids = [*prompt, *(self._tokenize(answer) if isinstance(answer, str) else answer)]
+        prompt = self.tokenize(self.render(messages))
+        ids = [*prompt, *(self.tokenize(answer) if isinstance(answer, str) else answer)]
         if self.n_ctx is not None and len(ids) > self.n_ctx:
             raise ModelError(
                 f"the text takes {len(ids)} tokens and the context of {self.name} holds {self.n_ctx}",
@@ -156,7 +156,7 @@ class TransformersTeacher(Teacher):
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[int]]], *, top_logprobs: int
     ) -> Iterator[tuple[int, TopLogprobs]]:
         """Yield (index, what `score` returns), several conversations a pass; a long one goes alone, in parts."""
-        rows = [(self._tokenize(self.render(messages)), list(answer)) for messages, answer in conversations]
+        rows = [(self.tokenize(self.render(messages)), list(answer)) for messages, answer in conversations]
         short = [i for i, row in enumerate(rows) if sum(map(len, row)) <= self.pass_tokens]
         pad = self.tokenizer.pad_token_id
         scored = score_rows(
@@ -174,7 +174,7 @@ class TransformersTeacher(Teacher):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        return self._tokenize(text)
+        return ids_of(self.tokenizer, text)
 
     def _rows_of(self, length: int) -> int:
         """Return how many rows to decode at once: a pass reads all weights, so on a CPU as many as fit the memory."""
@@ -183,10 +183,6 @@ class TransformersTeacher(Teacher):
         n_numbers, _ = kv_numbers(self.model.config.get_text_config().to_dict())
         row_bytes = length * n_numbers * self.model.dtype.itemsize
         return int(min(256, max(8, psutil.virtual_memory().available // 4 // row_bytes)))
-
-    def _tokenize(self, text: str) -> list[int]:
-        ids = ids_of(self.tokenizer, text)
-        return ids
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt that the checkpoint's chat template makes of a conversation.

@@ -181,12 +181,12 @@ def lessons_of(
     """
     options, training = context.recipe.on_policy, context.recipe.one_training(round_.number)
     with ExitStack() as files:
-        sampled = files.enter_context(Logprobs.open(logprobs_path(round_.samples_path)))
-        teacher = files.enter_context(Logprobs.open(round_.scores_path)) if is_scored else None
+        sampled = files.enter_context(Logprobs(logprobs_path(round_.samples_path)))
+        teacher = files.enter_context(Logprobs(round_.scores_path)) if is_scored else None
         student = None
         if is_scored and options.loss == "policy-gradient":
             _score_own(context, round_, samples)
-            student = files.enter_context(Logprobs.open(round_.own_scores_path))
+            student = files.enter_context(Logprobs(round_.own_scores_path))
         mixture = mix(
             tokenizer,
             samples,

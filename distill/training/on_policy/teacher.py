@@ -213,8 +213,8 @@ def score_samples(
         ArtifactError: a file is broken, or cannot be written.
     """
     keys = {id_key(trace.id) for trace in samples}
-    with Logprobs.open(samples_logprobs) as sampled, LogprobsWriter(out, keys) as writer:
-        with Logprobs.open(out) as scored:
+    with Logprobs(samples_logprobs) as sampled, LogprobsWriter(out, keys) as writer:
+        with Logprobs(out) as scored:
             found = [(trace, sampled.get(trace.id)) for trace in samples if trace.id not in scored]
         wanted = [(trace, stored[0].tolist()) for trace, stored in found if stored is not None]
         asked = [(trace.messages, ids) for trace, ids in wanted]

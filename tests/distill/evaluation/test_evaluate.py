@@ -58,7 +58,7 @@ def is_loop_to_training(tokens: Sequence[int], path: Path) -> bool:
     with closing(LogprobsWriter(path, set())) as writer:
         writer.write(encode(sample.id, tokens, top))
         writer.sync()
-    with Logprobs.open(path) as own:
+    with Logprobs(path) as own:
         mixture = mix(
             load_tokenizer(pocket_dir()),
             [sample],

@@ -67,7 +67,7 @@ def test_round_trip_within_float16_and_the_tail_as_it_was(
     top = logits_to_top(np.random.default_rng(seed), n_tokens, k, 100, spread)
     path = tmp_path_factory.mktemp("s") / "traces.jsonl"
     name = write(path, 0, top)
-    with Logprobs.open(logprobs_path(path)) as stored:
+    with Logprobs(logprobs_path(path)) as stored:
         found = stored.get(name)
     assert found is not None
     ids, back = found
@@ -86,7 +86,7 @@ def test_the_tail_is_kept_where_rounding_alone_would_lose_it(tmp_path: Path, tai
     probabilities = np.array([[0.61803, 0.2, 0.18197]]) * (1 - tail)
     values = np.log(probabilities).astype(np.float32)
     name = write(tmp_path / "t.jsonl", 0, TopLogprobs(np.array([[1, 2, 3]], np.int32), values))
-    with Logprobs.open(logprobs_path(tmp_path / "t.jsonl")) as stored:
+    with Logprobs(logprobs_path(tmp_path / "t.jsonl")) as stored:
         _, back = stored.get(name) or (None, None)
     assert back is not None
     left = 1 - np.exp(back.values.astype(np.float64)).sum()
@@ -117,7 +117,7 @@ def test_missing_entries_and_impossible_ids(tmp_path: Path) -> None:
     top = TopLogprobs(np.array([[5, -1]], np.int32), np.array([[-0.5, -np.inf]], np.float32))
     with TraceStore(path) as store:
         store.append(make(0), replace(completion(top)))
-    with Logprobs.open(logprobs_path(path)) as stored:
+    with Logprobs(logprobs_path(path)) as stored:
         _, back = stored.get(make(0).id) or (None, None)
         assert back is not None
         assert back.ids.tolist() == [[5, -1]]
@@ -151,7 +151,7 @@ def test_a_record_torn_at_any_byte_is_cut_off_on_opening(tmp_path: Path) -> None
     torn = encode(make(1).id, range(3), top)
     for cut in range(1, len(torn) + 1):  # the last one is a whole record whose trace was never written
         side.write_bytes(whole + torn[:cut])
-        with Logprobs.open(side) as stored:
+        with Logprobs(side) as stored:
             assert stored.get(name) is not None
         with TraceStore(path) as store:
             assert store.repairs == [f"traces.logprobs.bin: cut off {cut} bytes that belong to no trace"]
@@ -159,7 +159,7 @@ def test_a_record_torn_at_any_byte_is_cut_off_on_opening(tmp_path: Path) -> None
     with TraceStore(path) as store:
         assert store.repairs == []
         store.append(make(1), completion(top))
-    with Logprobs.open(side) as stored:
+    with Logprobs(side) as stored:
         assert len(stored) == 2
 
 
@@ -171,16 +171,16 @@ def test_a_broken_byte_is_never_read_as_a_number(tmp_path: Path) -> None:
     whole = side.read_bytes()
     for at in range(len(whole) // 2):
         side.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
-        with pytest.raises(ArtifactError, check=is_broken_at_its_start), Logprobs.open(side) as stored:
+        with pytest.raises(ArtifactError, check=is_broken_at_its_start), Logprobs(side) as stored:
             stored.get(names[0])
     side.write_bytes(whole)
-    with Logprobs.open(side) as stored:
+    with Logprobs(side) as stored:
         assert stored.get(names[1]) is not None
 
 
 def test_a_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, check=lambda e: e.code == "file-unreadable" and "traces.logprobs" in e.message):
-        Logprobs.open(logprobs_path(tmp_path / "traces.jsonl"))
+        Logprobs(logprobs_path(tmp_path / "traces.jsonl"))
 
 
 def test_a_full_disk_leaves_neither_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

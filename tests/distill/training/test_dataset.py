@@ -162,7 +162,7 @@ def test_the_offline_loss_is_the_dense_online_one(traces: Path, pocket_student: 
     """Within 2 % of KL over the whole vocabulary with the teacher in memory (issue's bar; k = 64)."""
     tokenizer = load_tokenizer(pocket_dir())
     rows, held = _rows(traces)
-    with Logprobs.open(logprobs_path(traces)) as logprobs:
+    with Logprobs(logprobs_path(traces)) as logprobs:
         assert why_no_logits(logprobs, held, tokenizer) is None
         rows, counts = add_logits(rows, held, logprobs=logprobs, share=1.0)
     assert counts == {WITH_LOGITS: len(held)}
@@ -191,7 +191,7 @@ def test_a_token_that_the_teacher_did_not_say_is_taught_as_itself(traces: Path) 
     row = rows[0]
     third = row.n_prompt + 2  # 9 stands where the teacher said something else
     other = Row([*row.input_ids[:third], 9, *row.input_ids[third + 1 :]], row.n_prompt)
-    with Logprobs.open(logprobs_path(traces)) as logprobs:
+    with Logprobs(logprobs_path(traces)) as logprobs:
         (made,), _ = add_logits([other], held[:1], logprobs=logprobs, share=0.8)
         stored = logprobs.get(held[0].id)
     top = made.distribution()  # the file is closed: a row reads for itself
@@ -209,7 +209,7 @@ def test_a_token_that_the_teacher_did_not_say_is_taught_as_itself(traces: Path) 
 def test_a_row_holds_a_few_bytes_a_token_and_survives_the_way_to_another_process(traces: Path, tmp_path: Path) -> None:
     rows, held = _rows(traces)
     sidecar = Path(shutil.copy(logprobs_path(traces), tmp_path))
-    with Logprobs.open(sidecar) as logprobs:
+    with Logprobs(sidecar) as logprobs:
         made, _ = add_logits(rows, held, logprobs=logprobs, share=0.8)
     sent = pickle.dumps(made)
     assert len(sent) < 12 * sum(len(row.input_ids) for row in made)  # its ids and places; the distribution has 325
@@ -225,7 +225,7 @@ def test_a_row_holds_a_few_bytes_a_token_and_survives_the_way_to_another_process
 def test_rows_rendered_as_other_tokens_keep_their_cross_entropy(traces: Path) -> None:
     rows, held = _rows(traces)
     strange = Row([*rows[0].input_ids[: rows[0].n_prompt], *range(300, 320)], rows[0].n_prompt)
-    with Logprobs.open(logprobs_path(traces)) as logprobs:
+    with Logprobs(logprobs_path(traces)) as logprobs:
         made, counts = add_logits([strange], held[:1], logprobs=logprobs, share=1.0)
     assert made == [strange]
     assert counts == {WITH_LOGITS: 0, OTHER_TOKENS: 1}
@@ -242,7 +242,7 @@ def test_another_vocabulary_is_refused_by_its_fingerprint_and_without_one_by_wha
         dataclasses.replace(t, teacher=dataclasses.replace(t.teacher, vocabulary=None), content="something else")
         for t in held
     ]
-    with Logprobs.open(logprobs_path(traces)) as logprobs:
+    with Logprobs(logprobs_path(traces)) as logprobs:
         assert "is not the teacher's" in str(why_no_logits(logprobs, held, other))
         assert "as another text" in str(why_no_logits(logprobs, unknown, tokenizer))
         assert "no trace" in str(why_no_logits(logprobs, [], tokenizer))

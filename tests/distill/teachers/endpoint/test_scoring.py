@@ -118,7 +118,7 @@ def test_many_are_scored_at_once(server: Server, ours: TransformersTeacher) -> N
 
 
 def test_passing_errors_are_waited_for_and_lasting_ones_raised(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    monkeypatch.setattr("time.sleep", lambda _: None)
     with open_teacher(server.url) as teacher:
         server.fails = [(503, {})] * 9
         with pytest.raises(TeacherError, check=lambda error: error.code == "server-keeps-failing"):

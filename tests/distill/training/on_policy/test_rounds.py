@@ -73,7 +73,7 @@ def test_a_round_keeps_what_it_was_made_of(finished: Path) -> None:
     asked = {trace.problem_id for trace in TraceStore.read(finished / "traces.jsonl")}
     assert not asked & {trace.problem_id for trace in samples}, "a round's problems are new"
     assert all(bucket_of(trace.messages[0]["content"]) == "train" for trace in samples)
-    with Logprobs.open(folder / "scores.bin") as scores, Logprobs.open(logprobs_path(folder / "samples.jsonl")) as own:
+    with Logprobs(folder / "scores.bin") as scores, Logprobs(logprobs_path(folder / "samples.jsonl")) as own:
         for trace in samples:
             scored, said = scores.get(trace.id), own.get(trace.id)
             assert scored is not None
@@ -133,7 +133,7 @@ def test_a_round_that_was_cut_off_scores_only_what_is_left(run: Path, chain_sum:
     path.write_bytes(path.read_bytes()[:-7])  # and the last record torn
     teach(settings, run, stop_after="teacher", report=Dies())
     assert (asked[0], asked[-1]) == (12, 8)
-    with Logprobs.open(path) as scores:
+    with Logprobs(path) as scores:
         assert len(scores) == 12
 
 
@@ -180,7 +180,7 @@ def _mixed(finished: Path, scored: bool, **changes: Any) -> Any:
     folder = finished / "rounds" / "1"
     samples = list(TraceStore.read(folder / "samples.jsonl"))
     tokenizer = load_tokenizer(pocket_dir())
-    with Logprobs.open(folder / "scores.bin") as scores, Logprobs.open(logprobs_path(folder / "samples.jsonl")) as own:
+    with Logprobs(folder / "scores.bin") as scores, Logprobs(logprobs_path(folder / "samples.jsonl")) as own:
         logprobs = SampleLogprobs(own, scores if scored else None, scores)
         return samples, mix(tokenizer, samples, logprobs=logprobs, options=OnPolicyRecipe(**changes))
 
@@ -218,7 +218,7 @@ def test_the_policy_gradient_compares_teacher_and_student(finished: Path) -> Non
 def test_scores_are_the_teachers_own(finished: Path) -> None:
     folder = finished / "rounds" / "1"
     trace: Trace = next(iter(TraceStore.read(folder / "samples.jsonl")))
-    with Logprobs.open(folder / "scores.bin") as scores, open_teacher("pocket") as teacher:
+    with Logprobs(folder / "scores.bin") as scores, open_teacher("pocket") as teacher:
         stored = scores.get(trace.id)
         assert stored is not None
         ids: Sequence[int] = stored[0].tolist()
