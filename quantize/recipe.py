@@ -39,7 +39,9 @@ class CalibrationRecipe:
     """How many tokens of the traces are read, at most; of `choose` and `measure` the replies' alone are counted."""
 
     n_calibrate: int = setting(8_192, "Tokens for the importance matrix.", min=1)
-    n_heal: int = setting(0, "Tokens for healing, those of the importance matrix among them.", min=0)
+    n_heal: int = setting(
+        0, "Tokens for healing, those of the importance matrix among them. 0: as many as its steps take.", min=0
+    )
     n_choose: int = setting(256, "Tokens that choose the types.", min=1)
     n_measure: int = setting(2_048, "Tokens that the file is measured on.", min=1)
     max_length: int = setting(2_048, "Tokens of a trace; longer ones are cut.", min=1)

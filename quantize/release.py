@@ -158,7 +158,7 @@ def release(
     _check(student_dir, out, settings=settings, evaluates=stage.evaluate is not None)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".quantize-", dir=out.parent) as scratch:
-        n_heal = settings.heal.steps * settings.heal.batch_tokens
+        n_heal = settings.calibration.n_heal or settings.heal.steps * settings.heal.batch_tokens
         workbench = Workbench(
             student_dir,
             Path(scratch),
