@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -82,8 +83,10 @@ def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> A
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     try:
-        return AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype, attn_implementation="sdpa", **options)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        return AutoModelForCausalLM.from_pretrained(
+            base_dir, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **options
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
         raise ModelError(
             f"cannot load the student in {base_dir}: {first_line(error)}",
             "check that the folder holds a whole checkpoint",

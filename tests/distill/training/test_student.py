@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
+from deepdistill.distill.training.lora import load_base
 from deepdistill.distill.training.student import student_dir, teach_template
 from deepdistill.errors import ModelError, UsageError
 
@@ -97,3 +104,36 @@ def test_a_hub_student_is_downloaded_once(
     assert {f.name for f in folder.iterdir()} == set(files) - {"pytorch_model.bin"}, "no pickle is ever fetched"
     assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+class _Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_no_code_of_a_checkpoint_runs(pocket_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran, code, pickled = tmp_path / "ran", tmp_path / "code", tmp_path / "pickled"
+    shutil.copytree(pocket_student, code)
+    (code / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
+    config = json.loads((code / "config.json").read_text())
+    names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoModel", "AutoTokenizer"), "evil.Evil")
+    config |= {"model_type": "evil", "auto_map": names}
+    (code / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((code / "tokenizer_config.json").read_text())
+    tokenizer |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (code / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    shutil.copytree(pocket_student, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save({"weights": _Planted(ran)}, pickled / "pytorch_model.bin")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # who would be asked for leave, and give it
+    for folder in (code, pickled):
+        with pytest.raises(ModelError):
+            load_base(folder, torch.float32)
+        with contextlib.suppress(ModelError):
+            load_tokenizer(folder)
+    assert not ran.exists()
