@@ -94,43 +94,40 @@ def ask_once(
         if not asked.stopped:
             path.parent.mkdir(parents=True, exist_ok=True)
             with RecordLog(path, StoredReply) as file, open_teacher() as teacher:
-                asking = _Missing(missing, stored, file=file, report=report, stage=stage)
+                asking = _Missing(missing, stored, file, report, stage, n=len(missing))
                 asked = ask_all(teacher, asking, sampling=sampling, budget=budget)
     by_id = {ask.id: stored[ask.id] for ask in asks if ask.id in stored}
     return StoredReplies(by_id, asked.n_asked, asked.n_failed, asked.stopped)
 
 
+@dataclass
 class _Missing:
-    """The requests whose replies a file lacks: an `Asking` that appends each reply to the file."""
+    """The `n` requests whose replies a file lacks: an `Asking` that appends each reply to the file."""
 
-    def __init__(
-        self,
-        missing: dict[str, Ask],
-        stored: dict[str, StoredReply],
-        *,
-        file: RecordLog[StoredReply],
-        report: Reporter,
-        stage: str,
-    ) -> None:
-        self._missing, self._stored, self._file = missing, stored, file
-        self._report, self._stage = report, stage
-        self._n_missing, self._n_ended, self._n_failed = len(missing), 0, 0
+    missing: dict[str, Ask]
+    stored: dict[str, StoredReply]
+    file: RecordLog[StoredReply]
+    report: Reporter
+    stage: str
+    n: int
+    n_ended: int = 0
+    n_failed: int = 0
 
     def wanted(self) -> Iterator[Ask]:
         """Yield the requests that were not begun."""
-        while self._missing:
-            yield next(iter(self._missing.values()))
+        while self.missing:
+            yield next(iter(self.missing.values()))
 
     def begin(self, item: Ask) -> Request:
         """Take a request out of those wanted."""
-        del self._missing[item.id]
+        del self.missing[item.id]
         return Request(item.messages, int(item.id[:7], 16))
 
     def end(self, item: Ask, completion: Completion, cost_usd: float | None) -> None:
         """Store a reply; a failure is only counted."""
-        self._n_ended += 1
+        self.n_ended += 1
         if completion.finish_reason == "error":
-            self._n_failed += 1
+            self.n_failed += 1
         else:
             reply = StoredReply(
                 item.id,
@@ -140,7 +137,7 @@ class _Missing:
                 completion.completion_tokens,
                 cost_usd,
             )
-            self._file.append(reply)
-            self._stored[item.id] = reply
-        note = f"{self._n_failed} failed" if self._n_failed else ""
-        self._report.progress(self._stage, self._n_ended, total=self._n_missing, note=note)
+            self.file.append(reply)
+            self.stored[item.id] = reply
+        note = f"{self.n_failed} failed" if self.n_failed else ""
+        self.report.progress(self.stage, self.n_ended, total=self.n, note=note)

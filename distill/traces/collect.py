@@ -153,74 +153,70 @@ def collect(
     with open_teacher() as teacher:
         for source in sorted({problem.source for problem in problems}):
             teacher.accepts(source)
-        asking = _Samples(ledger, store, teacher=teacher.info, grader=grader, budget=budget, report=report)
+        asking = _Samples(ledger, store, teacher.info, grader, budget, report)
         asked = ask_all(teacher, asking, sampling=settings.sampling, budget=budget, top_logprobs=settings.top_logprobs)
         asking.tell()
     return asked
 
 
+@dataclass
 class _Samples:
     """The samples that a ledger wants: an `Asking` that grades each answer and stores its trace."""
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        store: TraceStore,
-        *,
-        teacher: TeacherInfo,
-        grader: GradesAnswers,
-        budget: Budget,
-        report: Reporter,
-    ) -> None:
-        self._ledger, self._store, self._teacher = ledger, store, teacher
-        self._grader, self._budget, self._report = grader, budget, report
-        self._n_failed, self._told_at = 0, 0.0
+    ledger: Ledger
+    store: TraceStore
+    teacher: TeacherInfo
+    grader: GradesAnswers
+    budget: Budget
+    report: Reporter
+    n_failed: int = 0
+    told_at: float = 0.0
 
     def wanted(self) -> Iterator[tuple[Problem, int]]:
         """Yield (problem, sample)."""
-        return self._ledger.wanted()
+        return self.ledger.wanted()
 
     def begin(self, item: tuple[Problem, int]) -> Request:
         """Count a sample as in flight; its seed is what an interrupted run would have taken."""
-        self._ledger.begin(*item)
-        return Request(messages_of(item[0]), sample_seed(self._ledger.id_of(*item)))
+        self.ledger.begin(*item)
+        return Request(messages_of(item[0]), sample_seed(self.ledger.id_of(*item)))
 
     def end(self, item: tuple[Problem, int], completion: Completion, cost_usd: float | None) -> None:
         """Grade and store an answer, or note a failure."""
-        (problem, sample), settings = item, self._ledger.settings
+        (problem, sample), settings = item, self.ledger.settings
         if completion.finish_reason == "error":
-            self._n_failed += 1
-            with RecordLog(_failures_path(self._store.path), Failure) as failures:
+            self.n_failed += 1
+            with RecordLog(_failures_path(self.store.path), Failure) as failures:
                 failures.append(
                     Failure(problem.id, sample, completion.error, time.time(), completion.seconds, cost_usd)
                 )
-            self._ledger.end(problem, is_right=False, has_failed=True)
+            self.ledger.end(problem, is_right=False, has_failed=True)
         else:
-            grade = self._grader.grade(problem, completion.content)
+            grade = self.grader.grade(problem, completion.content)
             trace = Trace.make(
                 problem,
                 completion,
                 grade=grade,
-                info=self._teacher,
+                info=self.teacher,
                 teacher=settings.teacher,
                 sampling=settings.sampling,
                 sample=sample,
             )
-            self._store.append(replace(trace, cost_usd=cost_usd, created=round(time.time(), 3)), completion)
-            self._ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
-        if time.monotonic() - self._told_at > _TELL_EVERY_S:
+            self.store.append(replace(trace, cost_usd=cost_usd, created=round(time.time(), 3)), completion)
+            self.ledger.end(problem, is_right=grade.verdict == "right", has_failed=False)
+        if time.monotonic() - self.told_at > _TELL_EVERY_S:
             self.tell()
 
     def tell(self) -> None:
         """Report how far the samples are, and what all of them will come to."""
-        ledger, n_left = self._ledger, self._ledger.n_left
-        failed = f", {self._n_failed} failed" if self._n_failed else ""
-        projection = self._budget.project(n_left)
+        ledger, n_left = self.ledger, self.ledger.n_left
+        failed = f", {self.n_failed} failed" if self.n_failed else ""
+        projection = self.budget.project(n_left)
         about = f"; about {projection} in all" if projection else ""
         right = f"{ledger.n_right} of {ledger.n_done} right" if any(map(has_answer, ledger.problems)) else "not graded"
         total, note = ledger.n_done + n_left, f"{right}{failed}{about}"
-        self._report.progress(ledger.settings.stage, ledger.n_done, total=total, note=note)
-        self._told_at = time.monotonic()
+        self.report.progress(ledger.settings.stage, ledger.n_done, total=total, note=note)
+        self.told_at = time.monotonic()
 
 
 def failures_usd(traces_path: Path) -> float:

@@ -62,14 +62,14 @@ class Pages:
     size: int = 256
 
 
+@dataclass(frozen=True, kw_only=True)
 class PagedDecoder:
     """Decodes rows with up to `batch_size` in one step."""
 
-    def __init__(self, model: Any, *, batch_size: int, eos_ids: frozenset[int], pages: Pages = Pages()) -> None:
-        self.model = model
-        self.batch_size = batch_size
-        self.eos_ids = eos_ids
-        self.pages = pages
+    model: Any
+    batch_size: int
+    eos_ids: frozenset[int]
+    pages: Pages = Pages()
 
     def run(self, requests: Iterable[SequenceState], sampling: Sampling) -> Iterator[SequenceState]:
         """Yield the rows of `requests` as they end; those that are done when they are drawn come back at once.

@@ -116,7 +116,7 @@ class TransformersTeacher(Teacher):
         """Yield rows as they end, from a paged cache where that is faster, otherwise from `BatchDecoder`."""
         pad = self.tokenizer.pad_token_id
         if self.pages and not top_logprobs:
-            decoder = PagedDecoder(self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pages=self.pages)
+            decoder = PagedDecoder(model=self.model, batch_size=self.n_parallel, eos_ids=self.eos_ids, pages=self.pages)
             try:
                 yield from decoder.run(rows, sampling)
                 return
