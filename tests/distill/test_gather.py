@@ -209,7 +209,7 @@ def test_the_probe_tells_what_a_teacher_gives_though_it_is_not_asked_for(
             self.on_note("asked for more than is wanted later")
 
     gather_only(tmp_path / "run", settings_of(prompts), Knows({"": "7"}), recorder)
-    assert "on-policy distillation" in recorder.said[0]
+    assert any("on-policy distillation" in line for line in recorder.said)
     assert not any("asked for more" in line for line in recorder.said)
 
 
