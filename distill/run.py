@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from ..errors import ArtifactError
@@ -49,9 +48,7 @@ class Run:
         self._lock = lock
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.release()
 

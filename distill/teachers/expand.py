@@ -158,7 +158,8 @@ class _Sieve:
             else:
                 seen.add(question_id(text))
                 fresh.append((text, origin))
-        fresh = self._without("contaminated", fresh, self._contaminated([text for text, _ in fresh], evaluation))
+        exams, new = [word_hashes(text) for text in evaluation], [word_hashes(text) for text, _ in fresh]
+        fresh = self._without("contaminated", fresh, contaminated(new, exams, self.settings.ngram))
         fresh = self._without("near_duplicate", fresh, self._repeated([text for text, _ in fresh]))
         return [_new_problem(text, origin) for text, origin in fresh]
 
@@ -168,10 +169,6 @@ class _Sieve:
         if question_id(text) in seen:
             return "copy"
         return None if bucket_of(text) == "train" else "held_out"
-
-    def _contaminated(self, texts: list[str], evaluation: list[str]) -> npt.NDArray[np.int64]:
-        exams = [word_hashes(text) for text in evaluation]
-        return contaminated([word_hashes(text) for text in texts], exams, self.settings.ngram)
 
     def _repeated(self, texts: list[str]) -> npt.NDArray[np.int64]:
         words = [word_hashes(text) for text in (*(problem.question for problem in self.given), *texts)]

@@ -7,6 +7,7 @@ code from a checkpoint is ever run.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
@@ -239,14 +240,7 @@ class TransformersTeacher(Teacher):
 
     def _count_through_close(self, ids: Sequence[int]) -> int:
         """Return how many tokens it takes until the text holds the closing tag, by bisection."""
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if CLOSE in text_of(self.tokenizer, ids[:middle]):
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        return bisect_left(range(len(ids)), True, key=lambda n: CLOSE in text_of(self.tokenizer, ids[:n]))
 
 
 def _eos_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
