@@ -36,9 +36,9 @@ def bars(quiet: bool) -> Bars:
 
 def console() -> Console:
     """Return the terminal that results go to."""
-    from rich.console import Console
+    from ..localrun.core.printable import new_console
 
-    return Console()
+    return new_console()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from ..errors import ArtifactError
 from ..localrun.core.record_log import read_records
 from ..localrun.core.reporter import SILENT
 from .context import Context
-from .graders.pool import Grader
+from .graders.pool import Grader, grade_answer
 from .judging.judge_traces import REPLIES_FILE, judge_ungraded
 from .records import Problem, Trace
 from .run import Run
@@ -79,17 +79,19 @@ def take_in(context: Context, path: Path) -> None:
     Raises:
         ArtifactError: the file is missing or broken, or nothing in it is recognised.
     """
-    report, skipped = context.report, list[str]()
+    report, skipped = context.report, list[tuple[str, str]]()
     with TraceStore(context.run.traces_path) as store, Grader() as grader:
-        for n, (problem, trace) in enumerate(import_traces(path, on_skip=lambda where, why: skipped.append(where)), 1):
+        for n, (problem, trace) in enumerate(import_traces(path, on_skip=lambda *fault: skipped.append(fault)), 1):
             if not store.has(trace.id):
-                grade = grader.grade(problem, trace.content)
-                store.append(replace(trace, answer=grade.answer, verdict=grade.verdict, verdict_by=grade.verdict_by))
+                grade = grade_answer(grader, problem, trace)
+                verdict, by = grade.verdict, grade.verdict_by
+                store.append(replace(trace, answer=grade.answer, verdict=verdict, verdict_by=by, reason=grade.reason))
             report.progress("import", n, total=n + 1, note=f"{len(store)} traces")
         report.progress("import", 1, total=1, note=f"{len(store)} traces")
         _judge(context, store, grader=grader, budget=Budget(context.recipe.cost))
     if skipped:
-        report.say(f"{len(skipped)} rows of {path} hold no answer and were left out")
+        (where, why), more = skipped[0], f", and {len(skipped) - 1:,} more" if len(skipped) > 1 else ""
+        report.say(f"{len(skipped):,} rows of {path} are left out: {where}: {why}{more}")
 
 
 def is_traces_file(path: Path) -> bool:

@@ -132,6 +132,8 @@ class Trace:
     """The share of the samples that gave this answer, or the judge's score as a share."""
     created: float | None = None
     """When it ended, in Unix seconds."""
+    reason: str = ""
+    """Why the grader could not tell, if it could not."""
 
     @classmethod
     def make(
@@ -162,6 +164,7 @@ class Trace:
             seconds=completion.seconds,
             source=problem.source,
             sample=sample,
+            reason=grade.reason,
         )
 
 

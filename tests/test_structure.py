@@ -87,7 +87,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "curation": "recipe records problems",
         "teachers": "recipe records tokenizer device planning graders problems pocket",
         "run": "recipe",
-        "traces": "recipe records problems teachers run",
+        "traces": "recipe records graders problems teachers run",
         "context": "recipe teachers run",
         "judging": "graders recipe records teachers traces context",
         "gather": "records graders teachers run traces context judging",

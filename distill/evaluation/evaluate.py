@@ -19,7 +19,7 @@ from ...localrun.core.atomic import write_text
 from ...localrun.core.generation import GREEDY, Completion, Sampling
 from ...localrun.core.loops import find_loop
 from ...localrun.core.reporter import SILENT, Reporter
-from ..graders.pool import Grader
+from ..graders.pool import Grader, grade_answer
 from ..records import Grade, Problem, Request, messages_of
 from ..teachers import open_teacher
 from ..teachers.base import Teacher
@@ -70,7 +70,7 @@ def evaluate(
     requests = (Request(messages_of(p), sampling.seed + i) for i, p in enumerate(problems))
     with nullcontext(grader) if grader else Grader() as open_grader:
         for index, completion in model.generate(requests, sampling):
-            grade = open_grader.grade(problems[index], completion.content)
+            grade = grade_answer(open_grader, problems[index], completion)
             n_right += grade.verdict == "right"
             completions.append(completion)
             lines[index] = _answer_line(problems[index], completion, grade)

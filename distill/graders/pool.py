@@ -19,10 +19,12 @@ from typing import Any
 
 from ...errors import ModelError, UsageError
 from ...localrun.core.closes import Closes
-from ..records import NONE, Grade, Problem
+from ...localrun.core.generation import Completion
+from ..records import NONE, Grade, GradesAnswers, Problem, Trace
 from .answer import final_answer, is_number, is_refusal
 from .base import Kind, kind_of
 
+IN_REASONING = "the whole answer is in the reasoning (answer-in-reasoning)"
 _LOADING_S = 120.0  # importing sympy or reasoning-gym on a cold, busy machine
 
 
@@ -115,6 +117,13 @@ def grade(problem: Problem | str, *, reply: str, reference: str | None = None, g
         raise UsageError("a problem brings its own reference answer", hint, code="settings-conflict")
     with contextlib.nullcontext(grader) if grader else Grader(n_workers=1) as open_grader:
         return open_grader.grade(problem, reply)
+
+
+def grade_answer(grader: GradesAnswers, problem: Problem, answer: Completion | Trace) -> Grade:
+    """Return the verdict on an answer: unknown if it ended by itself and all of its text is in the reasoning."""
+    if not answer.content.strip() and (answer.reasoning_content or "").strip() and answer.finish_reason == "stop":
+        return Grade(None, "unknown", "none", None, IN_REASONING)
+    return grader.grade(problem, answer.content)
 
 
 def _answer(problem: Problem, content: str) -> str | None:

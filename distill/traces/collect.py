@@ -16,6 +16,7 @@ from pathlib import Path
 from ...localrun.core.generation import Completion, Sampling
 from ...localrun.core.record_log import RecordLog, read_records
 from ...localrun.core.reporter import SILENT, Reporter
+from ..graders.pool import grade_answer
 from ..recipe.gathering import CostRecipe, TeacherRecipe, TracesRecipe
 from ..records import (
     GradesAnswers,
@@ -192,7 +193,7 @@ class _Samples:
                 )
             self.ledger.end(problem, is_right=False, has_failed=True)
         else:
-            grade = self.grader.grade(problem, completion.content)
+            grade = grade_answer(self.grader, problem, completion)
             trace = Trace.make(
                 problem,
                 completion,

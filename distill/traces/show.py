@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ...localrun.chat.screen import Screen, Thought
-from ...localrun.core.printable import printable
+from ...localrun.core.printable import facts_table, printable
 from ...localrun.core.text import format_bytes, listed
 from ..records import Trace
 from .summary import TraceSummary, quantile
@@ -25,21 +25,18 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 def print_report(summary: TraceSummary, console: Console) -> None:
     """Print the summary of a traces file."""
     size = format_bytes(summary.n_bytes)
-    console.print(f"[bold]{summary.n_traces:,} traces[/bold]  {summary.path}  {size}", highlight=False)
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("verdicts", _verdicts(summary.verdicts))
-    facts.add_row("by", _counts(summary.verdict_by))
-    facts.add_row("ended by", _counts(summary.finish_reasons))
-    facts.add_row("teacher", printable(_counts(summary.teachers, most=5)))
-    facts.add_row(
-        "tokens",
-        f"{summary.prompt_tokens:,} prompt, {summary.completion_tokens:,} completion, "
-        f"{summary.reasoning_tokens:,} of them reasoning",
-    )
-    facts.add_row("cost", "not recorded" if summary.cost_usd is None else f"${summary.cost_usd:,.2f}")
+    console.print(Text.assemble((f"{summary.n_traces:,} traces", "bold"), f"  {printable(str(summary.path))}  {size}"))
+    facts: list[tuple[str, str | Text]] = [("verdicts", _verdicts(summary.verdicts))]
+    facts.append(("by", _counts(summary.verdict_by)))
+    facts += [("", f"{n:,} unknown: {reason}") for reason, n in summary.reasons.most_common(5)]
+    facts.append(("ended by", _counts(summary.finish_reasons)))
+    facts.append(("teacher", _counts(summary.teachers, most=5)))
+    written = f"{summary.prompt_tokens:,} prompt, {summary.completion_tokens:,} completion"
+    facts.append(("tokens", f"{written}, {summary.reasoning_tokens:,} of them reasoning"))
+    facts.append(("cost", "not recorded" if summary.cost_usd is None else f"${summary.cost_usd:,.2f}"))
     if summary.n_logprobs:
-        facts.add_row("log-probabilities", f"for {summary.n_logprobs:,} traces")
-    console.print(facts, highlight=False)
+        facts.append(("log-probabilities", f"for {summary.n_logprobs:,} traces"))
+    console.print(facts_table(facts, ""), highlight=False)
     if len(summary.sources) > 1 or "" not in summary.sources:
         console.print(_sources(summary.verdicts_by_source()))
     _print_histogram(summary, console)
@@ -64,24 +61,22 @@ def print_trace(trace: Trace, console: Console) -> None:
     screen.show_text(trace.content)
     if trace.answer is not None:
         console.print(Text.assemble(("\nanswer ", "dim"), (printable(trace.answer), _STYLES[trace.verdict])))
+    if trace.reason:
+        console.print(Text.assemble(("\nunknown because ", "dim"), printable(trace.reason)))
 
 
 def print_run(run: Mapping[str, Any], console: Console) -> None:
     """Print a run folder as `inspect_run` returns it."""
     recipe = run["recipe"]
-    console.print(f"[bold]{run['path']}[/bold]", highlight=False)
-    table = Table.grid(padding=(0, 2))
-    for name in ("problems", "teacher", "student", "seed"):
-        if name in recipe:
-            table.add_row(name, printable(str(recipe[name])))
-    table.add_row("artifacts", ", ".join(f"{name} {format_bytes(size)}" for name, size in run["artifacts"].items()))
+    console.print(Text(printable(run["path"]), "bold"))
+    facts = [(name, str(recipe[name])) for name in ("problems", "teacher", "student", "seed") if name in recipe]
+    facts.append(("artifacts", ", ".join(f"{name} {format_bytes(size)}" for name, size in run["artifacts"].items())))
     if traces := run["traces"]:
-        table.add_row("traces", f"{traces['traces']:,}: " + _counts(traces["verdicts"]))
+        facts.append(("traces", f"{traces['traces']:,}: " + _counts(traces["verdicts"])))
     if curation := run["curation"]:
-        table.add_row("curated", f"{curation['kept']:,} kept of {curation['traces']:,}")
-    for hop, score in (run["scores"] or {}).items():
-        table.add_row(f"score of {hop}", _score(score))
-    console.print(table, highlight=False)
+        facts.append(("curated", f"{curation['kept']:,} kept of {curation['traces']:,}"))
+    facts += [(f"score of {hop}", _score(score)) for hop, score in (run["scores"] or {}).items()]
+    console.print(facts_table(facts, ""), highlight=False)
 
 
 def _score(score: Any) -> str:

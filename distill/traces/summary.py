@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 JUDGED_AS = ("right", "wrong", "vote", "judge", "unknown")
 """How a trace was judged: `vote` and `judge` favour an answer that no grader could judge."""
 
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 _N_EXAMPLES = 3
 _N_SAMPLE = 60
 _MAX_SOURCES = 50  # later ones are counted together, so that memory stays bounded
@@ -54,6 +56,8 @@ class TraceSummary:
         self.n_traces = 0
         self.verdicts, self.verdict_by = Counter[str](), Counter[str]()
         self.finish_reasons, self.teachers = Counter[str](), Counter[str]()
+        self.reasons = Counter[str]()
+        """Why graders could not tell, without the texts that differ from trace to trace."""
         self.sources: dict[str, Counter[str]] = {}
         """Counts of JUDGED_AS by the source of the problem, "" if it is not known."""
         self.prompt_tokens = self.reasoning_tokens = 0
@@ -108,6 +112,8 @@ class TraceSummary:
         self.verdicts[trace.verdict] += 1
         self.verdict_by[trace.verdict_by] += 1
         self.finish_reasons[trace.finish_reason] += 1
+        if trace.reason and trace.verdict == "unknown":
+            self.reasons[_QUOTED.sub("…", trace.reason)] += 1
         self.teachers[f"{trace.teacher.name} ({trace.teacher.backend})"] += 1
         is_over = trace.source not in self.sources and len(self.sources) >= _MAX_SOURCES
         self.sources.setdefault("other" if is_over else trace.source, Counter())[judged_as(trace)] += 1
@@ -196,6 +202,7 @@ class TraceSummary:
             "verdicts": dict(self.verdicts),
             "verdict_by": dict(self.verdict_by),
             "finish_reasons": dict(self.finish_reasons),
+            "reasons": dict(self.reasons.most_common(10)),
             "teachers": dict(self.teachers.most_common()),
             "sources": {source: dict(counts) for source, counts in self.verdicts_by_source().items()},
             "tokens": {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 _CONTROL = {code: None for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 _BIDIRECTIONAL = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
@@ -25,17 +26,20 @@ def printable(text: str) -> str:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return this terminal's console. On a dumb terminal rich assumes 80 columns, so it is told the width."""
-    from rich.console import Console
+    """Return this terminal's console, which takes no text for markup: `[/b]` and `:smile:` may be anybody's.
 
-    console = Console(stderr=stderr)
-    if not console.is_dumb_terminal:
-        return console
-    size = shutil.get_terminal_size()
-    return Console(stderr=stderr, width=size.columns, height=size.lines)  # rich ignores a width without a height
+    On a dumb terminal rich assumes 80 columns, so it is told the width.
+    """
+    from rich.console import Console, ConsoleDimensions
+
+    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if console.is_dumb_terminal:
+        size = shutil.get_terminal_size()
+        console.size = ConsoleDimensions(size.columns, size.lines)
+    return console
 
 
-def facts_table(facts: Iterable[tuple[str, str]], style: str = "dim") -> Table:
+def facts_table(facts: Iterable[tuple[str, str | Text]], style: str = "dim") -> Table:
     """Return names, in a style, and beside each what there is to know of it."""
     from rich.table import Table
     from rich.text import Text
@@ -44,5 +48,5 @@ def facts_table(facts: Iterable[tuple[str, str]], style: str = "dim") -> Table:
     table.add_column(no_wrap=True, style=style)
     table.add_column(overflow="fold")
     for name, value in facts:
-        table.add_row(Text(name), Text(value))
+        table.add_row(Text(name), Text(printable(value)) if isinstance(value, str) else value)
     return table

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Self
 
+from .printable import new_console, printable
+
 
 class Reporter:
     """Is told how far the work is and what a person should know of it. This one says nothing; subclasses show it."""
@@ -25,22 +27,21 @@ class Bars(Reporter):
 
     def __init__(self, quiet: bool) -> None:
         """Draw nothing if quiet."""
-        from rich.console import Console
         from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         self._quiet, self._tasks = quiet, dict[str, TaskID]()
-        console = Console(stderr=True)
+        console = new_console(stderr=True)
         self._plain = not console.is_terminal
         self._said: dict[str, float] = {}
         self._bars = RichProgress(
-            TextColumn("{task.description:<22}"),
+            TextColumn("{task.description:<22}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
             console=console,
             disable=quiet or self._plain,
         )
@@ -54,7 +55,7 @@ class Bars(Reporter):
 
     def say(self, text: str) -> None:
         """Print a note above the bars, on standard error."""
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {printable(text)}", file=sys.stderr)
 
     def progress(self, stage: str, done: float, *, total: float, note: str = "") -> None:
         """Draw how far a stage is."""

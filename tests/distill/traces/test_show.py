@@ -12,6 +12,7 @@ from rich.console import Console
 from deepdistill.distill.records import Trace
 from deepdistill.distill.traces.inspection import find_trace, inspect_traces
 from deepdistill.distill.traces.show import print_report, print_run, print_trace
+from deepdistill.distill.traces.summary import TraceSummary
 
 MakeTrace = Callable[[int], Trace]
 
@@ -36,6 +37,17 @@ def test_one_trace_in_a_terminal(path: Path, make_trace: MakeTrace) -> None:
     assert "unknown by vote (75%)" in shown
     hostile = replace(make_trace(0), content="a\x1b[2Jb", messages=[{"role": "user", "content": "\x1b]0;x\x07"}])
     assert "\x1b" not in text_of(print_trace, hostile)
+
+
+def test_foreign_names_are_text_and_reasons_are_counted(tmp_path: Path, make_trace: MakeTrace) -> None:
+    trace = make_trace(0)
+    name, reason = "x[/INST]:smile:\x1b[31m", "the reference 'abc' is not mathematics"
+    odd = replace(trace, teacher=replace(trace.teacher, name=name), verdict="unknown", reason=reason, source="[/b]")
+    summary = TraceSummary.of([odd, replace(odd, reason=reason.replace("abc", "d"))], tmp_path / "[/i].jsonl")
+    shown = text_of(print_report, summary)
+    for part in ("x[/INST]:smile:[31m", "2 unknown: the reference … is not mathematics", "[/i].jsonl"):
+        assert part in shown
+    assert "unknown because the reference 'abc'" in text_of(print_trace, odd)
 
 
 def test_an_empty_file_in_a_terminal(tmp_path: Path) -> None:
