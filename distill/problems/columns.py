@@ -27,7 +27,10 @@ PROBLEM_ANSWERS = (
     "answer", "final_answer", "answerkey", "answers", "solution", "output", "target", "ground_truth", "expected_answer",
     "reference_answer", "reward_model", "verification_info", "correct answer", "correct_answer", "correct", "cop",
 )  # fmt: skip
-TRACE_ANSWERS = ("answer", "final_answer", "ground_truth", "ground_truth_solution", "expected_answer")
+TRACE_ANSWERS = (
+    "answer", "final_answer", "ground_truth", "ground_truth_solution", "expected_answer", "verification_info",
+    "reference_answer", "solution",
+)  # fmt: skip
 """Reference answers, as opposed to what a model said."""
 
 PROBLEM_METADATA = {
@@ -45,8 +48,16 @@ PROBLEM_ALIASES = ("aliases", "answer_aliases")
 PROBLEM_WORKED = ("worked", "answer_cot", "solution", "worked_solution", "rationale", "explanation")
 """Worked solutions, from which `--teacher worked` makes traces."""
 
-TRACE_REASONINGS = ("reasoning_content", "deepseek_reasoning", "reasoning", "reasoning_trace", "thinking")
-TRACE_CONTENTS = ("deepseek_solution", "generation", "response", "completion", "content", "output")
+TRACE_REASONINGS = (
+    "reasoning_content", "deepseek_reasoning", "reasoning", "reasoning_trace", "thinking", "thinking_trajectories",
+    "deepseek_thinking_trajectory",
+)  # fmt: skip
+TRACE_CONTENTS = (
+    "deepseek_solution", "generation", "generated_solution", "llm_response", "response", "completion", "content",
+    "output", "attempt", "deepseek_attempt",
+)  # fmt: skip
+TRACE_WORKED = ("solution", "worked_solution")
+"""Worked solutions, which are the answer where nothing else is one."""
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
@@ -169,12 +180,15 @@ def as_text(value: Any) -> str | None:
 def trace_answer(row: Mapping[str, Any]) -> str | None:
     """Return the reference answer in a trace's row; of a worked solution only what it puts in a box."""
     for column in TRACE_ANSWERS:
-        text = row.get(column)
-        if not isinstance(text, str | int | float) or not str(text).strip():
+        value = row.get(column)
+        if column == "verification_info":
+            value = _parsed(value, column) if isinstance(value, str) else value
+            value = value.get("ground_truth") if isinstance(value, Mapping) else None
+        if not isinstance(value, str | int | float) or not str(value).strip():
             continue
-        if "solution" in column:
-            return final_answer(str(text), numeric=False) if "\\boxed" in str(text) else None
-        return str(text).rsplit("####", 1)[-1].strip()
+        if "solution" in column and parse(str(value)) is None:
+            return final_answer(str(value), numeric=False) if "\\boxed" in str(value) else None
+        return str(value).rsplit("####", 1)[-1].strip()
     return None
 
 

@@ -1,37 +1,44 @@
-"""Traces from other tools' files: chats, ShareGPT, OpenR1-Math, OpenThoughts, Curator, distilabel.
+"""Traces from other tools' files: chats, ShareGPT, ChatML text, and the columns of some twenty public data sets.
 
-A row is recognised by its columns (the table in docs/traces.md). A file's own claims of correctness are ignored: an
-imported trace is `unknown` until one of our graders has judged it, and it comes with its problem for that.
+A row is recognised by its columns (the table in docs/traces.md), or the user names them. A file's own claims of
+correctness are ignored: an imported trace is `unknown` until one of our graders has judged it, and it comes with its
+problem for that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import FinishReason, Message, Sampling
-from ...localrun.families.thinking import THINK, Tags, split_thinking
-from ..problems.columns import TRACE_CONTENTS, TRACE_QUESTIONS, TRACE_REASONINGS, trace_answer
+from ...localrun.core.text import listed
+from ...localrun.families.thinking import split_finished
+from ..problems.columns import (
+    ROLES,
+    TRACE_CONTENTS,
+    TRACE_QUESTIONS,
+    TRACE_REASONINGS,
+    TRACE_WORKED,
+    Unusable,
+    read_turns,
+    trace_answer,
+)
 from ..problems.files import Columns, read_rows
 from ..problems.split import question_id
 from ..records import NONE, Problem, TeacherInfo, Trace, Usage, question_in
 
 _TABLES = (".jsonl", ".ndjson", ".parquet", ".csv")
-_THOUGHT = Tags("<|begin_of_thought|>", "<|end_of_thought|>")  # Sky-T1, Bespoke-Stratos, OpenThoughts-114k
-_SOLUTION = Tags("<|begin_of_solution|>", "<|end_of_solution|>")
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-}
+_WRAPPERS = (("<|begin_of_solution|>", "<|end_of_solution|>"), ("<answer>", "</answer>"))  # OpenThoughts-114k, AM
+_SWITCHES = {"on", "off", "true", "false", "yes", "no"}  # what a column named `reasoning` may hold instead of any
+_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_PARAMETERS = ("question", "reasoning", "content", "answer")
 
 
 @dataclass(frozen=True)
@@ -52,33 +59,50 @@ def import_traces(
 ) -> Iterator[tuple[Problem, Trace]]:
     """Yield each trace of a .jsonl, .parquet or .csv file, or of a folder of them, with the problem that it answers.
 
-    The problem has the reference answer if the row has one, else the grader `none`. `teacher` is the name for rows that
-    do not name their model. `on_skip` is called with (place, reason) for a row without an answer. Importing a file
-    twice gives the same ids. `max_tokens` and usage are 0 if the row does not say them.
+    `file.jsonl?question=COLUMN&reasoning=COLUMN&content=COLUMN&answer=COLUMN` names columns. The problem has the
+    reference answer if the row has one, else the grader `none`. `teacher` is the name for rows that do not name their
+    model. `on_skip` is called with (place, reason) for a row that is not taken. Importing a file twice gives the same
+    ids. `max_tokens` and usage are 0 if the row does not say them.
 
     Raises:
+        UsageError: `code` "no-such-parameter".
         ArtifactError: `code` "no-traces" if no row is recognised, or one of `read_rows`.
     """
+    path, named = _with_columns(path)
     n_traces, columns = 0, ""
     for file in _files(path):
         for where, row in read_rows(file):
-            if isinstance(row, ArtifactError):
+            try:
+                if isinstance(row, ArtifactError):
+                    raise Unusable(row.message)
+                columns = ", ".join(map(str, row))
+                row = {**row, **{name: row.get(column) for name, column in named.items()}}
+                answers = _answers_in(row, named)
+            except Unusable as error:
                 if on_skip is not None:
-                    on_skip(where, row.message)
+                    on_skip(where, str(error))
                 continue
-            columns = ", ".join(map(str, row))
-            answers = _answers_in(row)
-            if not answers and on_skip is not None:
-                on_skip(where, "it has no answer")
             for index, answer in enumerate(answers):
                 n_traces += 1
                 yield _trace(row, answer, sample=index, teacher=teacher, file_name=file.name)
     if not n_traces:
         raise ArtifactError(
             f"no row of {path} is recognised as a trace" + (f"; its columns are {columns}" if columns else ""),
-            "a row needs messages, conversations, or a question with a generation (docs/traces.md)",
+            f"name its columns: '{path}?question=COLUMN&content=COLUMN', or see docs/traces.md",
             code="no-traces",
         )
+
+
+def _with_columns(path: Path) -> tuple[Path, dict[str, str]]:
+    """Return a path without the names of columns that follow it, and these by what they hold."""
+    if path.exists() or "?" not in path.name:
+        return path, {}
+    place, _, query = str(path).rpartition("?")
+    named = dict(parse_qsl(query))
+    if unknown := set(named) - set(_PARAMETERS):
+        hint = f"traces take {listed(_PARAMETERS)}=COLUMN"
+        raise UsageError(f"traces have no parameter {listed(sorted(unknown))}", hint, code="no-such-parameter")
+    return Path(place), named
 
 
 def _files(path: Path) -> list[Path]:
@@ -96,13 +120,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _answers_in(row: Columns) -> list[_Answer]:
-    """Return the answers in a row, read by the first layout that fits."""
-    for read in (_read_generations, _read_chat, _read_columns):
+def _answers_in(row: Columns, named: Mapping[str, str]) -> list[_Answer]:
+    """Return the answers in a row, read by the first layout that fits.
+
+    Raises:
+        Unusable: it has none, for the reason that the text says.
+    """
+    readers = (
+        (_read_columns,) if "content" in named else (_read_generations, _read_chat, _read_preference, _read_columns)
+    )
+    for read in readers:
         answers = read(row)
         if answers is not None:
-            return [answer for answer in answers if answer.content.strip() or (answer.reasoning or "").strip()]
-    return []
+            whole = [answer for answer in answers if answer.content.strip() or (answer.reasoning or "").strip()]
+            if whole:
+                return whole
+            raise Unusable("it has no answer")
+    raise Unusable("it has no answer" if _prompt_of(row) else "it has no question")
 
 
 def _read_generations(row: Columns) -> list[_Answer] | None:
@@ -127,33 +161,69 @@ def _read_generations(row: Columns) -> list[_Answer] | None:
 
 
 def _read_chat(row: Columns) -> list[_Answer] | None:
-    """Read `messages` (role, content) and ShareGPT's `conversations` (from, value): the last turn is the answer."""
-    turns = _turns(row.get("messages") or row.get("conversations"))
+    """Read `messages`, ShareGPT's `conversations` (from, value) or ChatML text: the last turn is the answer."""
+    found = row.get("messages") or row.get("conversations")
+    turns = read_turns(found)
+    if turns is None and isinstance(text := row.get("text"), str) and "<|im_start|>" in text:
+        turns = read_turns([{"role": role, "content": said.strip()} for role, said in _CHATML.findall(text)])
     if turns is None:
+        if isinstance(found, list) and found:
+            raise Unusable(_why_no_turns(found))
         return None
-    if turns[-1]["role"] != "assistant" or not any(turn["role"] == "user" for turn in turns):
-        return []
+    if not any(turn["role"] == "user" for turn in turns):
+        raise Unusable("its conversation has no turn of the user")
+    if turns[-1]["role"] != "assistant":
+        return None  # the answer may stand in a column of its own
     last = turns[-1]
     return [_Answer(_with_system(row, turns[:-1]), last["content"], last.get("reasoning_content"))]
 
 
+def _why_no_turns(turns: list[Any]) -> str:
+    roles = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
+    odd = next((role for role in roles if role not in ROLES), None)
+    return f"its conversation has a turn of {odd!r}" if odd else "its conversation has a turn that is not text"
+
+
+def _read_preference(row: Columns) -> list[_Answer] | None:
+    """Read the chosen answer of a preference row: `prompt`, `chosen`, `rejected`; what was rejected is left out."""
+    chosen = row.get("chosen")
+    if not chosen:
+        return None
+    if turns := read_turns(chosen):
+        prompt = turns[:-1] or _prompt_of(row)
+        return [_Answer(prompt, turns[-1]["content"], turns[-1].get("reasoning_content"))] if prompt else None
+    prompt = _prompt_of(row)
+    return [_Answer(prompt, chosen)] if prompt and isinstance(chosen, str) else None
+
+
 def _read_columns(row: Columns) -> list[_Answer] | None:
     """Read a column each for question, reasoning and answer, as Curator writes them (`deepseek_reasoning`, …)."""
-    prompt, reasoning = _prompt_of(row), _first(row, TRACE_REASONINGS)
+    prompt, reasoning = _prompt_of(row), _reasoning_of(row)
     columns = TRACE_CONTENTS if reasoning is None else (*TRACE_CONTENTS, "solution", "answer")
     column = next((name for name in columns if isinstance(row.get(name), str) and row[name]), "")
+    if not column and row.get("answer"):  # LIMO: the worked solution is the answer, and `answer` its reference
+        column = next((name for name in TRACE_WORKED if isinstance(row.get(name), str) and row[name]), "")
     content = row.get(column)
-    turns = _turns(row.get("completion"))
+    turns = read_turns(row.get("completion"))
     if turns and turns[-1]["role"] == "assistant":
         content, reasoning = turns[-1]["content"], turns[-1].get("reasoning_content", reasoning)
     return None if prompt is None or content is None else [_Answer(prompt, content, reasoning, column=column)]
 
 
+def _reasoning_of(row: Columns) -> str | None:
+    """Return the reasoning that a column holds; of s1K's list the first."""
+    for name in TRACE_REASONINGS:
+        value = row.get(name)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str) and value and value.strip().lower() not in _SWITCHES:
+            return value
+    return None
+
+
 def _prompt_of(row: Columns) -> list[Message] | None:
     """Return the conversation before the answer; None if the row has none."""
-    for column in ("messages", *TRACE_QUESTIONS):
-        turns = _turns(row.get(column))
-        if turns:
+    for column in ("messages", "conversations", *TRACE_QUESTIONS):
+        if turns := read_turns(row.get(column)):
             kept = turns[:-1] if turns[-1]["role"] == "assistant" else turns
             return _with_system(row, kept) if kept else None
         text = row.get(column)
@@ -163,21 +233,6 @@ def _prompt_of(row: Columns) -> list[Message] | None:
     return None
 
 
-def _turns(turns: Any) -> list[Message] | None:
-    """Return a list of turns under our names; None if it is not such a list or has an unknown role."""
-    if not isinstance(turns, list) or not turns:
-        return None
-    messages: list[Message] = []
-    for turn in turns:
-        role = _ROLES.get(turn.get("role") or turn.get("from") or "") if isinstance(turn, dict) else None
-        text = turn.get("content", turn.get("value")) if role else None
-        if role is None or not isinstance(text, str):
-            return None
-        thought = _first(turn, TRACE_REASONINGS) if role == "assistant" else None
-        messages.append({"role": role, "content": text} | ({"reasoning_content": thought} if thought else {}))
-    return messages
-
-
 def _with_system(row: Columns, turns: list[Message]) -> list[Message]:
     system = row.get("system") or row.get("system_prompt")
     has_system = bool(turns) and turns[0]["role"] == "system"
@@ -185,11 +240,11 @@ def _with_system(row: Columns, turns: list[Message]) -> list[Message]:
 
 
 def _split(text: str) -> tuple[str | None, str, bool | None]:
-    """Return (reasoning, content, whether the thinking was closed) of a text with either kind of tags."""
-    tags = _THOUGHT if _THOUGHT.open in text or _THOUGHT.close in text else THINK
-    starts_inside = tags.close in text and not text.lstrip().startswith(tags.open)  # the template had opened it
-    reasoning, content, closed = split_thinking(text, starts_inside, tags)
-    content = content.strip().removeprefix(_SOLUTION.open).removesuffix(_SOLUTION.close)
+    """Return (reasoning, content, whether the thinking was closed) of a text with the tags of any family."""
+    reasoning, content, closed = split_finished(text)
+    for opening, closing in _WRAPPERS:
+        if content.strip().startswith(opening):
+            content = content.strip().removeprefix(opening).removesuffix(closing)
     return (reasoning.strip() if reasoning is not None else None), content.strip(), closed
 
 
@@ -202,9 +257,9 @@ def _thinking_apart(message: Message) -> Message:
 
 
 def _trace(row: Columns, answer: _Answer, *, sample: int, teacher: str, file_name: str) -> tuple[Problem, Trace]:
-    reasoning, content, closed = (
-        (answer.reasoning, answer.content, True) if answer.reasoning else _split(answer.content)
-    )
+    reasoning, content, closed = _split(answer.content)
+    if reasoning is None and answer.reasoning:
+        reasoning, closed = answer.reasoning, True
     question = question_in(answer.messages)
     reference = trace_answer({name: value for name, value in row.items() if name != answer.column})
     source = str(row.get("source") or file_name)
@@ -239,10 +294,6 @@ def _usage(row: Columns) -> Usage:
             prompt, completion = (count[0] if isinstance(count, list) and count else count for count in counts)
             return Usage(int(prompt or 0), int(completion or 0), 0)
     return Usage(0, 0, 0)
-
-
-def _first(row: Columns, columns: tuple[str, ...]) -> str | None:
-    return next((row[name] for name in columns if isinstance(row.get(name), str) and row[name]), None)
 
 
 def _item(row: Columns, column: str, index: int) -> Any:

@@ -111,11 +111,17 @@ class TraceStore(Closes):
         """
         judged = read_judgements(verdicts_path(path))
         seen: set[bytes] = set()
-        for trace in read_records(path, Trace):
-            key = id_key(trace.id)
-            if key not in seen:
-                seen.add(key)
-                yield _with_judgement(trace, *judged[key]) if key in judged else trace
+        try:
+            for trace in read_records(path, Trace):
+                key = id_key(trace.id)
+                if key not in seen:
+                    seen.add(key)
+                    yield _with_judgement(trace, *judged[key]) if key in judged else trace
+        except ArtifactError as error:
+            if seen or error.code != "line-broken":
+                raise
+            hint = f"{error.hint}; if these are another tool's traces: deepdistill teach --traces {path}"
+            raise ArtifactError(error.message, hint, code=error.code) from error
 
     def close(self) -> None:
         """Sync, close and release the lock. Calling it again does no harm."""

@@ -13,7 +13,7 @@ import pytest
 from deepdistill.distill.records import Trace
 from deepdistill.distill.traces.importing import import_traces
 from deepdistill.distill.traces.store import TraceStore
-from deepdistill.errors import ArtifactError
+from deepdistill.errors import ArtifactError, UsageError
 from deepdistill.localrun.core.record_log import from_json, to_json
 
 Q, THOUGHT, SAID = "What is 2+2?", "Two and two.", "It is \\boxed{4}."
@@ -119,6 +119,68 @@ def test_every_layout_comes_out_alike(tmp_path: Path, layout: str, kind: str) ->
     assert from_json(Trace, to_json(trace)) == trace
 
 
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parents[2] / "data" / "trace_rows.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["layout"])
+def test_given_layouts(tmp_path: Path, case: dict[str, Any]) -> None:
+    [(problem, trace)] = import_traces(write(tmp_path, [case["row"]], "jsonl"))
+    assert (trace.reasoning_content, trace.content) == (case["reasoning"], case["content"])
+    assert problem.question == "What is 2+3?"
+
+
+AM = f"<think>{THOUGHT}</think>\n<answer>{SAID}</answer>"
+CHATML = f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n{TAGGED}<|im_end|>\n"
+HARMONY = f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>final<|message|>{SAID}<|return|>"
+MORE: dict[str, tuple[dict[str, Any], str | None, str | None]] = {  # row, reasoning, reference
+    "limo": ({"question": Q, "solution": SAID, "answer": "4"}, None, "4"),
+    "am": ({"messages": chat(("user", Q), ("assistant", AM))}, THOUGHT, None),
+    "chatml": ({"text": CHATML}, THOUGHT, None),
+    "preferences": ({"prompt": Q, "chosen": TAGGED, "rejected": "5"}, THOUGHT, None),
+    "preference chats": ({"chosen": chat(("user", Q), ("assistant", SAID)), "rejected": []}, None, None),
+    "developer": ({"messages": chat(("developer", "Be brief."), ("user", Q), ("assistant", SAID))}, None, None),
+    "harmony": ({"prompt": Q, "response": HARMONY}, THOUGHT, None),
+    "s1K": ({"question": Q, "thinking_trajectories": [THOUGHT], "attempt": SAID, "solution": "4"}, THOUGHT, "4"),
+}
+
+
+@pytest.mark.parametrize("layout", MORE)
+def test_more_layouts(tmp_path: Path, layout: str) -> None:
+    row, reasoning, reference = MORE[layout]
+    [(problem, trace)] = import_traces(write(tmp_path, [row], "jsonl"))
+    assert (problem.question, trace.reasoning_content, trace.content) == (Q, reasoning, SAID)
+    assert problem.answer == reference
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"ask": Q, "why": THOUGHT, "said": SAID, "key": "4"}], "jsonl")
+    query = Path(f"{path}?question=ask&reasoning=why&content=said&answer=key")
+    [(problem, trace)] = import_traces(query)
+    assert (problem.question, problem.answer) == (Q, "4")
+    assert (trace.reasoning_content, trace.content) == (THOUGHT, SAID)
+    with pytest.raises(UsageError, check=lambda error: error.code == "no-such-parameter"):
+        list(import_traces(Path(f"{path}?thought=why")))
+
+
+def test_a_row_that_is_not_taken_has_its_reason(tmp_path: Path) -> None:
+    rows = [
+        {"messages": chat(("user", Q), ("tool", "4"), ("assistant", SAID))},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": SAID}]},
+        {"messages": chat(("system", Q), ("assistant", SAID))},
+        {"answer": "4"},
+        {"question": Q, "generation": SAID},
+    ]
+    skipped: list[str] = []
+    path = write(tmp_path, rows, "jsonl")
+    assert len(list(import_traces(path, on_skip=lambda where, why: skipped.append(why)))) == 1
+    assert ["'tool'" in skipped[0], "not text" in skipped[1], "user" in skipped[2], "question" in skipped[3]] == [
+        True
+    ] * 4
+
+
 def test_openr1_gives_a_trace_a_generation_and_believes_no_claim(tmp_path: Path) -> None:
     row = LAYOUTS["openr1 math"][0] | {
         "generations": [TAGGED, TAGGED.replace("4", "5"), "<think>\nand so on"],
@@ -197,3 +259,10 @@ def test_a_folder_of_shards(tmp_path: Path) -> None:
     write(folder, [LAYOUTS["sharegpt"][0]], "parquet")
     write(folder, [LAYOUTS["alpaca"][0] | {"instruction": "Other?"}], "jsonl")
     assert len(list(import_traces(folder))) == 2
+
+
+def test_reading_another_tool_s_traces_names_the_command_that_takes_them(tmp_path: Path) -> None:
+    path = write(tmp_path, [LAYOUTS["alpaca"][0]], "jsonl")
+    with pytest.raises(ArtifactError) as caught:
+        next(TraceStore.read(path))
+    assert (caught.value.code, f"teach --traces {path}" in caught.value.hint) == ("line-broken", True)
