@@ -54,7 +54,7 @@ def make_traces(n: int, samples: int, seed: int = 0) -> Iterator[Trace]:
             finish_reason="stop",
             usage=Usage(60, 350, 340),
             teacher=info,
-            sampling=settings,
+            sampling=vars(settings),
             seconds=5.0,
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..localrun.core.reporter import SILENT, Reporter
+from .recipe.gathering import RequestRecipe
 from .recipe.teach import ResourcesRecipe, Stage, TeachRecipe
 from .run import Run
 from .teachers import Teacher, open_teacher
@@ -32,9 +33,11 @@ class Context:
 
     def open_teacher(self, model: str | None = None, server_model: str | None = None) -> Teacher:
         """Open the recipe's teacher, or another model that is given as a teacher is, such as a judge."""
+        request: RequestRecipe | None = None
         if model is None:
-            model, server_model = self.recipe.teacher.model, self.recipe.teacher.server_model
-        teacher = self.opener(model, model=server_model, **vars(self.resources))
+            asked = self.recipe.teacher
+            model, server_model, request = asked.model, asked.server_model, asked.request
+        teacher = self.opener(model, model=server_model, request=request, **vars(self.resources))
         teacher.on_note = self.report.say
         return teacher
 

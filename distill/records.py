@@ -119,7 +119,8 @@ class Trace:
     finish_reason: FinishReason
     usage: Usage
     teacher: TeacherInfo
-    sampling: Sampling
+    sampling: dict[str, int | float]
+    """The fields of `Sampling` that were asked for; a server's may lack some, which it does not take."""
     seconds: float
     cost_usd: float | None = None
     source: str = ""
@@ -160,7 +161,7 @@ class Trace:
             finish_reason=completion.finish_reason,
             usage=Usage(completion.prompt_tokens, completion.completion_tokens, completion.reasoning_tokens),
             teacher=info,
-            sampling=sampling,
+            sampling={name: value for name, value in vars(sampling).items() if name not in completion.not_sent},
             seconds=completion.seconds,
             source=problem.source,
             sample=sample,

@@ -51,7 +51,7 @@ def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) ->
     resources = recipe.resources
     held_out = load_problems(recipe.problems, "test", n=recipe.n, seed=recipe.seed, offline=resources.offline)
     name = str(student_dir(model)) if model == "smollm2" else model
-    with open_teacher(name, model=recipe.server_model, **vars(resources)) as teacher:
+    with open_teacher(name, model=recipe.server_model, request=recipe.request, **vars(resources)) as teacher:
         for source in {problem.source for problem in held_out}:
             teacher.accepts(source)
         return evaluate(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from fractions import Fraction
 
 from .latex import plain
-from .quantity import HEDGE, parse, quantities
+from .quantity import hedges, parse, quantities
+from .units import measured
 
 _BOX = re.compile(r"\\f?boxed\s*\{")
+_UNIT_BEHIND = re.compile(r"\s*\$*\s*(?!in\b)([A-Za-zµ]{2,}(?:[/^·]\w+)*|%|°[CF]?)(?![\w])")
 _STATED = re.compile(
     r"\banswers?\b(?:\s+(?:to|of|for)\s[^\n.=:]{1,60}?)?(?:,[^\n.,=:]{1,40},)?[*_`\"'’s]*\s*"
     r"(?:(?:is|are|was|must be|should be|would be|will be|=|:)[*_`\s]*)+",
@@ -133,7 +136,14 @@ def _boxed(text: str) -> str | None:
         if end < 0 or between.strip() not in (",", ";", "and", ",and", "or", ",or", "&"):
             break
         joined.insert(0, inside)
-    return ", ".join(joined) or None
+    behind = _UNIT_BEHIND.match(text, boxes[-1][2] + 1)
+    unit = behind[1] if behind and measured(Fraction(1), behind[1]) and _is_bare(joined[-1]) else ""
+    return f"{', '.join(joined)} {unit}".strip() or None
+
+
+def _is_bare(text: str) -> bool:
+    found = parse(text)
+    return found is not None and not found.unit
 
 
 def _closed(text: str, begin: int) -> tuple[str, int]:
@@ -183,7 +193,7 @@ def _bold(text: str) -> str | None:
     if not bold or bold[-1].rstrip().endswith(":") or line.strip(" .!") == f"**{bold[-1]}**":
         return None
     clause = re.split(r"[,;:]\s", line.rpartition(f"**{bold[-1]}**")[0])[-1]
-    return None if HEDGE.search(plain(clause)) else bold[-1].strip()
+    return None if hedges(clause) else bold[-1].strip()
 
 
 def _stated(text: str, whole_line: bool = False) -> str | None:
@@ -208,7 +218,7 @@ def _number_in(text: str) -> str | None:
         if found is not None and found.unit != "%":
             return _tidy_number(part)
     clause = clause_of(result)
-    is_formula = HEDGE.search(clause) or re.search(r"[-+*/^]\s*\w", clean(clause)[1:])
+    is_formula = hedges(clause) or re.search(r"[-+*/^]\s*\w", clean(clause)[1:])
     return clean(result) if is_formula or len(quantities(clause)) != 1 else _tidy_number(clause)
 
 

@@ -19,6 +19,10 @@ _LETTER_AND_TEXT = re.compile(
     r"(?:[(\[]([A-Za-z]|\d)[)\]]|([A-Za-z]|\d)\s*[.:)]|([A-Z]|\d)\s*[-–—,])\s*(.+)", re.DOTALL
 )
 _VERB = re.compile(r"\b(?:is|be|leaves|go with|going with|choose|pick|select|option|choice)\b:?", re.IGNORECASE)
+_PRAISED = re.compile(
+    r"\b(?:option|choice|answer)\s+\(?([A-Za-z]|\d)\)?\s+(?:is|would be)\s+(?:the\s+)?(?:correct|right|best)\b",
+    re.IGNORECASE,
+)
 _UNSURE = re.compile(
     r"\b(?:whether|if|unless|might|could|may|maybe|perhaps|either|neither|wrong|incorrect)\b", re.IGNORECASE
 )
@@ -50,7 +54,8 @@ def find(content: str, choices: dict[str, str], gold: str = "") -> str | None:
     if not lines:
         return None
     last, first = lines[-1], lines[0]
-    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices)
+    opening = re.split(r"[.,:;!]\s", first)[0]  # "Yes. According to the passage, …"
+    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices) or choose(opening, choices)
     if chosen is None and _mentions(last, choices or {gold: ""}):
         raise CannotTell("the answer mentions options without choosing one")
     return chosen
@@ -59,6 +64,8 @@ def find(content: str, choices: dict[str, str], gold: str = "") -> str | None:
 def _concluded(line: str, choices: dict[str, str]) -> str | None:
     """Return the option that the last sentence of a line ends with: "That leaves D.", "so I'd go with (B) Lyon"."""
     sentence = re.split(r"(?<=[a-z)][.!?])\s+(?=[A-Z])", line)[-1]
+    if praised := _PRAISED.search(sentence):  # "Option A is correct."
+        return None if _UNSURE.search(sentence) else choose(praised[1], choices)
     parts = _VERB.split(sentence)
     if len(parts) < 2 or _UNSURE.search(sentence):
         return None

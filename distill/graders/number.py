@@ -14,7 +14,7 @@ from typing import Any
 from .answer import clause_of, clean, marked_answer
 from .base import CannotTell, Submission, options
 from .latex import plain
-from .quantity import HEDGE, Quantity, parse, quantities
+from .quantity import Quantity, hedges, parse, quantities
 from .units import Dimension, measured
 
 
@@ -91,12 +91,12 @@ def find(content: str) -> Quantity | None:
     lines = plain_lines(content) if marked is None else [plain(marked)]
     if not lines:
         return None
-    text = clean(re.split(r"(?<![<>!~])=", lines[-1])[-1])
+    text = clean(re.split(r"(?<![<>!~])=|\\approx", lines[-1])[-1])
     whole = parse(text)
     if whole is not None:
         return whole
     clause = text if marked is None else clause_of(text)
-    found = [] if HEDGE.search(clause) else quantities(clause)
+    found = [] if hedges(clause) else quantities(clause)
     return found[-1] if found and (marked is None or len(found) == 1) else None
 
 

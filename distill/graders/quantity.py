@@ -45,13 +45,18 @@ _WORDS = {
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50,
     "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
-HEDGE = re.compile(
+_HEDGE = re.compile(
     r"\d\W*\b(?:or|and|to)\b|\b(?:not|cannot|can't|isn't|aren't|wasn't|never|or|between|than|either|neither"
     r"|least|most|wrong|incorrect"
     r"|exceeds?|below|above|under|over|times|squared|cubed|factorial|mod)\b|[<>±!^√]|\\(?:leq|geq|neq|pm|sqrt|log|pi|"
     r"infty|times|cdot|binom)|\d\s*[*:]|[*:]\s*\d|\d_|[A-Za-z]\d"
 )
-"""What says that a sentence calculates, compares or doubts, so that a number in it is not its result."""
+_POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?-?\d+\}?")
+
+
+def hedges(text: str) -> bool:
+    """Say whether a sentence calculates, compares or doubts, so that a number in it is not its result."""
+    return _HEDGE.search(_POWER_OF_TEN.sub("", plain(text))) is not None
 
 
 @dataclass(frozen=True)

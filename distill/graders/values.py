@@ -7,7 +7,7 @@ is no mathematics is `Words`.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -218,10 +218,9 @@ def _equation(text: str) -> Value:
         return read(sides[-1])
     if _NAME.fullmatch(sides[0]) or not re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", sides[0])):
         value = read(sides[-1])
-        is_name = _NAME.fullmatch(sides[0]) is not None
-        return (
-            Scalar(value.text, value.number, value.unit, sides[0]) if isinstance(value, Scalar) and is_name else value
-        )
+        name = sides[0].split()[-1] if _NAME.fullmatch(sides[0]) else ""  # "the equation of the line is y"
+        is_symbol = name and not re.fullmatch(r"[A-Za-z]{2,}", name)
+        return replace(value, name=name) if isinstance(value, Scalar) and is_symbol else value
     if not all(map(is_formula, sides)):
         return Words(squeezed(text))
     if len(sides) == 2:

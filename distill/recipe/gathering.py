@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from ...errors import UsageError
 from ...localrun.core.generation import Sampling
 from ...localrun.core.settings import setting
 
-_TEACHER, _COST = "Teacher and traces", "Cost"
+_TEACHER, _SERVER, _COST = "Teacher and traces", "Requests to a server", "Cost"
 _GRPO = ("grpo",)
 
 
@@ -36,6 +37,40 @@ def _rubric(text: str) -> str:
     if not rubric:
         raise ValueError(f"cannot be read from {text[1:]}, which is empty")
     return rubric
+
+
+def _json_object(text: str) -> str:
+    """Return a JSON object as text."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError('has to be a JSON object, such as {"top_k": 20}')
+    return text
+
+
+@dataclass(frozen=True)
+class RequestRecipe:
+    """What every request to a server has beside its conversation."""
+
+    system: str | None = setting(
+        None, "System message for the server's model, where a problem has none.", heading=_SERVER, fixed=True
+    )
+    think: Literal["on", "off"] | None = setting(
+        None, "Switch the model's thinking on or off, as its server takes it.", heading=_SERVER, fixed=True
+    )
+    effort: str | None = setting(
+        None, "How much the model thinks, in its own words: low, high, …", heading=_SERVER, metavar="WORD", fixed=True
+    )
+    body: str | None = setting(
+        None,
+        "More fields for each request, as a JSON object.",
+        heading=_SERVER,
+        metavar="JSON",
+        parse=_json_object,
+        fixed=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +113,7 @@ class TeacherRecipe:
         heading=_TEACHER,
         unused_by=_GRPO,
     )
+    request: RequestRecipe = field(default_factory=RequestRecipe)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Sampling
 from ...localrun.core.settings import build, required, setting, values_of
-from .gathering import CostRecipe, CurationRecipe, JudgeRecipe, TeacherRecipe, TracesRecipe, VoteRecipe
+from .gathering import CostRecipe, CurationRecipe, JudgeRecipe, RequestRecipe, TeacherRecipe, TracesRecipe, VoteRecipe
 from .training import GrpoRecipe, OnPolicyRecipe, TrainingRecipe
 from .upgrade import VERSION, upgraded
 
@@ -185,6 +185,7 @@ class EvalRecipe:
     server_model: str | None = setting(
         None, "The model's name on its server, if the server has several.", name="model", heading="Scoring"
     )
+    request: RequestRecipe = field(default_factory=RequestRecipe)
     resources: ResourcesRecipe = field(default_factory=ResourcesRecipe)
 
 

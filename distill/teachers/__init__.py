@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 from urllib.parse import urlsplit
 
 from ...errors import ModelError, UsageError
+from ..recipe.gathering import RequestRecipe
 from ..records import Backend, Request, TeacherInfo
 from .base import Teacher
 
@@ -33,6 +34,8 @@ class ServerOptions(TypedDict, total=False):
     """Requests a minute, at most."""
     max_tpm: int | None
     """Tokens a minute, at most."""
+    request: RequestRecipe | None
+    """What every request has beside its conversation: a system message, switches of the thinking, any field."""
 
 
 def open_teacher(
@@ -54,12 +57,16 @@ def open_teacher(
     pocket pocket
 
     Raises:
-        UsageError: `code` "no-such-model", or "offline" if the spec needs the network.
+        UsageError: `code` "no-such-model", "offline" if the spec needs the network, or "server-only" if `request` asks
+            a model in this process for what only servers are asked for.
         ModelError: the model cannot be loaded here.
         TeacherError: the server is down or refuses.
     """
     if urlsplit(spec).scheme in ("http", "https"):
         return _open_endpoint(spec, offline, server)
+    if asked := [name for name, value in vars(server.get("request") or RequestRecipe()).items() if value is not None]:
+        hint = "leave it out, or give the address of a server"
+        raise UsageError(f"--{asked[0]} is for models on a server, and {spec} is none", hint, code="server-only")
     path = Path(spec)
     if spec.endswith(".gguf"):
         if not path.is_file():

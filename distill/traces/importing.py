@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ...errors import ArtifactError, UsageError
-from ...localrun.core.generation import FinishReason, Message, Sampling
+from ...localrun.core.generation import FinishReason, Message
 from ...localrun.core.text import listed
 from ...localrun.families.thinking import split_finished
 from ..problems.columns import (
@@ -278,7 +278,7 @@ def _trace(row: Columns, answer: _Answer, *, sample: int, teacher: str, file_nam
         finish_reason=answer.finish_reason or ("length" if closed is False else "stop"),
         usage=answer.usage,
         teacher=info,
-        sampling=Sampling(max_tokens=0),
+        sampling={"max_tokens": 0},
         seconds=0.0,
         source=source,
         sample=sample,

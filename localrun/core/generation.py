@@ -102,3 +102,5 @@ class Completion:
     """One row for each of `token_ids`, if asked for and the backend has them."""
     lost_tokens: tuple[int, int] = (0, 0)
     """Prompt and completion tokens of attempts that broke off before this one: paid for, but not counted above."""
+    not_sent: frozenset[str] = frozenset()
+    """Fields of `Sampling` that the server does not take, so that it chose for itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ import httpx
 from ....errors import TeacherError
 from ....localrun.core.generation import Completion, Message, Sampling
 from ...records import Request
+from .body import RequestBody
 from .concurrency import AdaptiveConcurrency, RateLimit
 from .server import Refused, Retryable, Server, least_busy
 from .stream import StreamedReply
@@ -29,7 +31,11 @@ ATTEMPTS = 16
 FIRST_ATTEMPTS = 3  # until the server has answered once: it may not exist
 _FIRST_REFUSALS = 10  # likewise, if it exists: about two minutes, in which a model may get ready
 _TELL_AFTER, _TELL_EVERY_S = 6, 60.0  # failures of one request in a row: chance alone seldom gives as many
-_LONGEST_WAIT_S = 600.0
+_SAME_REFUSALS = 5  # in a row, until no other request is sent
+_FILTERED = re.compile(
+    r"content.?(?:filter|management|policy|safety)|safety|moderat|inappropriate|sensitive", re.IGNORECASE
+)
+_LONGEST_WAIT_S = 24 * 3600.0
 _TOKENS_A_CHARACTER = 0.3  # of English, Source: https://api-docs.deepseek.com/quick_start/token_usage
 
 # Ways to ask for log-probabilities, each for servers that refuse the one before: as many as wanted, with vLLM's switch
@@ -42,7 +48,7 @@ class Endpoint:
     """What the calls of one teacher share: servers and model, how much to ask at once, what was learned so far."""
 
     servers: Sequence[Server]
-    model: str
+    body: RequestBody
     concurrency: AdaptiveConcurrency
     rpm: RateLimit
     tpm: RateLimit
@@ -71,7 +77,9 @@ class Asker:
         self._on_note = on_note
         self._gate = asyncio.Lock()
         self._n_given_up = 0  # in a row
+        self._n_refused, self._refusal = 0, ""  # likewise, for the same reason
         self._told_at = -_TELL_EVERY_S
+        self._noted: set[str] = set()
 
     async def until(self, is_ready: Callable[[], bool]) -> None:
         """Wait until something holds, or the run stops."""
@@ -93,23 +101,41 @@ class Asker:
         pending = _Pending(request, estimate_tokens(request.messages), time.monotonic())
         for attempt in count(1):
             try:
-                completion = pending.completion(await self._attempt(client, pending))
+                reply = await self._attempt(client, pending)
+                completion = pending.completion(reply, not_sent=frozenset(self._endpoint.body.left_out))
             except Retryable as error:
                 if self.stopped.is_set():
                     return None
                 if attempt >= self._most_attempts(error):
                     self._give_up(error)
                     return pending.failed(f"after {attempt} attempts: {error}")
-                self._tell(attempt, error)
-                await self._pause(self._wait_s(attempt, error))
+                if not error.at_once:
+                    self._tell(attempt, error)
+                    await self._pause(self._wait_s(attempt, error))
             except Refused as error:
+                self._count_refusal(error)
                 return pending.failed(str(error))
             else:
                 break
-        self._n_given_up = 0
+        self._n_given_up = self._n_refused = 0
+        self._note_shape(reply, completion)
         self._endpoint.n_answers += 1
         self._endpoint.n_tokens += completion.completion_tokens
         return completion
+
+    def _note_shape(self, reply: StreamedReply, completion: Completion) -> None:
+        """Tell the user, once each, what makes answers of this server worth less."""
+        notes = {
+            "it gives a summary of its reasoning, not the reasoning": reply.is_summary,
+            "an answer is all in the reasoning, and counts as unknown: check the server's reasoning parser "
+            "(vLLM and SGLang: --reasoning-parser)": completion.finish_reason == "stop"
+            and not completion.content.strip()
+            and bool(completion.reasoning_content),
+        }
+        for note, holds in notes.items():
+            if holds and note not in self._noted:
+                self._noted.add(note)
+                self._on_note(f"{self._endpoint.hosts}: {note}")
 
     def _give_up(self, error: Retryable) -> None:
         """Count a request that was given up.
@@ -128,6 +154,24 @@ class Asker:
                 code="server-keeps-failing",
             ) from None
 
+    def _count_refusal(self, error: Refused) -> None:
+        """Count a request that the server refused for what is in it.
+
+        Raises:
+            TeacherError: it refuses one after the other for the same reason, so that it would refuse all.
+        """
+        reason = re.sub(r"\d+", "#", error.refusal)
+        if not error.refusal or _FILTERED.search(reason):  # that is up to the question
+            return
+        self._n_refused = self._n_refused + 1 if reason == self._refusal else 1
+        self._refusal = reason
+        if self._n_refused >= _SAME_REFUSALS:
+            raise TeacherError(
+                f"{self._endpoint.hosts} refuses every request: {error}",
+                "change what it names (--max-tokens, --body, …); every earlier answer is kept",
+                code="server-refuses",
+            ) from None
+
     def _most_attempts(self, error: Retryable) -> int:
         if self._endpoint.n_answers:
             return ATTEMPTS
@@ -136,9 +180,13 @@ class Asker:
     def _tell(self, attempt: int, error: Retryable) -> None:
         """Tell the user, now and then, why nothing seems to happen."""
         enough = _TELL_AFTER if self._endpoint.n_answers else FIRST_ATTEMPTS
-        if attempt >= enough and time.monotonic() - self._told_at >= _TELL_EVERY_S:
+        wait_s = error.retry_after or 0.0
+        if (attempt >= enough or wait_s > _TELL_EVERY_S) and time.monotonic() - self._told_at >= _TELL_EVERY_S:
             self._told_at = time.monotonic()
-            self._on_note(f"{self._endpoint.hosts}: {error}; asking again")
+            again = (
+                f" at {time.strftime('%H:%M on %d %b', time.localtime(time.time() + wait_s))}" if wait_s > 60 else ""
+            )
+            self._on_note(f"{self._endpoint.hosts}: {error}; asking again{again}")
 
     def _wait_s(self, attempt: int, error: Retryable) -> float:
         """Return how long to wait for the next attempt: less than a server asks for while another one works."""
@@ -215,6 +263,10 @@ class Asker:
                 )
             except Refused as error:
                 refused = refused or error
+                if (learned := self._endpoint.body.learn(error.refusal, body)) is not None:
+                    if learned:
+                        self._on_note(f"{server.host} {learned}")
+                    raise Retryable(str(error), at_once=True) from None
                 continue
             except Retryable as error:
                 # mlx-lm hangs up on numbers that it does not accept.
@@ -234,28 +286,10 @@ class Asker:
         """Yield (form, body) for each way to ask for log-probabilities from the one that the server accepted on."""
         k, first, last = self._top_logprobs, server.logprobs_form, None
         for form, (most, with_ids) in enumerate(_LOGPROBS_FORMS[first:], first) if k else [(first, (0, False))]:
-            body = self._body(request, min(k, most), with_ids)
+            body = self._endpoint.body.build(request, self._sampling, n_logprobs=min(k, most), with_ids=with_ids)
             if body != last:
                 yield form, body
             last = body
-
-    def _body(self, request: Request, n_logprobs: int, with_ids: bool) -> dict[str, Any]:
-        sampling = self._sampling
-        body: dict[str, Any] = {
-            "model": self._endpoint.model,
-            "messages": [dict(message) for message in request.messages],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": request.seed,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        # These are not part of OpenAI's API: they are sent only if somebody sets them.
-        body |= {"top_k": sampling.top_k} if sampling.top_k > 0 else {}
-        body |= {"min_p": sampling.min_p} if sampling.min_p > 0 else {}
-        body |= {"logprobs": True, "top_logprobs": n_logprobs} if n_logprobs else {}
-        return body | ({"return_tokens_as_token_ids": True} if with_ids else {})
 
 
 def backoff(attempt: int, asked_s: float | None, *, longest_s: float) -> float:
@@ -268,11 +302,12 @@ def backoff(attempt: int, asked_s: float | None, *, longest_s: float) -> float:
 
 def is_absent(server: Server, reason: str) -> TeacherError:
     """Return the error for a server that never answered."""
-    return TeacherError(
-        f"no answer from {server.url}: {reason}",
-        "is the server running, and is this its address?",
-        code="server-down",
-    )
+    hint = "is the server running, and is this its address?"
+    if "CERTIFICATE" in reason:
+        hint = "if the certificate is yours, set SSL_CERT_FILE to the file of the authority that signed it"
+    elif "proxy" in reason:
+        hint = "check HTTPS_PROXY and ALL_PROXY, or name the server in NO_PROXY"
+    return TeacherError(f"no answer from {server.url}: {reason}", hint, code="server-down")
 
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
@@ -298,9 +333,10 @@ class _Pending:
     started: float
     broken: list[StreamedReply] = field(default_factory=list)
 
-    def completion(self, reply: StreamedReply) -> Completion:
-        """Return the answer."""
-        return replace(reply.completion(time.monotonic() - self.started, self.n_prompt), lost_tokens=self._lost_tokens)
+    def completion(self, reply: StreamedReply, *, not_sent: frozenset[str]) -> Completion:
+        """Return the answer to a request that went out without some fields of the sampling."""
+        answer = reply.completion(time.monotonic() - self.started, self.n_prompt)
+        return replace(answer, lost_tokens=self._lost_tokens, not_sent=not_sent)
 
     def failed(self, error: str) -> Completion:
         """Return a failure, with the tokens that its attempts brought: they may have to be paid for."""

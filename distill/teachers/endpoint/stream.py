@@ -24,6 +24,7 @@ from ....localrun.families.thinking import split_finished
 
 _ID_PREFIX = "token_id:"
 _MAX_BYTES = 64 << 20  # of a reply, decompressed
+_MAX_ERROR = 64 << 10  # bytes of a refusal
 _MAX_LINE = 4 << 20  # bytes of a server-sent event
 _MAX_COUNT = 1 << 40  # tokens; what reports more reports nonsense
 _STOPS = frozenset({"stop", "end_turn", "stop_sequence", "eos_token", "eos", "complete", "completed"})
@@ -209,6 +210,16 @@ async def read_reply(
         raise BrokenReply("the server ran out of resources")
     if reply.finish_reason not in ("stop", "length"):
         raise RefusedReply(f"the server ended the answer with {reply.finish_reason!r}")
+
+
+async def read_error(response: httpx.Response) -> bytes:
+    """Return the first 64 KiB of a refusal."""
+    read = b""
+    async for chunk in response.aiter_bytes():
+        read += chunk
+        if len(read) >= _MAX_ERROR:
+            break
+    return read[:_MAX_ERROR]
 
 
 async def _events(response: httpx.Response, reply: StreamedReply) -> AsyncIterator[Any]:

@@ -24,8 +24,10 @@ import httpx
 from ....errors import TeacherError, UsageError
 from ....localrun.core.generation import Completion, Message, Sampling, TopLogprobs
 from ....localrun.core.text import listed
+from ...recipe.gathering import RequestRecipe
 from ...records import Request
 from ..base import Teacher
+from .body import RequestBody
 from .concurrency import AdaptiveConcurrency, RateLimit
 from .retry import FIRST_ATTEMPTS, Asker, Endpoint, backoff, is_absent
 from .scoring import Scorer
@@ -53,12 +55,13 @@ class EndpointTeacher(Teacher):
         max_rpm: int | None = None,
         max_tpm: int | None = None,
         max_backoff_s: float = 60.0,
+        request: RequestRecipe | None = None,
     ) -> None:
         """Find the servers and their model.
 
         Raises:
             TeacherError: `code` "server-down", "server-refuses", "models-not-listed" or "model-unclear".
-            UsageError: `code` "bad-address" or "number-out-of-range".
+            UsageError: `code` "bad-address", "bad-key", "number-out-of-range" or "thinking-unknown".
         """
         for name, number in (("concurrency", concurrency), ("max_rpm", max_rpm), ("max_tpm", max_tpm)):
             if isinstance(number, int) and number < 1:
@@ -68,8 +71,9 @@ class EndpointTeacher(Teacher):
         servers = [Server(address) for address in split_addresses(addresses)]
         self.model = _find_model(servers, model)
         self.name = f"{self.model} at {', '.join(server.host for server in servers)}"
+        body = RequestBody(self.model, request, host=servers[0].host)
         self._endpoint = Endpoint(
-            servers, self.model, concurrency, RateLimit(max_rpm), RateLimit(max_tpm), timeout_s, max_backoff_s
+            servers, body, concurrency, RateLimit(max_rpm), RateLimit(max_tpm), timeout_s, max_backoff_s
         )
         self._scorers = [Scorer(server, self.model, timeout_s) for server in servers]
         self._n_scored_at_once = concurrency.level if concurrency.is_fixed else _SCORED_AT_ONCE

@@ -17,7 +17,6 @@ from deepdistill.distill.problems.split import bucket_of, question_hash
 from deepdistill.distill.recipe.gathering import CurationRecipe
 from deepdistill.distill.records import TeacherInfo, Trace, Usage
 from deepdistill.errors import UsageError
-from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.settings import build
 
 VOCABULARY = [f"{a}{b}" for a in ("ba", "ko", "ri", "mu", "te") for b in ("lan", "pir", "son", "dek", "vum", "gra")]
@@ -65,7 +64,7 @@ def trace(question: str | int = 0, **fields: Any) -> Trace:
         finish_reason="stop",
         usage=Usage(30, 60, 50),
         teacher=TeacherInfo("teacher", "endpoint"),
-        sampling=Sampling(),
+        sampling={},
         seconds=1.0,
     )
     source = fields.pop("source", None)

@@ -30,7 +30,6 @@ from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.records import CurvePoint, TeacherInfo, Trace, Usage
 from deepdistill.distill.run import Run
 from deepdistill.distill.traces.summary import TraceSummary
-from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.record_log import to_json
 
 EVIL = "</pre><script>window.pwned=1</script><img src=x onerror=alert(1)> \" ' \x1b[31m \u202e"
@@ -57,7 +56,7 @@ def trace(number: int, **fields: Any) -> Trace:
         finish_reason="stop",
         usage=Usage(30, 100 + number, 50),
         teacher=TeacherInfo("teacher", "endpoint"),
-        sampling=Sampling(),
+        sampling={},
         seconds=2.0,
         source="a" if number % 3 else "b",
     )

@@ -79,7 +79,7 @@ def trace(
         finish_reason=finish,
         usage=Usage(1, 1, 0),
         teacher=TeacherInfo("toy", "endpoint"),
-        sampling=Sampling(),
+        sampling={},
         seconds=0.1,
     )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from deepdistill.distill.judging.vote import answer_key, vote, vote_on_traces
 from deepdistill.distill.recipe.gathering import VoteRecipe
 from deepdistill.distill.records import Judgement, TeacherInfo, Trace, Usage, Verdict
-from deepdistill.localrun.core.generation import FinishReason, Sampling
+from deepdistill.localrun.core.generation import FinishReason
 
 
 def ids(*answers: str | None) -> dict[str, str | None]:
@@ -162,7 +162,7 @@ def trace(
         finish_reason=finish,
         usage=Usage(1, 1, 0),
         teacher=TeacherInfo("toy", "endpoint"),
-        sampling=Sampling(),
+        sampling={},
         seconds=0.1,
     )
 

@@ -34,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         question = body["messages"][-1]["content"]
         with self.server.lock:
+            self.server.paths.append(self.path)
             self.server.requests.append((time.monotonic(), question, body, dict(self.headers)))
             failures = self.server.failures.get(question, [])
             failure = failures.pop(0) if failures else None
@@ -45,9 +46,8 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status: int, body: Any, **headers: str) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in ({"Content_Type": "application/json"} | headers).items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -78,6 +78,7 @@ class FakeServer(ThreadingHTTPServer):
         self.models, self.models_status = ["toy"], 200
         self.failures: dict[str, list[Failure]] = {}
         self.requests: list[tuple[float, str, dict[str, Any], dict[str, str]]] = []
+        self.paths: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, *_: Any) -> None:

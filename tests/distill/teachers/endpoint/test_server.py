@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
+import httpx
 import pytest
 from fake_server import (
     FakeServer,
@@ -20,7 +22,7 @@ from fake_server import (
 )
 
 from deepdistill.distill.teachers import open_teacher
-from deepdistill.distill.teachers.endpoint.server import api_key
+from deepdistill.distill.teachers.endpoint.server import Server, api_key, retry_after
 from deepdistill.distill.teachers.endpoint.teacher import EndpointTeacher
 from deepdistill.errors import TeacherError, UsageError
 from deepdistill.localrun.core.generation import Completion, Sampling
@@ -131,3 +133,70 @@ def test_an_address_that_only_fails_is_not_the_least_busy(server: FakeServer, se
     assert all(answer.finish_reason == "stop" for _, answer in answers)
     assert len(answers) == len(server.requests) == 60
     assert len(second.requests) < 20
+
+
+def test_addresses_in_azures_style_and_their_key(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Server("https://mine.openai.azure.com/openai/deployments/r1/chat/completions?api-version=2026-10-01")
+    assert made.url == "https://mine.openai.azure.com/openai/deployments/r1"
+    monkeypatch.setenv("DEEPDISTILL_API_KEY", KEY)
+    assert Server("https://mine.openai.azure.com/openai/v1").headers == {"api-key": KEY}
+    with EndpointTeacher(f"{server.url}/chat/completions?api-version=1", model="toy") as teacher:
+        assert [answer.content for _, answer in teacher.generate(ask(1), Sampling())] == ["QUESTION 0!"]
+    assert server.paths[-1] == "/v1/chat/completions?api-version=1"
+
+
+@pytest.mark.parametrize("key", ["sk-café", "sk-a\nb"])
+def test_a_key_that_can_be_none(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPDISTILL_API_KEY", key)
+    with pytest.raises(UsageError, check=lambda error: error.code == "bad-key"):
+        Server("http://127.0.0.1:9/v1")
+
+
+def test_a_web_page_and_a_move_are_said(server: FakeServer) -> None:
+    def page(handler: Handler, _: str) -> None:
+        handler.send(200, b"<html>Welcome</html>", Content_Type="text/html")
+
+    def moved(handler: Handler, _: str) -> None:
+        handler.send(301, b"", Location="https://elsewhere/v1")
+
+    for failure, code, named in ((page, "not-an-api", server.url), (moved, "server-moved", "https://elsewhere/v1")):
+        server.failures["question 0"] = [failure]
+        with EndpointTeacher(server.url) as teacher, pytest.raises(TeacherError) as caught:
+            list(teacher.generate(ask(1), Sampling()))
+        assert (caught.value.code, named in caught.value.message) == (code, True)
+
+
+def test_proxies_that_do_not_work_are_named(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTP_PROXY", "http://user:secret@127.0.0.1:9")
+    with pytest.raises(TeacherError) as caught:
+        EndpointTeacher(server.url, max_backoff_s=0.01)
+    assert (caught.value.code, "proxy 127.0.0.1:9" in caught.value.message) == ("server-down", True)
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+    monkeypatch.delenv("HTTP_PROXY")
+    monkeypatch.setenv("ALL_PROXY", "ftp://127.0.0.1:9")
+    with pytest.raises(TeacherError, check=lambda error: error.code == "proxy-unusable"):
+        EndpointTeacher(server.url, max_backoff_s=0.01)
+    monkeypatch.setenv("NO_PROXY", "::1,127.0.0.1")
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
+    EndpointTeacher(server.url).close()
+
+
+def test_retry_after_is_counted_by_the_servers_own_clock() -> None:
+    headers = {"retry-after": "Tue, 01 Dec 2026 12:00:30 GMT", "date": "Tue, 01 Dec 2026 12:00:00 GMT"}
+    assert retry_after(httpx.Headers(headers)) == 30.0
+    assert retry_after(httpx.Headers({"retry-after": "7200"})) == 7200.0
+    assert retry_after(httpx.Headers({"retry-after": "soon"})) is None
+
+
+def test_a_wait_of_hours_is_said_at_once(server: FakeServer) -> None:
+    notes: list[str] = []
+    server.failures["question 0"] = [status(429, "quota", Retry_After="7200")]
+    with EndpointTeacher(server.url) as teacher:
+        teacher.on_note = notes.append
+        run = teacher.generate(ask(1), Sampling())
+        threading.Thread(target=lambda: next(run, None), daemon=True).start()
+        ended = time.monotonic() + 20
+        while not notes and time.monotonic() < ended:
+            time.sleep(0.01)
+    assert "asking again at" in notes[0]
