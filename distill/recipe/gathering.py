@@ -10,6 +10,7 @@ from typing import Literal
 from ...errors import UsageError
 from ...localrun.core.generation import Sampling
 from ...localrun.core.settings import setting
+from ...localrun.families.thinking import Think
 
 _TEACHER, _SERVER, _COST = "Teacher and traces", "Requests to a server", "Cost"
 _GRPO = ("grpo",)
@@ -57,8 +58,8 @@ class RequestRecipe:
     system: str | None = setting(
         None, "System message for the server's model, where a problem has none.", heading=_SERVER, fixed=True
     )
-    think: Literal["on", "off"] | None = setting(
-        None, "Switch the model's thinking on or off, as its server takes it.", heading=_SERVER, fixed=True
+    think: Think = setting(
+        "auto", "Switch the model's thinking on or off, as its server takes it.", heading=_SERVER, fixed=True
     )
     effort: str | None = setting(
         None, "How much the model thinks, in its own words: low, high, …", heading=_SERVER, metavar="WORD", fixed=True

@@ -64,7 +64,8 @@ def open_teacher(
     """
     if urlsplit(spec).scheme in ("http", "https"):
         return _open_endpoint(spec, offline, server)
-    if asked := [name for name, value in vars(server.get("request") or RequestRecipe()).items() if value is not None]:
+    plain = RequestRecipe()
+    if asked := [name for name, value in vars(server.get("request") or plain).items() if value != getattr(plain, name)]:
         hint = "leave it out, or give the address of a server"
         raise UsageError(f"--{asked[0]} is for models on a server, and {spec} is none", hint, code="server-only")
     path = Path(spec)

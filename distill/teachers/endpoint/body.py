@@ -102,13 +102,13 @@ def _switches(request: RequestRecipe, model: str, host: str) -> dict[str, Any]:
     Source: the vendors' pages on thinking of November 2026; for servers of one's own the chat templates' variables.
     """
     think, effort, name = request.think, request.effort, model.casefold()
-    if think is None and effort is None:
+    if think == "auto" and effort is None:
         return {}
     if "openrouter.ai" in host:
-        reasoning = ({"enabled": think == "on"} if think else {}) | ({"effort": effort} if effort else {})
+        reasoning = ({"enabled": think == "on"} if think != "auto" else {}) | ({"effort": effort} if effort else {})
         return {"reasoning": reasoning}
     body: dict[str, Any] = {"reasoning_effort": effort} if effort else {}
-    if think is None:
+    if think == "auto":
         return body
     if host.endswith(("deepseek.com", "moonshot.ai", "moonshot.cn", "z.ai", "bigmodel.cn")):
         return body | {"thinking": {"type": "enabled" if think == "on" else "disabled"}}

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from itertools import count
+from typing import TypedDict, Unpack
 
 import httpx
 
@@ -36,6 +37,15 @@ from .server import CONNECT_S, Retryable, Server, tls_context
 _SCORED_AT_ONCE = 16  # requests, unless the user fixes how many
 
 
+class Rates(TypedDict, total=False):
+    """What all servers together are asked for in a minute, at most."""
+
+    max_rpm: int | None
+    """Requests."""
+    max_tpm: int | None
+    """Tokens."""
+
+
 class EndpointTeacher(Teacher):
     """One model on one or more servers: `http://a/v1,http://b/v1`. Each request goes to the least busy one that works.
 
@@ -52,10 +62,9 @@ class EndpointTeacher(Teacher):
         model: str | None = None,
         concurrency: int | AdaptiveConcurrency | None = None,
         timeout_s: float = 600.0,
-        max_rpm: int | None = None,
-        max_tpm: int | None = None,
         max_backoff_s: float = 60.0,
         request: RequestRecipe | None = None,
+        **rates: Unpack[Rates],
     ) -> None:
         """Find the servers and their model.
 
@@ -63,6 +72,7 @@ class EndpointTeacher(Teacher):
             TeacherError: `code` "server-down", "server-refuses", "models-not-listed" or "model-unclear".
             UsageError: `code` "bad-address", "bad-key", "number-out-of-range" or "thinking-unknown".
         """
+        max_rpm, max_tpm = rates.get("max_rpm"), rates.get("max_tpm")
         for name, number in (("concurrency", concurrency), ("max_rpm", max_rpm), ("max_tpm", max_tpm)):
             if isinstance(number, int) and number < 1:
                 raise UsageError(f"{name} is at least 1, not {number}", code="number-out-of-range")

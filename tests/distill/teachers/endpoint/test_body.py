@@ -109,12 +109,12 @@ def test_what_the_user_adds_is_sent(server: FakeServer) -> None:
     ("model", "host", "think", "effort", "sent"),
     [
         ("deepseek-v4-pro", "api.deepseek.com", "on", None, {"thinking": {"type": "enabled"}}),
-        ("deepseek-v4-pro", "api.deepseek.com", None, "high", {"reasoning_effort": "high"}),
+        ("deepseek-v4-pro", "api.deepseek.com", "auto", "high", {"reasoning_effort": "high"}),
         ("deepseek-ai/DeepSeek-V3.1", "localhost:8000", "on", None, {"chat_template_kwargs": {"thinking": True}}),
         ("Qwen/Qwen3-8B", "localhost:8000", "off", None, {"chat_template_kwargs": {"enable_thinking": False}}),
         ("zai-org/GLM-4.7", "localhost", "off", None, {"chat_template_kwargs": {"enable_thinking": False}}),
         ("kimi-k3", "api.moonshot.ai", "off", None, {"thinking": {"type": "disabled"}}),
-        ("openai/gpt-oss-120b", "localhost", None, "low", {"reasoning_effort": "low"}),
+        ("openai/gpt-oss-120b", "localhost", "auto", "low", {"reasoning_effort": "low"}),
         ("deepseek/deepseek-r1", "openrouter.ai", "on", "high", {"reasoning": {"enabled": True, "effort": "high"}}),
     ],
 )  # fmt: skip
