@@ -16,7 +16,7 @@ from deepdistill.distill.records import Problem
 DATA = Path(__file__).parents[2] / "data"
 CASES = [
     json.loads(line)
-    for name in ("verdicts.jsonl", "verdicts_given.jsonl", "verdicts_held_out.jsonl")
+    for name in ("verdicts.jsonl", "verdicts_given.jsonl", "verdicts_held_out.jsonl", "verdicts_held_out_2.jsonl")
     for line in (DATA / name).read_text(encoding="utf-8").splitlines()
 ]
 
