@@ -54,11 +54,18 @@ def find(content: str, choices: dict[str, str], gold: str = "") -> str | None:
     if not lines:
         return None
     last, first = lines[-1], lines[0]
-    opening = re.split(r"[.,:;!]\s", first)[0]  # "Yes. According to the passage, …"
-    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices) or choose(opening, choices)
+    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices) or _opened(first, choices)
     if chosen is None and _mentions(last, choices or {gold: ""}):
         raise CannotTell("the answer mentions options without choosing one")
     return chosen
+
+
+def _opened(line: str, choices: dict[str, str]) -> str | None:
+    """Return the option that a line begins with, if the rest names no other: "Yes. According to the passage, …"."""
+    opening, *rest = re.split(r"[.,:;!]\s", line, maxsplit=1)
+    letter = choose(opening, choices)
+    others = {key: option for key, option in choices.items() if key != letter}
+    return None if rest and _mentions(rest[0], others) else letter
 
 
 def _concluded(line: str, choices: dict[str, str]) -> str | None:
