@@ -23,11 +23,8 @@ _NAME = re.compile(
     r"|\\angle\s*\w+|\\overline\{\w+\}"
 )
 _RELATION = r"<|>|\\leq|\\geq|\\neq"
-_MATRIX = re.compile(
-    r"\\begin\{(?:[pbvBV]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{(?:[pbvBV]?matrix|array)\}", re.DOTALL
-)
+_MATRIX = r"\\begin\{(?:[pbvBV]?matrix|array)\}(?:\{[clr|]*\})?(?P<rows>.*)\\end\{(?:[pbvBV]?matrix|array)\}"
 _JOINT = r",(?!\d{3}(?!\d))\s*(?:\\?\s*(?:and|or)\b)?|;|\b(?:and|or)\b|\\(?:land|lor|cup|text\{or\})(?![A-Za-z])"
-_CLOSING = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle"}
 _NOT_NUMBERS = re.compile(
     r"\d{4}-\d\d?-\d\d?|\d+(?:\s*:\s*\d+)+(?:\s*[ap]\.?m\.?)?|\w+_\{?\d+\}?(?<=[\d}])", re.IGNORECASE
 )
@@ -65,7 +62,6 @@ class Several:
     """Values in any order: a list, a set, a union of intervals, both signs of ±."""
 
     items: tuple[Value, ...]
-    has_braces: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def read(text: str) -> Value:
     if number := parse(text):
         return Scalar(text, number, number.unit)
     if text == r"\emptyset":
-        return Several((), has_braces=True)
+        return Several(())
     if text == r"\mathbb{R}":
         return Sequence((_MINUS_INFINITY, _INFINITY))
     if gap := re.fullmatch(r"\\mathbb\{R\}\s*\\setminus\s*\\\{(.+)\\\}", text):
@@ -104,19 +100,8 @@ def read(text: str) -> Value:
         return _several([read(part) for part in parts])
     if bracketed := _bracketed(text):
         return bracketed
-    if scaled := re.fullmatch(
-        rf"(?P<factor>.+?)\s*(?:\\cdot|\\times)?\s*(?P<matrix>{_MATRIX.pattern})", text, re.DOTALL
-    ):
-        return _scaled(scaled["factor"], read(scaled["matrix"]))
-    if matrix := _MATRIX.fullmatch(text):
-        rows = [
-            [read(cell) for cell in row.split("&")]
-            for row in re.split(r"\\\\", re.sub(r"(?:\\\\\s*)+$", "", matrix[1].strip()))
-            if row.strip()
-        ]
-        if all(len(row) == 1 for row in rows) and len(rows) > 1:
-            return Sequence(tuple(row[0] for row in rows))
-        return Sequence(tuple(Sequence(tuple(row)) for row in rows), "[", "]")
+    if matrix := _matrix(text):
+        return matrix
     if re.search(_RELATION, text):
         return _relation(text)
     if "\\approx" in text:
@@ -128,6 +113,18 @@ def read(text: str) -> Value:
         both = [read(text.replace("\\pm", sign).replace("\\mp", {"+": "-", "-": "+"}[sign])) for sign in "+-"]
         return _several(both)
     return _scalar(text)
+
+
+def _matrix(text: str) -> Value | None:
+    """Return the rows of a matrix, or a column as a point; a factor before it is multiplied in."""
+    found = re.fullmatch(rf"(?P<factor>.*?)\s*(?:\\cdot|\\times)?\s*{_MATRIX}", text, re.DOTALL)
+    if found is None:
+        return None
+    lines = [line for line in found["rows"].split(r"\\") if line.strip()]
+    rows = [tuple(read(cell) for cell in line.split("&")) for line in lines]
+    is_column = len(rows) > 1 and all(len(row) == 1 for row in rows)
+    matrix = Sequence(tuple(row[0] for row in rows)) if is_column else Sequence(tuple(map(Sequence, rows)), "[", "]")
+    return _scaled(found["factor"], matrix) if found["factor"] else matrix
 
 
 def _scaled(factor: str, value: Value) -> Value:
@@ -161,7 +158,7 @@ def _bracketed(text: str) -> Value | None:
         return None  # (x+1)(x-1)
     parts = split_top(inside, r",(?!\d{3}(?!\d))|;|\\mid" if opening == r"\{" else r"[,;]")
     if opening == r"\{":
-        return Several(tuple(read(part) for part in parts if part), has_braces=True)
+        return Several(tuple(read(part) for part in parts if part))
     if len(parts) < 2:
         return read(inside) if (opening, closing) == ("(", ")") else None
     if opening == r"\langle":
