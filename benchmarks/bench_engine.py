@@ -71,7 +71,7 @@ def decode_bare(opened: Engine, n: int) -> float:
     """Return the tokens/s of a bare llama_decode loop that goes on from what the cache holds, always with one token."""
     batch = llama_cpp.llama_batch_init(1, 0, 1)
     batch.n_tokens, batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 1, 0, 1
-    position, handle = len(opened._cached), opened._context.handle
+    position, handle = len(opened._cache.tokens), opened._context.handle
     started = time.monotonic()
     for i in range(n):
         batch.token[0], batch.pos[0] = 1000 + i, position + i

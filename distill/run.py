@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ class Run:
 
     Raises on entry:
         ArtifactError: `code` "file-locked": another process holds it, which is named; "run-differs": it was made with
-            another recipe; "recipe-broken", "recipe-newer".
+            another recipe; "run-has-link": a link in it might lead anywhere; "recipe-broken", "recipe-newer".
     """
 
     def __init__(self, folder: Path, recipe: TeachRecipe) -> None:
@@ -37,8 +38,9 @@ class Run:
         self._lock: WriterLock | None = None
 
     def __enter__(self) -> Self:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ArtifactError(f"{self.folder} is a file", "give another folder with --out", code="out-is-file")
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise ArtifactError(f"{self.folder} is not a folder", "give another one with --out", code="out-is-file")
+        make_run_folder(self.folder)
         lock = WriterLock(self.folder / "recipe.json", what=self.folder)
         try:
             self._check_recipe()
@@ -100,6 +102,22 @@ class Run:
     def save(self, name: str, value: Any) -> None:
         """Write a JSON artifact beside its place and rename it."""
         write_text(self.folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make a folder for a run, which nobody else may read, or check the one that is there.
+
+    Raises:
+        ArtifactError: `code` "write-failed", or "run-has-link": a link in it might lead anywhere.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"cannot make {folder}: {error.strerror}", code="write-failed") from error
+    if link := next((path for path in folder.rglob("*") if path.is_symlink()), None):
+        hint = "put what it points to in its place, or give another folder with --out"
+        raise ArtifactError(f"{link} is a link, and a run follows none", hint, code="run-has-link")
 
 
 def find_run(path: Path) -> Path | None:

@@ -22,7 +22,7 @@ _NO_ROOM_HINT = "make room and run the same command again: it resumes after what
 
 
 class AppendFile(Closes):
-    """A file that only grows. Each `write` adds all of its bytes or, if that fails, none of them."""
+    """A file that only grows, and is no link. Each `write` adds all of its bytes or, if that fails, none of them."""
 
     def __init__(self, path: Path) -> None:
         """Open or create the file.
@@ -33,11 +33,13 @@ class AppendFile(Closes):
         self.path, self._is_dirty, self._failure = path, False, ""
         is_new = not path.exists()
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+            self._file = os.open(path, flags, 0o644)
             stat = os.fstat(self._file)
             self.size, self._inode = stat.st_size, (stat.st_dev, stat.st_ino)
         except OSError as error:
-            raise ArtifactError(f"cannot open {path}: {error.strerror or error}", code="write-failed") from error
+            why = "it is a link" if path.is_symlink() else error.strerror or error
+            raise ArtifactError(f"cannot open {path}: {why}", code="write-failed") from error
         if is_new:
             _sync_folder(path.parent)
 

@@ -1,6 +1,7 @@
 """Render a chat template as transformers does: the same jinja settings, helpers and sandbox.
 
-A template comes with a downloaded file, so it is foreign code: it runs in jinja's sandbox and may raise anything.
+A template comes with a downloaded file, so it is foreign code: it runs in jinja's sandbox, with a bound on its time and
+on what it writes, and may raise anything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ...errors import ModelError
+from ..core.time_limit import time_limit
+
+MAX_SECONDS = 10.0
+_MAX_CHARACTERS = 16 << 20
 
 
 def render(
@@ -43,7 +48,8 @@ def render(
         hint = "use an instruction-tuned model"
         raise ModelError("the model's file has no chat template", hint, code="no-chat-template")
     try:
-        return _compile(source).render(
+        return _bounded(
+            _compile(source),
             messages=[_as_templates_expect(message) for message in messages],
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=None,
@@ -56,6 +62,40 @@ def render(
         raise ModelError(
             f"the model's chat template refuses the conversation: {error}", code="template-refused"
         ) from error
+
+
+def _bounded(template: Template, **values: Any) -> str:
+    """Return what a template writes.
+
+    Raises:
+        TemplateError: it writes more than any conversation has.
+        TookTooLong: it does not come to an end.
+    """
+    pieces, n_characters = list[str](), 0
+    with time_limit(MAX_SECONDS):
+        for piece in template.generate(**values):
+            pieces.append(piece)
+            n_characters += len(piece)
+            if n_characters > _MAX_CHARACTERS:
+                raise TemplateError(f"it writes more than {_MAX_CHARACTERS:,} characters")
+    return "".join(pieces)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox, in which no single operation makes a text of any size."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute a product, a power or a remainder of numbers, and a text's or list's repetition if it is short."""
+        sizes = [len(value) for value in (left, right) if isinstance(value, Sequence)]
+        times = [value for value in (left, right) if isinstance(value, int)]
+        is_long = sizes and times and sizes[0] * times[0] > _MAX_CHARACTERS
+        if (operator == "*" and is_long) or (operator == "**" and isinstance(right, int) and right > 64):
+            raise TemplateError("it makes something larger than any conversation")
+        if operator == "%" and isinstance(left, str):
+            raise TemplateError("it formats with %, which may write any number of spaces")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Arguments(dict[str, Any]):
@@ -91,9 +131,7 @@ def _arguments(value: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.run import Run, find_run, run_name
 from deepdistill.errors import ArtifactError
+from deepdistill.localrun.core.append_file import AppendFile
 from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.settings import changed
 
@@ -133,3 +135,26 @@ def test_names(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
     assert find_run(tmp_path) == find_run(tmp_path / "student") == tmp_path
     assert find_run(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions, and links need a privilege")
+def test_a_run_is_private_and_follows_no_link(tmp_path: Path) -> None:
+    folder, outside = tmp_path / "runs" / "run", tmp_path / "outside"
+    outside.write_text("mine")
+    with Run(folder, TeachRecipe("p")):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for target in (outside, tmp_path / "nowhere"):
+        (folder / "scores.json").symlink_to(target)
+        with pytest.raises(ArtifactError, check=lambda e: e.code == "run-has-link"), Run(folder, TeachRecipe("p")):
+            pass
+        (folder / "scores.json").unlink()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(ArtifactError, check=lambda e: e.code == "out-is-file"),
+        Run(tmp_path / "dangling", TeachRecipe("p")),
+    ):
+        pass
+    (tmp_path / "log").symlink_to(outside)
+    with pytest.raises(ArtifactError, check=lambda e: e.code == "write-failed" and "link" in e.message):
+        AppendFile(tmp_path / "log")
+    assert outside.read_text() == "mine"

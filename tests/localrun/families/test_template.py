@@ -12,6 +12,7 @@ import pytest
 from deepdistill.errors import ModelError
 from deepdistill.localrun.core.generation import Message
 from deepdistill.localrun.engine.engine import Engine
+from deepdistill.localrun.families import template
 from deepdistill.localrun.families.template import render
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,3 +177,26 @@ def test_a_file_without_template_is_told(tmp_path: Path, build_gguf: Any) -> Non
         pytest.raises(ModelError, check=lambda error: error.code == "no-chat-template"),
     ):
         engine.render(ONE)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}",
+        "{{ 'x' * 99999999999 }}",
+        "{{ ['x'] * 99999999999 }}",
+        "{{ '%099999999999d' % 1 }}",
+        "{{ 9 ** 999999999 }}",
+    ],
+)
+def test_what_a_template_writes_is_bounded(source: str) -> None:
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-refused"):
+        render(source, [], thinking=True)
+
+
+def test_a_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.2)
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-refused"):
+        render(source, [], thinking=True)
+    assert render("{{ 2 * 3 }}{{ 'ab' * 2 }}", [], thinking=True) == "6abab"
