@@ -236,7 +236,7 @@ def bench_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
         runs["ours"] = partial(run_rows, batched, *shape)
         if can_page(model):
             n_pages = 64 if tiny else None
-            paged = partial(PagedDecoder, model, batch_size=size, eos_ids=eos, pages=Pages(n_pages))
+            paged = partial(PagedDecoder, model=model, batch_size=size, eos_ids=eos, pages=Pages(n_pages))
             runs["ours, paged"] = partial(run_rows, paged, *shape)
         peer = f"{PEER} {arguments.static[0]}"
         record[name] = compare(runs, arguments.rounds, peer) | {"parameters": model.num_parameters(), "peer": peer}

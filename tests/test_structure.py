@@ -34,7 +34,8 @@ COMMANDS_EVER = COMMANDS_NOW | {
 }
 TYPER_FLAGS = {"AsJson", "Offline", "Out", "Quiet", "Seed"}  # aliases of commands/shared.py
 OVERRIDES = {  # names and order of parameters that libraries give
-    "__exit__", "forward", "backward", "compute_loss", "_get_per_token_logps_and_entropies", "_attend", "_to_json", "call_binop",
+    "__exit__", "forward", "backward", "compute_loss", "_get_per_token_logps_and_entropies", "_attend", "_to_json",
+    "call_binop",
 }  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
