@@ -30,8 +30,9 @@ _PROMPTS = (".txt", ".md")
 _NO_PROMPTS = ("readme", "license", "changelog", "contributing", "citation", "notice")
 _MAX_TEXT = 16 << 20  # characters of a line or a field
 _MAX_DOCUMENT = 256 << 20  # bytes of a .json file, which has to be read at once
-_MAX_GROUP = 2 << 30  # bytes of a Parquet row group, uncompressed
-_ROWS_AT_ONCE = 64  # of a Parquet file
+_MAX_GROUP = 1 << 30  # bytes of a Parquet row group, uncompressed
+_ROWS_AT_ONCE = 500  # of a Parquet file, if their texts are short
+_SHORT_TEXT = 64 << 10  # bytes
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -147,8 +148,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str | ArtifactError]]:
             if len(line) == _MAX_TEXT and not line.endswith("\n"):
                 while (rest := text.readline(_MAX_TEXT)) and not rest.endswith("\n"):
                     pass
-                fault = f"{where} has more than {_MAX_TEXT:,} characters"
-                yield where, ArtifactError(fault, "split that line, or remove it", code="line-too-long")
+                yield where, _too_long(where)
             elif line.strip():
                 yield where, line
 
@@ -211,18 +211,44 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a Parquet file, one in memory at a time, whatever its compression holds."""
+    import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
 
-    number = 0
     with pyarrow.parquet.ParquetFile(path) as file:
         groups = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
         if max(groups, default=0) > _MAX_GROUP:
             hint = "write it again with smaller row groups"
-            raise ArtifactError(f"a row group of {path} has more than 2 GiB", hint, code="file-too-large")
+            raise ArtifactError(
+                f"a row group of {path} has more than {_MAX_GROUP >> 20} MiB", hint, code="file-too-large"
+            )
+        texts = [field.name for field in file.schema_arrow if pyarrow.types.is_string(field.type)]
+    number = 0
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:  # a text that rows share is there once
         for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} row {number}", row
+            is_small = _longest(pyarrow, batch) <= _SHORT_TEXT
+            for part in [batch] if is_small else (batch.slice(i, 1) for i in range(batch.num_rows)):
+                is_long = not is_small and _longest(pyarrow, part) > _MAX_TEXT
+                for row in [None] if is_long else part.to_pylist():
+                    number += 1
+                    where = f"{path} row {number}"
+                    yield where, _too_long(where) if row is None else row
+
+
+def _longest(pyarrow: Any, batch: Any) -> int:
+    """Return the bytes of the longest text in the columns that have their texts in dictionaries."""
+    sizes = [
+        pyarrow.compute.max(pyarrow.compute.binary_length(column.dictionary.take(column.indices.unique()))).as_py() or 0
+        for column in batch.columns
+        if pyarrow.types.is_dictionary(column.type)
+    ]
+    return max(sizes, default=0)
+
+
+def _too_long(where: str) -> ArtifactError:
+    fault = f"{where} has more than {_MAX_TEXT:,} characters"
+    return ArtifactError(fault, "split it, or remove it", code="line-too-long")
 
 
 def _read_prompts(path: Path) -> Iterator[tuple[str, Row]]:

@@ -86,3 +86,17 @@ def test_the_readme_of_a_folder_is_no_problem(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("About these prompts.")
     (tmp_path / "a.txt").write_text("First?")
     assert [p.question for p in load_problems(str(tmp_path))] == ["First?"]
+
+
+def test_a_parquet_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    texts = pyarrow.array(["x" * (20 << 20), "short"])
+    answers = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300 + [1], pyarrow.int32()), texts)
+    table = pyarrow.table({"question": [f"q{i}" for i in range(301)], "answer": answers})
+    pyarrow.parquet.write_table(table, tmp_path / "bomb.parquet")
+    tracemalloc.start()
+    problems = load_problems(str(tmp_path / "bomb.parquet"))
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    assert [(p.question, p.answer) for p in problems] == [("q300", "short")]
