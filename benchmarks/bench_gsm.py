@@ -65,14 +65,9 @@ def score(model: Path, problems_path: Path, n: int, seed: int, max_tokens: int, 
     assert all(bucket_of(problem.question) == "test" for problem in everything)
     drawn = random.Random(seed).sample(everything, min(n, len(everything)))
     with open_teacher(str(model)) as teacher, Grader() as grader:
-        return evaluate(
-            teacher,
-            drawn,
-            grader=grader,
-            sampling=Sampling(max_tokens=max_tokens),
-            report=bars,
-            stage=f"{hop} {seed}",
-        ).to_json()
+        sampling = Sampling(max_tokens=max_tokens)
+        found = evaluate(teacher, drawn, grader=grader, sampling=sampling, report=bars, stage=f"{hop} {seed}")
+    return vars(found)
 
 
 def main() -> None:
@@ -106,12 +101,12 @@ def main() -> None:
             minutes=arguments.minutes,
             epochs=100,
             batch_size=arguments.train_batch_size,
-            weights=arguments.student == "pocket",
+            weights="full" if arguments.student == "pocket" else "lora",
         ),
         curation=CurationRecipe(similarity=1.0, contamination_ngram=None),
     )
     with Bars(quiet=False) as bars:
-        result = teach(settings, out / "run", stop_after="training", on_progress=bars)
+        result = teach(settings, out / "run", stop_after="training", report=bars)
         assert result.student_dir is not None
         models = {"student": result.student_dir, "base": student_dir(arguments.student)}
         for hop, model in models.items():

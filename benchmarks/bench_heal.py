@@ -114,7 +114,7 @@ def ask(run: Path, file: Path, n: int) -> dict[str, Any]:
     settings = TeachRecipe.of_run(run)
     problems = load_problems(settings.problems, "test", n=n, seed=settings.seed)
     answers = file.with_suffix(".answers.jsonl")
-    score = score_file(file, problems, max_tokens=settings.eval_max_tokens, answers_path=answers)
+    score = score_file(file, problems, max_tokens=settings.scores.max_tokens, answers_path=answers)
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     return vars(score) | {"right": [line["verdict"] == "right" for line in lines]}
 

@@ -29,7 +29,6 @@ from deepdistill.distill.recipe.gathering import TeacherRecipe, TracesRecipe
 from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Trace
-from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
@@ -41,6 +40,7 @@ from deepdistill.distill.training.packing import pad
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainPaths, train
+from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -122,7 +122,7 @@ def main() -> None:
         teacher=TeacherRecipe(temperature=arguments.temperature, logprobs=64, max_tokens=128),
     )
     with Bars(quiet=False) as bars:
-        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        teach(gathered, out / "traces", stop_after="traces", report=bars)
         traces_path, cells_path = out / "traces" / "traces.jsonl", out / "cells.json"
         cells: dict[str, Any] = json.loads(cells_path.read_text()) if cells_path.exists() else {}
         held_out = load_problems(PROBLEMS, "test", n=arguments.n_eval, seed=0)
@@ -130,7 +130,7 @@ def main() -> None:
         start = student_dir("pocket") if arguments.student == "dense" else make_pruned(out / "pruned")
         if "start" not in cells:
             with open_teacher(str(start)) as model, Grader() as grader:
-                cells["start"] = evaluate(model, held_out, grader=grader, sampling=Sampling(max_tokens=128)).to_json()
+                cells["start"] = vars(evaluate(model, held_out, grader=grader, sampling=Sampling(max_tokens=128)))
         for seed in range(arguments.n_seeds):
             for name, share in SHARES.items():
                 key, folder = f"{name} {seed}", out / f"{name}-{seed}"

@@ -30,7 +30,6 @@ from deepdistill.distill.recipe.gathering import TeacherRecipe, TracesRecipe
 from deepdistill.distill.recipe.teach import TeachRecipe
 from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Problem
-from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
@@ -42,6 +41,7 @@ from deepdistill.distill.training.rl.stage import sometimes_solved
 from deepdistill.distill.training.rows import Row, order_rows
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainPaths, train
+from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -101,7 +101,7 @@ def run_r1(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         cells.save("before", measure(early, arguments.n_eval))
     settings = grpo_settings(arguments, arguments.minutes, LONGEST, arguments.seed)
     if "after" not in cells:
-        report = reinforce(early, out / "reinforced", settings=settings, on_progress=bars)
+        report = reinforce(early, out / "reinforced", settings=settings, report=bars)
         cells.save("after", measure(out / "reinforced", arguments.n_eval) | {"report": asdict(report)})
     for name in ("before", "after"):
         cell = cells.done[name]
@@ -156,7 +156,7 @@ def run_small(arguments: argparse.Namespace, cells: Cells, bars: Bars) -> None:
         gathered = TeachRecipe(
             problems=PROBLEMS, traces=TracesRecipe(n=arguments.n_traces), teacher=TeacherRecipe(max_tokens=128)
         )
-        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        teach(gathered, out / "traces", stop_after="traces", report=bars)
         cells.save("traces", {"minutes": (time.monotonic() - began) / 60})
     rows = rows_of(out / "traces" / "traces.jsonl")
     start = out / "start"

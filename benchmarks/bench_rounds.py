@@ -16,6 +16,7 @@ import json
 import shutil
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,9 @@ from deepdistill.distill.evaluation.evaluate import evaluate
 from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.recipe.gathering import TeacherRecipe, TracesRecipe
-from deepdistill.distill.recipe.teach import TeachRecipe
-from deepdistill.distill.recipe.training import TrainingRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import OnPolicyRecipe, TrainingRecipe
 from deepdistill.distill.records import Trace
-from deepdistill.distill.run import write_text
 from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher, pocket_dir
 from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
@@ -35,6 +35,7 @@ from deepdistill.distill.training.dataset import lessons
 from deepdistill.distill.training.rows import order_rows
 from deepdistill.distill.training.student import student_dir
 from deepdistill.distill.training.train import TrainPaths, train
+from deepdistill.localrun.core.atomic import write_text
 from deepdistill.localrun.core.generation import Sampling
 from deepdistill.localrun.core.reporter import Bars
 
@@ -48,7 +49,7 @@ def score(folder: Path, n: int) -> dict[str, Any]:
     with open_teacher(str(folder)) as model, Grader() as grader:
         held_out, sampling = load_problems(PROBLEMS, "test", n=n, seed=0), Sampling(max_tokens=MAX_TOKENS)
         found = evaluate(model, held_out, grader=grader, sampling=sampling)
-    return found.to_json()
+    return vars(found)
 
 
 def imitate(start: Path, traces: list[Trace], path: Path, settings: TrainingRecipe, out: Path, bars: Bars) -> None:
@@ -75,13 +76,13 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out
     n_all = arguments.n_traces + arguments.n_problems
-    shared = {"full": True, "batch_size": 32, "epochs": 1000, "n_validation": 0}
+    shared = TrainingRecipe(weights="full", batch_size=32, epochs=1000, n_validation=0)
     cells_path = out / "cells.json"
     with Bars(quiet=False) as bars:
         gathered = TeachRecipe(
             problems=PROBLEMS, traces=TracesRecipe(n=n_all), teacher=TeacherRecipe(max_tokens=MAX_TOKENS)
         )
-        teach(gathered, out / "traces", stop_after="traces", on_progress=bars)
+        teach(gathered, out / "traces", stop_after="traces", report=bars)
         path = out / "traces" / "traces.jsonl"
         traces, asked = list(TraceStore.read(path)), [p.id for p in load_problems(PROBLEMS, "train", n=n_all, seed=0)]
         old = set(asked[: arguments.n_traces])
@@ -89,7 +90,7 @@ def main() -> None:
         for seed in range(arguments.n_seeds):
             start = out / f"start-{seed}" / "student"
             if f"start {seed}" not in cells:
-                first = TrainingRecipe(**shared, lr=3e-3, steps=arguments.first_steps, seed=seed)
+                first = replace(shared, learning_rate=3e-3, steps=arguments.first_steps, seed=seed)
                 known = [trace for trace in traces if trace.problem_id in old]
                 imitate(student_dir("pocket"), known, path, first, start, bars)
                 cells[f"start {seed}"] = score(start, arguments.n_eval)
@@ -99,7 +100,7 @@ def main() -> None:
                 if key in cells:
                     continue
                 if arm == "imitation":
-                    more = TrainingRecipe(**shared, lr=1.5e-3, steps=arguments.steps, seed=seed + 1)
+                    more = replace(shared, learning_rate=1.5e-3, steps=arguments.steps, seed=seed + 1)
                     new = [trace for trace in traces if trace.problem_id not in old]
                     imitate(start, new, path, more, folder / "student", bars)
                 else:
@@ -108,16 +109,13 @@ def main() -> None:
                     settings = TeachRecipe(
                         PROBLEMS,
                         student=str(student_dir("pocket")),
-                        n_traces=arguments.n_traces,
-                        traces=str(path),
-                        rounds=1,
-                        round_problems=arguments.n_problems,
-                        on_policy_loss=arm,  # type: ignore[arg-type]
-                        eval_max_tokens=MAX_TOKENS,
+                        traces=TracesRecipe(n=arguments.n_traces, file=path),
+                        on_policy=OnPolicyRecipe(rounds=1, n_problems=arguments.n_problems, loss=arm),  # type: ignore[arg-type]
+                        scores=ScoresRecipe(max_tokens=MAX_TOKENS),
                         seed=seed,
-                        training=shared | {"lr": 3e-3, "steps": arguments.steps},  # a round halves it
+                        training=replace(shared, learning_rate=3e-3, steps=arguments.steps),  # a round halves it
                     )
-                    teach(settings, folder, stop_after="training", on_progress=bars)
+                    teach(settings, folder, stop_after="training", report=bars)
                 cells[key] = score(folder / "student", arguments.n_eval)
                 cells[key]["minutes"] = (time.monotonic() - began) / 60  # of the process that ended it
                 write_text(cells_path, json.dumps(cells, indent=1))
