@@ -88,12 +88,15 @@ def read_choices(choices: Any) -> dict[str, str]:
     if isinstance(choices, str):
         try:
             choices = json.loads(choices)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CannotTell("the choices are not a list") from error
     if not choices:
         return {}
     if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
-        choices = dict(zip(choices["label"], choices["text"], strict=False))
+        labels, texts = choices["label"], choices["text"]
+        if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
+            raise CannotTell("the choices' labels and texts are not lists of the same length")
+        choices = dict(zip(map(str, labels), texts, strict=True))
     elif isinstance(choices, list):
         choices = {chr(ord("A") + i): text for i, text in enumerate(choices)}
     if not isinstance(choices, dict) or not all(len(str(key)) == 1 for key in choices) or len(choices) > 26:

@@ -15,7 +15,8 @@ from typing import Any
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Message
-from ..graders.base import is_trusted, kind_of
+from ..graders.base import CannotTell, is_trusted, kind_of
+from ..graders.choice import read_choices
 from ..records import NONE, Problem
 from .columns import (
     PROBLEM_ALIASES,
@@ -95,13 +96,14 @@ class Intake:
                 self._find(row, None, column)
             metadata |= _metadata(row)
             grader = self._grader(row, found.text, metadata=metadata, where=where)
+            asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
+            shown = _shown_choices(metadata.get("choices"), asked)
+            for text in (shown, metadata.get("worked"), *(turn["content"] for turn in turns)):
+                as_text(text)  # what cannot be stored
         except Unusable as error:
             hint = "mend that row, or remove it"
             raise ArtifactError(f"{where} cannot be used: {error}", hint, code="bad-row") from error
-        asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
-        question = turns[-1]["content"] if len(turns) > 1 else asked
-        if shown := _shown_choices(metadata.get("choices"), asked):
-            asked, question = asked + shown, question + shown
+        asked, question = asked + shown, turns[-1]["content"] + shown
         messages = [*turns[:-1], {"role": "user", "content": question}] if len(turns) > 1 else []
         return Problem(question_id(asked), asked, found.text, self.source, grader, metadata, messages)
 
@@ -152,11 +154,10 @@ class Intake:
         metadata: dict[str, Any] = {}
         if choices:
             metadata["choices"] = choices
-            letters = [chr(ord("A") + i) for i in range(len(choices))]
             if isinstance(value, int) and not isinstance(value, bool) and isinstance(choices, list):
                 if not 0 <= value < len(choices):
                     raise Unusable(f"its answer {value} is none of its {len(choices)} options, which count from 0")
-                found = Reference(letters[value])
+                found = Reference(chr(ord("A") + value))
         alias = self._find(row, None, PROBLEM_ALIASES)
         others = [text for text in map(as_text, _as_list(row[alias]) if alias else []) if text]
         if aliases := list(dict.fromkeys([*found.aliases, *others])):
@@ -258,15 +259,11 @@ def _plain_choices(choices: Any) -> Any:
 
 def _shown_choices(choices: Any, question: str) -> str:
     """Return the options as lines to show after a question; nothing if the question has them already."""
-    if isinstance(choices, dict) and {"label", "text"} <= choices.keys():
-        labelled = dict(zip(map(str, choices["label"]), map(str, choices["text"]), strict=False))
-    elif isinstance(choices, dict):
-        labelled = {str(label): str(text) for label, text in choices.items()}
-    elif isinstance(choices, list):
-        labelled = {chr(ord("A") + i): str(text) for i, text in enumerate(choices)}
-    else:
-        return ""
-    if all(text and text in question for text in labelled.values()):
+    try:
+        labelled = read_choices(choices)
+    except CannotTell as error:
+        raise Unusable(str(error)) from error
+    if all(text in question for text in labelled.values()):
         return ""
     return "\n" + "".join(f"\n{label}. {text}" for label, text in labelled.items())
 

@@ -27,6 +27,7 @@ from ..problems.columns import (
     TRACE_REASONINGS,
     TRACE_WORKED,
     Unusable,
+    as_text,
     read_turns,
     trace_answer,
 )
@@ -78,6 +79,9 @@ def import_traces(
                 columns = ", ".join(map(str, row))
                 row = {**row, **{name: row.get(column) for name, column in named.items()}}
                 answers = _answers_in(row, named)
+                for answer in answers:
+                    for text in (answer.content, answer.reasoning, *(turn["content"] for turn in answer.messages)):
+                        as_text(text)  # what cannot be stored
             except Unusable as error:
                 if on_skip is not None:
                     on_skip(where, str(error))
@@ -179,7 +183,7 @@ def _read_chat(row: Columns) -> list[_Answer] | None:
 
 
 def _why_no_turns(turns: list[Any]) -> str:
-    roles = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
+    roles = [str(turn.get("role") or turn.get("from")) for turn in turns if isinstance(turn, dict)]
     odd = next((role for role in roles if role not in ROLES), None)
     return f"its conversation has a turn of {odd!r}" if odd else "its conversation has a turn that is not text"
 

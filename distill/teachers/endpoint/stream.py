@@ -294,7 +294,8 @@ def _texts(value: Any) -> str:
     """Return the text of a field that holds a text, or a list of texts or of typed parts with one."""
     if isinstance(value, str):
         return value
-    texts = [item.get("text") if isinstance(item, dict) else item for item in value or [] if item]
+    items = value if isinstance(value, list) else []
+    texts = [item.get("text") if isinstance(item, dict) else item for item in items]
     return "".join(text for text in texts if isinstance(text, str))
 
 
