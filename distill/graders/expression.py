@@ -57,6 +57,8 @@ def read(text: str) -> Any:
     formula = re.sub(r"(\d+(?:\.\d+)?)\s*°", r"(\\frac{\1\\pi}{180})", formula)
     formula = re.sub(r"\^(-?\d*\.?\d+)", r"^{\1}", formula)
     formula = re.sub(r"(?<![\d.}])(\d+)\s*/\s*(\d+)(?=\s*(?:[A-Za-z\\(]))", r"\\frac{\1}{\2}", formula)
+    # The parser takes both for Euler's constant: other symbols stand in for them.
+    formula = re.sub(r"\\([Gg])amma(?![A-Za-z])", lambda m: rf"\eta_{{{900 + ord(m[1])}}}", formula)
     if _UNREADABLE.search(formula):
         raise CannotTell(f"{text[:40]!r} cannot be read as one formula")
     formula = re.sub(r"(\d*)\.(\d+)", _exact_decimal, formula)

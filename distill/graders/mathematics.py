@@ -20,7 +20,7 @@ from .latex import plain
 from .number import percentages, plain_lines, tolerance
 from .quantity import hedges, parse, quantities
 from .units import measured
-from .values import Equation, Scalar, Sequence, Several, Value, Words, read, squeezed
+from .values import Equation, Scalar, Sequence, Several, Value, Words, read, squeezed, tight
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tolerance": tolerance, "absolute": tolerance}
 _RATIO = re.compile(r"(?<![\d:.])(\d{1,9})\s*(?::|to)\s*(\d{1,9})(?![\d:.])")
@@ -52,7 +52,7 @@ def grade(submission: Submission) -> float:
     answer_text = find(submission.content)
     if answer_text is None:
         return 0.0
-    if squeezed(gold_text) == squeezed(answer_text):
+    if tight(gold_text) == tight(answer_text):
         return 1.0
     gold = read(gold_text)
     if isinstance(gold, Words):
@@ -264,12 +264,12 @@ def _has_finite_decimals(value: Any) -> bool:
 
 def _same_unit(gold: str, answer: str) -> bool | None:
     """Say whether an answer's unit is the reference's; None if it cannot be told. An answer may leave it out."""
-    if not gold or not answer or _singular(gold) == _singular(answer):
+    if not gold or not answer or gold == answer:
         return True
     units = measured(Fraction(1), gold), measured(Fraction(1), answer)
-    if None not in units:
+    if None not in units:  # first: 5 mW are not 5 MW
         return units[0] == units[1]
-    return None
+    return True if _singular(gold) == _singular(answer) else None
 
 
 def _singular(noun: str) -> str:

@@ -244,7 +244,13 @@ def _scalar(text: str) -> Value:
 
 def squeezed(text: str) -> str:
     """Return a text in small letters, without decoration and the white space and braces that change nothing."""
-    text = " ".join(clean(text).casefold().split())
+    return tight(text).casefold()
+
+
+def tight(text: str) -> str:
+    """Return a text without decoration and without the white space and braces that change nothing."""
+    text = " ".join(clean(text).split())
     text = re.sub(r"(?<![\w.])\s+|\s+(?![\w.])", "", text)
+    text = re.sub(r"\b([apAP])\.?([mM])\.?$", r"\1\2", text)
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
-    return re.sub(r"([_^])\{(\w)\}", r"\1\2", re.sub(r"\b([ap])\.?m\.?$", r"\1m", text))
+    return re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
