@@ -33,8 +33,8 @@ _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9
 _START = re.compile(rf"(?<![\w.,\\{{^_])(?:[-+]?\s*{_CURRENCY}?\s*(?:\\frac\{{|\.?\d))")
 _UNIT = re.compile(r"(?:%|°\s*[CF]\b|°|[$€£¥₹¢]|[^\W\d_][^\n,;:!?()=<>\"+±\\]*)?")
 _NO_NOUN = re.compile(
-    r"(?:and|as|at|between|choose|cubed|divided|either|factorial|from|half|hundred|infinity|less|million"
-    r"|minus|mod|modulo|more|no|not|of|off|or|out|over|per|plus|point|remainder|squared|than|thousand"
+    r"(?:and|as|at|between|choose|cubed|divided|dozen|either|factorial|from|half|hundred|infinity|less|million"
+    r"|billion|trillion|minus|mod|modulo|more|no|not|of|off|or|out|over|per|plus|point|remainder|squared|than|thousand"
     r"|times|to|under|upto|versus|vs|with|without|wrong|incorrect)"
 )
 """Words after a number that make another value of it, or a statement about it."""
@@ -46,10 +46,9 @@ _WORDS = {
     "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
 _HEDGE = re.compile(
-    r"\d\W*\b(?:or|and|to)\b|\b(?:not|cannot|can't|isn't|aren't|wasn't|never|or|between|than|either|neither"
-    r"|least|most|wrong|incorrect"
-    r"|exceeds?|below|above|under|over|times|squared|cubed|factorial|mod)\b|[<>±!^√]|\\(?:leq|geq|neq|pm|sqrt|log|pi|"
-    r"infty|times|cdot|binom)|\d\s*[*:]|[*:]\s*\d|\d_|[A-Za-z]\d"
+    r"\d\W*\b(?:or|and|to)\b|\b(?:not|cannot|can't|isn't|aren't|wasn't|never|or|between|than|either|neither|least|most"
+    r"|wrong|incorrect|up to|almost|nearly|exceeds?|below|above|under|over|times|squared|cubed|factorial|mod)\b"
+    r"|[<>±!^√]|\\(?:leq|geq|neq|pm|sqrt|log|pi|infty|times|cdot|binom)|\d\s*[*:]|[*:]\s*\d|\d_|[A-Za-z]\d|\d\+|\|"
 )
 _POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?-?\d+\}?")
 
@@ -107,9 +106,11 @@ def _in_words(text: str) -> Quantity | None:
     tens, _, ones = first.partition("-")
     if tens not in _WORDS or (ones and (_WORDS[tens] < 20 or not 0 < _WORDS.get(ones, 0) < 10)):
         return None
+    scale, _, after = rest.partition(" ")
+    times, rest = (_SCALES[scale], after) if scale in _SCALES else (1, rest)
     unit = _tidy_unit(rest)
     is_unit = unit == "" or unit == "%" or (unit is not None and (_is_noun(unit) or measured(Fraction(1), unit)))
-    return Quantity(Fraction(_WORDS[tens] + _WORDS.get(ones, 0)), unit or "") if is_unit else None
+    return Quantity(Fraction(_WORDS[tens] + _WORDS.get(ones, 0)) * times, unit or "") if is_unit else None
 
 
 def quantities(text: str) -> list[Quantity]:
