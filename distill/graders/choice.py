@@ -18,9 +18,13 @@ _LED = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+)", 
 _LETTER_AND_TEXT = re.compile(
     r"(?:[(\[]([A-Za-z]|\d)[)\]]|([A-Za-z]|\d)\s*[.:)]|([A-Z]|\d)\s*[-–—,])\s*(.+)", re.DOTALL
 )
-_VERB = re.compile(r"\b(?:is|be|leaves|go with|going with|choose|pick|select|option|choice)\b:?", re.IGNORECASE)
+_VERB = re.compile(
+    r"\b(?:is|be|leaves|go with|going with|choose|pick|select|option|choice|therefore|thus|hence)\b[:,]?|\bit's\b",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"(?:\bnot|n't|\bnever)\W*$", re.IGNORECASE)
 _PRAISED = re.compile(
-    r"\b(?:option|choice|answer)\s+\(?([A-Za-z]|\d)\)?\s+(?:is|would be)\s+(?:the\s+)?(?:correct|right|best)\b",
+    r"(?:^|\b(?:option|choice|answer)\s+)\(?([A-Za-z]|\d)\)?\s+(?:is|would be)\s+(?:the\s+)?(?:correct|right|best)\b",
     re.IGNORECASE,
 )
 _UNSURE = re.compile(
@@ -54,7 +58,11 @@ def find(content: str, choices: dict[str, str], gold: str = "") -> str | None:
     if not lines:
         return None
     last, first = lines[-1], lines[0]
-    chosen = choose(last, choices) or _concluded(last, choices) or choose(first, choices) or _opened(first, choices)
+    chosen, concluded = choose(last, choices), _concluded(last, choices)
+    opening = choose(first, choices) or _opened(first, choices)
+    if chosen is None and None not in (concluded, opening) and concluded != opening:
+        raise CannotTell("the answer begins with one option and ends with another")
+    chosen = chosen or concluded or opening
     if chosen is None and _mentions(last, choices or {gold: ""}):
         raise CannotTell("the answer mentions options without choosing one")
     return chosen
@@ -73,10 +81,10 @@ def _concluded(line: str, choices: dict[str, str]) -> str | None:
     sentence = re.split(r"(?<=[a-z)][.!?])\s+(?=[A-Z])", line)[-1]
     if praised := _PRAISED.search(sentence):  # "Option A is correct."
         return None if _UNSURE.search(sentence) else choose(praised[1], choices)
-    parts = _VERB.split(sentence)
-    if len(parts) < 2 or _UNSURE.search(sentence):
+    *before, end = _VERB.split(sentence)
+    if not before or _UNSURE.search(sentence) or _DENIED.search(before[-1]):
         return None
-    return choose(parts[-1], choices)
+    return choose(end.lstrip(" ,:"), choices) or _opened(end.lstrip(" ,:"), choices)
 
 
 def read_choices(choices: Any) -> dict[str, str]:
