@@ -1,6 +1,6 @@
 """How often each grader is wrong, and how many verdicts a second it gives, one worker process for each core.
 
-    python benchmarks/bench_graders.py [--trials 5] [--n 2000] [--cases tests/data/verdicts.jsonl]
+    python benchmarks/bench_graders.py [--trials 5] [--n 2000] [--cases tests/data/verdicts*.jsonl]
 
 The cases are replies whose verdict a person wrote down. Of each grader the first lines say how many wrong replies it
 called right and how many of the right ones it called right; beside them math-verify alone (its `parse` on both sides)
@@ -31,7 +31,7 @@ from deepdistill.distill.graders.pool import Grader
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.records import Problem
 
-CASES = Path(__file__).resolve().parent.parent / "tests" / "data" / "verdicts.jsonl"
+CASES = sorted((Path(__file__).resolve().parent.parent / "tests" / "data").glob("verdicts*.jsonl"))
 
 Item = tuple[Problem, str]
 Case = dict[str, Any]
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--cases", type=Path, nargs="*", default=[CASES])
+    parser.add_argument("--cases", type=Path, nargs="*", default=CASES)
     arguments = parser.parse_args()
     cases = [json.loads(line) for path in arguments.cases for line in path.read_text(encoding="utf-8").splitlines()]
     accuracy = {name: counts(judge, some) for name, judge, some in judges(cases)}
