@@ -29,7 +29,7 @@ from deepdistill.distill.traces.importing import import_traces
 from deepdistill.errors import ArtifactError, UsageError
 
 DATA = Path(__file__).resolve().parent.parent / "tests" / "data"
-ODD = [
+ODD: list[Any] = [
     None, True, -1, 10**30, 1e308, float("inf"), float("nan"), "", " ", "\0", "\ud800", "[" * 3000, "9" * 5000,
     "x" * 70000, [], {}, [[]], [None], {"role": "user"}, [{"role": "user", "content": None}], [{"type": "text"}],
     {"text": 1}, b"\xff", "\\boxed{", "<think>", "</think>", "####", "{" * 500, "[1, 2]",
