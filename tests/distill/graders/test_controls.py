@@ -227,6 +227,8 @@ def test_gym_answers_to_other_problems_and_hostile_ones(grader: Grader) -> None:
         ("number", "a few", {}, "5", "not a number"),
         ("number", "5 blobs/s", {}, "5", "not a number"),
         ("number", "5", {}, "5", ""),
+        ("math", "1/3", {}, r"\boxed{0.3333}", "rounded"),
+        ("math", r"\pi", {}, r"\boxed{3.1416}", "rounded"),
         ("math", "Paris", {}, "Lyon", "not mathematics"),
         ("math", None, {}, "4", "no reference"),
         ("choice", "E", {}, "A", "not among the options"),

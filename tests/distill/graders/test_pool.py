@@ -8,12 +8,14 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deepdistill.distill.graders.pool import Grader
+from deepdistill.distill.graders.pool import Grader, grade_answer
 from deepdistill.distill.records import Problem
+from deepdistill.localrun.core.generation import Completion
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +169,13 @@ def test_a_module_of_the_working_folder_does_not_run_in_a_worker(
 def test_a_refusal_is_unknown(grader: Grader, content: str) -> None:
     grade = grader.grade(problem("3"), content)
     assert (grade.verdict, grade.answer, "refusal" in grade.reason) == ("unknown", None, True)
+
+
+def test_an_answer_that_is_all_in_the_reasoning_is_unknown(grader: Grader) -> None:
+    done = Completion("", "4-1=3. It is 3.", True, "stop", 1, 9, 9, 0.1)
+    grade = grade_answer(grader, problem("3"), done)
+    assert (grade.verdict, "answer-in-reasoning" in grade.reason) == ("unknown", True)
+    assert grade_answer(grader, problem("3"), replace(done, finish_reason="length")).verdict == "wrong"
 
 
 def test_any_wording_of_the_reference_is_right(grader: Grader) -> None:

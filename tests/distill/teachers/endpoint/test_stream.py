@@ -168,9 +168,18 @@ def test_the_shapes_of_many_servers(
     assert (answer.reasoning_content, answer.content, answer.closed) == (case["reasoning"], case["content"], True)
 
 
-def test_an_answer_that_is_all_in_the_reasoning_has_no_content(server: FakeServer, teacher: EndpointTeacher) -> None:
-    answer = answer_one(server, teacher, stream({"content": None, "reasoning_content": "4-1=3. It is 3."}))
-    assert (answer.reasoning_content, answer.content) == ("4-1=3. It is 3.", "")
+def test_an_answer_that_is_all_in_the_reasoning_is_said_once(server: FakeServer, teacher: EndpointTeacher) -> None:
+    notes: list[str] = []
+    teacher.on_note = notes.append
+    silent = stream({"content": None, "reasoning_content": "4-1=3. It is 3."})
+    for i in range(2):
+        server.failures[f"question {i}"] = [silent]
+    answers = [answer for _, answer in teacher.generate(ask(2), Sampling())]
+    assert [(answer.reasoning_content, answer.content) for answer in answers] == [("4-1=3. It is 3.", "")] * 2
+    assert ["reasoning parser" in note for note in notes] == [True]
+    summary = {"content": "3", "reasoning_details": [{"type": "reasoning.summary", "summary": "subtract"}]}
+    answer_one(server, teacher, stream(summary))
+    assert "summary" in notes[-1]
 
 
 @pytest.mark.parametrize(
