@@ -37,6 +37,8 @@ from ..recipe.gathering import CurationRecipe
 from ..records import Problem, Trace
 from .filters import FILTERS, N_EXCERPT, excerpt, fault_of, fault_of_text, question_of
 
+_SHORT = 300  # characters of reasoning and answer: less says little more than the answer, which many questions share
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -226,18 +228,23 @@ class _Decision:
         self._take("same_question", found >= 0, lambda i: self._position(found[i]))
 
     def take_same_traces(self) -> None:
-        """Keep the first of nearly the same traces; with other numbers or another answer, another problem's is not."""
+        """Keep the first of nearly the same traces.
+
+        Another problem's trace is not the same with other numbers or another answer, nor if it is short: of 300
+        messages that are labelled in a sentence, many have the same sentence, and each teaches what its message is.
+        """
         if self.settings.similarity is None:
             return
         index = np.flatnonzero(self.stays)
         signatures = np.frombuffer(self.survey.signatures, np.uint16).reshape(-1, N_HASHES)[index]
         texts = np.frombuffer(self.survey.text, np.uint64)[index]
         numbers = np.frombuffer(self.survey.numbers, np.uint64)[index]
-        problem = self.problem[index]
+        problem, is_short = self.problem[index], np.frombuffer(self.survey.length, np.int64)[index] < _SHORT
 
         def may_match(i: int, others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-            is_near = (numbers[others] == numbers[i]) | (problem[others] == problem[i])
-            return self._is_alike(i, others, texts=texts, is_near=is_near)
+            is_own = problem[others] == problem[i]
+            alike = self._is_alike(i, others, texts=texts, is_near=(numbers[others] == numbers[i]) | is_own)
+            return alike & is_own if is_short[i] else alike
 
         repeated = near_duplicates(signatures, self.settings.similarity, may_match)
         found = np.full(len(self.stays), -1, np.int64)

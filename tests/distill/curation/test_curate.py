@@ -230,6 +230,13 @@ def test_nearly_the_same_trace_is_kept_once_but_not_with_other_numbers() -> None
     assert dropped(same_problem, CurationRecipe(keep=2)) == {"same_trace": 1}
 
 
+def test_many_questions_may_have_the_same_short_answer() -> None:
+    text = "The message is about a payment, so the label is billing."
+    labelled = [trace(i, reasoning_content=text, content="billing", answer="billing") for i in (1, 2, 3)]
+    assert dropped(labelled) == {}
+    assert dropped([labelled[0], labelled[0]], CurationRecipe(keep=2)) == {"same_trace": 1}
+
+
 def test_a_question_that_shares_eight_words_with_the_evaluation_does_not_train() -> None:
     exam = "A farmer has a wolf, a goat and a cabbage. How does he bring them over the river?"
     eight = f"{prose(1, 12)} Has a wolf a goat and a cabbage {prose(2, 12)}"
