@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ import typer
 from . import __version__
 from .commands.bench import bench
 from .commands.chat import ChatCommand, chat
-from .commands.declared import Command
+from .commands.declared import Command, Group
 from .commands.demo import demo
 from .commands.doctor import doctor
 from .commands.eval import EvalCommand, eval_
@@ -21,30 +22,41 @@ from .commands.inspect import inspect
 from .commands.plan import plan
 from .commands.quantize import QuantizeCommand, quantize
 from .commands.recipe import recipe
+from .commands.runs import runs
 from .commands.teach import TeachCommand, teach
 from .errors import DeepDistillError
 
 app = typer.Typer(
     name="deepdistill",
+    cls=Group,
     help="Put a large teacher's reasoning into a small model that runs on a laptop, and measure every hop.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _class, _command in (
-    ("demo", Command, demo),
-    ("teach", TeachCommand, teach),
-    ("quantize", QuantizeCommand, quantize),
-    ("chat", ChatCommand, chat),
-    ("eval", EvalCommand, eval_),
-    ("inspect", Command, inspect),
-    ("export", Command, export),
-    ("recipe", Command, recipe),
-    ("plan", Command, plan),
-    ("doctor", Command, doctor),
-    ("bench", Command, bench),
-):
-    app.command(_name, cls=_class)(_command)
+_COMMANDS: dict[str, tuple[tuple[str, type[Command], Callable[..., None]], ...]] = {
+    "From a teacher to your laptop": (
+        ("demo", Command, demo),
+        ("teach", TeachCommand, teach),
+        ("quantize", QuantizeCommand, quantize),
+        ("chat", ChatCommand, chat),
+        ("eval", EvalCommand, eval_),
+    ),
+    "What was made": (
+        ("inspect", Command, inspect),
+        ("export", Command, export),
+    ),
+    "Before you begin": (
+        ("recipe", Command, recipe),
+        ("plan", Command, plan),
+        ("doctor", Command, doctor),
+        ("bench", Command, bench),
+    ),
+}
+for _heading, _commands in _COMMANDS.items():
+    for _name, _class, _command in _commands:
+        app.command(_name, cls=_class, rich_help_panel=_heading)(_command)
+app.add_typer(runs, name="runs", rich_help_panel="What was made")
 
 
 def main(argv: list[str] | None = None) -> int:

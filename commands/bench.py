@@ -22,7 +22,7 @@ def bench(
 ) -> None:
     """Measure how fast a GGUF runs here.
 
-    Prefill and decoding at several depths, sequences and KV types, against the memory's bandwidth.
+    It measures prefill and decoding at several depths, sequences and KV types, against the memory's bandwidth.
     """
     from ..localrun.bench import QUICK, BenchSettings, print_bench
     from ..localrun.bench import bench as run_bench

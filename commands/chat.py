@@ -32,7 +32,7 @@ def run(
     ] = False,
     json_output: AsJson = False,
 ) -> None:
-    """Talk to a GGUF, its thinking visible and apart.
+    """Talk to a GGUF, and see its thinking apart from its answer.
 
     With -p, or in a pipe, it answers once.
     """

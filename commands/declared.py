@@ -7,6 +7,7 @@ declared defaults in one order: `--config FILE`, then `--set`, then flags.
 from __future__ import annotations
 
 import inspect
+import re
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING
@@ -14,26 +15,70 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import UsageError
 from ..localrun.core.settings import Leaf, build, fields_of, flat, put, read_assignment, read_toml
 
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT"}
+_TYPES = {"int": "N", "float": "NUMBER", "str": "TEXT", "path": "PATH"}
+_TYPE = re.compile(rf" <({'|'.join(_TYPES)})(?: range)?>")  # as typer writes it
+_RANGE = re.compile(r"(?:(; )|\s*\[)(?:[\d.]+<=?)?x[<>]=?[\d.]+\]$")  # also in errors, there in words
+_RUNNING = "Running"
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help="A TOML recipe; flags win over it.", rich_help_panel="Running"),
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read the settings from a TOML file; flags win over it.",
+        rich_help_panel=_RUNNING,
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Any setting that `deepdistill recipe` lists, such as training.lora.rank=64. Repeatable.",
-        rich_help_panel="Running",
+        help="Set anything that `deepdistill recipe` lists, such as training.lora.rank=64. Repeatable.",
+        rich_help_panel=_RUNNING,
     ),
 ]
+
+
+def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
+    """Write each heading with its options in the order of their declaration; those of all commands come last."""
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for param in command.get_params(ctx):
+        if (record := param.get_help_record(ctx)) is None:
+            continue
+        name, text = record
+        is_argument = param.param_type_name == "argument"
+        default = "Arguments" if is_argument else _RUNNING if param.name == "help" else "Options"
+        heading = getattr(param, "rich_help_panel", None) or default
+        found = _TYPE.search(name)
+        name = _TYPE.sub(f" {_TYPES[found[1]]}" if found and not is_argument else "", name)
+        sections.setdefault(heading, []).append((name, _RANGE.sub(lambda match: "]" if match[1] else "", text)))
+    for heading in sorted(sections, key=lambda heading: heading == _RUNNING):
+        with formatter.section(heading):
+            formatter.write_dl(sections[heading])
+
+
+class Group(TyperGroup):
+    """Commands whose help has them under headings, each with its first sentence in full."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands, then the options."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                heading = getattr(command, "rich_help_panel", None) or "Commands"
+                sections.setdefault(heading, []).append((name, (command.help or "").partition("\n\n")[0]))
+        for heading, rows in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+        _write_options(self, ctx, formatter)
 
 
 class Command(TyperCommand):
@@ -43,15 +88,8 @@ class Command(TyperCommand):
     """What a flag that no longer exists is now: `--lora-rank` -> `--set training.lora.rank=…`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write each heading with its options; options without one come last."""
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for param in self.get_params(ctx):
-            if (record := param.get_help_record(ctx)) is not None:
-                default = "Arguments" if param.param_type_name == "argument" else "Running"
-                sections.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
-        for heading in sorted(sections, key=lambda heading: heading == "Running"):
-            with formatter.section(heading):
-                formatter.write_dl(sections[heading])
+        """Write the options under their headings."""
+        _write_options(self, ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line; a flag that is gone is refused with what took its place.

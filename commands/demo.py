@@ -14,7 +14,7 @@ from ..distill.recipe.gathering import TracesRecipe
 from ..distill.recipe.teach import DEMO_PROBLEMS, ScoresRecipe, TeachRecipe
 from ..distill.recipe.training import TrainingRecipe
 from ..localrun.core.settings import changed
-from .runs import export_gguf
+from .run_folder import export_gguf
 from .shared import AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ def demo(
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go the whole way once, with what is built in.
+    """Go the whole way once with what is built in, in some minutes.
 
-    Teacher, student and problems come with the package; in the end the finished GGUF answers a question.
+    Teacher, student and problems come with the package. In the end the finished GGUF answers a question.
     """
     from ..distill.evaluation.report import print_hops
     from ..distill.teach import teach

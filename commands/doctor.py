@@ -10,7 +10,7 @@ from .shared import AsJson, console
 def doctor(json_output: AsJson = False) -> None:
     """Show what this machine can run.
 
-    Cores, memory, GPU, llama.cpp's build, which models fit, and how graded code is confined.
+    It shows cores, memory, GPU, llama.cpp's build, which models fit, and how graded code is confined.
     """
     from ..localrun.doctor import doctor as run_doctor
     from ..localrun.doctor import print_doctor

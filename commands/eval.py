@@ -11,7 +11,7 @@ import typer
 
 from ..distill.recipe.teach import EvalRecipe
 from .declared import declared
-from .runs import run_of
+from .run_folder import run_of
 from .shared import AsJson, Quiet, bars
 
 
@@ -26,7 +26,7 @@ def run(
 ) -> None:
     """Score a model on held-out problems.
 
-    Accuracy with its 95 % interval, closed thinking, loops and tokens per answer.
+    It prints the accuracy with its 95 % interval, how many answers close their thinking or loop, and their tokens.
     """
     from ..distill.evaluation.evaluate import format_score
     from ..distill.evaluation.hops import score_model

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UsageError
-from .runs import export_gguf, run_of
+from .run_folder import export_gguf, run_of
 from .shared import AsJson, Offline, Quiet, bars
 
 
@@ -38,9 +38,9 @@ def export(
     offline: Offline = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a folder for phones, or traces for trainers.
+    """Write a folder that runs on a phone, or traces for other trainers.
 
-    The folder has the GGUF and a page that runs it offline; traces become messages or Parquet.
+    The folder has the GGUF and a page that runs it offline. Traces become rows of messages, as JSONL or Parquet.
     """
     if to != "phone":
         _export_traces(path, out, to=to, reasoning=reasoning, all_traces=all_traces, json_output=json_output)

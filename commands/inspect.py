@@ -19,9 +19,9 @@ def inspect(
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Show what traces, a run or a GGUF hold.
+    """Show what a file of traces, a run or a GGUF holds.
 
-    Traces with verdicts, lengths and cost; a run with its scores; the origin of a GGUF.
+    Of traces it shows verdicts, lengths and cost; of a run its scores; of a GGUF where it comes from.
     """
     if path.suffix == ".gguf":
         from ..quantize.provenance.inspect import inspect_gguf, summary

@@ -39,9 +39,9 @@ def plan(
     ] = None,
     json_output: AsJson = False,
 ) -> None:
-    """Compute what a full-size teacher takes.
+    """Compute what a full-size teacher takes: GPUs, hours and money.
 
-    Memory, GPUs, hours and money; docs/planning.md has the formulas.
+    It takes memory and bandwidth into account; docs/planning.md has the formulas.
     """
     from ..distill.planning.plan import PlanSettings
     from ..distill.planning.plan import plan as make_plan

@@ -15,7 +15,7 @@ import typer
 from ..errors import ArtifactError, GateError, UsageError
 from ..quantize.recipe import QuantizeRecipe
 from .declared import declared
-from .runs import metadata_of, questions_of, run_of
+from .run_folder import metadata_of, questions_of, run_of
 from .shared import AsJson, Quiet, bars
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def run(
     json_output: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make a GGUF of a student, its loss measured.
+    """Make a GGUF of a student, and measure what quantizing loses.
 
-    Types come from a mixture or from measurements under a size; a gate says what has to hold, proofs what does.
+    The types of its tensors come from a mixture, or from measurements where a size is given. A gate says what has to
+    hold, or no file is written; proofs compare the file with the checkpoint.
     """
     if verify is not None:
         _verify(verify, student, recipe=recipe, json_output=json_output, quiet=quiet)

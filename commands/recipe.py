@@ -27,7 +27,7 @@ def recipe(
 ) -> None:
     """Print the settings of a command or a run.
 
-    Every setting with its default and a comment, as a TOML file for --config.
+    They come as a TOML file for --config, each with its default and a comment.
     """
     settings: Any = TREES.get(what)
     if settings is None:
@@ -38,7 +38,7 @@ def recipe(
 
 
 def _of_run(path: Path) -> TeachRecipe:
-    from .runs import run_of
+    from .run_folder import run_of
 
     _, recipe = run_of(path)
     if recipe is None:

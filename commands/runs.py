@@ -1,63 +1,151 @@
-"""A run folder as the commands take it: its recipe, and its student's GGUF with that recipe inside."""
+"""`deepdistill runs`: the runs in a folder, two of them compared, one deleted."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 
-from .. import __version__
+import typer
+
 from ..errors import UsageError
+from .declared import Command, Group
+from .shared import AsJson, console
 
 if TYPE_CHECKING:
-    from ..distill.recipe.teach import TeachRecipe
-    from ..localrun.core.reporter import Reporter
-    from ..quantize.report import QuantizeReport
+    from rich.table import Table
+
+    from ..distill.evaluation.runs import RunComparison, RunSummary
+
+runs = typer.Typer(cls=Group, invoke_without_command=True, rich_markup_mode=None)
 
 
-def run_of(path: Path) -> tuple[Path | None, TeachRecipe | None]:
-    """Return (run folder, its settings) if a path is a run folder or its student, else (None, None)."""
-    if not any((folder / "recipe.json").is_file() for folder in (path, path.parent)):
-        return None, None  # nothing to import a stage for
-    from ..distill.recipe.teach import TeachRecipe
-    from ..distill.run import find_run
+@runs.callback()
+def _list(
+    context: typer.Context,
+    in_folder: Annotated[Path, typer.Option("--in", help="The folder that the runs are in.", metavar="FOLDER")] = Path(
+        "runs"
+    ),
+    json_output: AsJson = False,
+) -> None:
+    """List the runs, compare two of them, or delete one.
 
-    folder = find_run(path)
-    return folder, TeachRecipe.of_run(folder) if folder else None
+    Without a further command it lists them, the newest first: how far each came, and what its student learned.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ..distill.evaluation.runs import list_runs
 
-
-def export_gguf(
-    checkpoint: Path,
-    target: Path,
-    *,
-    type_: str,
-    recipe: TeachRecipe | None,
-    report: Reporter,
-    proofs: bool = True,
-) -> QuantizeReport:
-    """Quantize a checkpoint, with the run's recipe in its metadata, and prove it on test questions."""
-    from ..quantize.release import quantize as run_quantize
-
-    made = run_quantize(checkpoint, target, ftype=type_, metadata=metadata_of(recipe), report=report)
-    return made.proved(questions_of(None, recipe), report=report) if proofs else made
+    found = list_runs(in_folder)
+    if found:
+        console().print(_table(found))
+    else:
+        print(f"no run in {in_folder}/ yet: deepdistill demo makes one")
+    if json_output:
+        print(json.dumps([dataclasses.asdict(run) for run in found], default=str))
 
 
-def metadata_of(recipe: TeachRecipe | None) -> dict[str, str | int | float | bool]:
-    """Return what a GGUF says of the version and the run that made it."""
-    kept = {"deepdistill.recipe": json.dumps(recipe.to_json())} if recipe else {}
-    return {"deepdistill.version": __version__, **kept}
+@runs.command("compare", cls=Command)
+def _compare(
+    first: Annotated[Path, typer.Argument(help="A run folder.")],
+    second: Annotated[Path, typer.Argument(help="Another run folder.")],
+    json_output: AsJson = False,
+) -> None:
+    """Show which settings of two runs differ, and their scores side by side."""
+    from ..distill.evaluation.runs import compare_runs
+
+    found = compare_runs(first, second)
+    _print_comparison(found, first.name, second.name)
+    if json_output:
+        print(json.dumps(dataclasses.asdict(found), default=str))
 
 
-def questions_of(problems: str | None, recipe: TeachRecipe | None) -> list[str]:
-    """Return some test questions of a spec or of the run, or plain sums where there is neither or no way to it."""
-    spec = problems or (recipe.problems if recipe else None)
-    try:
-        from ..distill.problems.load import load_problems
+@runs.command("delete", cls=Command)
+def _delete(
+    folder: Annotated[Path, typer.Argument(help="The run folder to delete.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete it without asking.")] = False,
+    json_output: AsJson = False,
+) -> None:
+    """Delete a run folder with all that is in it, after asking.
 
-        if spec is not None:
-            return [p.question for p in load_problems(spec, "test", n=20, seed=recipe.seed if recipe else 0)]
-    except ImportError:  # the quantize extra alone
-        if problems:
-            hint = "pip install 'deepdistill[teach]'"
-            raise UsageError(f"{problems} needs the teach extra", hint, code="not-installed") from None
-    return [f"What is {3 * i + 2} + {7 * i + 5}?" for i in range(1, 21)]
+    It refuses a folder that is no run, that holds other things as well, or that a process works in.
+    """
+    from ..distill.evaluation.runs import check_deletable, delete_run
+    from ..localrun.core.text import format_bytes
+
+    check_deletable(folder)
+    sizes = [path.lstat().st_size for path in folder.rglob("*") if not path.is_dir()]
+    what = f"{folder} ({len(sizes):,} files, {format_bytes(sum(sizes))})"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"nobody can be asked whether to delete {folder}", "give --yes", code="not-confirmed")
+        if not typer.confirm(f"delete {what}?"):
+            print("nothing is deleted")
+            return
+    delete_run(folder)
+    print(f"deleted {what}")
+    if json_output:
+        print(json.dumps({"deleted": str(folder), "bytes": sum(sizes)}))
+
+
+def _table(found: list[RunSummary]) -> Table:
+    """Return the list of runs, of which each cell may take several lines."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..localrun.core.printable import printable
+    from ..localrun.core.text import format_bytes
+
+    table = Table("run", "student", "problems", "stage", "accuracy", "size", "date", box=SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    for name in ("accuracy", "size"):
+        next(column for column in table.columns if column.header == name).justify = "right"
+    for run in found:
+        problems = run.problems.partition("?")[0].removeprefix("gym:")
+        stage = f"{run.stage}, at work" if run.is_at_work else run.stage
+        gain = f"{_percent(run.base)} → {_percent(run.accuracy)}" if run.accuracy is not None else _percent(run.base)
+        cells = (run.folder.name, run.student, problems, stage, gain, format_bytes(run.n_bytes), run.changed[:10])
+        table.add_row(*(printable(cell) for cell in cells))
+    return table
+
+
+def _print_comparison(found: RunComparison, first: str, second: str) -> None:
+    """Print the settings that differ, then the hops, then what the second student gained and lost."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from ..localrun.core.printable import printable
+
+    heads = [printable(first), printable(second)]
+    settings = Table("setting", *heads, box=SIMPLE_HEAD, pad_edge=False)
+    for key, values in found.settings.items():
+        settings.add_row(key, *("–" if value is None else printable(str(value)) for value in values))
+    hops = Table("score", *heads, box=SIMPLE_HEAD, pad_edge=False)
+    for hop, scores in found.hops.items():
+        hops.add_row(printable(hop), *map(_score, scores))
+    for table in (settings, hops):
+        for column in table.columns:
+            column.overflow = "fold"
+    terminal = console()
+    terminal.print(settings if found.settings else "their settings are the same")
+    if found.hops:
+        terminal.print(hops)
+    if n := sum(found.answers.values()):
+        counts = ", ".join(f"{count} {state}" for state, count in found.answers.items())
+        print(f"{n} problems that both students answered, from {heads[0]} to {heads[1]}: {counts}")
+    if not found.settings.keys().isdisjoint({"problems", "seed", "scores.n"}):
+        print("note: they were scored on other problems, so their accuracies cannot be compared")
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "–"
+    low, high = score["interval"]
+    return f"{_percent(score['accuracy'])} ({100 * low:.1f}–{100 * high:.1f}) of {score['n']}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"

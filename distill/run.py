@@ -63,6 +63,13 @@ class Run:
         """Return where the student of the first training stands: apart if on-policy rounds follow."""
         return self.folder / "rounds" / "0" / "student" if n_rounds else self.student_dir
 
+    def drop_checkpoints(self) -> None:
+        """Delete the checkpoints of all trainings of a run that has its student: nothing later reads them."""
+        assert self.student_dir.exists(), "a training without its checkpoints would start over"
+        for folder in (self.checkpoints_dir, *self.folder.glob("rounds/*/checkpoints")):
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
     def _holds_work(self) -> bool:
         """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
         others = (p for p in self.folder.iterdir() if p.name not in ("recipe.json", "failures.jsonl"))

@@ -81,6 +81,8 @@ def teach(
         kept, done = _learned(context, base, problems=problems, held_out=held_out)
         if base is not None and done and stop_after != "training":
             score_hops(context, base, held_out)
+        if run.student_dir.exists() and not recipe.training.keep_checkpoints:
+            run.drop_checkpoints()
         result = TeachResult(
             folder=folder,
             student_dir=run.student_dir if run.student_dir.exists() else None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
-from deepdistill.cli import main
+from deepdistill.cli import app, main
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +117,26 @@ def test_a_program_gets_an_errors_code(capsys: pytest.CaptureFixture[str]) -> No
     record = json.loads(out.splitlines()[-1])["error"]
     assert record["code"] == "price-missing"
     assert record["message"] in err
+
+
+def test_help_fits_80_columns_and_is_whole_sentences(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    group = typer.main.get_command(app)
+    assert main(["--help"]) == 0
+    listed = " ".join(capsys.readouterr().out.split())
+    names = [[name] for name in group.commands] + [["runs", "compare"], ["runs", "delete"]]  # type: ignore[attr-defined]
+    for name in names:
+        assert main([*name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80
+        assert "..." not in text.partition("\n")[2]
+        sentences = [paragraph for paragraph in text.split("\n\n")[1:] if not paragraph.endswith(":")]
+        assert sentences[0].endswith(".")
+        if len(name) == 1:
+            assert f"{name[0]} {' '.join(sentences[0].split())}" in listed  # in full
+    for command in (group.commands[name[0]] for name in names):  # type: ignore[attr-defined]
+        for option in command.params:
+            assert option.help, option.name
+            assert re.search(r"[.…\]']$", option.help), option.help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -408,10 +409,16 @@ def test_root_holds_only_the_modules_that_should_ship() -> None:
 
 
 def commands() -> dict[str, Any]:
+    """Return every command by its name; those below another have its name before their own."""
     from deepdistill.cli import app
 
-    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    return {name: command for name, command in found.items() if not command.hidden}
+    def below(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, command in getattr(group, "commands", {}).items():
+            if not command.hidden:
+                yield f"{prefix}{name}", command
+                yield from below(command, f"{prefix}{name} ")
+
+    return dict(below(typer.main.get_command(app)))
 
 
 def options() -> Iterator[tuple[str, Any]]:
@@ -420,7 +427,7 @@ def options() -> Iterator[tuple[str, Any]]:
 
 
 def test_commands_have_the_planned_names() -> None:
-    assert COMMANDS_NOW <= set(commands()) <= COMMANDS_EVER
+    assert COMMANDS_NOW <= {name.partition(" ")[0] for name in commands()} <= COMMANDS_EVER
     assert [name for name, command in commands().items() if not command.help] == []
 
 
@@ -446,16 +453,10 @@ def test_flags_are_spelled_like_their_fields() -> None:
 
 def flag_types() -> Iterator[tuple[str, str, object]]:
     """Yield each command's name, and every flag with its type: the field's annotation without `None`."""
-    from deepdistill.cli import app
-
-    hints = {
-        registered.name or registered.callback.__name__: get_type_hints(registered.callback)
-        for registered in app.registered_commands
-        if registered.callback is not None
-    }
     for command, option in options():
-        if option.name in hints[command]:  # all but --help
-            hint = hints[command][option.name]
+        hints = get_type_hints(inspect.unwrap(commands()[command].callback))
+        if option.name in hints:  # all but --help
+            hint = hints[option.name]
             kinds = set(get_args(hint) or (hint,)) - {type(None)}
             yield command, option.opts[0], kinds.pop() if len(kinds) == 1 else hint
 

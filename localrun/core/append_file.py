@@ -192,6 +192,20 @@ class WriterLock:
             self._path.write_text(text, encoding="utf-8")
 
 
+def is_locked(path: Path) -> bool:
+    """Say whether a process holds the right to write a file; this takes it for a moment to find out."""
+    lock_path = path.with_name(f".{path.name}.lock")
+    if not lock_path.exists():
+        return False
+    try:
+        with FileLock(lock_path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # a folder that nobody here can write
+
+
 def _holder(lock_path: Path) -> str:
     try:
         holder = json.loads(lock_path.read_text(encoding="utf-8"))

@@ -81,6 +81,18 @@ def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) 
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
 
 
+def test_a_finished_run_needs_no_checkpoints(finished: Path, chain_sum: str, tmp_path: Path, recorder: Any) -> None:
+    assert not list(finished.rglob("checkpoint-*"))
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "scores.json").unlink()
+    teach(_settings(chain_sum), folder, report=recorder)
+    assert json.loads((folder / "scores.json").read_text()).keys() == {"base", "student"}
+    assert "training" not in {stage for stage, *_ in recorder.steps}
+    kept = _settings(chain_sum, training__keep_checkpoints=True, traces__file=finished / "traces.jsonl")
+    teach(kept, tmp_path / "kept", stop_after="training")
+    assert list((tmp_path / "kept" / "checkpoints").glob("checkpoint-*"))
+
+
 def test_traces_of_another_run_train_without_a_teacher(finished: Path, chain_sum: str, tmp_path: Path) -> None:
     settings = _settings(chain_sum, teacher__model="http://127.0.0.1:9/v1", traces__file=finished / "traces.jsonl")
     result = teach(settings, tmp_path / "run", stop_after="training")

@@ -95,6 +95,7 @@ def test_a_round_keeps_what_it_was_made_of(finished: Path) -> None:
 
 def test_the_same_command_again_repeats_nothing(finished: Path, chain_sum: str) -> None:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.suffix in (".safetensors", ".bin", ".jsonl")}
+    assert not list(finished.rglob("checkpoint-*"))
     teach(_settings(chain_sum), finished)
     assert {p: p.stat().st_mtime_ns for p in before} == before
 

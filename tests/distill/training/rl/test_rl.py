@@ -197,6 +197,8 @@ def test_teach_by_grpo_keeps_a_run_folder(chain_sum: str, tmp_path: Path) -> Non
     assert training["steps"] == 1
     assert training["curve"][0]["right"] > 0.5
     assert (tmp_path / "run" / "report.html").exists()
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    assert teach(settings, tmp_path / "run").training == training  # it does not train again
 
 
 @pytest.mark.slow
