@@ -42,7 +42,8 @@ def demo(
 
     Teacher, student and problems come with the package. In the end the finished GGUF answers a question.
     """
-    from ..distill.evaluation.report import print_hops
+    from ..distill.evaluation.report import print_hops, write_report
+    from ..distill.run import Run
     from ..distill.teach import teach
     from ..distill.training.student import student_dir
 
@@ -56,6 +57,9 @@ def demo(
             folder / "student", folder / "student-Q8_0.gguf", type_="Q8_0", recipe=recipe, report=progress
         )
         scores = result.scores | {"gguf": _score_gguf(folder, report.path, recipe=recipe, report=progress)}
+        with Run(folder, recipe) as run:
+            run.save("scores.json", scores)
+            write_report(run)
     question, thinking, answer = _ask(report.path, recipe)
     minutes_taken = (time.monotonic() - started) / 60
     sizes = {

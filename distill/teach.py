@@ -18,6 +18,7 @@ from .context import Context
 from .curation.curate import apart_from, select
 from .curation.filters import LONG_SHARE_SMALL
 from .evaluation.hops import score_hops
+from .evaluation.live import LiveReport
 from .evaluation.report import write_report
 from .gather import gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
@@ -70,8 +71,8 @@ def teach(
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
     recipe = check(recipe)
-    with Run(folder, recipe) as run:
-        context = Context(run, recipe, report, stop_after, opener)
+    with Run(folder, recipe) as run, LiveReport(run, report) as live:
+        context = Context(run, recipe, live, stop_after, opener)
         # Faults of the student, the held-out problems or the filters end the run here, before anything is paid for.
         offline = recipe.resources.offline
         base = student_dir(recipe.student, offline) if stop_after != "traces" else None

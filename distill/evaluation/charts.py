@@ -1,10 +1,10 @@
-"""Bar charts for the report, already laid out in a square of 100 by 100, so that the page only draws them."""
+"""Charts for the report, already laid out, so that the page only draws them: bars, and lines."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from ...localrun.core.text import format_duration
 from ..records import CurvePoint
 
 _BINS = 40
+_N_POINTS = 120
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 410, 26, 180  # the plot inside a line chart's drawing
 _PAUSE_S = 60.0  # after a longer gap the teacher was not working, but waiting to be asked
 
 
@@ -39,6 +41,17 @@ class Chart:
     summary: str
     top: str  # what the full height means
     series: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """A line in a drawing of 420 by 220, the places of its ticks with their labels, and a sentence that says it all."""
+
+    points: str
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    y_label: str
+    summary: str
 
 
 def histogram(values: dict[str, npt.NDArray[Any]], unit: str) -> Chart | None:
@@ -101,25 +114,56 @@ def over_time(ends: npt.NDArray[Any] | None, values: npt.NDArray[Any]) -> Chart 
     return Chart(_stack({"speed": rates}, labels, top), ticks, summary, f"{top:,.0f} tokens/s", ["speed"])
 
 
-def curve(points: Iterable[CurvePoint], name: Literal["loss", "validation_accuracy"]) -> Chart | None:
-    """Return how a value of the training changed with its steps, in up to 40 means; None with fewer than two values."""
+def curve(points: Iterable[CurvePoint], name: Literal["loss", "validation_accuracy"]) -> LineChart | None:
+    """Return how a value of the training changed with its steps; None with fewer than two values."""
     steps, values, step = [], [], 0
     for point in points:
         step, value = step if point.step is None else point.step, getattr(point, name)
-        if value is not None and math.isfinite(value):
+        if value is not None:
             steps.append(step)
             values.append(float(value))
-    if len(values) < 2:
+    return line(steps, values, is_share=name.endswith("accuracy"))
+
+
+def line(steps: Sequence[float], values: Sequence[float], *, is_share: bool) -> LineChart | None:
+    """Return a line through at most 120 means of the values; None with fewer than two that are finite.
+
+    A share is drawn from 0 to 100 %, anything else from 0 or, if that is far away, from its lowest value.
+    """
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if len(known) < 2:
         return None
-    parts = np.array_split(np.array(values), min(_BINS, len(values)))
-    means = np.array([float(part.mean()) for part in parts])
-    share = name.endswith("accuracy")
-    shown = [f"{100 * mean:.1f} %" if share else f"{mean:.3g}" for mean in means]
-    top = 1.0 if share else float(means.max()) or 1.0
-    summary = f"From {shown[0]} to {shown[-1]} in {steps[-1]:,} steps."
-    ticks = [f"step {steps[0]:,}", f"step {steps[-1]:,}"]
-    bars = _stack({"speed": means}, shown, top)
-    return Chart(bars, ticks, summary, "100 %" if share else f"{top:.3g}", ["speed"])
+    parts = np.array_split(np.array(known, float), min(_N_POINTS, len(known)))
+    means = [(float(part[:, 0].max()), float(part[:, 1].mean())) for part in parts]
+    last, highest, lowest = known[-1][0], max(y for _, y in means), min(y for _, y in means)
+    low, high = (0.0, 1.0) if is_share else (0.0 if lowest < highest / 2 else lowest, highest)
+    low, high = (low, high) if high > low else (low - 1, low + 1)
+    first = 0 if known[0][0] < last / 2 else known[0][0]
+    across, up = (last - first) or 1.0, high - low
+
+    def x_of(step: float) -> float:
+        return round(_LEFT + (_RIGHT - _LEFT) * (step - first) / across, 1)
+
+    def y_of(value: float) -> float:
+        return round(_BOTTOM - (_BOTTOM - _TOP) * (value - low) / up, 1)
+
+    shown = [f"{100 * y:.1f} %" if is_share else f"{y:.3g}" for _, y in (means[0], means[-1])]
+    return LineChart(
+        points=" ".join(f"{x_of(x)},{y_of(y)}" for x, y in means),
+        x_ticks=[(x_of(tick), f"{tick:,.0f}") for tick in ticks(first, last, least=1.0)],
+        y_ticks=[(y_of(tick), f"{100 * tick:.0f} %" if is_share else f"{tick:.4g}") for tick in ticks(low, high)],
+        y_label="share" if is_share else "loss",
+        summary=f"From {shown[0]} to {shown[1]} in {last:,.0f} steps.",
+    )
+
+
+def ticks(low: float, high: float, *, n: int = 5, least: float = 0.0) -> list[float]:
+    """Return up to n + 1 round values from low to high, 1, 2 or 5 times a power of ten apart, and at least `least`."""
+    step = _round_up((high - low) / n, least=least) if high > low else 0.0
+    if step <= 0:
+        return [low]
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _stack(counts: dict[str, npt.NDArray[Any]], labels: list[str], top: float) -> list[Bar]:

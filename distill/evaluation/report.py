@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,26 @@ from ..records import CURVE_FILE, CurvePoint, Trace
 from ..run import Run
 from ..traces.store import TraceStore
 from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
-from .charts import Chart, curve, histogram, over_time
+from .charts import Chart, LineChart, curve, histogram, line, over_time
+from .pairs import Answer, Pair, counts_of, pair_answers, read_answers, some_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _N_BYTES = {"question": 2000, "reasoning": 6000, "content": 3000}  # at most, of each text in the page
+_N_PAIRS, _N_BYTES_OF_ANSWER = 60, 1200
 _FILES = re.compile(r"<!-- files: begin -->.*?<!-- files: end -->", re.DOTALL)
+_KEPT = re.compile(r'data-kept="yes" data-id="([^"]*)">')
 _VERIFIED_BY = ("held_out", "wrong", "unknown")  # the filters that come before a trace counts as verified
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The answers of two hops to the same problems: how many of each state, and some of them to read."""
+
+    id: str
+    title: str
+    hops: tuple[str, str]
+    counts: dict[str, int]
+    pairs: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -53,23 +70,91 @@ class FunnelRow:
     example: dict[str, str] | None = None
 
 
-def write_report(run: Run, kept: Iterable[Trace] | None = None) -> None:
-    """Write report.html from the run's artifacts; the `kept` traces, if given, are marked as trained."""
+def write_report(run: Run, kept: Iterable[Trace] | None = None, *, status: str = "") -> None:
+    """Write report.html from the run's artifacts.
+
+    kept: the traces that trained; as the page before has it, unless given.
+    status: what the run does now. With it the page says so and reloads itself each minute.
+    """
     artifacts = {name: run.load(f"{name}.json") for name in ("recipe", "scores", "curation", "training")}
     recipe = {".".join(path): value for path, value in flat(upgraded(artifacts["recipe"] or {}))}
     is_elsewhere = recipe.get("traces.file") and not run.traces_path.exists()
     traces_path = Path(recipe["traces.file"]) if is_elsewhere else run.traces_path
     summary = TraceSummary.of(TraceStore.read(traces_path) if traces_path.exists() else ())
-    kept_ids = None if kept is None else {trace.id for trace in kept}
+    kept_ids = _marked(run.report_path) if kept is None else {trace.id for trace in kept}
     shown = [_show(trace, kept_ids) for trace in summary.sample()]
     columns = [name for name in JUDGED_AS if any(counts[name] for counts in summary.sources.values())]
     rounds = [run.load(f"rounds/{i}/round.json") or {} for i in range(1, 1 + int(recipe.get("on_policy.rounds") or 0))]
     points = list(read_records(run.folder / CURVE_FILE, CurvePoint, missing_ok=True, skip_broken=True))
     values = artifacts | {"rounds": [one for one in rounds if "rows" in one]}
-    values |= {"curves": {"loss": curve(points, "loss"), "accuracy": curve(points, "validation_accuracy")}}
+    values |= {"curves": _curves(points, artifacts["training"] or {}), **_answers(run, artifacts["scores"] or {})}
+    values |= {"status": status, "now": f"{datetime.now():%H:%M}"}
     values |= {"recipe": recipe, "summary": summary, "shown": shown, "columns": columns, "charts": _charts(summary)}
     page = _template().render(**values, steps=list(funnel(artifacts["curation"], summary)))
     write_text(run.report_path, _printable(_with_files(page, run.report_path)))
+
+
+def _curves(points: list[CurvePoint], training: dict[str, Any]) -> dict[str, LineChart]:
+    """Return the charts of the training by what they show."""
+    steps = training.get("curve") or []  # of GRPO
+    found = {
+        "Loss": curve(points, "loss"),
+        "Held-out tokens that are the student’s first choice": curve(points, "validation_accuracy"),
+        "Right answers": line([one["step"] for one in steps], [one["right"] for one in steps], is_share=True),
+    }
+    return {name: chart for name, chart in found.items() if chart}
+
+
+def _answers(run: Run, scores: dict[str, Any]) -> dict[str, Any]:
+    """Return the share of unknown verdicts of each hop, the headline, and the answers of two hops side by side."""
+    hops = list(dict.fromkeys([*scores, "base", "student", "gguf"]))
+    answers = {hop: read_answers(run.folder / "answers" / f"{hop}.jsonl") for hop in hops}
+    unknown = {hop: sum(one.get("verdict") == "unknown" for one in given) for hop, given in answers.items()}
+    taught = pair_answers(answers["base"], answers["student"])
+    quantized = pair_answers(answers["student"], answers["gguf"])
+    changed = [pair for pair in quantized if pair.before.get("verdict") != pair.after.get("verdict")]
+    sides = [
+        Sides("taught", "Base and student side by side", ("base", "student"), counts_of(taught), _pairs(taught)),
+        Sides("quantized", "What quantizing changed", ("student", "gguf"), counts_of(quantized), _pairs(changed)),
+    ]
+    return {
+        "unknown": {hop: n / len(answers[hop]) for hop, n in unknown.items() if answers[hop]},
+        "headline": _headline(scores, counts_of(taught)),
+        "sides": [one for one in sides if sum(one.counts.values())],
+    }
+
+
+def _headline(scores: dict[str, Any], counts: dict[str, int]) -> str:
+    """Return what came of the run, in a sentence."""
+    if not {"base", "student"} <= scores.keys():
+        return ""
+    base, student = scores["base"], scores["student"]
+    told = f"{100 * student['accuracy']:.1f} % of {student['n']:,} problems, the base {100 * base['accuracy']:.1f} %"
+    if not any(counts.values()):
+        return f"The student solves {told}."
+    n, least = counts["gained"] + counts["lost"], min(counts["gained"], counts["lost"])
+    chance = min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)  # the sign test on what changed
+    if chance > 0.05:
+        return f"The difference may be chance: the student solves {told}."
+    which = "better" if counts["gained"] > counts["lost"] else "worse"
+    return f"The student is {which} than its base: it solves {told}."
+
+
+def _pairs(pairs: list[Pair]) -> list[dict[str, Any]]:
+    """Return some pairs as the page shows them, their texts shortened."""
+    shown = []
+    for pair in some_of(pairs, _N_PAIRS):
+        question = str(pair.after.get("question") or "")
+        sides = [_side(answer) for answer in (pair.before, pair.after)]
+        texts = {"question": _cut(question, _N_BYTES_OF_ANSWER), "line": shorten(question, 160)}
+        shown.append(texts | {"state": pair.state, "expected": pair.after.get("expected"), "sides": sides})
+    return shown
+
+
+def _side(answer: Answer) -> dict[str, Any]:
+    texts = {name: str(answer.get(name) or "").strip() for name in ("reasoning_content", "content")}
+    shown = {name: _cut(text, _N_BYTES_OF_ANSWER) for name, text in texts.items()}
+    return shown | {"verdict": answer.get("verdict"), "answer": shorten(str(answer.get("answer") or "–"), 24)}
 
 
 def _charts(summary: TraceSummary) -> dict[str, Chart | None]:
@@ -86,6 +171,12 @@ def _charts(summary: TraceSummary) -> dict[str, Chart | None]:
         "costs": histogram(usd, "$"),
         "speed": speed or over_time(None, np.asarray(summary.speeds)),
     }
+
+
+def _marked(page_path: Path) -> set[str] | None:
+    """Return the traces that a page shows as trained; None without a page, or without such traces."""
+    page = page_path.read_text(encoding="utf-8") if page_path.is_file() else ""
+    return {html.unescape(found) for found in _KEPT.findall(page)} or None
 
 
 def _with_files(page: str, before: Path) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +23,8 @@ import pytest
 from rich.console import Console
 
 from deepdistill.distill.curation.curate import select
-from deepdistill.distill.evaluation.charts import curve, histogram, over_time
+from deepdistill.distill.evaluation.charts import curve, histogram, line, over_time, ticks
+from deepdistill.distill.evaluation.live import LiveReport
 from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.recipe.gathering import TeacherRecipe
@@ -315,10 +317,14 @@ def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) ->
     loss, accuracy = curve(points, "loss"), curve(points, "validation_accuracy")
     assert loss is not None
     assert accuracy is not None
-    assert len(loss.bars) == 40
-    assert loss.bars[0].title == f"{2.0 - 0.02:.3g}"  # of the first three steps
-    assert accuracy.ticks == ["step 20", "step 100"]
-    assert [round(bar.height) for bar in accuracy.bars] == [10, 20, 30, 40, 50]
+    drawn = [tuple(map(float, point.split(","))) for point in accuracy.points.split()]
+    places, heights_of = {text: y for y, text in accuracy.y_ticks}, {text: x for x, text in accuracy.x_ticks}
+    assert list(places) == ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]
+    assert [x for x, _ in drawn] == [heights_of[text] for text in ("20", "40", "60", "80", "100")]
+    assert drawn[1][1] == places["20 %"]  # of the second validation
+    assert drawn[3][1] == places["40 %"]
+    assert len(loss.points.split()) == 100
+    assert [text for _, text in loss.y_ticks] == ["1", "1.2", "1.4", "1.6", "1.8"]
     assert curve(points[:1], "loss") is None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "curve.jsonl").write_text("".join(to_json(point) + "\n" for point in points))
@@ -326,6 +332,143 @@ def test_the_trainings_curve_is_on_the_page_and_has_its_means(tmp_path: Path) ->
         run.save("training.json", TRAINING | {"validation_accuracy": 0.5, "stopped": "early"})
         write_report(run)
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "From 1.98 to 1" in page
+    assert "From 1.99 to 1" in page
     assert "50.0 % of the held-out tokens are the student" in page
     assert "ended early" in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "least", "expected"),
+    [
+        (0, 1, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 420, 1, [0, 100, 200, 300, 400]),
+        (1.13, 5.7, 0, [2, 3, 4, 5]),
+        (3, 5, 1, [3, 4, 5]),
+        (-0.3, 0.31, 0, [-0.2, 0, 0.2]),
+        (7, 7, 1, [7]),
+    ],
+)
+def test_ticks_are_round_and_inside(low: float, high: float, least: float, expected: list[float]) -> None:
+    assert ticks(low, high, least=least) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0], [0.0, 0.0], [math.nan, 2.0, math.inf, 3.0], [1e-9, 1e9]])
+@pytest.mark.parametrize("is_share", [False, True])
+def test_a_line_stays_in_its_drawing(values: list[float], is_share: bool) -> None:
+    chart = line(range(len(values)), [min(value, 1.0) for value in values] if is_share else values, is_share=is_share)
+    assert chart
+    for point in chart.points.split():
+        x, y = map(float, point.split(","))
+        assert 50 <= x <= 410
+        assert 26 <= y <= 180
+    assert line([1], [1.0], is_share=is_share) is None
+
+
+def answers(folder: Path, hop: str, verdicts: str, text: str = "fine") -> None:
+    whole = {"r": "right", "w": "wrong", "u": "unknown"}
+    records = [
+        {"problem_id": f"p{i}", "question": text, "expected": text, "answer": text, "verdict": whole[letter]}
+        | {"reasoning_content": text, "content": text}
+        for i, letter in enumerate(verdicts)
+    ]
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    path = folder / "answers" / f"{hop}.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + "{torn", encoding="utf-8")
+
+
+def test_base_and_student_stand_side_by_side_and_can_be_filtered(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    answers(folder, "base", "wwwwwwwwrru")
+    answers(folder, "student", "rrrrrrrwrwr")
+    answers(folder, "gguf", "rrrrrrwwrwu")
+    scores = {"base": SCORE | {"accuracy": 2 / 11}, "student": SCORE | {"accuracy": 9 / 11}}
+    text = report(folder, [], scores=scores)
+    page = Page(text)
+    states = [details["data-state"] for details in page.all("details")]
+    assert states == ["gained"] * 7 + ["lost", "still wrong", "still right", "unknown"] + ["lost", "unknown"]
+    assert "7 gained, 1 lost, 1 still wrong, 1 still right, 1 unknown." in page.text
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    choices = [one for one in page.all("input") if one["name"] == "taught"]
+    assert [one["value"] for one in choices] == ["all", "gained", "lost", "still wrong", "still right", "unknown"]
+    assert [label["for"] for label in page.all("label")][: len(choices)] == [one["id"] for one in choices]
+    for state in set(states):  # without a script
+        assert f'.sides > input[value="{state}"]:checked ~ .list > :not([data-state="{state}"])' in text
+    assert "9.1 %" in page.text  # unknown, of the base's answers
+
+
+def test_the_headline_tells_a_difference_from_chance(tmp_path: Path) -> None:
+    scores = {"base": SCORE, "student": SCORE}
+    headlines = []
+    for name, before, after in (
+        ("better", "wwwwwwr", "rrrrrrr"),
+        ("worse", "rrrrrrr", "wwwwwww"),
+        ("chance", "wwwwwrr", "rrrrrww"),
+        ("unscored", "", ""),
+    ):
+        (tmp_path / name).mkdir(mode=0o700)
+        answers(tmp_path / name, "base", before)
+        answers(tmp_path / name, "student", after)
+        text = report(tmp_path / name, [], scores=scores if name != "unscored" else {})
+        headlines.append(re.findall(r'<p class="headline">(.*?)</p>', text))
+    assert "better" in headlines[0][0]
+    assert "worse" in headlines[1][0]
+    assert "chance" in headlines[2][0]
+    assert headlines[3] == []
+
+
+def test_what_a_student_answered_stays_text_and_a_page_of_long_answers_small(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    for hop in ("base", "student", "gguf"):
+        answers(folder, hop, "rwu" * 70, EVIL + "x" * 100_000)
+    text = report(folder, [], scores={"base": SCORE, "student": SCORE, EVIL: SCORE})
+    page = Page(text)
+    assert not page.all("script") + page.all("img")
+    assert page.text.count("window.pwned=1") > 100
+    assert len(text.encode()) < 700_000
+    assert {details["data-state"] for details in page.all("details")} == {"still right", "still wrong", "unknown"}
+
+
+def test_the_page_reloads_itself_only_while_the_run_works(tmp_path: Path, recorder: Any) -> None:
+    times = iter([0.0, 0.0, 2.0, 50.0, 102.0, 103.0])
+    shown = []
+    with Run(tmp_path / "run", RECIPE) as run:
+
+        def page() -> Page:
+            return Page(run.report_path.read_text(encoding="utf-8"))
+
+        def reloads() -> list[Any]:
+            return [meta["content"] for meta in page().all("meta") if meta.get("http-equiv") == "refresh"]
+
+        def work() -> None:
+            with LiveReport(run, recorder, now=lambda: next(times)) as live:
+                for done, name in ((1, "<i>first</i>"), (2, "second"), (3, "third")):
+                    live.progress(name, done, total=4, note="a note")
+                    shown.append((reloads(), re.findall(r"at work: (.*?)\.", page().text)))
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert reloads() == []
+        assert "at work" not in page().text
+        write_report(run, ())
+        assert reloads() == []
+    # written at the first word, not after 48 seconds, and again after 50 times what writing took
+    assert shown == [(["60"], ["<i>first</i>, 25 %"])] * 2 + [(["60"], ["third, 75 %"])]
+    assert [stage for stage, *_ in recorder.steps] == ["<i>first</i>", "second", "third"]
+
+
+def test_a_run_goes_on_where_its_page_cannot_be_written(tmp_path: Path, recorder: Any) -> None:
+    with Run(tmp_path / "run", RECIPE) as run, LiveReport(run, recorder) as live:
+        run.traces_path.write_text("no trace\n")
+        live.progress("traces", 1, total=2)
+    assert recorder.steps
+
+
+def test_traces_stay_marked_as_trained_when_the_page_is_written_again(tmp_path: Path) -> None:
+    traces = [trace(1), trace(3), trace(5)]
+    report(tmp_path / "run", traces, traces[:1])
+    again = Page(report(tmp_path / "run", []))
+    assert sorted(str(one["data-kept"]) for one in again.all("details")) == ["no", "no", "yes"]
