@@ -32,8 +32,8 @@ from deepdistill.distill.teach import teach
 from deepdistill.distill.teachers import open_teacher
 from deepdistill.distill.training.student import student_dir
 from deepdistill.localrun.core.atomic import write_text
+from deepdistill.localrun.core.bars import Bars
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.reporter import Bars
 
 HELD_OUT_SHARE = 0.2
 

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..localrun.core.reporter import Bars
+    from ..localrun.core.bars import Bars
 
 Out = Annotated[Path | None, typer.Option(help="The folder or file to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of problems, the sampling and the training.", min=0)]
@@ -29,7 +29,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress on stand
 
 def bars(quiet: bool) -> Bars:
     """Return the progress bars of a command."""
-    from ..localrun.core.reporter import Bars
+    from ..localrun.core.bars import Bars
 
     return Bars(quiet)
 

@@ -32,8 +32,9 @@ from deepdistill.distill.training.rl.grpo import GrpoReport, GrpoSettings, grpo
 from deepdistill.distill.training.rl.stage import sometimes_solved
 from deepdistill.distill.training.train import TrainPaths
 from deepdistill.localrun.core.atomic import write_text
+from deepdistill.localrun.core.bars import Bars
 from deepdistill.localrun.core.generation import Sampling
-from deepdistill.localrun.core.reporter import SILENT, Bars, Reporter
+from deepdistill.localrun.core.reporter import SILENT, Reporter
 
 LONGEST = 192  # tokens of an answer; the recipe's longest chains have about 150
 _N_TEXTS = 50  # a family, for the experts' load

@@ -47,7 +47,8 @@ class LiveReport(Reporter):
         if started < self._next:
             return
         with suppress(OSError, DeepDistillError):  # a run does not end because its page could not be written
-            write_report(self._run, status=f"{stage}, {100 * min(1.0, done / max(total, 1e-9)):.0f} %")
+            status = f"{stage}, {100 * min(1.0, done / max(total, 1e-9)):.0f} %"
+            write_report(self._run, status=f"{status}, {note}" if note else status)
         ended = self._now()
         self._next = ended + max(_EVERY_S, (ended - started) / _SHARE)
 

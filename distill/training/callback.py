@@ -18,6 +18,7 @@ from ...errors import ModelError
 from ...localrun.core.atomic import write_text
 from ...localrun.core.record_log import RecordLog, read_records, to_json
 from ...localrun.core.reporter import SILENT, Reporter
+from ...localrun.core.text import sparkline
 from ..recipe.training import TrainingRecipe
 from ..records import CURVE_FILE, CurvePoint
 from ..run import CLOCK_FILE
@@ -28,14 +29,19 @@ from .rows import Row
 _WINDOW = 20  # steps whose mean loss is watched
 _DIVERGED = 2.0  # a mean loss of so many times the lowest one so far, and half a nat more, has diverged
 _N_VALIDATIONS = 20  # in a training, at most
+_N_MEANS = 12  # of the loss, in the note
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Cross-entropy over the held-out rows' targets, and the share of them that is the student's first choice."""
+    """Cross-entropy over the held-out rows' targets, and the share of them that is the student's first choice.
+
+    `answer` says what the student answers to one of them now; it may be empty.
+    """
 
     loss: float
     accuracy: float
+    answer: str = ""
 
 
 class Clock(TrainerCallback):
@@ -69,6 +75,7 @@ class Clock(TrainerCallback):
         self._before = 0.0  # seconds of training before this process
         self._started = self._saved = now()
         self._losses: list[float] = []
+        self._means, self._every, self._part = list[float](), 1, list[float]()  # of the loss, for the note
         self._lowest = math.inf  # mean loss of a window
         self._validations: list[tuple[float, Validation]] = []  # with how much of the training was done
         self._validated_rows = 0  # rows that had trained at the last validation
@@ -152,11 +159,27 @@ class Clock(TrainerCallback):
         if shared(self._now() - self._saved) >= self._settings.save_every_s or control.should_training_stop:
             control.should_save = True
             self._saved = self._now()
-        notes = [f"loss {self._losses[-1]:.3f}"] if self._losses else []
+        self._report.progress("training", done, total=1.0, note=self._note(state.global_step))
+
+    def _note(self, step: int) -> str:
+        """Return what a person may want to know, the most telling first: a narrow terminal cuts the rest."""
+        notes = [f"step {step}"]
+        if self._losses:
+            notes.append(f"loss {sparkline(self._means)} {self._losses[-1]:.2f}")
         if self._validations:
-            notes.append(f"held out {100 * self._validations[-1][1].accuracy:.0f} % of tokens")
-        notes.append(f"{self._tokens_per_s(state.global_step):.0f} tokens/s")
-        self._report.progress("training", done, total=1.0, note=", ".join(notes))
+            found = self._validations[-1][1]
+            notes += [f"held out {100 * found.accuracy:.0f} %", *([found.answer] if found.answer else [])]
+        return ", ".join([*notes, f"{self._tokens_per_s(step):.0f} tokens/s"])
+
+    def _remember(self, loss: float) -> None:
+        """Add a loss to the means of equally many steps, which are halved where they become too many."""
+        self._part.append(loss)
+        if len(self._part) == self._every:
+            self._means.append(sum(self._part) / self._every)
+            self._part = []
+        if len(self._means) == 2 * _N_MEANS:
+            self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
+            self._every *= 2
 
     def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Add a point to the curve, and stop if the loss is not finite or diverges."""
@@ -165,6 +188,7 @@ class Clock(TrainerCallback):
             return
         loss, step = float(logs["loss"]), state.global_step
         self._losses = [*self._losses[-_WINDOW + 1 :], loss]
+        self._remember(loss)
         mean = sum(self._losses) / len(self._losses)
         if not math.isfinite(loss):
             raise self._broken(args.output_dir, f"the loss is {loss} after step {step}", "loss-not-finite")
@@ -184,7 +208,7 @@ class Clock(TrainerCallback):
             "seconds": self.seconds(),
             "lowest": self._lowest,
             "losses": self._losses,
-            "validations": [(done, (found.loss, found.accuracy)) for done, found in self._validations],
+            "validations": [(done, (found.loss, found.accuracy, found.answer)) for done, found in self._validations],
             "validated_rows": self._validated_rows,
             "stopped": self.stopped,
             "best": self._best,

@@ -24,6 +24,7 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..device import NO_MEMORY, choose_device
 from ..recipe.training import TrainingRecipe
 from ..tokenizer import Tokenizer
+from .ask import Question
 from .callback import Clock, Validation, last_checkpoint, validation_of
 from .distributed import is_first, processes
 from .lora import check_vocabulary, load_base, load_student
@@ -182,13 +183,16 @@ class _Training:
 
     def _clock(self, objective: Objective, model: Any, *, collate: _Collate, n_at_once: int) -> Clock:
         rows, held_out = self.rows, self.validation
+        # A sharded student is in no process as a whole.
+        asked = Question(objective.causal_lm, held_out[0], tokenizer=self.tokenizer) if self._can_ask() else None
         batches = [Batch(**collate(held_out[i : i + n_at_once])) for i in range(0, len(held_out), n_at_once)]
 
         def validate() -> Validation:
             was_training = model.training
             model.eval()
             try:
-                return validation_of(objective.scores, batches)
+                found = validation_of(objective.scores, batches)
+                return replace(found, answer=asked.ask()) if asked else found
             finally:
                 model.train(was_training)
 
@@ -201,6 +205,9 @@ class _Training:
             rows_between=3 * len(held_out),
             report=self.report,
         )
+
+    def _can_ask(self) -> bool:
+        return bool(self.validation) and processes() == 1
 
     def _save(self, model: Any, gathered: dict[str, Any] | None) -> None:
         """Write the trained weights; `gathered` has all of them if each process holds a part."""

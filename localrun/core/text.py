@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ...errors import ArtifactError, UsageError
@@ -54,6 +55,14 @@ def shorten(text: str, n: int) -> str:
     """Return the text on one line, cut to n characters; a character that a terminal would obey becomes �."""
     line = "".join(c if c.isprintable() else "�" for c in " ".join(text[: 4 * n].split()))
     return line if len(line) <= n else line[: n - 1] + "…"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Return values as a line of small blocks, the lowest and the highest finite one at its bounds: ▇▅▃▂▁."""
+    blocks = "▁▂▃▄▅▆▇"
+    known = [value for value in values if math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    return "".join(blocks[round((len(blocks) - 1) * (value - low) / ((high - low) or 1.0))] for value in known)
 
 
 def listed(items: Iterable[object], *, most: int | None = None) -> str:

@@ -456,7 +456,7 @@ def test_the_page_reloads_itself_only_while_the_run_works(tmp_path: Path, record
         write_report(run, ())
         assert reloads() == []
     # written at the first word, not after 48 seconds, and again after 50 times what writing took
-    assert shown == [(["60"], ["<i>first</i>, 25 %"])] * 2 + [(["60"], ["third, 75 %"])]
+    assert shown == [(["60"], ["<i>first</i>, 25 %, a note"])] * 2 + [(["60"], ["third, 75 %, a note"])]
     assert [stage for stage, *_ in recorder.steps] == ["<i>first</i>", "second", "third"]
 
 

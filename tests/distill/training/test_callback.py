@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -129,3 +130,16 @@ def test_a_curve_is_cut_at_the_checkpoint_that_a_run_resumes_from(tmp_path: Path
     assert curve_of(tmp_path) == [CurvePoint(1, loss=3.0), CurvePoint(validation_loss=2.5)]
     cut_curve(path, 0)
     assert curve_of(tmp_path) == []
+
+
+def test_the_note_has_the_loss_the_held_out_rows_and_an_answer(
+    go: Go, rows_of: Rows, tmp_path: Path, recorder: Any
+) -> None:
+    rows = rows_of(64)
+    go(tmp_path, rows[:48], weights="full", epochs=12, batch_size=4, validation=rows[48:], report=recorder)
+    note = recorder.steps[-1][3]
+    assert re.match(r"step \d+, loss [▁-▇]{12,24} \d+\.\d\d, held out \d+ %, ", note)
+    assert note.endswith("tokens/s")
+    checkpoint = max((tmp_path / "c").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
+    kept = json.loads((checkpoint / "clock.json").read_text())["validations"]
+    assert {len(found) for _, found in kept} == {3}

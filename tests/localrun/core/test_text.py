@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from deepdistill.localrun.core.text import first_line, format_bytes, format_duration, listed, shorten
+from deepdistill.localrun.core.text import first_line, format_bytes, format_duration, listed, shorten, sparkline
 
 
 @pytest.mark.parametrize(
@@ -57,3 +59,18 @@ def test_a_text_is_shortened_to_one_safe_line() -> None:
 )
 def test_a_list_ends_with_and(items: list[object], most: int | None, text: str) -> None:
     assert listed(items, most=most) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([3.0], "▁"),
+        ([5.0, 5.0], "▁▁"),
+        ([0, 1, 2, 3, 4, 5, 6], "▁▂▃▄▅▆▇"),
+        ([7.5, -4.5], "▇▁"),
+        ([2.0, math.nan, 1.0, math.inf], "▇▁"),
+    ],
+)
+def test_a_sparkline_spans_lowest_to_highest(values: list[float], line: str) -> None:
+    assert sparkline(values) == line
