@@ -1,6 +1,7 @@
 """The student's newest answer to one held-out question while it trains, so that a person sees what it learns.
 
-Asking takes at most 2 % of the time: an answer is cut where that is used up, and the next waits until there is enough.
+Asking takes at most 2 % of the time: an answer is cut where that is used up, and the next waits until there is time for
+a whole one.
 """
 
 from __future__ import annotations
@@ -44,21 +45,24 @@ class Question:
         if budget < self._needed or budget <= 0:
             return self._newest
         try:
-            tokens = self._decoded(start + budget)
+            tokens, is_whole = self._decoded(start + budget)
         except (AttributeError, TypeError, ValueError, RuntimeError):  # a model that answers in a way of its own
             self._needed = math.inf
             return self._newest
         took = self._now() - start
         self._spent += took
-        self._needed = took if tokens is not None else 2 * took
-        if tokens is not None:
-            given = self._answer_of(tokens)
-            self._newest = f"says {given}" if given == self._right else f"says {given}, right is {self._right}"
+        self._needed = took if is_whole else took * self._n_most / max(1, len(tokens))
+        if not is_whole:
+            self._newest = f"begins {shorten(text_of(self._tokenizer, tokens), _N_CHARACTERS)}"
+        elif (given := self._answer_of(tokens)) == self._right:
+            self._newest = f"says {given}"
+        else:
+            self._newest = f"says {given}, right is {self._right}"
         return self._newest
 
     @torch.no_grad()
-    def _decoded(self, until: float) -> list[int] | None:
-        """Return the student's likeliest tokens; None if the time ended before the answer did."""
+    def _decoded(self, until: float) -> tuple[list[int], bool]:
+        """Return the student's likeliest tokens, and whether they are whole: the time may end before the answer."""
         config, before = self._model.config, self._model.config._attn_implementation
         if before == ROW_ATTENTION:  # which has no cache
             config._attn_implementation = "sdpa"
@@ -69,9 +73,9 @@ class Question:
                 states = self._model.get_decoder()(input_ids=given, past_key_values=cache, use_cache=True)
                 ids = [int(self._model.get_output_embeddings()(states.last_hidden_state[0, -1]).argmax())]
                 if ids[0] == self._tokenizer.eos_token_id:
-                    return tokens
+                    return tokens, True
                 tokens += ids
-            return tokens if len(tokens) == self._n_most else None
+            return tokens, len(tokens) == self._n_most
         finally:
             config._attn_implementation = before
 

@@ -87,7 +87,7 @@ class Bars(Reporter):
         for stage, number in list(self._tasks.items()):
             task = self._bars.tasks[self._bars.task_ids.index(number)]
             if task.finished:
-                took = format_duration(task.elapsed or 0.0)
+                took = format_duration(task.finished_time or 0.0)
                 line = _line(f"{task.description:<26} {took:>6}  {task.fields['note']}")
                 self._bars.console.print(line, no_wrap=True, overflow="ellipsis")
                 self._bars.remove_task(self._tasks.pop(stage))
