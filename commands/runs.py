@@ -106,7 +106,8 @@ def _table(found: list[RunSummary]) -> Table:
     for run in found:
         problems = run.problems.partition("?")[0].removeprefix("gym:")
         stage = f"{run.stage}, at work" if run.is_at_work else run.stage
-        gain = f"{_percent(run.base)} → {_percent(run.accuracy)}" if run.accuracy is not None else _percent(run.base)
+        before = _percent(run.base).removesuffix(" %")
+        gain = _percent(run.base) if run.accuracy is None else f"{before} → {_percent(run.accuracy)}"
         cells = (run.folder.name, run.student, problems, stage, gain, format_bytes(run.n_bytes), run.changed[:10])
         table.add_row(*(printable(cell) for cell in cells))
     return table
