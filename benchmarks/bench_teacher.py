@@ -225,7 +225,7 @@ def bench_gpu(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, config in (("dense", dense_config(tiny)), ("sparse", sparse_config(tiny, free // 2))):
         with device:
             model = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32
+                config, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32, trust_remote_code=False
             ).eval()
         model.generation_config.eos_token_id = None
         print(f"{name}: {model.num_parameters() / 1e9:.2f}B parameters", flush=True)

@@ -295,7 +295,7 @@ def trl(options: Any, rows: list[Any], scratch: str) -> dict[str, Any]:
     setting = dict(TRL[options.cell])
     base = base_of(options)
     weights = getattr(torch, setting.pop("weights", "float32"))
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=weights)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=weights, trust_remote_code=False)
     torch.manual_seed(0)
     if not options.full:
         targets = "all-linear"
@@ -383,7 +383,7 @@ def flops_a_token(options: Any) -> float:
     """Return the model's own FLOPs a trained token: 2 a weight forward, 2 backward, 2 more where the weight learns."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base_of(options))
+    config = AutoConfig.from_pretrained(base_of(options), trust_remote_code=False)
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     kv = width * config.num_key_value_heads // config.num_attention_heads
     weights = layers * (2 * width * width + 2 * width * kv + 3 * width * inner) + config.vocab_size * width

@@ -117,7 +117,7 @@ def dequantized(folder: Path, path: Path, where: dict[str, np.ndarray], scratch:
 
 def logits_by_transformers(folder: Path, tokens: list[int]) -> np.ndarray:
     """Return logits `[T, V]` of a checkpoint in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.inference_mode():
         return np.asarray(model(torch.tensor([tokens])).logits[0])
 

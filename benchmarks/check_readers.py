@@ -73,7 +73,9 @@ def by_transformers(checks: Any, checkpoint: Path, path: Path, scratch: Path) ->
     where = checks.places(checkpoint, scratch)
     expected = checks.logits_by_transformers(checks.dequantized(checkpoint, path, where, scratch), tokens)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         with torch.inference_mode():
             got = np.asarray(model(torch.tensor([tokens])).logits[0])
     except Exception as error:

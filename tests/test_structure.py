@@ -301,6 +301,21 @@ def test_every_error_has_a_code() -> None:
     assert without == []
 
 
+def test_what_loads_a_checkpoint_refuses_its_code_and_its_pickles() -> None:
+    """transformers would ask at the terminal for leave to run a checkpoint's code, and torch unpickle anything."""
+    wanted = {"from_pretrained": ("trust_remote_code", False), "from_config": ("trust_remote_code", False)}
+    wanted["torch.load"] = ("weights_only", True)
+    loose = []
+    for path in [*package_files(), *sorted((ROOT / "benchmarks").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                name = "torch.load" if ast.unparse(node.func) == "torch.load" else node.func.attr
+                said = {(one.arg, getattr(one.value, "value", None)) for one in node.keywords}
+                if name in wanted and wanted[name] not in said:
+                    loose.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node.func)}")
+    assert loose == []
+
+
 def test_the_package_itself_loads_no_stage() -> None:
     """Its public names come from the stages, each when it is asked for (tests/test_public.py)."""
     assert faults(*(one for one in all_imports() if one.stage == "__init__" and one.relative and one.at_load)) == []

@@ -246,7 +246,7 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> None:
         model = make_model(recipe, tokenizer)
     else:
         tokenizer = as_llama_cpp_cuts((start / "tokenizer.json").read_text(encoding="utf-8"))
-        model = DeepseekV3ForCausalLM.from_pretrained(start, dtype=torch.float32)
+        model = DeepseekV3ForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)
         earlier = json.loads((start / "curve.json").read_text(encoding="utf-8"))
     rows = [row for pairs in texts.values() for row in make_rows(tokenizer, pairs)]
     n_tokens = sum(len(row[0]) for row in rows)

@@ -15,6 +15,7 @@ from ...errors import ModelError, UsageError
 from ...localrun.core.text import first_line
 from ..device import quiet_transformers
 from ..recipe.training import TrainingRecipe
+from ..teachers.huggingface.loading import loading_error
 from .rows import Row
 
 
@@ -22,7 +23,7 @@ def load_student(base_dir: Path, settings: TrainingRecipe, *, device: torch.devi
     """Load a student to train: a frozen base in dtype with an adapter in fp32, or all weights in fp32.
 
     Raises:
-        ModelError: `code` "load-failed": the weights cannot be loaded; or they cannot be quantized (see `four_bits`).
+        ModelError: the weights cannot be loaded (see `load_base`) or quantized (see `four_bits`).
         UsageError: `code` "no-such-layer": the student has no linear map or layer that the recipe names.
     """
     quiet_transformers()
@@ -79,7 +80,7 @@ def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> A
     """Load a checkpoint.
 
     Raises:
-        ModelError: `code` "load-failed".
+        ModelError: its weights cannot be loaded: see `loading.load_model`.
     """
     options = {} if quantization is None else {"quantization_config": quantization}
     try:
@@ -87,11 +88,7 @@ def load_base(base_dir: Path, dtype: torch.dtype, quantization: Any = None) -> A
             base_dir, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, **options
         )
     except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
-        raise ModelError(
-            f"cannot load the student in {base_dir}: {first_line(error)}",
-            "check that the folder holds a whole checkpoint",
-            code="load-failed",
-        ) from error
+        raise loading_error(error, base_dir, part="weights", offline=True) from error
 
 
 def check_vocabulary(model: Any, rows: list[Row], n_tokens: int) -> None:

@@ -31,7 +31,7 @@ _BASE_FILE = "deepdistill_base.json"
 
 def save_checkpoint(model: Any, base_dir: Path, *, tokenizer: Tokenizer, out: Path) -> None:
     """Write a plain checkpoint in the base's number format, and replace one that is there."""
-    stored = AutoConfig.from_pretrained(base_dir).dtype or torch.float32
+    stored = AutoConfig.from_pretrained(base_dir, trust_remote_code=False).dtype or torch.float32
     model.config.use_cache = True
     model.config._attn_implementation = "sdpa"
     for config in (model.config, model.generation_config):
@@ -89,7 +89,8 @@ def _load_adapter(adapter_dir: Path, base_dir: Path) -> Any:
 
     _check_base(adapter_dir, base_dir)
     try:
-        adapted = PeftModel.from_pretrained(load_base(base_dir, torch.float32), str(adapter_dir))
+        base = load_base(base_dir, torch.float32)
+        adapted = PeftModel.from_pretrained(base, str(adapter_dir), trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ArtifactError(
             f"cannot load the adapter in {adapter_dir}: {first_line(error)}", "train it again", code="adapter-broken"

@@ -122,14 +122,16 @@ def _save_dequantized(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_SMOLLM2_FILE, dtype=torch.float32, trust_remote_code=False
+    )
     # A model loaded from a GGUF refuses to be saved, as its config says quantized: move its weights to a plain one.
     config = loaded.config
     del config.quantization_config
     config.dtype = torch.bfloat16
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(loaded.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_SMOLLM2_FILE, trust_remote_code=False)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # older transformers read another from the file
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id

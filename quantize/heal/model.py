@@ -34,7 +34,11 @@ def load_model(folder: Path, device: torch.device) -> Any:
     attention = "sdpa" if device.type == "cuda" else "eager"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, attn_implementation=attention
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"transformers cannot load {folder}: {first_line(error)}", code="load-failed") from error

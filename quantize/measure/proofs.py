@@ -153,7 +153,7 @@ def _load_tokenizer(student_dir: Path) -> PreTrainedTokenizerBase:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    return AutoTokenizer.from_pretrained(student_dir, local_files_only=True)
+    return AutoTokenizer.from_pretrained(student_dir, local_files_only=True, trust_remote_code=False)
 
 
 def _same_tokens(tokenizer: PreTrainedTokenizerBase, engine: Engine) -> Proof:
@@ -217,7 +217,9 @@ def _greedy(
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(student_dir, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        student_dir, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
     # In place of the checkpoint's config: without penalties and without an end, so every prompt gives n_tokens.
     model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=n_tokens, pad_token_id=0)
     found: list[Difference] = []

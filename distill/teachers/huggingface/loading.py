@@ -69,7 +69,7 @@ def load_tokenizer(source: str | Path, offline: bool = True) -> Tokenizer:
     try:
         found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise _model_error(error, source, part="tokenizer", offline=offline) from error
+        raise loading_error(error, source, part="tokenizer", offline=offline) from error
     return cast(Tokenizer, found)
 
 
@@ -78,7 +78,7 @@ def load_model(source: str | Path, device: torch.device, offline: bool = True) -
 
     Raises:
         ModelError: `code` "no-such-model", "model-incomplete", "model-corrupt", "model-too-large",
-            "architecture-unknown" or "model-unloadable".
+            "architecture-unknown", "needs-own-code" or "model-unloadable".
     """
     quiet_transformers()
     try:
@@ -102,7 +102,7 @@ def load_model(source: str | Path, device: torch.device, offline: bool = True) -
             code="model-too-large",
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        raise _model_error(error, source, part="model", offline=offline) from error
+        raise loading_error(error, source, part="model", offline=offline) from error
 
 
 def _check_complete(source: str | Path, report: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ def _placement(source: str | Path, device: torch.device, offline: bool) -> dict[
     if getattr(config, "quantization_config", None) is not None:
         return {"dtype": "auto", "device_map": "auto"}  # its own format decides its size
     with torch.device("meta"):
-        n_parameters = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+        n_parameters = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
     dtype = inference_dtype(n_parameters, device)
     asked = range(torch.cuda.device_count()) if device.index is None else [device.index]
     free = {index: torch.cuda.mem_get_info(index)[0] for index in asked}
@@ -147,9 +147,15 @@ def device_map_for(n_bytes: int, free: Mapping[int, int]) -> str | dict[str, int
     )
 
 
-def _model_error(error: Exception, source: str | Path, *, part: str, offline: bool) -> ModelError:
+def loading_error(error: Exception, source: str | Path, *, part: str, offline: bool) -> ModelError:
     """Translate what transformers, safetensors and the hub raise into one line and a hint."""
     text = " ".join(str(error).split())
+    if "custom code" in text:  # transformers' words where it would have to run a file of the checkpoint's
+        return ModelError(
+            f"{source} needs Python code of its own, and deepdistill runs none that comes with a model",
+            "give a checkpoint that transformers loads without it; of a teacher, also its server's https://…/v1",
+            code="needs-own-code",
+        )
     if isinstance(error, SafetensorError) or ("safetensors" in text.lower() and "header" in text.lower()):
         return ModelError(
             f"the weights of {source} are corrupt: {text[:200]}", "copy or download them again", code="model-corrupt"
@@ -166,4 +172,6 @@ def _model_error(error: Exception, source: str | Path, *, part: str, offline: bo
         else:
             what, hint = f"cannot get {source} from the hub: {text[:200]}", "check the id and the connection"
         return ModelError(what, hint, code="no-such-model")
-    return ModelError(f"cannot load the {part} of {source}: {text[:300]}", code="model-unloadable")
+    return ModelError(
+        f"cannot load the {part} of {source}: {text[:300]}", "check that it is whole", code="model-unloadable"
+    )
