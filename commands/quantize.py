@@ -140,12 +140,13 @@ def _verify(path: Path, student: Path | None, *, recipe: QuantizeRecipe, json_ou
 
 def _asking(spec: str, taught: TeachRecipe | None, *, n: int, report: Reporter) -> Callable[[Path], Answers]:
     """Return what asks a GGUF the same n test problems each time, and says which it got right."""
-    from ..distill.evaluation.evaluate import score_file
+    from ..distill.evaluation.evaluate import score_file, unclear
     from ..distill.problems.load import load_problems
     from ..distill.recipe.teach import ScoresRecipe
     from ..quantize.measure.paired import Answers
 
-    held_out = load_problems(spec, "test", n=n, seed=taught.seed if taught else 0)
+    asking = taught.asking if taught else None
+    held_out = load_problems(spec, "test", n=n, seed=taught.seed if taught else 0, asking=asking, report=report)
     max_tokens = (taught.scores if taught else ScoresRecipe()).max_tokens
 
     def ask(path: Path) -> Answers:
@@ -153,7 +154,10 @@ def _asking(spec: str, taught: TeachRecipe | None, *, n: int, report: Reporter) 
             answers = Path(folder) / "answers.jsonl"
             score = score_file(path, held_out, max_tokens=max_tokens, answers_path=answers, report=report)
             lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
-        return Answers(tuple(line["verdict"] == "right" for line in lines), score.closed, score.looped)
+        if text := unclear(vars(score)):
+            report.say(f"{path.name}: {text}")
+        right = tuple(line["verdict"] == "right" for line in lines)
+        return Answers(right, score.closed, score.looped, score.n_unknown / score.n)
 
     return ask
 

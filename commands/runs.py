@@ -145,7 +145,9 @@ def _score(score: dict[str, Any] | None) -> str:
     if score is None:
         return "–"
     low, high = score["interval"]
-    return f"{_percent(score['accuracy'])} ({100 * low:.1f}–{100 * high:.1f}) of {score['n']}"
+    return f"{_percent(score['accuracy'])} ({100 * low:.1f}–{100 * high:.1f}) of {score['n']}" + (
+        f", {score['n_unknown']} unknown" if score.get("n_unknown") else ""
+    )
 
 
 def _percent(share: float | None) -> str:

@@ -75,9 +75,12 @@ def run(
 
 def _preview(recipe: TeachRecipe, folder: Path, *, json_output: bool, quiet: bool) -> None:
     """Print what `teach` would ask for and what that may cost, without asking."""
+    from ..distill.gather import as_told
     from ..distill.preview import describe_preview, preview
+    from ..distill.run import settled
     from ..distill.teach import draw_problems
 
+    recipe = as_told(settled(recipe, folder))
     with bars(quiet) as report:
         problems, held_out = draw_problems(recipe, report=report)
     made = preview(recipe, folder, problems=problems, held_out=held_out)

@@ -12,6 +12,8 @@ from ..localrun.core.reporter import SILENT
 from .context import Context
 from .graders.pool import Grader, grade_answer
 from .judging.judge_traces import REPLIES_FILE, judge_ungraded
+from .problems.asking import instructed
+from .recipe.teach import TeachRecipe
 from .records import Problem, Trace
 from .run import Run
 from .teachers import Teacher
@@ -85,7 +87,9 @@ def take_in(context: Context, path: Path) -> None:
             if not store.has(trace.id):
                 grade = grade_answer(grader, problem, trace)
                 verdict, by = grade.verdict, grade.verdict_by
-                store.append(replace(trace, answer=grade.answer, verdict=verdict, verdict_by=by, reason=grade.reason))
+                graded = replace(trace, answer=grade.answer, verdict=verdict, verdict_by=by, reason=grade.reason)
+                asked = instructed(trace.messages, context.recipe.asking.instruction or "")
+                store.append(replace(graded, messages=asked, grader=problem.grader, score=grade.score))
             report.progress("import", n, total=n + 1, note=f"{len(store)} traces")
         report.progress("import", 1, total=1, note=f"{len(store)} traces")
         _judge(context, store, grader=grader, budget=Budget(context.recipe.cost))
@@ -100,6 +104,16 @@ def is_traces_file(path: Path) -> bool:
         return path.suffix == ".jsonl" and next(read_records(path, Trace), None) is not None
     except ArtifactError:
         return False
+
+
+def as_told(recipe: TeachRecipe) -> TeachRecipe:
+    """Return the recipe without the usual instructions if the traces that it was given were made without them."""
+    file, asking = recipe.traces.file, recipe.asking
+    if file is None or asking.instruction is not None or asking.graders == "columns":
+        return recipe
+    if is_traces_file(file) and next(read_records(file, Trace)).grader:
+        return recipe
+    return replace(recipe, asking=replace(asking, instruction=""))
 
 
 def _expanded(

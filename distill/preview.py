@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ..localrun.core.printable import printable
 from ..localrun.core.text import format_duration, listed, shorten
+from .problems.asking import shared_system
+from .problems.shape import graded_as
 from .recipe.gathering import CostRecipe
 from .recipe.teach import TeachRecipe
 from .records import Problem, Trace, has_answer, messages_of
@@ -62,7 +64,8 @@ def preview(recipe: TeachRecipe, folder: Path, *, problems: Sequence[Problem], h
     n_traces += len(problems) * expand.n * recipe.traces.samples if expansions else 0  # none of them is known yet
     n_judgements = _n_judgements(problems, recipe)
 
-    asked = sum(len(problem.question) for problem in problems) / max(1, len(problems)) / _CHARACTERS_PER_TOKEN
+    told = sum(len(turn["content"]) for problem in problems for turn in messages_of(problem))
+    asked = told / max(1, len(problems)) / _CHARACTERS_PER_TOKEN
     expand_prompts = sum(len(m["content"]) for ask in expansions for m in ask.messages) / _CHARACTERS_PER_TOKEN
     prompts = n_traces * asked + expand_prompts
     answers = n_traces * per_trace + len(expansions) * expand.max_tokens
@@ -96,6 +99,7 @@ def describe_preview(made: Preview, problems: Sequence[Problem], recipe: TeachRe
     without = f", {n_open:,} of them without an answer" if n_open else ""
     yield f"problems  {made.n_problems:,} from the training part: {named}{without}; the first one:"
     yield from describe_problem(problems[0])
+    yield from _asked_and_graded(problems)
     if traces.file:
         yield f"traces    {traces.file}: no teacher is asked"
         yield from _student(made, recipe)
@@ -134,6 +138,15 @@ def describe_problem(problem: Problem) -> Iterator[str]:
     answer = listed([problem.answer, *aliases], most=5).replace(" and ", " or ") if aliases else problem.answer
     yield f"reference {printable(answer) + how if answer else 'none'}"
     yield f"grader    {problem.grader}"
+
+
+def _asked_and_graded(problems: Sequence[Problem]) -> Iterator[str]:
+    """Yield how the problems are graded, and what they are told beside their questions if that differs."""
+    graded = Counter(graded_as(problem) or "nothing" for problem in problems)
+    yield f"graded    {listed(f'{n:,} as {printable(name)}' for name, n in graded.most_common())}"
+    told = Counter(shared_system([messages_of(problem)]) for problem in problems)
+    for text, n in told.most_common(4) if len(told) > 1 else ():
+        yield f"told      {n:,} of them: {printable(shorten(text, 200)) or 'nothing'}"
 
 
 def _cost(made: Preview, cost: CostRecipe) -> Iterator[str]:

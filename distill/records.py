@@ -135,6 +135,10 @@ class Trace:
     """When it ended, in Unix seconds."""
     reason: str = ""
     """Why the grader could not tell, if it could not."""
+    grader: str = ""
+    """The problem's grader; empty in traces of version 0.2 and before."""
+    score: float | None = None
+    """The grader's score, such as the share of a JSON value's fields that are right."""
 
     @classmethod
     def make(
@@ -166,6 +170,8 @@ class Trace:
             source=problem.source,
             sample=sample,
             reason=grade.reason,
+            grader=problem.grader,
+            score=grade.score,
         )
 
 

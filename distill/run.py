@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from ..errors import ArtifactError
 from ..localrun.core.append_file import WriterLock
 from ..localrun.core.atomic import write_text
 from ..localrun.core.settings import fields_of, get
+from .recipe.gathering import AskingRecipe
 from .recipe.teach import TeachRecipe
 
 CLOCK_FILE = "clock.json"  # written last into a checkpoint: one without it was cut off
@@ -70,14 +72,14 @@ class Run:
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
-    def _holds_work(self) -> bool:
+    def holds_work(self) -> bool:
         """Say whether anything was made by the recipe: what failed before the first answer leaves nothing."""
         others = (p for p in self.folder.iterdir() if p.name not in ("recipe.json", "failures.jsonl"))
         return any(p.is_dir() or p.stat().st_size for p in others if not p.name.startswith("."))
 
     def _check_recipe(self) -> None:
         record = self._recipe.to_json()
-        kept = self.load("recipe.json") if self._holds_work() else None
+        kept = self.load("recipe.json") if self.holds_work() else None
         if kept is not None:
             before = TeachRecipe.from_json(kept, str(self.folder / "recipe.json"))
             changed = [
@@ -109,6 +111,20 @@ class Run:
     def save(self, name: str, value: Any) -> None:
         """Write a JSON artifact beside its place and rename it."""
         write_text(self.folder / name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def settled(recipe: TeachRecipe, folder: Path) -> TeachRecipe:
+    """Return a recipe for a folder: a run of an older version that is there keeps its graders.
+
+    Raises:
+        ArtifactError: `code` "recipe-broken" or "recipe-newer".
+    """
+    run = Run(folder, recipe)
+    kept = run.load("recipe.json") if folder.is_dir() and run.holds_work() else None
+    if kept is None or recipe.asking != AskingRecipe(recipe.asking.instruction):
+        return recipe
+    before = TeachRecipe.from_json(kept, str(folder / "recipe.json"))
+    return replace(recipe, asking=replace(recipe.asking, graders=before.asking.graders))
 
 
 def make_run_folder(folder: Path) -> None:

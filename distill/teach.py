@@ -20,14 +20,14 @@ from .curation.filters import LONG_SHARE_SMALL
 from .evaluation.hops import score_hops
 from .evaluation.live import LiveReport
 from .evaluation.report import write_report
-from .gather import gather, is_traces_file, take_in
+from .gather import as_told, gather, is_traces_file, take_in
 from .judging.judge_traces import check_judged
 from .preview import describe_problem
 from .problems.load import load_problems
 from .recipe.gathering import CurationRecipe
 from .recipe.teach import Stage, TeachRecipe
 from .records import NONE, Problem, Trace
-from .run import Run
+from .run import Run, settled
 from .teachers import Teacher, open_teacher
 from .traces.store import TraceStore
 from .training.pass_rate import own_pass_rates
@@ -70,7 +70,7 @@ def teach(
     Raises:
         DeepDistillError: see each stage; what was done so far stays in the folder.
     """
-    recipe = check(recipe)
+    recipe = as_told(settled(check(recipe), folder))
     with Run(folder, recipe) as run, LiveReport(run, report) as live:
         context = Context(run, recipe, live, stop_after, opener)
         # Faults of the student, the held-out problems or the filters end the run here, before anything is paid for.
@@ -98,9 +98,10 @@ def teach(
 def draw_problems(recipe: TeachRecipe, *, report: Reporter = SILENT) -> tuple[list[Problem], list[Problem]]:
     """Return the problems to ask and the held-out ones; without any answers there may be no held-out ones."""
     spec, seed, offline = recipe.problems, recipe.seed, recipe.resources.offline
-    asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline, report=report)
+    asking = recipe.asking
+    asked = load_problems(spec, "train", n=recipe.traces.n, seed=seed, offline=offline, asking=asking, report=report)
     try:
-        return asked, load_problems(spec, "test", n=recipe.scores.n, seed=seed, offline=offline)
+        return asked, load_problems(spec, "test", n=recipe.scores.n, seed=seed, offline=offline, asking=asking)
     except ArtifactError:
         if all(problem.grader == NONE for problem in asked):
             return asked, []

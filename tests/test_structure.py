@@ -84,7 +84,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "hub": "",
         "planning": "recipe",
         "graders": "records",
-        "problems": "records hub graders",
+        "problems": "recipe records hub graders",
         "pocket": "problems",
         "curation": "recipe records problems",
         "teachers": "recipe records tokenizer device planning graders problems pocket",
@@ -92,12 +92,12 @@ ROOMS: dict[str, dict[str, str]] = {
         "traces": "recipe records graders problems teachers run",
         "context": "recipe teachers run",
         "judging": "graders recipe records teachers traces context",
-        "gather": "records graders teachers run traces context judging",
+        "gather": "recipe records graders problems teachers run traces context judging",
         "training": (
             "recipe records tokenizer device hub graders problems pocket curation teachers run traces context gather"
         ),
         "evaluation": "recipe records graders problems curation teachers run traces context training",
-        "preview": "recipe records teachers traces",
+        "preview": "recipe records problems teachers traces",
         "teach": (
             "recipe records problems curation teachers run traces context judging gather training evaluation preview"
         ),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,16 @@ from ..records import Grade, Problem, Request, messages_of
 from ..teachers import open_teacher
 from ..teachers.base import Teacher
 
+_UNCLEAR = 0.2  # share of unknown answers above which a score says little
+
 
 @dataclass(frozen=True)
 class Score:
     """The score of one model on one set of problems.
 
     `accuracy`, `closed` and `looped` are shares; `interval` is accuracy's 95 % Wilson interval; `closed` counts only
-    answers that opened their thinking, and is None if none did. `tokens_per_s` is output tokens over wall time.
+    answers that opened their thinking, and is None if none did. `tokens_per_s` is output tokens over wall time. An
+    answer that no grader could tell is one of `n_unknown`; `unknown` counts the three commonest reasons.
     """
 
     accuracy: float
@@ -41,6 +46,8 @@ class Score:
     tokens_per_answer: float
     tokens_per_s: float
     n_failed: int = 0
+    n_unknown: int = 0
+    unknown: dict[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -67,11 +74,13 @@ def evaluate(
         ModelError: `code` "no-answers": every request failed, so there is nothing to score.
     """
     started, n_right, completions, lines = time.monotonic(), 0, list[Completion](), dict[int, str]()
+    unknown = Counter[str]()
     requests = (Request(messages_of(p), sampling.seed + i) for i, p in enumerate(problems))
     with nullcontext(grader) if grader else Grader() as open_grader:
         for index, completion in model.generate(requests, sampling):
             grade = grade_answer(open_grader, problems[index], completion)
             n_right += grade.verdict == "right"
+            unknown.update([_reason(grade)] if grade.verdict == "unknown" else [])
             completions.append(completion)
             lines[index] = _answer_line(problems[index], completion, grade)
             report.progress(stage, len(completions), total=len(problems), note=f"{n_right} right")
@@ -86,7 +95,7 @@ def evaluate(
             "check that it answers a single question",
             code="no-answers",
         )
-    return sum_up(answered, n_right, seconds=seconds, n_failed=len(completions) - len(answered))
+    return sum_up(answered, n_right, seconds=seconds, n_failed=len(completions) - len(answered), unknown=unknown)
 
 
 def score_file(
@@ -104,8 +113,19 @@ def score_file(
         )
 
 
-def sum_up(completions: Sequence[Completion], n_right: int, *, seconds: float, n_failed: int = 0) -> Score:
-    """Return the score of graded completions; a failed request counts as a wrong answer."""
+def sum_up(
+    completions: Sequence[Completion],
+    n_right: int,
+    *,
+    seconds: float,
+    n_failed: int = 0,
+    unknown: Counter[str] | None = None,
+) -> Score:
+    """Return the score of graded completions, of which some are unknown for these reasons.
+
+    A failed request counts as a wrong answer.
+    """
+    unknown = unknown or Counter()
     n = len(completions) + n_failed
     opened = [c for c in completions if c.closed is not None]
     tokens = sum(c.completion_tokens for c in completions)
@@ -118,7 +138,23 @@ def sum_up(completions: Sequence[Completion], n_right: int, *, seconds: float, n
         tokens_per_answer=tokens / len(completions),
         tokens_per_s=tokens / seconds if seconds else 0.0,
         n_failed=n_failed,
+        n_unknown=unknown.total(),
+        unknown=dict(unknown.most_common(3)),
     )
+
+
+def unclear(score: Mapping[str, Any]) -> str:
+    """Return a warning about a score of whose answers more than a fifth are unknown; empty for any other."""
+    n_unknown, n = score.get("n_unknown") or 0, score["n"]
+    if n_unknown <= _UNCLEAR * n:
+        return ""
+    reasons = "; ".join(f"{reason} ({count})" for reason, count in score["unknown"].items())
+    return f"{100 * n_unknown / n:.0f} % of {n:,} answers are unknown, neither right nor wrong: {reasons}"
+
+
+def _reason(grade: Grade) -> str:
+    """Return why a grader could not tell, without what is special to one answer, so that equal reasons add up."""
+    return re.sub(r"(['\"]).*\1", "…", grade.reason) or "the problem has no grader"
 
 
 def wilson_interval(n_right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -153,6 +189,8 @@ def _answer_line(problem: Problem, completion: Completion, grade: Grade) -> str:
         "expected": problem.answer,
         "answer": grade.answer,
         "verdict": grade.verdict,
+        "score": grade.score,
+        "reason": grade.reason,
         "reasoning_content": completion.reasoning_content,
         "content": completion.content,
         "finish_reason": completion.finish_reason,

@@ -49,7 +49,15 @@ def score_model(model: str, recipe: EvalRecipe, *, report: Reporter = SILENT) ->
         TeacherError, ModelError: the model cannot be opened, or does not answer.
     """
     resources = recipe.resources
-    held_out = load_problems(recipe.problems, "test", n=recipe.n, seed=recipe.seed, offline=resources.offline)
+    held_out = load_problems(
+        recipe.problems,
+        "test",
+        n=recipe.n,
+        seed=recipe.seed,
+        offline=resources.offline,
+        asking=recipe.asking,
+        report=report,
+    )
     name = str(student_dir(model)) if model == "smollm2" else model
     with open_teacher(name, model=recipe.server_model, request=recipe.request, **vars(resources)) as teacher:
         for source in {problem.source for problem in held_out}:

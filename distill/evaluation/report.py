@@ -38,6 +38,7 @@ from ..run import Run
 from ..traces.store import TraceStore
 from ..traces.summary import JUDGED_AS, TraceSummary, judged_as
 from .charts import Chart, LineChart, curve, histogram, line, over_time
+from .evaluate import unclear
 from .pairs import Answer, Pair, counts_of, pair_answers, read_answers, some_of
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -120,6 +121,7 @@ def _answers(run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     return {
         "unknown": {hop: n / len(answers[hop]) for hop, n in unknown.items() if answers[hop]},
         "headline": _headline(scores, counts_of(taught)),
+        "unclear": {hop: text for hop, score in scores.items() if (text := unclear(score))},
         "sides": [one for one in sides if sum(one.counts.values())],
     }
 
@@ -258,8 +260,10 @@ def print_curation(console: Console, record: dict[str, Any]) -> None:
 
 
 def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
-    """Print a table of the hops: accuracy with its interval, closed thinking, loops, tokens, size."""
-    heads = ["", "accuracy", "95 % interval", "closed", "looped", "tokens", "tokens/s"] + (["size"] if sizes else [])
+    """Print a table of the hops: accuracy with its interval, unknown answers, closed thinking, loops, tokens, size."""
+    heads = ["", "accuracy", "95 % interval", "unknown", "closed", "looped", "tokens", "tokens/s"] + (
+        ["size"] if sizes else []
+    )
     table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -270,6 +274,7 @@ def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[
             hop,
             f"{100 * score['accuracy']:.1f} %",
             f"{100 * low:.1f}–{100 * high:.1f}",
+            f"{100 * score['n_unknown'] / score['n']:.1f} %" if "n_unknown" in score else "–",
             closed,
             f"{100 * score['looped']:.1f} %",
             f"{score['tokens_per_answer']:.0f}",
@@ -277,3 +282,6 @@ def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[
         ]
         table.add_row(*cells, *([format_bytes(sizes[hop])] if sizes else []))
     console.print(table)
+    for hop, score in scores.items():
+        if text := unclear(score):
+            console.print(Text(f"{hop}: {text}", "bold"))

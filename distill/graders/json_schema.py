@@ -37,7 +37,7 @@ def grade(submission: Submission) -> float:
     try:
         kind.check_schema(schema)
         try:
-            document = _parse(extract(submission.content))
+            document = parse(extract(submission.content))
         except (ValueError, RecursionError):
             return 0.0
         # An empty registry, so that a schema at another address is never fetched.
@@ -59,8 +59,8 @@ def _schema(submission: Submission) -> tuple[Any, tuple[Any] | None]:
     try:
         if submission.argument:
             source = Path(submission.argument).read_text(encoding="utf-8")
-        gold = None if submission.gold is None else (_parse(submission.gold),)
-        schema = _parse(source) if isinstance(source, str) else source
+        gold = None if submission.gold is None else (parse(submission.gold),)
+        schema = parse(source) if isinstance(source, str) else source
     except (OSError, ValueError, RecursionError) as error:
         raise CannotTell(f"cannot read the schema or the reference: {error}") from error
     if schema is None:
@@ -72,8 +72,13 @@ def _schema(submission: Submission) -> tuple[Any, tuple[Any] | None]:
     return schema, gold
 
 
-def _parse(text: str) -> Any:
-    """Return the JSON value of a text, refusing NaN, infinities and duplicate keys."""
+def parse(text: str) -> Any:
+    """Return the JSON value of a text.
+
+    Raises:
+        ValueError: it is none, or has NaN, an infinity or a key twice.
+        RecursionError: it is nested too deeply.
+    """
 
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is not JSON")

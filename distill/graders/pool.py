@@ -21,8 +21,9 @@ from ...errors import ModelError, UsageError
 from ...localrun.core.closes import Closes
 from ...localrun.core.generation import Completion
 from ..records import NONE, Grade, GradesAnswers, Problem, Trace
+from . import json_value, label
 from .answer import final_answer, is_number, is_refusal
-from .base import Kind, kind_of
+from .base import CannotTell, Kind, kind_of
 
 IN_REASONING = "the whole answer is in the reasoning (answer-in-reasoning)"
 _LOADING_S = 120.0  # importing sympy or reasoning-gym on a cold, busy machine
@@ -138,6 +139,12 @@ def _answer(problem: Problem, content: str) -> str | None:
 
 def _shown(kind: Kind, problem: Problem, content: str) -> str | None:
     """Return the answer that the trace shows: the final answer, or the whole content if the grader reads that."""
+    if kind.module == "json_value":
+        return json_value.find(content, problem.answer or "")
+    if kind.module == "label":
+        with contextlib.suppress(CannotTell):
+            return ", ".join(label.chosen(content, problem.metadata)) or None
+        return None
     return content.strip() if kind.module in ("code.python", "json_schema") else _answer(problem, content)
 
 

@@ -108,9 +108,9 @@ def read_reference(value: Any, *, together: Together | None = None, column: str 
         inside = {str(key).lower(): item for key, item in value.items()}
         if "ground_truth" in inside:
             return read_reference(inside["ground_truth"], together=together)
-        if "text" in inside and isinstance(inside["text"], list):  # SQuAD
+        if "text" in inside and isinstance(inside["text"], list) and len(inside) <= 2:  # SQuAD
             return read_reference(inside["text"], together=together or "any")
-        if "value" in inside:  # TriviaQA
+        if {"value", "aliases"} <= inside.keys():  # TriviaQA
             found = read_reference(inside["value"], together=together)
             aliases = [text for text in map(as_text, inside.get("aliases") or []) if text and text != found.text]
             return Reference(found.text, aliases, found.worked, "any" if aliases else None)

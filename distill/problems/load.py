@@ -2,7 +2,8 @@
 
 `gym:NAME?param=value&…` (reasoning-gym), a JSONL, JSON, CSV or Parquet file, `hf:ORG/NAME?split=train&config=…` (a
 data set on the hub), a .txt file with a prompt a line, or a folder of prompts. The spec may name the columns and the
-grader: `file.csv?question=task&answer=solution&grader=number:tolerance=0.01`. Without an answer the grader is `none`. A
+grader: `file.csv?question=task&answer=solution&grader=number:tolerance=0.01`; without one the shape of a reference
+chooses it (see shape.py), and without an answer it is `none`. A
 column with worked solutions (`worked=COLUMN`) makes the problems their own teacher: `--teacher worked`.
 """
 
@@ -10,19 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.reporter import SILENT, Reporter
-from ..records import Problem
+from ..recipe.gathering import AskingRecipe
+from ..records import Problem, messages_of
+from .asking import instructed
 from .files import Row, encoding_of, is_text, read_hub, read_rows
 from .rows import PARAMETERS, Intake, check_grader
 from .split import Bucket, bucket_of, question_id
 
 _DEFAULT_N = 1000
+_N_SURVEYED = 100_000  # rows that are looked at for labels before the first problem
 _SHARES = {"train": 0.8, "validation": 0.05, "test": 0.15, None: 1.0}
 
 
@@ -33,12 +39,14 @@ def load_problems(
     n: int | None = None,
     seed: int | None = None,
     offline: bool = False,
+    asking: AskingRecipe | None = None,
     report: Reporter = SILENT,
 ) -> list[Problem]:
     """Return up to n distinct problems of a bucket (None: of every bucket), always the same ones in the same order.
 
     A source with fewer problems gives all of them. `n` and `seed` default to the spec's own `size` and `seed`. Offline,
-    a data set of the hub comes from the cache. `report` is told of rows that could not be used, of columns that were
+    a data set of the hub comes from the cache. `asking` has the instruction, and says what chooses the graders of rows;
+    `report` is told of rows that could not be used, of columns that were
     not, and of questions that are there twice with different answers.
 
     >>> from deepdistill import load_problems
@@ -60,10 +68,13 @@ def load_problems(
         problems = _distinct(
             _draw_gym(path.removeprefix("gym:"), params, n=n_drawn, seed=seed), bucket, n=n, report=report
         )
+        if asking and asking.instruction:
+            problems = [replace(p, messages=instructed(messages_of(p), asking.instruction)) for p in problems]
     else:
-        rows = _open_rows(path, params, offline=offline)
-        intake = Intake(path, _checked(params, path))
-        problems = _distinct(intake.problems(rows), bucket, n=n, report=report)
+        rows = _rows_of(path, params, offline=offline)
+        intake = Intake(path, _checked(params, path), asking or AskingRecipe())
+        intake.find_labels(islice(rows(), _N_SURVEYED))
+        problems = _distinct(intake.problems(rows()), bucket, n=n, report=report)
         if not path.startswith("hf:") and is_text(Path(path)) and encoding_of(Path(path)) == "cp1252":
             report.say(f"{path} is not UTF-8: it is read as Windows-1252, and a wrong character may be in it")
         for note in intake.notes():
@@ -109,13 +120,13 @@ def with_params(spec: str) -> tuple[str, dict[str, Any]]:
     return name, dataclasses.asdict(_gym_dataset(name, params, seed=0, size=1).config)
 
 
-def _open_rows(path: str, params: dict[str, Any], *, offline: bool) -> Iterator[tuple[str, Row]]:
-    """Return the rows of a file, a folder or a data set of the hub; take the hub's own parameters out of `params`."""
+def _rows_of(path: str, params: dict[str, Any], *, offline: bool) -> Callable[[], Iterator[tuple[str, Row]]]:
+    """Return what reads a file, a folder or a data set of the hub; take the hub's own parameters out of `params`."""
     if not path.startswith("hf:"):
-        return read_rows(Path(path))
+        return lambda: read_rows(Path(path))
     split, config = str(params.pop("split", "train")), params.pop("config", None)
     config = None if config is None else str(config)
-    return read_hub(path.removeprefix("hf:"), split=split, config=config, offline=offline)
+    return lambda: read_hub(path.removeprefix("hf:"), split=split, config=config, offline=offline)
 
 
 def _checked(params: dict[str, Any], source: str) -> dict[str, Any]:

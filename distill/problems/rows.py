@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,9 @@ from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Message
 from ..graders.base import CannotTell, is_trusted, kind_of
 from ..graders.choice import read_choices
+from ..recipe.gathering import AskingRecipe
 from ..records import NONE, Problem
+from .asking import instructed, usual_instruction
 from .columns import (
     PROBLEM_ALIASES,
     PROBLEM_ANSWERS,
@@ -34,6 +38,7 @@ from .columns import (
     read_turns,
 )
 from .files import Columns, Row
+from .shape import Labels, graded_as, grader_of, labels_of
 from .split import question_id
 
 PARAMETERS = ("question", "answer", "worked", "grader", "answers")
@@ -48,10 +53,26 @@ class Intake:
 
     source: str
     params: Mapping[str, Any]
+    asking: AskingRecipe
+    labels: Labels | None = None
     n_rows: int = 0
     faults: list[ArtifactError] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    graded: Counter[str] = field(default_factory=Counter)
+
+    def find_labels(self, rows: Iterator[tuple[str, Row]]) -> None:
+        """Learn from the references of a table whether they are labels, if their shape is to choose the grader."""
+        named = self.params.get("grader")
+        if named == "label" or (named is None and self.asking.graders == "shape"):
+            self.labels = labels_of(self._references(rows), named=named is not None)
+
+    def _references(self, rows: Iterator[tuple[str, Row]]) -> Iterator[str]:
+        for where, row in rows:
+            with suppress(ArtifactError, Unusable):
+                reference = None if isinstance(row, ArtifactError) else self._answer(row, where)[0].text
+                if reference is not None:
+                    yield reference
 
     def problems(self, rows: Iterator[tuple[str, Row]]) -> Iterator[Problem]:
         """Yield the problem of each row that has one.
@@ -73,6 +94,7 @@ class Intake:
                 self.faults.append(error)
                 continue
             n_problems += 1
+            self.graded[graded_as(problem)] += 1
             yield problem
         if not self.n_rows:
             hint = "write one problem a line, with a question and an answer"
@@ -81,12 +103,20 @@ class Intake:
             raise self.faults[0]
 
     def notes(self) -> Iterator[str]:
-        """Yield what a person should know: rows that were left out, and columns that were not used."""
+        """Yield what a person should know: how rows are graded, which were left out, which columns were not used."""
         if self.faults:
             more = f", and {len(self.faults) - 1:,} more" if len(self.faults) > 1 else ""
             yield f"{len(self.faults):,} of {self.n_rows:,} rows are left out: {self.faults[0].message}{more}"
         if unused := sorted(self.seen - self.used):
             yield f"columns that are not used: {', '.join(unused[:12])}{', …' if len(unused) > 12 else ''}"
+        graded = [f"{n:,} rows graded as {name}" for name, n in self.graded.most_common() if name]
+        if graded:
+            yield ", ".join([graded[0], *(text.replace(" rows graded", "", 1) for text in graded[1:])])
+        if self.graded[""]:
+            yield (
+                f"{self.graded['']:,} rows are graded by nothing, as no grader compares long texts: --samples 8 lets "
+                "samples vote, --judge MODEL has a model judge"
+            )
 
     def _problem(self, row: Columns, where: str) -> Problem:
         try:
@@ -95,17 +125,24 @@ class Intake:
             for column in PROBLEM_METADATA.values():
                 self._find(row, None, column)
             metadata |= _metadata(row)
-            grader = self._grader(row, found.text, metadata=metadata, where=where)
             asked = "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
             shown = _shown_choices(metadata.get("choices"), asked)
+            grader, needed = self._grader(row, found.text, metadata=metadata, where=where)
+            metadata |= needed
             for text in (shown, metadata.get("worked"), *(turn["content"] for turn in turns)):
                 as_text(text)  # what cannot be stored
         except Unusable as error:
             hint = "mend that row, or remove it"
             raise ArtifactError(f"{where} cannot be used: {error}", hint, code="bad-row") from error
         asked, question = asked + shown, turns[-1]["content"] + shown
-        messages = [*turns[:-1], {"role": "user", "content": question}] if len(turns) > 1 else []
-        return Problem(question_id(asked), asked, found.text, self.source, grader, metadata, messages)
+        messages = instructed([*turns[:-1], {"role": "user", "content": question}], self._instruction(grader, metadata))
+        kept = messages if len(messages) > 1 else []
+        return Problem(question_id(asked), asked, found.text, self.source, grader, metadata, kept)
+
+    def _instruction(self, grader: str, metadata: Mapping[str, Any]) -> str:
+        if self.asking.instruction is None and self.asking.graders == "shape":
+            return usual_instruction(grader, metadata)
+        return self.asking.instruction or ""
 
     def _find(self, row: Columns, named: str | None, usual: tuple[str, ...]) -> str | None:
         column = find_column(row, named, usual)
@@ -192,10 +229,16 @@ class Intake:
         text = row[column] if column is not None else found.worked
         return {"worked": text} if isinstance(text, str) and text.strip() else {}
 
-    def _grader(self, row: Columns, gold: str | None, *, metadata: Mapping[str, Any], where: str) -> str:
-        """Return the grader that the spec names, the row's own, or the one that its columns call for."""
+    def _grader(
+        self, row: Columns, gold: str | None, *, metadata: Mapping[str, Any], where: str
+    ) -> tuple[str, dict[str, Any]]:
+        """Return the grader that the spec names, the row's own, or the one that its columns or its reference call for.
+
+        With it comes the metadata that it needs.
+        """
         if self.params.get("grader") is not None:
-            return str(self.params["grader"])
+            labels = {"choices": list(self.labels.names), "several": self.labels.several} if self.labels else {}
+            return str(self.params["grader"]), labels
         column = self._find(row, None, ("grader",))
         if column is not None and row[column]:
             grader = str(row[column])
@@ -206,12 +249,12 @@ class Intake:
                     f"if you trust it, name it yourself: ?grader={grader}",
                     code="untrusted-grader",
                 )
-            return grader
-        if "tests" in metadata:
-            return "python"
-        if gold is None:
-            return NONE
-        return "choice" if "choices" in metadata else "math"
+            return grader, {}
+        if "tests" in metadata or gold is None:
+            return ("python" if "tests" in metadata else NONE), {}
+        if "choices" in metadata:
+            return "choice", {}
+        return ("math", {}) if self.asking.graders == "columns" else grader_of(gold, self.labels)
 
     def _no_column(self, parameter: str, row: Columns, where: str) -> ArtifactError:
         named = self.params.get(parameter)

@@ -12,7 +12,7 @@ from ...localrun.core.generation import Sampling
 from ...localrun.core.settings import setting
 from ...localrun.families.thinking import Think
 
-_TEACHER, _SERVER, _COST = "Teacher and traces", "Requests to a server", "Cost"
+_PROBLEMS, _TEACHER, _SERVER, _COST = "Problems and student", "Teacher and traces", "Requests to a server", "Cost"
 _GRPO = ("grpo",)
 
 
@@ -52,11 +52,31 @@ def _json_object(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class AskingRecipe:
+    """How the problems of a file are asked and graded."""
+
+    instruction: str | None = setting(
+        None,
+        "What teacher and student are told beside every question. How to end an answer, by grader, unless set; "
+        '"" says nothing.',
+        heading=_PROBLEMS,
+        metavar="TEXT",
+        fixed=True,
+    )
+    graders: Literal["shape", "columns"] = setting(
+        "shape",
+        "What chooses a row's grader where nothing names it: the shape of its reference, or, as in runs of version "
+        "0.2, its columns alone.",
+        fixed=True,
+    )
+
+
+@dataclass(frozen=True)
 class RequestRecipe:
     """What every request to a server has beside its conversation."""
 
     system: str | None = setting(
-        None, "System message for the server's model, where a problem has none.", heading=_SERVER, fixed=True
+        None, "System message for the server's model, before a problem's own.", heading=_SERVER, fixed=True
     )
     think: Think = setting(
         "auto", "Switch the model's thinking on or off, as its server takes it.", heading=_SERVER, fixed=True

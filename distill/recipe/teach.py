@@ -10,7 +10,16 @@ from typing import Any, Literal
 from ...errors import ArtifactError, UsageError
 from ...localrun.core.generation import Sampling
 from ...localrun.core.settings import build, required, setting, values_of
-from .gathering import CostRecipe, CurationRecipe, JudgeRecipe, RequestRecipe, TeacherRecipe, TracesRecipe, VoteRecipe
+from .gathering import (
+    AskingRecipe,
+    CostRecipe,
+    CurationRecipe,
+    JudgeRecipe,
+    RequestRecipe,
+    TeacherRecipe,
+    TracesRecipe,
+    VoteRecipe,
+)
 from .training import GrpoRecipe, OnPolicyRecipe, TrainingRecipe
 from .upgrade import VERSION, upgraded
 
@@ -73,6 +82,7 @@ class TeachRecipe:
     seed: int = setting(
         0, "Seed of the choice of problems, the sampling and the training.", min=0, heading=_RUNNING, fixed=True
     )
+    asking: AskingRecipe = field(default_factory=AskingRecipe)
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     traces: TracesRecipe = field(default_factory=TracesRecipe)
     vote: VoteRecipe = field(default_factory=VoteRecipe)
@@ -185,6 +195,7 @@ class EvalRecipe:
     server_model: str | None = setting(
         None, "The model's name on its server, if the server has several.", name="model", heading="Scoring"
     )
+    asking: AskingRecipe = field(default_factory=AskingRecipe)
     request: RequestRecipe = field(default_factory=RequestRecipe)
     resources: ResourcesRecipe = field(default_factory=ResourcesRecipe)
 

@@ -166,9 +166,7 @@ class TrainingRecipe:
         8, "Validations without progress, of 20 in a run, after which training ends early; 0: never.", min=0
     )
     save_every_s: float = setting(60.0, "Seconds between checkpoints.", min=0)
-    keep_checkpoints: bool = setting(
-        False, "Keep the checkpoints of the training when the student is there.", heading=_TRAINING
-    )
+    keep_checkpoints: bool = setting(False, "Keep the checkpoints of the training when the student is there.")
     dtype: Literal["bf16", "fp32"] | None = setting(
         None,
         "Number format of the computation. The faster one here, measured, unless set.",

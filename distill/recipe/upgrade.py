@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import ArtifactError
 from ...localrun.core.settings import flat, put
 
-VERSION = 1
+VERSION = 2
 """Of recipe.json. A setting that is renamed or means something else takes a new one, and a step in `_UPGRADES`."""
 
 
@@ -83,4 +83,9 @@ def _from_0(record: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-_UPGRADES: tuple[Callable[[Mapping[str, Any]], dict[str, Any]], ...] = (_from_0,)
+def _from_1(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep the graders of a run of version 0.2, which graded any reference without options as mathematics."""
+    return {**record, "version": 2, "asking": {"graders": "columns"}}
+
+
+_UPGRADES: tuple[Callable[[Mapping[str, Any]], dict[str, Any]], ...] = (_from_0, _from_1)

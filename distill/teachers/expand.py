@@ -20,10 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ...localrun.core.generation import Message
+from ..problems.asking import instructed, shared_system
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_id
 from ..recipe.gathering import ExpandRecipe
-from ..records import Problem
+from ..records import Problem, messages_of
 from .ask_once import Ask, StoredReplies, StoredReply, ask_id, stored_replies
 
 DROPPED = {
@@ -193,6 +194,7 @@ class _Sieve:
 
 
 def _new_problem(text: str, origin: Problem) -> Problem:
+    told = shared_system([messages_of(origin)])
     return Problem(
         id=question_id(text),
         question=text,
@@ -200,6 +202,7 @@ def _new_problem(text: str, origin: Problem) -> Problem:
         source=f"expand:{origin.source}",
         grader="none",
         metadata={"expanded_from": origin.id},
+        messages=instructed([{"role": "user", "content": text}], told) if told else [],
     )
 
 

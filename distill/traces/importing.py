@@ -32,6 +32,7 @@ from ..problems.columns import (
     trace_answer,
 )
 from ..problems.files import Columns, read_rows
+from ..problems.shape import grader_of
 from ..problems.split import question_id
 from ..records import NONE, Problem, TeacherInfo, Trace, Usage, question_in
 
@@ -267,7 +268,8 @@ def _trace(row: Columns, answer: _Answer, *, sample: int, teacher: str, file_nam
     question = question_in(answer.messages)
     reference = trace_answer({name: value for name, value in row.items() if name != answer.column})
     source = str(row.get("source") or file_name)
-    problem = Problem(question_id(question), question, reference, source, "math" if reference else NONE)
+    grader, _ = grader_of(reference) if reference else (NONE, {})
+    problem = Problem(question_id(question), question, reference, source, grader)
     info = TeacherInfo(str(row.get("model_name") or row.get("model") or teacher), "imported")
     key = json.dumps(["import", problem.id, info.name, reasoning, content])
     trace = Trace(

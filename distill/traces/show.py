@@ -81,7 +81,8 @@ def print_run(run: Mapping[str, Any], console: Console) -> None:
 
 def _score(score: Any) -> str:
     if isinstance(score, dict) and isinstance(score.get("accuracy"), int | float):
-        return f"{score['accuracy']:.1%} of {score.get('n', '?')}"
+        unknown = f", {score['n_unknown']} unknown" if score.get("n_unknown") else ""
+        return f"{score['accuracy']:.1%} of {score.get('n', '?')}{unknown}"
     return json.dumps(score)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..context import Context
+from ..problems.asking import shared_system
 from ..records import Trace
 from ..tokenizer import Tokenizer
 from .distributed import everywhere
@@ -46,7 +47,7 @@ def train_first(
     from .train import TrainPaths, train
 
     out = run.first_student_dir(recipe.on_policy.rounds)
-    training, tokenizer = recipe.one_training(), tokenizer_of(base)
+    training, tokenizer = recipe.one_training(), tokenizer_of(base, shared_system(t.messages for t in traces))
     rows, kept = lessons(traces, traces_path, tokenizer=tokenizer, training=training, report=context.report)
     trained, validation = hold_out(rows, kept, n=training.n_validation, seed=recipe.seed)
     if out.exists():
@@ -91,10 +92,13 @@ def _ordered(context: Context, rows: list[Row], *, traces: list[Trace], rates: d
     return arrange(estimated(tried), training)
 
 
-def tokenizer_of(base: Path) -> Tokenizer:
-    """Return the student's tokenizer, with a chat template that renders reasoning."""
+def tokenizer_of(base: Path, system: str = "") -> Tokenizer:
+    """Return the student's tokenizer, with a chat template that renders reasoning.
+
+    A conversation without a system turn begins with `system`: what all training rows begin with, a chat does too.
+    """
     from ..teachers.huggingface.loading import load_tokenizer
 
     tokenizer = load_tokenizer(base)
-    teach_template(tokenizer)
+    teach_template(tokenizer, system)
     return tokenizer

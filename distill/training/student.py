@@ -57,11 +57,12 @@ def student_dir(spec: str, offline: bool = False) -> Path:
     return path
 
 
-def teach_template(tokenizer: Tokenizer) -> None:
+def teach_template(tokenizer: Tokenizer, system: str = "") -> None:
     """Give a tokenizer the chat template that the student is taught and asked with, and the turn's end as EOS.
 
     A template that renders `reasoning_content` already is kept. A ChatML one is replaced by ours, which opens the
-    thinking in the generation prompt and adds nothing to the conversation (SmolLM2's adds a system turn).
+    thinking in the generation prompt and adds nothing to the conversation (SmolLM2's adds a system turn) but `system`,
+    to one that has no system turn.
 
     Raises:
         ModelError: `code` "template-without-reasoning": another template, which would lose the reasoning.
@@ -76,6 +77,10 @@ def teach_template(tokenizer: Tokenizer) -> None:
             )
         tokenizer.chat_template = TEMPLATE_PATH.read_text(encoding="utf-8")
         tokenizer.eos_token = "<|im_end|>"
+    if system:
+        turn = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+        begin = f"{{%- if messages[0].role != 'system' %}}{{% set messages = {turn} + messages %}}{{% endif -%}}\n"
+        tokenizer.chat_template = begin + str(tokenizer.chat_template)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -17,15 +17,16 @@ _Z = 1.959964  # standard deviations on either side that hold 95 %
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's answers to test problems: whether each was right, in the problems' order, and two shares.
+    """A model's answers to test problems: whether each was right, in the problems' order, and three shares.
 
     `closed` is the share of thinking blocks that were closed, None if none was opened; `loops` is the share of answers
-    that ended in a loop.
+    that ended in a loop, `unknown` of those that no grader could judge.
     """
 
     right: tuple[bool, ...]
     closed: float | None
     loops: float
+    unknown: float = 0.0
 
     @property
     def accuracy(self) -> float:
@@ -33,8 +34,8 @@ class Answers:
         return sum(self.right) / len(self.right)
 
     def to_json(self) -> dict[str, float | None]:
-        """Return its three shares."""
-        return {"accuracy": self.accuracy, "closed": self.closed, "loops": self.loops}
+        """Return its shares."""
+        return {"accuracy": self.accuracy, "closed": self.closed, "loops": self.loops, "unknown": self.unknown}
 
 
 @dataclass(frozen=True)

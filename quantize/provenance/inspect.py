@@ -114,9 +114,11 @@ def measured_lines(measured: Mapping[str, Any]) -> list[str]:
         )
     if flips := measured.get("paired"):
         low, high = flips["interval"]
+        share = measured["answers"].get("unknown")
+        unknown = "" if share is None else f" ({100 * share:.1f} % unknown)"
         lines.append(
-            f"answers: {100 * measured['answers']['accuracy']:.1f} % of {flips['n']}, {flips['lost']} lost and "
-            f"{flips['gained']} gained against unquantized: {100 * flips['difference']:+.1f} points "
+            f"answers: {100 * measured['answers']['accuracy']:.1f} % of {flips['n']}{unknown}, {flips['lost']} lost "
+            f"and {flips['gained']} gained against unquantized: {100 * flips['difference']:+.1f} points "
             f"({100 * low:+.1f} to {100 * high:+.1f}), p {flips['p_value']:.3f}"
         )
     return lines

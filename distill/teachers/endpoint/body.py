@@ -42,11 +42,13 @@ class RequestBody:
         self._added: dict[str, Any] = _merged(_switches(self._request, model, host), added)
 
     def messages(self, request: Request) -> Sequence[Message]:
-        """Return the conversation of a request, with the user's system message before one that has none."""
-        has_system = any(message["role"] == "system" for message in request.messages)
+        """Return the conversation of a request, with the user's system message before its own."""
         system = self._request.system
-        if not system or has_system:
+        if not system:
             return request.messages
+        first, *rest = request.messages
+        if first["role"] == "system":
+            return [{"role": "system", "content": f"{system}\n\n{first['content']}"}, *rest]
         return [{"role": "system", "content": system}, *request.messages]
 
     def build(self, request: Request, sampling: Sampling, *, n_logprobs: int, with_ids: bool) -> dict[str, Any]:

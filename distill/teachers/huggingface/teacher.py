@@ -200,6 +200,9 @@ class TransformersTeacher(Teacher):
         try:
             return prompt_of(self.tokenizer, messages)
         except TemplateError as error:
+            if messages[0]["role"] == "system" and len(messages) > 1:  # not every template takes a system turn
+                begin = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+                return self.render([{"role": messages[1]["role"], "content": begin}, *messages[2:]])
             raise ModelError(
                 f"the chat template of {self.name} refuses the conversation: {error}",
                 "change the conversation, or give another model",

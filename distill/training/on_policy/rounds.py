@@ -23,10 +23,11 @@ from ....localrun.core.generation import Sampling
 from ...context import Context
 from ...curation.curate import apart_from
 from ...graders.pool import Grader
+from ...problems.asking import shared_system
 from ...problems.load import load_problems
 from ...recipe.teach import TeachRecipe
 from ...recipe.training import TrainingRecipe
-from ...records import NONE, Problem, Trace
+from ...records import NONE, Problem, Trace, messages_of
 from ...teachers import Teacher
 from ...teachers.huggingface.loading import weights_hash
 from ...tokenizer import Tokenizer
@@ -64,14 +65,20 @@ def go_rounds(context: Context, *, earlier: Sequence[Row], held_out: list[Proble
     n, n_rounds = recipe.on_policy.n_problems, recipe.on_policy.rounds
     n_problems = recipe.traces.n + n_rounds * n
     problems = load_problems(
-        recipe.problems, "train", n=n_problems, seed=recipe.seed, offline=context.resources.offline
+        recipe.problems,
+        "train",
+        n=n_problems,
+        seed=recipe.seed,
+        offline=context.resources.offline,
+        asking=recipe.asking,
     )
     problems = apart_from(problems, held_out, filters=recipe.curation, report=context.report)
+    tokenizer = tokenizer_of(base, shared_system(map(messages_of, problems)))
     for round_ in rounds_of(run, n_rounds):
         if round_.out.exists():
             continue
         asked = problems_of(round_, problems, n=n, n_asked=recipe.traces.n)
-        if not go_round(context, round_, problems=asked, earlier=earlier, tokenizer=tokenizer_of(base)):
+        if not go_round(context, round_, problems=asked, earlier=earlier, tokenizer=tokenizer):
             return False
     return True
 

@@ -11,8 +11,9 @@ from ....errors import UsageError
 from ....localrun.core.settings import fields_of, get
 from ...context import Context
 from ...graders.pool import Grader
+from ...problems.asking import shared_system
 from ...recipe.teach import TeachRecipe
-from ...records import NONE, Problem
+from ...records import NONE, Problem, messages_of
 from ..distributed import processes
 from ..pass_rate import own_pass_rates
 from ..stage import tokenizer_of
@@ -48,7 +49,7 @@ def reinforce(context: Context, base: Path, problems: Sequence[Problem]) -> None
         result = grpo(
             TrainPaths(base, run.checkpoints_dir, run.student_dir),
             graded,
-            tokenizer=tokenizer_of(base),
+            tokenizer=tokenizer_of(base, shared_system(map(messages_of, graded))),
             grader=grader,
             settings=options,
             device=context.resources.device,

@@ -60,7 +60,7 @@ def test_tables_in_other_forms(tmp_path: Path, recorder: Any) -> None:
         recorder.said.clear()
         problems = load_problems(str(path), report=recorder)
         assert [(p.question, p.answer) for p in problems] == [("How big is à?", "4")], path.name
-        assert bool(recorder.said) == (path.name == "windows.csv")
+        assert len(recorder.said) == 1 + (path.name == "windows.csv")
 
 
 def test_a_long_field_is_read_and_a_row_with_too_many_is_not(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from deepdistill.distill.teachers.huggingface.loading import load_tokenizer
 from deepdistill.distill.training.lora import load_base
 from deepdistill.distill.training.student import student_dir, teach_template
 from deepdistill.errors import ModelError, UsageError
+from deepdistill.localrun.families.template import render
 
 
 def test_the_pocket_student_is_made_once_and_loads_in_plain_transformers(pocket_student: Path) -> None:
@@ -55,6 +56,20 @@ def test_a_chatml_template_is_replaced(pocket_student: Path) -> None:
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
     teach_template(tokenizer)
     assert "reasoning_content" in tokenizer.chat_template
+
+
+def test_what_all_rows_begin_with_is_what_a_chat_begins_with(pocket_student: Path) -> None:
+    tokenizer, plain = AutoTokenizer.from_pretrained(pocket_student), AutoTokenizer.from_pretrained(pocket_student)
+    told = 'End with the label:\n"bug" or \\feature, für alle {{ 1 }}.'
+    teach_template(plain)
+    teach_template(tokenizer, told)
+    system, asked = {"role": "system", "content": told}, {"role": "user", "content": "It crashes."}
+    other = {"role": "system", "content": "Be brief."}
+    expected = str(plain.apply_chat_template([system, asked], add_generation_prompt=True, tokenize=False))
+    for conversation in ([asked], [system, asked]):
+        assert tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False) == expected
+        assert render(tokenizer.chat_template, conversation, thinking=True) == expected
+    assert told not in str(tokenizer.apply_chat_template([other, asked], tokenize=False))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_what_the_user_adds_is_sent(server: FakeServer) -> None:
     assert first["chat_template_kwargs"] == {"enable_thinking": False, "a": 1}
     assert (first["reasoning_effort"], first["temperature"], first["top_p"]) == ("low", 0.1, 0.9)
     assert [message["content"] for message in first["messages"]] == ["Be brief.", "question 0"]
-    assert [message["content"] for message in second["messages"]] == ["Mine.", "question 1"]
+    assert [message["content"] for message in second["messages"]] == ["Be brief.\n\nMine.", "question 1"]
 
 
 @pytest.mark.parametrize(

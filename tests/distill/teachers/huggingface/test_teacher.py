@@ -64,6 +64,18 @@ class Parrot(torch.nn.Module):
         return type("Output", (), {"logits": logits.float()})
 
 
+def test_a_template_that_takes_no_system_turn_gets_it_in_the_first_one(
+    llama: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + plain
+    monkeypatch.setattr(llama.tokenizer, "chat_template", refusing)
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    assert llama.render(asked) == "<user>Be brief.\n\n1 + 1?"
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-refuses"):
+        llama.render(asked[:1])
+
+
 def test_a_model_without_chat_template(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders["llama"], tmp_path / "plain")
     (folder / "chat_template.jinja").unlink()
