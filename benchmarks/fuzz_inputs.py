@@ -98,6 +98,7 @@ def rows(rng: random.Random) -> Callable[[], str]:
             return "no row"
         intake = Intake("fuzz", {})
         try:
+            intake.find_labels(iter([("row 1", row)] * 2))
             list(intake.problems(iter([("row 1", row)])))
             list(intake.notes())
         except (ArtifactError, UsageError) as error:

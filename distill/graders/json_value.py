@@ -58,21 +58,20 @@ def find(content: str, reference: str = "{") -> str | None:
 
 def _compared(gold: Any, answer: Any) -> tuple[int, int]:
     """Return how many fields are the same, and how many there are in either value."""
-    if isinstance(gold, dict) and isinstance(answer, dict) and (gold or answer):
-        pairs = [(gold.get(name, _MISSING), answer.get(name, _MISSING)) for name in {**gold, **answer}]
-    elif isinstance(gold, list) and isinstance(answer, list) and (gold or answer):
-        n = max(len(gold), len(answer))
-        pairs = [tuple((*one, *[_MISSING] * n)[i] for one in (gold, answer)) for i in range(n)]
-    else:
-        n = max(_n_fields(gold), _n_fields(answer))
-        return (1 if _is_same(gold, answer) else 0), n
-    counts = [_compared(*pair) for pair in pairs]
-    return sum(same for same, _ in counts), sum(n for _, n in counts)
+    one, other = _fields(gold), _fields(answer)
+    if type(gold) is type(answer) and (one or other):
+        counts = [_compared(one.get(name, _MISSING), other.get(name, _MISSING)) for name in {**one, **other}]
+        return sum(same for same, _ in counts), sum(n for _, n in counts)
+    return int(_is_same(gold, answer)), max(_n_fields(gold), _n_fields(answer))
+
+
+def _fields(value: Any) -> dict[Any, Any]:
+    """Return what an object or a list holds, by name or place; nothing for other values."""
+    return value if isinstance(value, dict) else dict(enumerate(value)) if isinstance(value, list) else {}
 
 
 def _n_fields(value: Any) -> int:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return max(1, sum(map(_n_fields, inside)))
+    return max(1, sum(map(_n_fields, _fields(value).values())))
 
 
 def _is_same(gold: Any, answer: Any) -> bool:

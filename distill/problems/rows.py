@@ -53,7 +53,7 @@ class Intake:
 
     source: str
     params: Mapping[str, Any]
-    asking: AskingRecipe
+    asking: AskingRecipe = field(default_factory=AskingRecipe)
     labels: Labels | None = None
     n_rows: int = 0
     faults: list[ArtifactError] = field(default_factory=list)

@@ -103,15 +103,12 @@ def graded_as(problem: Problem) -> str:
 
 
 def _may_be_label(text: str) -> bool:
-    parts = re.split(r"[,;|]", text)
-    if "\n" in text.strip() or not re.search(r"[^\W\d_]", text) or parse(clean(text)) or _is_json(text):
+    if len(text) > 200 or "\n" in text.strip() or not re.search(r"[^\W\d_]", text):
         return False
-    is_short = all(len(part) <= 40 and len(part.split()) <= 5 for part in parts) and len(text) <= 200
-    return (
-        is_short
-        and not (_FORMULA.search(text.replace("|", ",")) and clean(text).casefold() != "n/a")
-        and (date.read(text) is None)
-    )
+    if _FORMULA.search(text.replace("|", ",")) and clean(text).casefold() != "n/a":
+        return False
+    is_short = all(len(part) <= 40 and len(part.split()) <= 5 for part in re.split(r"[,;|]", text))
+    return is_short and parse(clean(text)) is None and date.read(text) is None
 
 
 def _list_several(texts: Iterable[str]) -> bool:
