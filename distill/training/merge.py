@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _load_adapter(adapter_dir: Path, base_dir: Path) -> Any:
     try:
         base = load_base(base_dir, torch.float32)
         adapted = PeftModel.from_pretrained(base, str(adapter_dir), trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
         raise ArtifactError(
             f"cannot load the adapter in {adapter_dir}: {first_line(error)}", "train it again", code="adapter-broken"
         ) from error

@@ -6,7 +6,8 @@ targets of the step, however it is split into micro-batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,54 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback
 
-from ...errors import UsageError
+from ...errors import ArtifactError, UsageError
+from ...localrun.core.text import first_line
+from ..device import NO_MEMORY
 from ..recipe.training import TrainingRecipe
 from .callback import Clock
 from .distributed import processes
 from .lora import parameter_groups
 
 
-class StudentTrainer(Trainer):
+class ResumingTrainer(Trainer):
+    """Reads the files of a checkpoint as numbers alone, as transformers does, and says which checkpoint it cannot read.
+
+    Raises on a resume:
+        ArtifactError: `code` "checkpoint-broken": a file was cut off, or is none that a training writes.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever is in the files: a run folder may come from anybody
+        if NO_MEMORY.search(str(error)):
+            raise
+        raise ArtifactError(
+            f"cannot read {checkpoint}: {first_line(error)}",
+            "delete that folder: the same command resumes from the checkpoint before it, or from the start",
+            code="checkpoint-broken",
+        ) from error
+
+
+class StudentTrainer(ResumingTrainer):
     """Trains a model whose forward is the objective."""
 
     loss_is_scaled_for_ga = True

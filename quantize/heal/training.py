@@ -9,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import ArtifactError
 from ...localrun.core.atomic import replacing_file
 from ...localrun.core.reporter import Reporter
+from ...localrun.core.text import first_line
 from ..recipe import HealRecipe
 from .fake_quantize import Quantizer
 from .model import states_of, uses_bf16
@@ -56,7 +58,7 @@ class Healing:
         """Train to the end, resuming from `state_path` if it holds a state with the same key.
 
         Raises:
-            ArtifactError: `code` "write-failed".
+            ArtifactError: `code` "write-failed", or "checkpoint-broken": the state is none that `run` wrote.
         """
         self._resume(state_path, key)
         settings = self._settings
@@ -117,8 +119,13 @@ class Healing:
 
         if not path.exists():
             return
-        state = torch.load(path, map_location=self._device, weights_only=True)
-        if state["key"] != key:
+        try:
+            state = torch.load(path, map_location=self._device, weights_only=True)
+            is_ours = state["key"] == key
+        except Exception as error:  # whatever is in the file: it may come from anybody
+            message = f"cannot read {path}: {first_line(error)}"
+            raise ArtifactError(message, "delete it: healing then begins anew", code="checkpoint-broken") from error
+        if not is_ours:
             return
         with torch.no_grad():
             for name, parameter in self._parameters.items():

@@ -20,12 +20,13 @@ from ..fast.interface import use_row_attention
 from ..objective import can_pack, logit_scale, states_of, window_of
 from ..packing import pack
 from ..rows import Row
+from ..trainer import ResumingTrainer
 
 _LEAST = 1e-3  # the mean of equal rewards is rounded: a smaller advantage is zero
 _CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 
 
-class RewardTrainer(GRPOTrainer):  # type: ignore[misc]
+class RewardTrainer(ResumingTrainer, GRPOTrainer):  # type: ignore[misc]
     """GRPO whose learning rate is `rate(step)` times the peak."""
 
     model: Any

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from deepdistill.cli import main
+from deepdistill.errors import ArtifactError
 from deepdistill.localrun.core.reporter import SILENT, Reporter
 from deepdistill.quantize.convert.writer import plan
 from deepdistill.quantize.heal.heal import heal
@@ -21,6 +22,16 @@ from deepdistill.quantize.provenance.inspect import own_metadata
 from deepdistill.quantize.recipe import CalibrationRecipe, HealRecipe, QuantizeRecipe
 from deepdistill.quantize.release import DistillStage, release
 from deepdistill.quantize.verify import verify
+
+
+class Planted:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
 
 
 def _write_traces(path: Path) -> Path:
@@ -58,6 +69,7 @@ def test_a_healed_file_is_nearer_and_holds_the_blocks_that_were_trained(student:
 
 def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(student: Path, tmp_path: Path) -> None:
     projected_kl = pytest.importorskip("deepdistill.distill.training.losses").projected_kl
+    torch = pytest.importorskip("torch")
 
     class Killed(BaseException):
         pass
@@ -92,6 +104,12 @@ def test_a_healing_that_was_cut_off_comes_to_the_weights_of_one_that_was_not(stu
     with pytest.raises(Killed):
         run("cut", tensors, settings, Steps(last=7))
     assert not (tmp_path / "cut").exists()
+    planted = tmp_path / ".planted.partial.pt"
+    torch.save({"key": Planted(tmp_path / "ran")}, planted)
+    with pytest.raises(ArtifactError, check=lambda error: error.code == "checkpoint-broken"):
+        run("planted", tensors, settings)
+    assert not (tmp_path / "ran").exists()
+    planted.unlink()
     shutil.copy(tmp_path / ".cut.partial.pt", tmp_path / ".other.partial.pt")
     other = run("other", tensors, replace(settings, steps=2, lr=1e-4))
     assert other["steps"] == 2, "what other settings left is no beginning for these"
