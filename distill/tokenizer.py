@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ..localrun.core.generation import Message
+from ..localrun.families.template import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -13,9 +14,16 @@ if TYPE_CHECKING:
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 
 
-def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """Return a conversation as the chat template renders it, with the opening of an answer."""
-    return cast(str, tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+def prompt_of(tokenizer: Tokenizer, messages: Sequence[Message], *, asks: bool = True) -> str:
+    """Return a conversation as the chat template renders it, with the opening of an answer if it `asks` for one.
+
+    The text is transformers' own. transformers would let a template, which is foreign code, run without end.
+
+    Raises:
+        ModelError: `code` "no-chat-template" or "template-refused".
+    """
+    source = tokenizer.get_chat_template() if tokenizer.chat_template else None
+    return render(source, messages, thinking=None, variables=tokenizer.special_tokens_map, asks=asks)
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:

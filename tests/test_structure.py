@@ -316,6 +316,12 @@ def test_what_loads_a_checkpoint_refuses_its_code_and_its_pickles() -> None:
     assert loose == []
 
 
+def test_only_a_bounded_template_is_given_to_transformers() -> None:
+    """Everything renders with localrun.families.template; the proofs compare it with transformers' own afterwards."""
+    uses = [path.name for path in package_files() if ".apply_chat_template(" in path.read_text(encoding="utf-8")]
+    assert uses == ["proofs.py"]
+
+
 def test_the_package_itself_loads_no_stage() -> None:
     """Its public names come from the stages, each when it is asked for (tests/test_public.py)."""
     assert faults(*(one for one in all_imports() if one.stage == "__init__" and one.relative and one.at_load)) == []

@@ -101,7 +101,7 @@ def _rendered(tokenizer: Tokenizer, messages: Sequence[Message], *, reasoning: s
     """
     prompt = prompt_of(tokenizer, messages)
     turn = {"role": "assistant", "content": content, "reasoning_content": reasoning}
-    whole = str(tokenizer.apply_chat_template([*messages, turn], tokenize=False))
+    whole = prompt_of(tokenizer, [*messages, turn], asks=False)
     if not whole.startswith(prompt):
         raise ModelError(
             "the student's chat template renders an answer differently from how it prompts for one",

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 class TookTooLong(Exception):
     """A block of code ran longer than it may."""
 
+    def __str__(self) -> str:  # Python makes the exception in the other thread, without arguments
+        return "it takes longer than it may"
+
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:

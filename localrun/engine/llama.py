@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ArtifactError, ModelError, UsageError
@@ -152,6 +153,7 @@ class Model(Closes):
         messages: Sequence[Mapping[str, Any]],
         *,
         thinking: bool = True,
+        variables: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] | None = None,
         asks: bool = True,
     ) -> str:
@@ -161,10 +163,8 @@ class Model(Closes):
             ModelError: code "no-chat-template" or "template-refused".
         """
         source = self.metadata.get("tokenizer.chat_template")
-        bos, eos = (self.special_text(name) for name in ("bos", "eos"))
-        return template.render(
-            source, messages, thinking=thinking, bos_token=bos, eos_token=eos, tools=tools, asks=asks
-        )
+        known = {f"{name}_token": self.special_text(name) for name in ("bos", "eos")} | dict(variables)
+        return template.render(source, messages, thinking=thinking, variables=known, tools=tools, asks=asks)
 
     def special_text(self, name: str) -> str:
         """Return the text of the `bos` or the `eos` token, empty if the file names none."""

@@ -10,9 +10,11 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jinja2 import Template, nodes
+from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -29,13 +31,15 @@ def render(
     source: str | None,
     messages: Sequence[Mapping[str, Any]],
     *,
-    thinking: bool,
-    bos_token: str = "",
-    eos_token: str = "",
+    thinking: bool | None,
+    variables: Mapping[str, Any] = MappingProxyType({}),
     tools: Sequence[Mapping[str, Any]] | None = None,
     asks: bool = True,
 ) -> str:
     """Return the prompt for the next assistant turn; without `asks`, only the conversation.
+
+    `thinking` is the template's `enable_thinking`, which None leaves undefined. `variables` has what else it may read,
+    such as `bos_token`.
 
     `tools` and the messages' `tool_calls` have OpenAI's form, in which a call's `arguments` are a JSON text. Templates
     get the object that most expect; those that expect a text get that, see `_Arguments`.
@@ -54,9 +58,8 @@ def render(
             tools=[dict(tool) for tool in tools] if tools else None,
             documents=None,
             add_generation_prompt=asks,
-            enable_thinking=thinking,
-            bos_token=bos_token,
-            eos_token=eos_token,
+            **({} if thinking is None else {"enable_thinking": thinking}),
+            **variables,
         )
     except Exception as error:  # a foreign template: whatever it does wrong is the model's fault
         raise ModelError(
@@ -84,18 +87,47 @@ def _bounded(template: Template, **values: Any) -> str:
 class _Sandbox(ImmutableSandboxedEnvironment):
     """jinja's sandbox, in which no single operation makes a text of any size."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute a product, a power or a remainder of numbers, and a text's or list's repetition if it is short."""
+        """Compute a sum, product, power or remainder of numbers, and a text's or list's repetition if it is short."""
         sizes = [len(value) for value in (left, right) if isinstance(value, Sequence)]
         times = [value for value in (left, right) if isinstance(value, int)]
         is_long = sizes and times and sizes[0] * times[0] > _MAX_CHARACTERS
+        if operator == "+" and sum(sizes) > _MAX_CHARACTERS:
+            raise TemplateError("it makes something larger than any conversation")
         if (operator == "*" and is_long) or (operator == "**" and isinstance(right, int) and right > 64):
             raise TemplateError("it makes something larger than any conversation")
         if operator == "%" and isinstance(left, str):
             raise TemplateError("it formats with %, which may write any number of spaces")
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Any, function: Any, *given: Any, **named: Any) -> Any:
+        """Call a function, unless a number says that it is to make or count to something huge: `zfill`, `center`."""
+        if any(isinstance(value, int) and value > _MAX_CHARACTERS for value in (*given, *named.values())):
+            raise TemplateError("it makes something larger than any conversation")
+        return super().call(context, function, *given, **named)
+
+    def joined(self, *values: Any) -> str:
+        """Return `a ~ b ~ …`, which jinja would join to any length."""
+        texts = list(map(str, values))
+        if sum(map(len, texts)) > _MAX_CHARACTERS:
+            raise TemplateError("it makes something larger than any conversation")
+        return "".join(texts)
+
+
+class _Code(CodeGenerator):
+    """Has `a ~ b` joined by the sandbox."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
+        self.write("environment.joined(")
+        for value in node.nodes:
+            self.visit(value, frame)
+            self.write(", ")
+        self.write(")")
+
+
+_Sandbox.code_generator_class = _Code
 
 
 class _Arguments(dict[str, Any]):

@@ -109,7 +109,8 @@ class ModelCard:
             ModelError: code "no-chat-template" or "template-refused".
         """
         source = self.header.metadata.get("tokenizer.chat_template")
-        return render(source, messages, thinking=True, bos_token=self.special("bos"), eos_token=self.special("eos"))
+        special = {f"{kind}_token": self.special(kind) for kind in ("bos", "eos")}
+        return render(source, messages, thinking=True, variables=special)
 
 
 def about(model: ModelCard) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from jinja2.exceptions import TemplateError
 from transformers.cache_utils import DynamicCache
 
 from ....errors import ModelError, UsageError
@@ -189,25 +188,15 @@ class TransformersTeacher(Teacher):
         """Return the prompt that the checkpoint's chat template makes of a conversation.
 
         Raises:
-            ModelError: `code` "no-chat-template" or "template-refuses".
+            ModelError: `code` "no-chat-template" or "template-refused".
         """
-        if self.tokenizer.chat_template is None:
-            raise ModelError(
-                f"{self.name} has no chat template",
-                "use an instruction-tuned model, or add chat_template.jinja to it",
-                code="no-chat-template",
-            )
         try:
             return prompt_of(self.tokenizer, messages)
-        except TemplateError as error:
+        except ModelError:
             if messages[0]["role"] == "system" and len(messages) > 1:  # not every template takes a system turn
                 begin = f"{messages[0]['content']}\n\n{messages[1]['content']}"
                 return self.render([{"role": messages[1]["role"], "content": begin}, *messages[2:]])
-            raise ModelError(
-                f"the chat template of {self.name} refuses the conversation: {error}",
-                "change the conversation, or give another model",
-                code="template-refuses",
-            ) from error
+            raise
 
     def accepts(self, problem_source: str) -> None:
         """Refuse problems that the pocket teacher never learned; any other model may try anything."""

@@ -35,6 +35,7 @@ ELABORATE = """\
 {%- if add_generation_prompt %}{{ '<think>' if enable_thinking | default(true) else 'now: ' }}{% endif %}
 """
 
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 ONE: list[Message] = [{"role": "user", "content": "what is 3 + 4? <é🦙>"}]
 LONG: list[Message] = [
     {"role": "system", "content": 'Be "brief" & don\'t lie.'},
@@ -79,9 +80,7 @@ def by_transformers(source: str, messages: list[Any], thinking: bool, tools: lis
 @pytest.mark.parametrize("name", ["ours", "smollm2", "elaborate"])
 def test_equals_transformers(name: str, thinking: bool, messages: list[Message], smollm2_template: str) -> None:
     source = {"ours": OURS, "smollm2": smollm2_template, "elaborate": ELABORATE}[name]
-    assert render(source, messages, thinking=thinking, bos_token="<s>", eos_token="</s>") == by_transformers(
-        source, messages, thinking
-    )
+    assert render(source, messages, thinking=thinking, variables=SPECIAL) == by_transformers(source, messages, thinking)
 
 
 TOOLS: list[dict[str, Any]] = [
@@ -127,7 +126,7 @@ def test_tools_and_calls_equal_transformers(form: str, wants: type) -> None:
     assert "Zürich" in expected
     for given in (arguments, text):
         messages = calling(given)
-        assert render(source, messages, thinking=True, bos_token="<s>", eos_token="</s>", tools=TOOLS) == expected
+        assert render(source, messages, thinking=True, variables=SPECIAL, tools=TOOLS) == expected
         assert messages == calling(given)
 
 
@@ -187,6 +186,9 @@ def test_a_file_without_template_is_told(tmp_path: Path, build_gguf: Any) -> Non
         "{{ ['x'] * 99999999999 }}",
         "{{ '%099999999999d' % 1 }}",
         "{{ 9 ** 999999999 }}",
+        "{{ 'x'.zfill(99999999999) }}",
+        "{% set x = namespace(y='x') %}{% for a in range(50) %}{% set x.y = x.y ~ x.y %}{% endfor %}",
+        "{% set x = namespace(y='x') %}{% for a in range(50) %}{% set x.y = x.y + x.y %}{% endfor %}",
     ],
 )
 def test_what_a_template_writes_is_bounded(source: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deepdistill.localrun.families import template
 from deepdistill.quantize.measure.proofs import Difference, judge, prove
 from deepdistill.quantize.release import quantize
 
@@ -70,12 +71,22 @@ def test_another_way_to_cut_text_is_noticed(f32: Path, other: Path) -> None:
 
 
 def test_another_template_is_noticed(f32: Path, other: Path) -> None:
-    template = other / "chat_template.jinja"
-    template.write_text(template.read_text() + "x")
+    changed = other / "chat_template.jinja"
+    changed.write_text(changed.read_text() + "x")
     proofs = prove(other, f32, questions=QUESTIONS[:1])
     assert proofs.tokens.holds
     assert proofs.template.holds is False
     assert proofs.failed
+
+
+def test_a_template_without_end_disproves_and_does_not_hang(
+    f32: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template, "MAX_SECONDS", 0.3)
+    endless = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (other / "chat_template.jinja").write_text(f"{{% if pad_token is defined %}}{endless}{{% endif %}}")
+    proofs = prove(other, f32, questions=[])
+    assert proofs.template.holds is False
 
 
 def test_a_cut_file_is_not_valid(student: Path, f32: Path, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_template_that_takes_no_system_turn_gets_it_in_the_first_one(
     monkeypatch.setattr(llama.tokenizer, "chat_template", refusing)
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
     assert llama.render(asked) == "<user>Be brief.\n\n1 + 1?"
-    with pytest.raises(ModelError, check=lambda error: error.code == "template-refuses"):
+    with pytest.raises(ModelError, check=lambda error: error.code == "template-refused"):
         llama.render(asked[:1])
 
 
