@@ -100,9 +100,8 @@ def _table(found: list[RunSummary]) -> Table:
 
     table = Table("run", "student", "problems", "stage", "accuracy", "size", "date", box=SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
-        column.overflow = "fold"
-    for name in ("accuracy", "size"):
-        next(column for column in table.columns if column.header == name).justify = "right"
+        column.overflow, column.no_wrap = "fold", column.header in ("accuracy", "size", "date")
+        column.justify = "right" if column.header in ("accuracy", "size") else "left"
     for run in found:
         problems = run.problems.partition("?")[0].removeprefix("gym:")
         stage = f"{run.stage}, at work" if run.is_at_work else run.stage
