@@ -23,6 +23,7 @@ from .commands.plan import plan
 from .commands.quantize import QuantizeCommand, quantize
 from .commands.recipe import recipe
 from .commands.runs import runs
+from .commands.shared import tell
 from .commands.teach import TeachCommand, teach
 from .errors import DeepDistillError
 
@@ -71,16 +72,14 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        print(f"error: {error}\nhint: what was written before stays; make room and run again", file=sys.stderr)
+        tell(f"error: {error}\nhint: what was written before stays; make room and run again", stderr=True)
         return 1
     return 0
 
 
 def _print_error(error: DeepDistillError, *, as_json: bool) -> None:
     """Print an error and its hint; a program that reads JSON gets the code as well."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+    tell(f"error: {error.message}", *([f"hint: {error.hint}"] if error.hint else []), stderr=True)
     if as_json:
         record = {"code": error.code, "message": error.message, "hint": error.hint}
         print(json.dumps({"error": record}))

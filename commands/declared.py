@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -64,8 +65,31 @@ def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
             formatter.write_dl(sections[heading])
 
 
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Clean what typer says of a wrong command line, which repeats it."""
+    from ..localrun.core.printable import printable
+
+    try:
+        yield
+    except Exception as error:
+        if isinstance(said := getattr(error, "message", None), str):
+            error.message = printable(said)  # type: ignore[attr-defined]
+        raise
+
+
 class Group(TyperGroup):
     """Commands whose help has them under headings, each with its first sentence in full."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command's name."""
+        with _readable_errors():
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command."""
+        with _readable_errors():
+            return super().resolve_command(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the commands, then the options."""
@@ -102,7 +126,8 @@ class Command(TyperCommand):
                 break
             if (now := self.gone.get(arg.partition("=")[0])) is not None:
                 raise UsageError(f"there is no {arg.partition('=')[0]} any more", now, code="flag-gone")
-        return super().parse_args(ctx, args)
+        with _readable_errors():
+            return super().parse_args(ctx, args)
 
 
 def declared(

@@ -15,7 +15,7 @@ from ..distill.recipe.teach import DEMO_PROBLEMS, ScoresRecipe, TeachRecipe
 from ..distill.recipe.training import TrainingRecipe
 from ..localrun.core.settings import changed
 from .run_folder import export_gguf
-from .shared import AsJson, Offline, Out, Quiet, Seed, bars, console, resumable
+from .shared import AsJson, Offline, Out, Quiet, Seed, bars, console, resumable, tell
 
 if TYPE_CHECKING:
     from ..localrun.core.reporter import Reporter
@@ -68,11 +68,11 @@ def demo(
         "gguf": report.path.stat().st_size,
     }
     print_hops(console(), scores, sizes)
-    print(*report.summary(), sep="\n")
-    print(f"\nquestion: {question}")
+    tell(*report.summary())
+    tell(f"\nquestion: {question}")
     console().print(thinking.strip(), style="dim", markup=False, highlight=False)
-    print(f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html")
-    print(f"next: deepdistill chat {folder}")
+    tell(f"answer:   {answer.strip()}\n\n{minutes_taken:.1f} minutes in all; see {folder}/report.html")
+    tell(f"next: deepdistill chat {folder}")
     if json_output:
         print(json.dumps({"run": str(folder), "gguf": str(report.path), "minutes": minutes_taken, "scores": scores}))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from .shared import AsJson, console
+from .shared import AsJson, console, tell
 
 
 def doctor(json_output: AsJson = False) -> None:
@@ -19,7 +19,7 @@ def doctor(json_output: AsJson = False) -> None:
     print_doctor(report, console())
     layers = _confinement()
     if layers is not None:
-        print("grading code: " + (f"confined by {', '.join(layers)}" if layers else "not here: nothing confines it"))
+        tell("grading code: " + (f"confined by {', '.join(layers)}" if layers else "not here: nothing confines it"))
     if json_output:
         print(json.dumps(report.to_json() | {"confinement": layers}))
 

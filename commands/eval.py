@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from ..distill.recipe.gathering import AskingRecipe
 from ..distill.recipe.teach import EvalRecipe
 from .declared import declared
 from .run_folder import run_of
-from .shared import AsJson, Quiet, bars
+from .shared import AsJson, Quiet, bars, tell
 
 
 def run(
@@ -39,16 +38,16 @@ def run(
     with bars(quiet) as report:
         score = score_model(str(folder / "student") if folder else model, recipe, report=report)
     if score.n < recipe.n:
-        print(f"note: the test part of {recipe.problems} holds {score.n} problems, not {recipe.n}", file=sys.stderr)
+        tell(f"note: the test part of {recipe.problems} holds {score.n} problems, not {recipe.n}", stderr=True)
     closed = "" if score.closed is None else f", thinking closed {100 * score.closed:.1f} %"
-    print(
+    tell(
         f"{model}: {100 * score.accuracy:.1f} % of {score.n} (95 % interval {format_score(score.interval)} %), "
         f"unknown {100 * score.n_unknown / score.n:.1f} %{closed}, "
         f"looped {100 * score.looped:.1f} %, {score.tokens_per_answer:.0f} tokens per answer, "
         f"{score.tokens_per_s:.0f} tokens/s"
     )
     if text := unclear(vars(score)):
-        print(f"note: {text}")
+        tell(f"note: {text}")
     if json_output:
         print(json.dumps({"model": model, "problems": recipe.problems, "seed": recipe.seed} | vars(score)))
 

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import UsageError
 from .run_folder import export_gguf, run_of
-from .shared import AsJson, Offline, Quiet, bars
+from .shared import AsJson, Offline, Quiet, bars, tell
 
 
 def export(
@@ -67,7 +67,7 @@ def export(
             offline=offline,
             report=progress,
         )
-    print(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000", sep="\n")
+    tell(*report.summary(), f"next: python -m http.server --directory {report.folder}/web 8000")
     if json_output:
         print(json.dumps(dataclasses.asdict(report), default=str))
 
@@ -89,6 +89,6 @@ def _export_traces(
     source = Path(path) / "traces.jsonl" if Path(path).is_dir() else Path(path)
     target = out or source.with_name(f"{source.stem}-{to}.{'parquet' if to == 'parquet' else 'jsonl'}")
     n_rows = export_traces(source, target, to=to, reasoning=reasoning, include="all" if all_traces else "accepted")
-    print(f"{target}: {n_rows:,} rows")
+    tell(f"{target}: {n_rows:,} rows")
     if json_output:
         print(json.dumps({"path": str(target), "rows": n_rows}))

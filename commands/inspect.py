@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import AsJson, console
+from .shared import AsJson, console, tell
 
 
 def inspect(
@@ -27,7 +27,7 @@ def inspect(
         from ..quantize.provenance.inspect import inspect_gguf, summary
 
         of_file = inspect_gguf(path)
-        print(*summary(of_file), sep="\n")
+        tell(*summary(of_file))
         if json_output:
             print(json.dumps(of_file, default=str))
         return

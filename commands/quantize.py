@@ -16,7 +16,7 @@ from ..errors import ArtifactError, GateError, UsageError
 from ..quantize.recipe import QuantizeRecipe
 from .declared import declared
 from .run_folder import metadata_of, questions_of, run_of
-from .shared import AsJson, Quiet, bars
+from .shared import AsJson, Quiet, bars, tell
 
 if TYPE_CHECKING:
     from ..distill.recipe.teach import TeachRecipe
@@ -76,9 +76,9 @@ def run(
             report=progress,
         )
         report = made.report.proved(questions, report=progress) if recipe.proofs else made.report
-    print(f"{report.path}: {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits per weight")
-    print(*report.summary(), *made.summary(), sep="\n")
-    print(f"next: deepdistill chat {report.path}")
+    tell(f"{report.path}: {report.n_bytes / 1e6:.1f} MB, {report.bits_per_weight:.2f} bits per weight")
+    tell(*report.summary(), *made.summary())
+    tell(f"next: deepdistill chat {report.path}")
     if json_output:
         measured = {key: value for key, value in dataclasses.asdict(made).items() if key != "report"}
         print(json.dumps(dataclasses.asdict(report) | measured, default=str))
@@ -131,7 +131,7 @@ def _verify(path: Path, student: Path | None, *, recipe: QuantizeRecipe, json_ou
             base=recipe.base,
             report=progress,
         )
-    print(*found.summary(), sep="\n")
+    tell(*found.summary())
     if json_output:
         print(json.dumps(dataclasses.asdict(found) | {"holds": found.holds}))
     if not found.holds:

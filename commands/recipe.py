@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..localrun.core.settings import as_toml, values_of
 from ..localrun.recipe import ChatRecipe
 from ..quantize.recipe import QuantizeRecipe
-from .shared import AsJson
+from .shared import AsJson, tell
 
 TREES: dict[str, type] = {"teach": TeachRecipe, "quantize": QuantizeRecipe, "chat": ChatRecipe, "eval": EvalRecipe}
 """The settings of every command that has a tree of them."""
@@ -32,7 +32,7 @@ def recipe(
     settings: Any = TREES.get(what)
     if settings is None:
         settings = _of_run(Path(what))
-    print(as_toml(settings), end="")
+    tell(as_toml(settings).rstrip())
     if json_output:
         print(json.dumps({} if isinstance(settings, type) else values_of(settings)))
 

@@ -12,7 +12,7 @@ import typer
 
 from ..errors import UsageError
 from .declared import Command, Group
-from .shared import AsJson, console
+from .shared import AsJson, console, tell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ def _list(
     if found:
         console().print(_table(found))
     else:
-        print(f"no run in {in_folder}/ yet: deepdistill demo makes one")
+        tell(f"no run in {in_folder}/ yet: deepdistill demo makes one")
     if json_output:
         print(json.dumps([dataclasses.asdict(run) for run in found], default=str))
 
@@ -73,6 +73,7 @@ def _delete(
     It refuses a folder that is no run, that holds other things as well, or that a process works in.
     """
     from ..distill.evaluation.runs import check_deletable, delete_run
+    from ..localrun.core.printable import printable
     from ..localrun.core.text import format_bytes
 
     check_deletable(folder)
@@ -81,11 +82,11 @@ def _delete(
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"nobody can be asked whether to delete {folder}", "give --yes", code="not-confirmed")
-        if not typer.confirm(f"delete {what}?"):
+        if not typer.confirm(printable(f"delete {what}?")):
             print("nothing is deleted")
             return
     delete_run(folder)
-    print(f"deleted {what}")
+    tell(f"deleted {what}")
     if json_output:
         print(json.dumps({"deleted": str(folder), "bytes": sum(sizes)}))
 
@@ -95,7 +96,6 @@ def _table(found: list[RunSummary]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..localrun.core.printable import printable
     from ..localrun.core.text import format_bytes
 
     table = Table("run", "student", "problems", "stage", "accuracy", "size", "date", box=SIMPLE_HEAD, pad_edge=False)
@@ -107,8 +107,7 @@ def _table(found: list[RunSummary]) -> Table:
         stage = f"{run.stage}, at work" if run.is_at_work else run.stage
         before = _percent(run.base).removesuffix(" %")
         gain = _percent(run.base) if run.accuracy is None else f"{before} → {_percent(run.accuracy)}"
-        cells = (run.folder.name, run.student, problems, stage, gain, format_bytes(run.n_bytes), run.changed[:10])
-        table.add_row(*(printable(cell) for cell in cells))
+        table.add_row(run.folder.name, run.student, problems, stage, gain, format_bytes(run.n_bytes), run.changed[:10])
     return table
 
 
@@ -117,15 +116,12 @@ def _print_comparison(found: RunComparison, first: str, second: str) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from ..localrun.core.printable import printable
-
-    heads = [printable(first), printable(second)]
-    settings = Table("setting", *heads, box=SIMPLE_HEAD, pad_edge=False)
+    settings = Table("setting", first, second, box=SIMPLE_HEAD, pad_edge=False)
     for key, values in found.settings.items():
-        settings.add_row(key, *("–" if value is None else printable(str(value)) for value in values))
-    hops = Table("score", *heads, box=SIMPLE_HEAD, pad_edge=False)
+        settings.add_row(key, *("–" if value is None else str(value) for value in values))
+    hops = Table("score", first, second, box=SIMPLE_HEAD, pad_edge=False)
     for hop, scores in found.hops.items():
-        hops.add_row(printable(hop), *map(_score, scores))
+        hops.add_row(hop, *map(_score, scores))
     for table in (settings, hops):
         for column in table.columns:
             column.overflow = "fold"
@@ -135,7 +131,7 @@ def _print_comparison(found: RunComparison, first: str, second: str) -> None:
         terminal.print(hops)
     if n := sum(found.answers.values()):
         counts = ", ".join(f"{count} {state}" for state, count in found.answers.items())
-        print(f"{n} problems that both students answered, from {heads[0]} to {heads[1]}: {counts}")
+        tell(f"{n} problems that both students answered, from {first} to {second}: {counts}")
     if not found.settings.keys().isdisjoint({"problems", "seed", "scores.n"}):
         print("note: they were scored on other problems, so their accuracies cannot be compared")
 

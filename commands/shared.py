@@ -41,11 +41,18 @@ def console() -> Console:
     return new_console()
 
 
+def tell(*lines: object, stderr: bool = False) -> None:
+    """Print lines that may hold foreign text, a file's name or a server's words, of which a terminal obeys nothing."""
+    from ..localrun.core.printable import printable
+
+    print(*(printable(str(line)) for line in lines), sep="\n", file=sys.stderr if stderr else sys.stdout)
+
+
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
     """On Ctrl-C, say that nothing is lost and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nstopped; {folder} keeps what was done: the same command resumes there", file=sys.stderr)
+        tell(f"\nstopped; {folder} keeps what was done: the same command resumes there", stderr=True)
         raise

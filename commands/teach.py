@@ -11,7 +11,7 @@ import typer
 
 from ..distill.recipe.teach import Stage, TeachRecipe
 from .declared import declared
-from .shared import AsJson, Quiet, bars, console, resumable
+from .shared import AsJson, Quiet, bars, console, resumable, tell
 
 _GONE = {
     "--full": "write --weights full",
@@ -65,10 +65,10 @@ def run(
         print_curation(console(), result.curation)
         kept, total = result.curation["kept"], result.curation["traces"]
         own = folder / "traces.jsonl"
-        print(f"{kept} of {total} traces train; all of them are in {own if own.exists() else recipe.traces.file}")
+        tell(f"{kept} of {total} traces train; all of them are in {own if own.exists() else recipe.traces.file}")
     if result.scores:
         print_hops(console(), result.scores, {})
-        print(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
+        tell(f"report: {folder}/report.html\nnext:   deepdistill quantize {folder}")
     if json_output:
         print(json.dumps(dataclasses.asdict(result), default=str))
 
@@ -84,7 +84,7 @@ def _preview(recipe: TeachRecipe, folder: Path, *, json_output: bool, quiet: boo
     with bars(quiet) as report:
         problems, held_out = draw_problems(recipe, report=report)
     made = preview(recipe, folder, problems=problems, held_out=held_out)
-    print(*describe_preview(made, problems, recipe), sep="\n")
+    tell(*describe_preview(made, problems, recipe))
     if json_output:
         print(json.dumps(dataclasses.asdict(made)))
 

@@ -322,6 +322,18 @@ def test_only_a_bounded_template_is_given_to_transformers() -> None:
     assert uses == ["proofs.py"]
 
 
+def test_commands_print_foreign_text_in_one_place() -> None:
+    """`tell` cleans what it prints; a plain print has words of ours, or JSON, which escapes."""
+    loose = []
+    for path in [ROOT / "cli.py", *sorted((ROOT / "commands").glob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "typer.echo", "typer.secho"):
+                said = [ast.unparse(one) for one in node.args if not isinstance(one, ast.Constant)]
+                known = ("json.dumps(", "f'deepdistill {__version__}'", "*(printable(")
+                loose += [f"{path.name}:{node.lineno} {one}" for one in said if not one.startswith(known)]
+    assert loose == []
+
+
 def test_the_package_itself_loads_no_stage() -> None:
     """Its public names come from the stages, each when it is asked for (tests/test_public.py)."""
     assert faults(*(one for one in all_imports() if one.stage == "__init__" and one.relative and one.at_load)) == []

@@ -66,7 +66,7 @@ def answer_once(session: Session, question: Question, *, json_output: bool = Fal
     content, calls = _split_calls(session, text["answer"])
     if json_output:
         record = _answer_record(session, last, thinking=text["thinking"], answer=content) | {"notes": notes}
-        print(json.dumps(record | ({"tool_calls": calls} if session.tools else {}), ensure_ascii=False))
+        print(json.dumps(record | ({"tool_calls": calls} if session.tools else {})))
     elif whole:
         print(*([content] if content.strip() else []), *map(json.dumps, calls), sep="\n")
     elif not on_screen and not content.endswith("\n"):

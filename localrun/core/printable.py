@@ -7,11 +7,12 @@ without bidirectional overrides it cannot show other text than it holds.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.segment import Segment
     from rich.table import Table
     from rich.text import Text
 
@@ -26,13 +27,18 @@ def printable(text: str) -> str:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return this terminal's console, which takes no text for markup: `[/b]` and `:smile:` may be anybody's.
+    """Return this terminal's console: no text is markup to it, and of no text a terminal obeys anything.
 
-    On a dumb terminal rich assumes 80 columns, so it is told the width.
+    `[/b]` and `:smile:` may be anybody's. On a dumb terminal rich assumes 80 columns, so it is told the width.
     """
     from rich.console import Console, ConsoleDimensions
 
-    console = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    class Safe(Console):
+        def render(self, *given: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*given, **options):
+                yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+    console = Safe(stderr=stderr, markup=False, emoji=False, highlight=False)
     if console.is_dumb_terminal:
         size = shutil.get_terminal_size()
         console.size = ConsoleDimensions(size.columns, size.lines)
