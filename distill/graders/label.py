@@ -31,13 +31,15 @@ _LISTED = re.compile(
 )
 _NAMED = re.compile(r"[\W_]*([A-Za-z][\w' ]{0,40}?)[\"*_` ]*(?::|=>|->|=|→|⇒)[\W_]*$")
 _STATED = re.compile(
-    r"(?:\b(?:is|be|as|are|was|choose|pick|select|say|therefore|so|thus|hence|go with)|'s|[:=→⇒]|->|=>)[\W_]*"
+    r"(?:(?<!which )(?<!that )\b(?:is|be|as|are|was|choose|pick|select|say|therefore|so|thus|hence|go with)|'s|[:=→⇒]"
+    r"|->|=>)[\W_]*"
     r"(?:(?:an?|the|clearly|probably|likely|most|definitely|best|rather|instead|about|classified|labell?ed|as)\s+)*[\W_]*$",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"\n|(?<=[.!?])[ \t]+(?=[A-Z])")
 _REASON = re.compile(r"\b(?:reason|explanation|note|because|rationale|why)", re.IGNORECASE)
 _UNSURE = re.compile(r"\b(?:might|could|may|maybe|perhaps|either|whether)\b", re.IGNORECASE)
+_BRIEF = 12  # words
 _NEAR = 200  # characters before a label that say how it is meant
 _COMMON = frozenset(["a", "i", "in", "it", "no", "none", "not", "off", "on", "or", "other", "out", "to", "up", "us"])
 """Labels that are everyday words: in prose they say nothing."""
@@ -47,7 +49,8 @@ _COMMON = frozenset(["a", "i", "in", "it", "no", "none", "not", "off", "on", "or
 class _Mention:
     """A place where a label stands: whether it is denied there, stated, and the first or the only word of its sentence.
 
-    `named` is what the sentence calls it before a colon or an arrow ("label", "category"), if it does.
+    `named` is what the sentence calls it before a colon or an arrow ("label", "category"), if it does; `brief` says
+    that the sentence is short, so that the label is no word among many.
     """
 
     label: str
@@ -57,6 +60,7 @@ class _Mention:
     named: str
     opens: bool
     alone: bool
+    brief: bool
 
 
 def grade(submission: Submission) -> float:
@@ -162,12 +166,13 @@ def _one(taken: list[_Mention]) -> list[str]:
         concluded,
         {one.label for one in taken if one.stated},
         opening,
-        {one.label for one in taken if one.sentence == last and one.label not in _COMMON},
-        {one.label for one in taken if one.label not in _COMMON},
+        {one.label for one in taken if one.brief and one.label not in _COMMON},
     )
     labels = next((labels for labels in telling if labels), set())
     if len(labels) > 1:
         raise CannotTell("the answer names several labels without choosing one")
+    if not labels and any(one.label not in _COMMON for one in taken):
+        raise CannotTell("the answer mentions a label without choosing it")
     return list(labels)
 
 
@@ -198,6 +203,7 @@ def _mentions(text: str, known: dict[str, str]) -> list[_Mention]:
                     named=name[1].casefold() if is_sure and name and not _REASON.search(name[1]) else "",
                     opens=is_sure and bare and re.match(r"[\"'`*)]*\s*(?:[.,:;!–—(-]|$)", line[end:]) is not None,
                     alone=bare and not re.search(r"\w", line[end:]),
+                    brief=len(line.split()) <= _BRIEF,
                 )
             )
     return found

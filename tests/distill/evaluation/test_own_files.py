@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from deepdistill.cli import main
 from deepdistill.distill.evaluation.evaluate import evaluate, unclear
@@ -16,7 +17,8 @@ from deepdistill.distill.gather import as_told
 from deepdistill.distill.problems.load import load_problems
 from deepdistill.distill.problems.split import bucket_of, question_id
 from deepdistill.distill.recipe.gathering import AskingRecipe, CurationRecipe, TracesRecipe
-from deepdistill.distill.recipe.teach import TeachRecipe
+from deepdistill.distill.recipe.teach import ScoresRecipe, TeachRecipe
+from deepdistill.distill.recipe.training import TrainingRecipe
 from deepdistill.distill.records import Request, question_in
 from deepdistill.distill.run import settled
 from deepdistill.distill.teach import teach
@@ -200,3 +202,24 @@ def test_traces_that_were_made_without_an_instruction_are_scored_without_it(tmp_
     written(foreign, [{"question": "Which?", "response": "<think>hm</think>bug", "answer": "bug"}])
     told = [as_told(TeachRecipe(path, traces=TracesRecipe(4, file=file))).asking for file in (None, ours, foreign)]
     assert [asking.instruction for asking in told] == [None, None, ""]
+
+
+def test_every_hop_is_asked_with_the_instruction_and_tells_what_is_unknown(tmp_path: Path) -> None:
+    path, folder = written(tmp_path / "own.jsonl", label_rows()), tmp_path / "run"
+    known = {row["question"]: row["answer"] for row in label_rows()}
+    training = TrainingRecipe(weights="full", steps=2, batch_size=2)
+    recipe = TeachRecipe(
+        path, "pocket", traces=TracesRecipe(8), training=training, scores=ScoresRecipe(3, max_tokens=8)
+    )
+    teacher = StandIn(lambda question, i: known.get(question, "bug"))
+    result = teach(recipe, folder, opener=lambda *_, **__: teacher)
+    told = load_problems(path, n=1)[0].messages[0]["content"]
+    asked = [{"role": "user", "content": "Message 1"}]
+    for hop in ("base", "student"):
+        assert 0 <= result.scores[hop]["n_unknown"] <= result.scores[hop]["n"]
+        lines = (folder / "answers" / f"{hop}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert sum(json.loads(line)["verdict"] == "unknown" for line in lines) == result.scores[hop]["n_unknown"]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert told in str(tokenizer.apply_chat_template(asked, tokenize=False))
+    record = json.loads((folder / "recipe.json").read_text())
+    assert (record["asking"], record["version"]) == ({"instruction": None, "graders": "shape"}, 2)
