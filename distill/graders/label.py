@@ -17,13 +17,13 @@ from .answer import clean, marked_answer, standing
 from .base import CannotTell, Submission
 
 _DENIED = re.compile(
-    r"(?:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|\bunlike)\b"
+    r"(?:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|\bunlike|\b(?:any|every)thing but)\b"
     r"(?!\s+(?:only|just|merely|simply)\b)(?:\s+[\w'’]+){0,3}|\bno)[^\w.;:!?\n]*$",
     re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"[\"'`*)\s]*(?:label|category|class|option)?\s*(?:(?:is|are|was|do|does|can|could|would|should)(?:n['’]t|\s+not\b)"
-    r"|(?:is|are|was|seems)\s+(?:wrong|incorrect|ruled out))",
+    r"|(?:is|are|was|seems)\s+(?:\w+\s+)?(?:wrong|incorrect|ruled out|less))",
     re.IGNORECASE,
 )
 _LISTED = re.compile(
