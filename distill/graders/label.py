@@ -17,7 +17,8 @@ from .answer import clean, marked_answer, standing
 from .base import CannotTell, Submission
 
 _DENIED = re.compile(
-    r"(?:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|\bunlike|\b(?:any|every)thing but)\b"
+    r"(?:(?:\bnot|n['’]t|\bnever|\bneither|\bnor|\brather than|\binstead of|\bother than|\bunlike"
+    r"|\b(?:any|every)thing but)\b"
     r"(?!\s+(?:only|just|merely|simply)\b)(?:\s+[\w'’]+){0,3}|\bno)[^\w.;:!?\n]*$",
     re.IGNORECASE,
 )
