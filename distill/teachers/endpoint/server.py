@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,6 +102,7 @@ class Server:
         if self._key and not (self._key.isascii() and self._key.isprintable()):
             hint = "copy it again: a key has only letters, digits and signs"
             raise UsageError("the API key has characters that no key has", hint, code="bad-key")
+        _take_brackets_off_no_proxy()
         is_azure = parts.hostname.endswith(".azure.com")
         key_header = {"api-key": self._key} if is_azure else {"Authorization": f"Bearer {self._key}"}
         self.headers = {name: value for name, value in key_header.items() if value} if self._key else {}
@@ -250,6 +252,13 @@ class Server:
 
 def _bad_address(base_url: str) -> UsageError:
     return UsageError(f"{base_url!r} is not the address of a server", "write https://HOST/v1", code="bad-address")
+
+
+def _take_brackets_off_no_proxy() -> None:
+    """Write IPv6 addresses in NO_PROXY as httpx takes them: `[::1]`, as other programs have it, breaks it off."""
+    for name in ("no_proxy", "NO_PROXY"):
+        if "[" in (value := os.environ.get(name, "")):
+            os.environ[name] = re.sub(r"\[([\da-fA-F:.]+)\](:\d+)?", r"\1", value)
 
 
 @cache

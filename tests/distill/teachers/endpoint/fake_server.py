@@ -72,14 +72,15 @@ class FakeServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256
 
-    def __init__(self, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, port: int = 0, host: str = "127.0.0.1") -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
         self.lock = threading.Lock()
         self.models, self.models_status = ["toy"], 200
         self.failures: dict[str, list[Failure]] = {}
         self.requests: list[tuple[float, str, dict[str, Any], dict[str, str]]] = []
         self.paths: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/v1"
 
     def handle_error(self, *_: Any) -> None:
         pass  # clients hang up on purpose here
@@ -134,8 +135,8 @@ def error_event(handler: Handler, _: str) -> None:
 
 
 @contextmanager
-def serving(port: int = 0) -> Iterator[FakeServer]:
-    server = FakeServer(port)
+def serving(port: int = 0, host: str = "127.0.0.1") -> Iterator[FakeServer]:
+    server = FakeServer(port, host)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server

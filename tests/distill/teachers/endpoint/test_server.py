@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 
@@ -180,6 +181,30 @@ def test_proxies_that_do_not_work_are_named(server: FakeServer, monkeypatch: pyt
     monkeypatch.setenv("NO_PROXY", "::1,127.0.0.1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     EndpointTeacher(server.url).close()
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+@pytest.mark.parametrize("no_proxy", ["[::1]", "::1", "localhost,::1", "a.org, [::1]:{port}", "*"])
+@pytest.mark.parametrize("name", ["NO_PROXY", "no_proxy"])
+def test_a_server_on_ipv6_is_reached_past_the_proxy(name: str, no_proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    with serving(host="::1") as server:
+        monkeypatch.setenv(name, no_proxy.format(port=server.server_address[1]))
+        with EndpointTeacher(server.url, max_backoff_s=0.01) as teacher:
+            ((_, completion),) = teacher.generate(ask(1), Sampling())
+        assert completion.content == "QUESTION 0!"
+    with pytest.raises(TeacherError) as caught:  # nobody is there now, and no proxy is blamed
+        EndpointTeacher(server.url, max_backoff_s=0.01)
+    assert (caught.value.code, "proxy" in caught.value.message) == ("server-down", False)
 
 
 def test_retry_after_is_counted_by_the_servers_own_clock() -> None:
