@@ -81,7 +81,7 @@ def judges(cases: list[Case]) -> Iterator[tuple[str, Judge, list[Case]]]:
 def problem_of(case: Case) -> Problem:
     """Return the problem of a case."""
     metadata = {"choices": case["choices"]} if "choices" in case else {}
-    return Problem("id", "question?", case["reference"], "bench", case["grader"], metadata)
+    return Problem("id", case.get("question", "question?"), case["reference"], "bench", case["grader"], metadata)
 
 
 def by_math_verify(case: Case) -> bool:

@@ -23,6 +23,9 @@ _RETRACTION = re.compile(
     r"|th(?:at|is)(?:'s| is| was) (?:wrong|not right|incorrect)|actually, )",
     re.IGNORECASE,
 )
+_CONFIRMED = re.compile(
+    r"(?<!not )(?<!n't )(?<!n’t )\b(?:correct|confirms?|confirmed|yes|checks out|still)\b", re.IGNORECASE
+)
 _REFUSAL = re.compile(
     r"(?:i(?:'m| am) (?:very |so |really )?sorry|sorry|i apologi[sz]e|unfortunately|as an ai\b[^.]{0,40}|i(?:'m| am)"
     r" afraid)?"
@@ -35,9 +38,10 @@ _REFUSAL = re.compile(
 _LABEL = re.compile(r"[^\w\n]*(?P<name>[A-Z][A-Za-z ']{1,40})[*_ ]*:[*_ ]+(?P<value>\S.{0,200})")
 _NO_RESULT = re.compile(
     r"\b(?:note|check|explanation|step|verification|proof|hint|remark|question|problem|reason|because|given|therefore|so|"
-    r"thus|hence|confidence|next)\b",
+    r"thus|hence|confidence|next|not|others?|options?)\b",
     re.IGNORECASE,
 )
+_WHOLE_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
 _SPANS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\w])\$([^$\n]+?)(?<!\\)\$(?!\d)", re.DOTALL)
 
 
@@ -69,7 +73,8 @@ def marked_answer(content: str, *, whole_line: bool = False) -> str | None:
     ("No wait, …") does not count. With `whole_line` a stated answer goes to the end of its line, not of its sentence.
     """
     content = standing(content)
-    stated = _boxed(content) or _tagged(content) or _keyed(content) or _stated(content, whole_line)
+    boxed = _restated(content, whole_line) or _boxed(content)
+    stated = boxed or _tagged(content) or _keyed(content) or _stated(content, whole_line)
     return stated or _labelled(content) or _bold(content)
 
 
@@ -80,8 +85,7 @@ def standing(content: str) -> str:
         return content.strip()
     taken_back = retractions[-1]
     rest = content[taken_back.end() :].strip(" ,.:;!—-\n")
-    is_confirmed = re.search(r"\b(?:correct|confirms?|confirmed|yes|checks out|still)\b", rest, re.IGNORECASE)
-    if is_confirmed and not _has_mark(rest):
+    if _CONFIRMED.search(rest) and not _has_mark(rest):
         return content[: taken_back.start()].strip()
     return rest
 
@@ -105,6 +109,7 @@ def clean(text: str) -> str:
         stripped = text.strip('*_`"“” \t\n')
         stripped = stripped.strip("$") if stripped[:1] == stripped[-1:] == "$" else stripped  # else it is a currency
         stripped = stripped[:-1] if stripped.endswith(".") and not stripped.endswith("..") else stripped
+        stripped = text_[1] if (text_ := _WHOLE_TEXT.fullmatch(stripped)) else stripped
         if stripped == text:
             return text
         text = stripped
@@ -139,6 +144,14 @@ def _boxed(text: str) -> str | None:
     behind = _UNIT_BEHIND.match(text, boxes[-1][2] + 1)
     unit = behind[1] if behind and measured(Fraction(1), behind[1]) and _is_bare(joined[-1]) else ""
     return f"{', '.join(joined)} {unit}".strip() or None
+
+
+def _restated(text: str, whole_line: bool) -> str | None:
+    """Return the value that a text states after its last box, as in "…, so without 1 the answer is 22."."""
+    boxes = list(_BOX.finditer(text))
+    end = _closed(text, boxes[-1].end())[1] if boxes else -1
+    stated = _stated(text[end + 1 :], whole_line) if end >= 0 else None
+    return stated if stated and re.match(r"\W*(?:\d|\\|[A-Z]\b)", stated) else None
 
 
 def _is_bare(text: str) -> bool:

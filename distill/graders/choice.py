@@ -120,6 +120,7 @@ def choose(text: str, choices: dict[str, str]) -> str | None:
     text = clean(_LATEX.sub(r"\1", text))
     text = clean(_LED.sub("", text, count=1)) if _LED.match(text) else text
     named = [letter for letter, option in choices.items() if _normal(option) == _normal(text)]
+    named = named or [letter for letter, option in choices.items() if _bare(option) == _bare(text)]
     if named:
         return named[0]
     if match := _LETTER.fullmatch(text):
@@ -153,6 +154,11 @@ def _gold(gold: str, choices: dict[str, str]) -> str:
     if chosen is None:
         raise CannotTell(f"the reference {gold[:40]!r} is not among the options")
     return chosen
+
+
+def _bare(text: str) -> str:
+    """Return a text in its normal form without an article before it; a capital A may be a letter."""
+    return _normal(re.sub(r"^(?:[Tt]he|a|[Aa]n)\s+(?=\w)", "", text))
 
 
 def _normal(text: str) -> str:

@@ -25,7 +25,7 @@ _SPACES = re.compile(
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|operatorname|unit|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!|\\ |~|[\u00a0\u2009\u202f\u2007'])(?=\d{3}(?!\d))")
+_GROUPS = re.compile(r"(?<=\d)(?:\{,\}|\\,|\\!|,\\!\s*|\\ |~|[\u00a0\u2009\u202f\u2007'])(?=\d{3}(?!\d))")
 _NAMES = {
     r"\\[dtc]frac": r"\\frac", r"\\[dt]binom": r"\\binom", r"\\le(?:qslant|q)?(?![A-Za-z])": r"\\leq ",
     r"\\ge(?:qslant|q)?(?![A-Za-z])": r"\\geq ", r"\\ne(?:q)?(?![A-Za-z])": r"\\neq ", r"\\lt(?![A-Za-z])": "<",

@@ -19,7 +19,7 @@ from .base import CannotTell, Submission, options
 from .latex import plain
 from .number import percentages, plain_lines, tolerance
 from .quantity import hedges, parse, quantities
-from .units import measured
+from .units import asked_unit, measured
 from .values import Equation, Scalar, Sequence, Several, Value, Words, read, squeezed, tight
 
 _OPTIONS: dict[str, Callable[[str], Any]] = {"tolerance": tolerance, "absolute": tolerance}
@@ -66,6 +66,8 @@ def grade(submission: Submission) -> float:
     answer = read(answer_text)
     if isinstance(answer, Words):
         answer = _mined(answer_text)
+    if isinstance(gold, Scalar) and isinstance(answer, Scalar) and gold.number and not gold.unit:
+        gold = replace(gold, unit=asked_unit(submission.problem.get("question", ""), answer.unit))
     return 1.0 if is_same(gold, answer, slack) else 0.0
 
 
@@ -117,7 +119,7 @@ def _last_formulas(content: str) -> str:
             break
         joined.insert(0, before)
     sentence = content[: joined[0].start()].rstrip().rpartition("\n")[2]
-    if hedges(re.split(r"[,;:]\s", sentence)[-1][-60:] + " "):
+    if hedges(re.split(r"[,;:.!?]\$?\s", sentence)[-1][-60:] + " "):
         raise CannotTell("the answer compares or doubts")
     return ", ".join(span[0] for span in joined)
 

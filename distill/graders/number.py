@@ -15,7 +15,7 @@ from .answer import clause_of, clean, marked_answer
 from .base import CannotTell, Submission, options
 from .latex import plain
 from .quantity import Quantity, hedges, parse, quantities
-from .units import Dimension, measured
+from .units import Dimension, asked_unit, measured
 
 
 def tolerance(text: str) -> Fraction:
@@ -55,7 +55,7 @@ def grade(submission: Submission) -> float:
     if "%" in (gold.unit, answer.unit):
         pairs = percentages(gold, answer)
         return 1.0 if any(_is_near(*pair, known=known) for pair in pairs) else 0.0
-    unit = gold.unit or known.get("units", "")
+    unit = gold.unit or known.get("units", "") or asked_unit(submission.problem.get("question", ""), answer.unit)
     expected, given = _in_base_units(gold, unit, known), _in_base_units(answer, answer.unit or unit, known)
     if expected is None:  # the reference is a bare number, and the answer may say what it counts: "42 legs"
         return 1.0 if _is_near(gold.value, answer.value, known=known) else 0.0
@@ -96,7 +96,7 @@ def find(content: str) -> Quantity | None:
     if whole is not None:
         return whole
     clause = text if marked is None else clause_of(text)
-    found = [] if hedges(clause) else quantities(clause)
+    found = [] if hedges(clause) else quantities(re.sub(r"(?<=.)\([^()]*\)", " ", clause)) or quantities(clause)
     return found[-1] if found and (marked is None or len(found) == 1) else None
 
 

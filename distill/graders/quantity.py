@@ -29,6 +29,10 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 _REPEATING = re.compile(r"([-+]?)(\d{0,300})\.(\d{0,300})(?:\\overline\{|\()(\d{1,300})[})]")
+_COMMA = re.compile(
+    r"(?P<whole>-?(?:\d{1,3}(?:\.\d{3})+|\d{1,9})),(?P<decimals>\d\d?)\s*(?P<unit>[€£$%]|[A-Za-zµ°²³/]{1,12})"
+)
+"""A decimal comma: before one or two digits with a unit behind them, where it can't separate two numbers."""
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _START = re.compile(rf"(?<![\w.,\\{{^_])(?:[-+]?\s*{_CURRENCY}?\s*(?:\\frac\{{|\.?\d))")
 _UNIT = re.compile(r"(?:%|°\s*[CF]\b|°|[$€£¥₹¢]|[^\W\d_][^\n,;:!?()=<>\"+±\\]*)?")
@@ -45,11 +49,20 @@ _WORDS = {
     "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50,
     "sixty": 60, "seventy": 70, "eighty": 80, "ninety": 90,
 }  # fmt: skip
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7} | {
+    "eighth": 8, "ninth": 9, "tenth": 10, "twelfth": 12, "twentieth": 20, "hundredth": 100,
+}  # fmt: skip
 _HEDGE = re.compile(
     r"\d\W*\b(?:or|and|to)\b|\b(?:not|cannot|can't|isn't|aren't|wasn't|never|or|between|than|either|neither|least|most"
     r"|wrong|incorrect|up to|almost|nearly|exceeds?|below|above|under|over|times|squared|cubed|factorial|mod)\b"
     r"|[<>±!^√]|\\(?:leq|geq|neq|pm|sqrt|log|pi|infty|times|cdot|binom)|\d\s*[*:]|[*:]\s*\d|\d_|[A-Za-z]\d|\d\+|\|"
 )
+_SPELT_OUT = re.compile(
+    rf"\b(?:{'|'.join(sorted(_WORDS.keys() - {'one'}, key=len, reverse=True))})(?:-[a-z]+)?"
+    rf"(?: (?:{'|'.join(_SCALES)}))?\b",
+    re.IGNORECASE,
+)
+"""A number in words in a sentence; "one" is more often no number."""
 _POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?-?\d+\}?")
 
 
@@ -74,6 +87,8 @@ class Quantity:
 def parse(text: str) -> Quantity | None:
     """Return the quantity if the whole text is one: a number, perhaps with a unit or with what is counted."""
     text = plain(text).strip(' *_`"“”')
+    if comma := _COMMA.fullmatch(text):
+        text = f"{comma['whole'].replace('.', '')}.{comma['decimals']} {comma['unit']}"
     if repeating := _REPEATING.fullmatch(text):
         return Quantity(_repeated(repeating))
     match = _NUMBER.match(text)
@@ -103,6 +118,9 @@ def _repeated(match: re.Match[str]) -> Fraction:
 def _in_words(text: str) -> Quantity | None:
     """Return a whole number below a hundred that is written out, perhaps with what is counted: "forty-two legs"."""
     first, _, rest = text.casefold().partition(" ")
+    if (part := re.fullmatch(r"(an?|[a-z]+)[ -]([a-z]+?)s?", text.casefold())) and part[2] in _PARTS:
+        top = 1 if part[1] in ("a", "an") else _WORDS.get(part[1], 0)
+        return Quantity(Fraction(top, _PARTS[part[2]])) if top else None
     tens, _, ones = first.partition("-")
     if tens not in _WORDS or (ones and (_WORDS[tens] < 20 or not 0 < _WORDS.get(ones, 0) < 10)):
         return None
@@ -130,7 +148,7 @@ def quantities(text: str) -> list[Quantity]:
         unit = match["currency"] or (" ".join(words[: counts[0]]).rstrip(".,*") if counts else "")
         found.append(_quantity(match, value, unit))
         at = match.end()
-    return found
+    return found or [number for word in _SPELT_OUT.findall(text) if (number := _in_words(word))]
 
 
 def _quantity(match: re.Match[str], value: Fraction, unit: str) -> Quantity:

@@ -67,6 +67,18 @@ def unit(text: str) -> tuple[Fraction, Dimension] | None:
     return factor, tuple(dimension)
 
 
+def asked_unit(question: str, answered: str) -> str:
+    """Return the unit that a question asks for ("in metres", "how many grams"); "" if it names none or several.
+
+    Only a unit that measures what the answer's unit does counts: in "How many apples fit in metres of …" none does.
+    """
+    given = measured(Fraction(1), answered)
+    words = re.findall(r"\b(?:in|how many)\s+((?:square |cubic )?[A-Za-z]{2,}|[mgs](?![\w/]))", question, re.IGNORECASE)
+    known = [(word, measured(Fraction(1), word)) for word in words]
+    asked = {value: word for word, value in known if value and given and value[1] == given[1]}
+    return next(iter(asked.values())) if len(asked) == 1 else ""
+
+
 def _dimension(expression: str) -> Dimension:
     found = dict.fromkeys(_BASE_UNITS, 0)
     for part in () if expression == "-" else expression.split("."):

@@ -19,7 +19,7 @@ from .quantity import Quantity, parse
 from .units import measured
 
 _NAME = re.compile(
-    r"(?:\\?[A-Za-z]+|[^\W\d_])(?:'*|_\{?\w+\}?)*(?:\([^()]*\))?|[A-Za-z][A-Za-z ]{1,40}"
+    r"(?:\\?[A-Za-z]+|[^\W\d_])(?:'*|_\{?\w+\}?)*(?:\^\{?-1\}?)?(?:\([^()]*\))?|[A-Za-z][A-Za-z ]{1,40}"
     r"|\\angle\s*\w+|\\overline\{\w+\}"
 )
 _RELATION = r"<|>|\\leq|\\geq|\\neq"
