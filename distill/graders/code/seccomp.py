@@ -1,8 +1,9 @@
 """A seccomp filter for code that nobody has read: it allows the system calls of a computation and no others.
 
 The filter lists what is allowed, so that calls of a later kernel are refused. The list has no way to start a program or
-a process (only threads), to open a socket, to signal, trace or read another process, to mount, or to load code into the
-kernel. The filter works on x86-64 and arm64; elsewhere `install` returns False.
+a process (only threads), to open a socket, to signal, trace or read another process, to mount, to set a file's times
+(which Landlock allows), or to load code into the kernel. The filter works on x86-64 and arm64; elsewhere `install`
+returns False.
 
 Source: seccomp(2), bpf(2); the numbers are those of asm/unistd_64.h and asm-generic/unistd.h.
 """
@@ -22,7 +23,7 @@ close_range 436 436, fstat 5 80, stat 4 -, lstat 6 -, newfstatat 262 79, statx 3
 access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -, readlinkat 267 78, getcwd 79 17, chdir 80 49,
 fchdir 81 50, mkdir 83 -, mkdirat 258 34, unlink 87 -, unlinkat 263 35, rmdir 84 -, rename 82 -, renameat 264 38,
 renameat2 316 276, ftruncate 77 46, truncate 76 45, fallocate 285 47, fsync 74 82, fdatasync 75 83, dup 32 23,
-dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, flock 73 32, umask 95 166, utimensat 280 88,
+dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, flock 73 32, umask 95 166,
 sendfile 40 71, copy_file_range 326 285, fadvise64 221 223, statfs 137 43, fstatfs 138 44, poll 7 -, ppoll 271 73,
 select 23 -, pselect6 270 72, epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22,
 eventfd2 290 19, mmap 9 222, munmap 11 215, mremap 25 216, mprotect 10 226, brk 12 214, madvise 28 233, msync 26 227,

@@ -34,13 +34,14 @@ def passwords(): open("/etc/passwd").read()
 def beside(): open(scratch.parent / "beside", "w")
 def write(): open(secret, "a").write("x")
 def library(): open(os.__file__, "a")
+def times(): os.utime(os.__file__, ns=(os.stat(os.__file__).st_atime_ns, os.stat(os.__file__).st_mtime_ns))
 def memory(): bytearray(10 ** 10)
 def large(): open("big", "wb").write(bytes(1 << 26))
 
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 done = []
-for attempt in (connect, datagram, read, passwords, beside, write, library, memory, large):
+for attempt in (connect, datagram, read, passwords, beside, write, library, times, memory, large):
     try:
         attempt()
         done.append(attempt.__name__)
@@ -75,7 +76,8 @@ def test_what_is_left_still_confines(without: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     layers, escaped = json.loads(done.stdout)
     assert not set(without.split(",")) & set(layers)
-    assert escaped == []
+    # A file's times are not Landlock's: the mounts keep them, and seccomp does.
+    assert set(escaped) <= ({"times"} if {"mounts", "seccomp"} <= set(without.split(",")) else set())
 
 
 @pytest.mark.parametrize(
