@@ -136,7 +136,7 @@ class Trace:
     reason: str = ""
     """Why the grader could not tell, if it could not."""
     grader: str = ""
-    """The problem's grader; empty in traces of version 0.2 and before."""
+    """The problem's grader; empty in traces that were stored before it was kept."""
     score: float | None = None
     """The grader's score, such as the share of a JSON value's fields that are right."""
 

@@ -65,8 +65,8 @@ class AskingRecipe:
     )
     graders: Literal["shape", "columns"] = setting(
         "shape",
-        "What chooses a row's grader where nothing names it: the shape of its reference, or, as in runs of version "
-        "0.2, its columns alone.",
+        "What chooses a row's grader where nothing names it: the shape of its reference, or, as in older runs, "
+        "its columns alone.",
         fixed=True,
     )
 

@@ -84,7 +84,7 @@ def _from_0(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_1(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep the graders of a run of version 0.2, which graded any reference without options as mathematics."""
+    """Keep the graders of an older run, which graded any reference without options as mathematics."""
     return {**record, "version": 2, "asking": {"graders": "columns"}}
 
 
