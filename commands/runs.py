@@ -17,7 +17,7 @@ from .shared import AsJson, console, tell
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..distill.evaluation.runs import RunComparison, RunSummary
+    from ..distill.runs import RunComparison, RunSummary
 
 runs = typer.Typer(cls=Group, invoke_without_command=True, rich_markup_mode=None)
 
@@ -36,7 +36,7 @@ def _list(
     """
     if context.invoked_subcommand is not None:
         return
-    from ..distill.evaluation.runs import list_runs
+    from ..distill.runs import list_runs
 
     found = list_runs(in_folder)
     if found:
@@ -54,7 +54,7 @@ def _compare(
     json_output: AsJson = False,
 ) -> None:
     """Show which settings of two runs differ, and their scores side by side."""
-    from ..distill.evaluation.runs import compare_runs
+    from ..distill.runs import compare_runs
 
     found = compare_runs(first, second)
     _print_comparison(found, first.name, second.name)
@@ -70,9 +70,9 @@ def _delete(
 ) -> None:
     """Delete a run folder with all that is in it, after asking.
 
-    It refuses a folder that is no run, that holds other things as well, or that a process works in.
+    It refuses a folder that is not a run, that holds other files as well, or that a process is using.
     """
-    from ..distill.evaluation.runs import check_deletable, delete_run
+    from ..distill.runs import check_deletable, delete_run
     from ..localrun.core.printable import printable
     from ..localrun.core.text import format_bytes
 

@@ -12,7 +12,7 @@ from ..localrun.core.reporter import SILENT
 from .context import Context
 from .graders.pool import Grader, grade_answer
 from .judging.judge_traces import REPLIES_FILE, judge_ungraded
-from .problems.asking import instructed
+from .problems.instruction import instructed
 from .recipe.teach import TeachRecipe
 from .records import Problem, Trace
 from .run import Run

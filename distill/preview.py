@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..localrun.core.printable import printable
 from ..localrun.core.text import format_duration, listed, shorten
-from .problems.asking import shared_system
+from .problems.instruction import shared_system
 from .problems.shape import graded_as
 from .recipe.gathering import CostRecipe
 from .recipe.teach import TeachRecipe

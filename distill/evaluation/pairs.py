@@ -32,7 +32,7 @@ class Pair:
 
 
 def read_answers(path: Path) -> list[Answer]:
-    """Return the answers that `evaluate` wrote to a file; lines that are none are left out, and so is no file."""
+    """Return the answers that `evaluate` wrote to a file, without broken lines; an empty list without a file."""
     try:
         lines = path.read_bytes().splitlines()
     except OSError:

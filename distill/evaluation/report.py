@@ -108,9 +108,7 @@ def _curves(points: list[CurvePoint], training: dict[str, Any]) -> dict[str, Lin
 
 def _answers(run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     """Return the share of unknown verdicts of each hop, the headline, and the answers of two hops side by side."""
-    hops = list(dict.fromkeys([*scores, "base", "student", "gguf"]))
-    answers = {hop: read_answers(run.folder / "answers" / f"{hop}.jsonl") for hop in hops}
-    unknown = {hop: sum(one.get("verdict") == "unknown" for one in given) for hop, given in answers.items()}
+    answers = {hop: read_answers(run.folder / "answers" / f"{hop}.jsonl") for hop in ("base", "student", "gguf")}
     taught = pair_answers(answers["base"], answers["student"])
     quantized = pair_answers(answers["student"], answers["gguf"])
     changed = [pair for pair in quantized if pair.before.get("verdict") != pair.after.get("verdict")]
@@ -119,7 +117,7 @@ def _answers(run: Run, scores: dict[str, Any]) -> dict[str, Any]:
         Sides("quantized", "What quantizing changed", ("student", "gguf"), counts_of(quantized), _pairs(changed)),
     ]
     return {
-        "unknown": {hop: n / len(answers[hop]) for hop, n in unknown.items() if answers[hop]},
+        "unknown": {hop: score["n_unknown"] / score["n"] for hop, score in scores.items() if "n_unknown" in score},
         "headline": _headline(scores, counts_of(taught)),
         "unclear": {hop: text for hop, score in scores.items() if (text := unclear(score))},
         "sides": [one for one in sides if sum(one.counts.values())],

@@ -38,7 +38,7 @@ _REFUSAL = re.compile(
 _LABEL = re.compile(r"[^\w\n]*(?P<name>[A-Z][A-Za-z ']{1,40})[*_ ]*:[*_ ]+(?P<value>\S.{0,200})")
 _NO_RESULT = re.compile(
     r"\b(?:note|check|explanation|step|verification|proof|hint|remark|question|problem|reason|because|given|therefore|so|"
-    r"thus|hence|confidence|next|not|others?|options?)\b",
+    r"thus|hence|confidence|next|not|others?)\b",
     re.IGNORECASE,
 )
 _WHOLE_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")

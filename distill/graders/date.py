@@ -32,7 +32,7 @@ def grade(submission: Submission) -> float:
     """Return 1.0 for the day of the reference, 0.0 for another.
 
     Raises:
-        CannotTell: the reference is no date, the answer has several, or one of them may be another day.
+        CannotTell: the reference is not a date, the answer has several, or one of them may be another day.
     """
     gold_text = clean(submission.reference())
     gold = read(gold_text)
@@ -52,7 +52,7 @@ def grade(submission: Submission) -> float:
 
 
 def read(text: str) -> Days | None:
-    """Return the days that a text may mean; None if it is no date as a whole."""
+    """Return the days that a text may mean; None if the whole text is not a date."""
     text = clean(text)
     found = _all(text)
     return found[0][1] if len(found) == 1 and found[0][0] == text else None

@@ -76,7 +76,7 @@ def parse(text: str) -> Any:
     """Return the JSON value of a text.
 
     Raises:
-        ValueError: it is none, or has NaN, an infinity or a key twice.
+        ValueError: the text is not JSON, or has NaN, an infinity or a key twice.
         RecursionError: it is nested too deeply.
     """
 

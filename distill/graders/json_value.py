@@ -37,7 +37,7 @@ def grade(submission: Submission) -> float:
 
 
 def find(content: str, reference: str = "{") -> str | None:
-    """Return the text of the last JSON in a content that opens as the reference does; None if there is none."""
+    """Return the text of the last JSON in a content that opens as the reference does; None if no JSON does."""
     opening, found, at = reference.lstrip()[:1], None, 0
     if opening not in ("{", "["):
         return clean(content)

@@ -105,7 +105,7 @@ def names_of(choices: object) -> dict[str, str]:
     """Return the labels of a set by their keys.
 
     Raises:
-        CannotTell: there is none.
+        CannotTell: the problem has no list of labels.
     """
     if not isinstance(choices, list) or not choices:
         raise CannotTell("the problem has no set of labels")

@@ -70,7 +70,7 @@ def unit(text: str) -> tuple[Fraction, Dimension] | None:
 def asked_unit(question: str, answered: str) -> str:
     """Return the unit that a question asks for ("in metres", "how many grams"); "" if it names none or several.
 
-    Only a unit that measures what the answer's unit does counts: in "How many apples fit in metres of …" none does.
+    Only a unit of the same dimension as the answer's counts, so that "in metres per second" says nothing of 5 m/s.
     """
     given = measured(Fraction(1), answered)
     words = re.findall(r"\b(?:in|how many)\s+((?:square |cubic )?[A-Za-z]{2,}|[mgs](?![\w/]))", question, re.IGNORECASE)

@@ -22,8 +22,8 @@ from ...errors import ArtifactError, UsageError
 from ...localrun.core.reporter import SILENT, Reporter
 from ..recipe.gathering import AskingRecipe
 from ..records import Problem, messages_of
-from .asking import instructed
 from .files import Row, encoding_of, is_text, read_hub, read_rows
+from .instruction import instructed
 from .rows import PARAMETERS, Intake, check_grader
 from .split import Bucket, bucket_of, question_id
 

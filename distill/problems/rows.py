@@ -21,7 +21,6 @@ from ..graders.base import CannotTell, is_trusted, kind_of
 from ..graders.choice import read_choices
 from ..recipe.gathering import AskingRecipe
 from ..records import NONE, Problem
-from .asking import instructed, usual_instruction
 from .columns import (
     PROBLEM_ALIASES,
     PROBLEM_ANSWERS,
@@ -38,6 +37,7 @@ from .columns import (
     read_turns,
 )
 from .files import Columns, Row
+from .instruction import instructed, usual_instruction
 from .shape import Labels, graded_as, grader_of, labels_of
 from .split import question_id
 

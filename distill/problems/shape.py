@@ -42,7 +42,7 @@ class Labels:
 
 
 def labels_of(references: Iterable[str], *, named: bool = False) -> Labels | None:
-    """Return the labels of a file, whose references these are; None if they are none.
+    """Return the labels that the references of a file are; None if they are not labels.
 
     Labels are at most 30 distinct short texts, each there at least twice; of many rows one in twenty may break that.
     With `named` the user says that they are labels, and only their number counts.
@@ -123,7 +123,7 @@ def _list_several(texts: Iterable[str]) -> bool:
 
 
 def _is_json(text: str) -> bool:
-    """Say whether a text is an object of JSON, or a list that is no list of numbers or formulas."""
+    """Say whether a text is a JSON object, or a JSON list that holds more than numbers."""
     if text.strip()[:1] not in ("{", "["):
         return False
     try:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...localrun.core.generation import Message
-from ..problems.asking import instructed, shared_system
+from ..problems.instruction import instructed, shared_system
 from ..problems.similarity import contaminated, near_duplicates, numbers_in, sign_texts, word_hashes
 from ..problems.split import bucket_of, question_id
 from ..recipe.gathering import ExpandRecipe

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..context import Context
-from ..problems.asking import shared_system
+from ..problems.instruction import shared_system
 from ..records import Trace
 from ..tokenizer import Tokenizer
 from .distributed import everywhere

@@ -24,11 +24,11 @@ from ...localrun.core.reporter import SILENT, Reporter
 from ..device import NO_MEMORY, choose_device
 from ..recipe.training import TrainingRecipe
 from ..tokenizer import Tokenizer
-from .ask import Question
 from .callback import Clock, Validation, last_checkpoint, validation_of
 from .distributed import is_first, processes
 from .lora import check_vocabulary, load_base, load_student
 from .merge import merge_adapter, save_adapter, save_checkpoint
+from .newest_answer import Question
 from .objective import Objective
 from .packing import Batch
 from .rows import Row

@@ -29,7 +29,7 @@ class ResumingTrainer(Trainer):
     """Reads the files of a checkpoint as numbers alone, as transformers does, and says which checkpoint it cannot read.
 
     Raises on a resume:
-        ArtifactError: `code` "checkpoint-broken": a file was cut off, or is none that a training writes.
+        ArtifactError: `code` "checkpoint-broken": a file was cut off, or no training wrote it.
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -23,7 +23,7 @@ from ....localrun.core.generation import Sampling
 from ...context import Context
 from ...curation.curate import apart_from
 from ...graders.pool import Grader
-from ...problems.asking import shared_system
+from ...problems.instruction import shared_system
 from ...problems.load import load_problems
 from ...recipe.teach import TeachRecipe
 from ...recipe.training import TrainingRecipe

@@ -11,7 +11,7 @@ from ....errors import UsageError
 from ....localrun.core.settings import fields_of, get
 from ...context import Context
 from ...graders.pool import Grader
-from ...problems.asking import shared_system
+from ...problems.instruction import shared_system
 from ...recipe.teach import TeachRecipe
 from ...records import NONE, Problem, messages_of
 from ..distributed import processes

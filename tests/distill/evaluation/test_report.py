@@ -382,7 +382,8 @@ def test_base_and_student_stand_side_by_side_and_can_be_filtered(tmp_path: Path)
     answers(folder, "base", "wwwwwwwwrru")
     answers(folder, "student", "rrrrrrrwrwr")
     answers(folder, "gguf", "rrrrrrwwrwu")
-    scores = {"base": SCORE | {"accuracy": 2 / 11}, "student": SCORE | {"accuracy": 9 / 11}}
+    counted = SCORE | {"accuracy": 2 / 11, "n": 11, "n_unknown": 1, "unknown": {"no number": 1}}
+    scores = {"base": counted, "student": SCORE | {"accuracy": 9 / 11}}
     text = report(folder, [], scores=scores)
     page = Page(text)
     states = [details["data-state"] for details in page.all("details")]

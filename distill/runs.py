@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...errors import ArtifactError, UsageError
-from ...localrun.core.append_file import WriterLock, is_locked
-from ...localrun.core.settings import fields_of, get
-from ..recipe.teach import TeachRecipe
-from ..run import Run, make_run_folder
-from .pairs import counts_of, pair_answers, read_answers
+from ..errors import ArtifactError, UsageError
+from ..localrun.core.append_file import WriterLock, is_locked
+from ..localrun.core.settings import fields_of, get
+from .evaluation.pairs import counts_of, pair_answers, read_answers
+from .recipe.teach import TeachRecipe
+from .run import Run, make_run_folder
 
 _FOLDERS = {"student", "adapter", "checkpoints", "answers", "rounds"}
 _SUFFIXES = {".json", ".jsonl", ".html", ".gguf", ".bin", ".md", ".svg", ".parquet", ".lock", ".part", ".pt"}
@@ -108,13 +108,13 @@ def compare_runs(first: Path, second: Path) -> RunComparison:
 
 
 def run_folder(path: Path) -> Path:
-    """Return the run folder that a path is.
+    """Return a path if it is a run folder.
 
     Raises:
-        ArtifactError: `code` "no-run": it is none.
+        ArtifactError: `code` "no-run": it is not one, or it is a link.
     """
     if path.is_symlink() or not (path / "recipe.json").is_file():
-        raise ArtifactError(f"{path} is no run folder", "`deepdistill runs` lists them", code="no-run")
+        raise ArtifactError(f"{path} is not a run folder", "`deepdistill runs` lists them", code="no-run")
     return path
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepdistill.distill.tokenizer import text_of
-from deepdistill.distill.training.ask import Question
+from deepdistill.distill.training.newest_answer import Question
 from deepdistill.distill.training.objective import Objective
 from deepdistill.distill.training.rows import Row, make_row
 from deepdistill.distill.training.student import teach_template

@@ -39,7 +39,7 @@ class Question:
         self._newest = ""
 
     def ask(self) -> str:
-        """Return the newest answer, a new one if there is time for it; empty if there is none yet."""
+        """Return the newest answer, a new one if there is time for it; empty before the first."""
         start = self._now()
         budget = _SHARE * (start - self._started) - self._spent
         if budget < self._needed or budget <= 0:
