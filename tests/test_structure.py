@@ -98,6 +98,7 @@ ROOMS: dict[str, dict[str, str]] = {
         ),
         "evaluation": "recipe records graders problems curation teachers run traces context training",
         "preview": "recipe records problems teachers traces",
+        "runs": "recipe run evaluation",
         "teach": (
             "recipe records problems curation teachers run traces context judging gather training evaluation preview"
         ),

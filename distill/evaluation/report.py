@@ -259,22 +259,19 @@ def print_curation(console: Console, record: dict[str, Any]) -> None:
 
 def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
     """Print a table of the hops: accuracy with its interval, unknown answers, closed thinking, loops, tokens, size."""
-    heads = ["", "accuracy", "95 % interval", "unknown", "closed", "looped", "tokens", "tokens/s"] + (
-        ["size"] if sizes else []
-    )
-    table = Table(*heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    heads = ["", "accuracy", "95 %\ninterval", "unknown", "closed", "looped", "tokens", "tokens\n/s"]  # 80 columns wide
+    table = Table(*heads, *(["size"] if sizes else []), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     for hop, score in scores.items():
-        closed = "–" if score["closed"] is None else f"{100 * score['closed']:.1f} %"
         low, high = score["interval"]
         cells = [
             hop,
-            f"{100 * score['accuracy']:.1f} %",
+            _percent(score["accuracy"]),
             f"{100 * low:.1f}–{100 * high:.1f}",
-            f"{100 * score['n_unknown'] / score['n']:.1f} %" if "n_unknown" in score else "–",
-            closed,
-            f"{100 * score['looped']:.1f} %",
+            _percent(score["n_unknown"] / score["n"] if "n_unknown" in score else None),
+            _percent(score["closed"]),
+            _percent(score["looped"]),
             f"{score['tokens_per_answer']:.0f}",
             f"{score['tokens_per_s']:.0f}",
         ]
@@ -283,3 +280,8 @@ def print_hops(console: Console, scores: dict[str, dict[str, Any]], sizes: dict[
     for hop, score in scores.items():
         if text := unclear(score):
             console.print(Text(f"{hop}: {text}", "bold"))
+
+
+def _percent(share: float | None) -> str:
+    """Return a share in at most six characters."""
+    return "–" if share is None else "100 %" if share == 1 else f"{100 * share:.1f} %"

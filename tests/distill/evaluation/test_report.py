@@ -25,7 +25,7 @@ from rich.console import Console
 from deepdistill.distill.curation.curate import select
 from deepdistill.distill.evaluation.charts import curve, histogram, line, over_time, ticks
 from deepdistill.distill.evaluation.live import LiveReport
-from deepdistill.distill.evaluation.report import funnel, print_curation, write_report
+from deepdistill.distill.evaluation.report import funnel, print_curation, print_hops, write_report
 from deepdistill.distill.problems.split import bucket_of
 from deepdistill.distill.recipe.gathering import TeacherRecipe
 from deepdistill.distill.recipe.teach import TeachRecipe
@@ -473,3 +473,14 @@ def test_traces_stay_marked_as_trained_when_the_page_is_written_again(tmp_path: 
     report(tmp_path / "run", traces, traces[:1])
     again = Page(report(tmp_path / "run", []))
     assert sorted(str(one["data-kept"]) for one in again.all("details")) == ["no", "no", "yes"]
+
+
+def test_the_table_of_hops_is_whole_at_80_columns() -> None:
+    widest = SCORE | {"accuracy": 1.0, "interval": [0.905, 1.0], "closed": 1.0, "looped": 1.0, "n_unknown": 200}
+    console = Console(width=80, file=io.StringIO())
+    scores = {"student": widest | {"tokens_per_answer": 9999, "tokens_per_s": 9999, "unknown": {}}}
+    print_hops(console, scores, {"student": 269_100_000})
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    for cell in ("student", "100 %", "90.5–100.0", "9999", "269 MB"):
+        assert cell in said
+    assert "…" not in said
